@@ -1,0 +1,2 @@
+"""refq4 (being built)."""
+from .registry import *

@@ -1,0 +1,218 @@
+"""What a backend is: the contract between the core, which decides, and an engine, which computes.
+
+A backend gets tensors and numbers. It never sees a module or a QuantState, never chooses a path, never casts an
+output back: those are steps of the pipeline, written once for all backends. What it promises is in the docstring of
+each method below, and ``refq4.reference`` is the same list with plain bodies: read the two side by side.
+
+    the core                                    a backend
+    ------------------------------------        ---------------------------------------------
+    which backend?  -> Call (no tensors)  --->  can_run(call): None, or the reason why not
+    checked, contiguous tensors           --->  quantize_4bit, dequantize_4bit, gemv_4bit, ...
+    may the weight be rearranged?         --->  prepare_weight / restore_weight   (optional)
+
+To write one: subclass :class:`Backend`, fill in the ops you have, say in ``can_run`` what you can't, and register it
+(``refq4.register_backend`` or an entry point in the group ``refq4.backends``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .codebooks import Code
+
+__all__ = [
+    "OPS",
+    "Backend",
+    "BackendError",
+    "BackendUnavailableError",
+    "BackendUnsupportedError",
+    "Call",
+    "Nested",
+    "PackedWeight",
+    "PreparedWeight",
+    "UnknownBackendError",
+]
+
+OPS = ("quantize_4bit", "dequantize_4bit", "quantize_blockwise", "dequantize_blockwise", "gemv_4bit", "gemm_4bit")
+
+
+class BackendError(RuntimeError):
+    """The family of the three errors below."""
+
+
+class UnknownBackendError(BackendError, ValueError):
+    """No backend of that name is registered; the message lists the nearest names."""
+
+
+class BackendUnavailableError(BackendError):
+    """The backend exists but can't work on this machine; the message says why and what to do."""
+
+
+class BackendUnsupportedError(BackendError):
+    """The backend works here but can't run this call; the message says which call and what would work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What is about to be computed, without the tensors: enough to say yes or no.
+
+    ``m`` tokens, ``n`` out_features, ``k`` in_features (for an op without a product, ``n`` is 1 and ``k`` the number
+    of elements). ``dtype`` is the input's for quantising, the output's for dequantising, the activations' for products.
+    ``code`` is the codebook's name; ``layout`` is "canonical" or the name of a prepared layout.
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    m: int
+    n: int
+    k: int
+    blocksize: int
+    code: str
+    nested: bool = False
+    layout: str = "canonical"
+
+    def __str__(self) -> str:
+        extras = ", nested absmax" * self.nested + f", layout {self.layout}" * (self.layout != "canonical")
+        return (
+            f"{self.op}(M={self.m}, N={self.n}, K={self.k}, {str(self.dtype).removeprefix('torch.')} on {self.device}, "
+            f"{self.code}, blocksize {self.blocksize}{extras})"
+        )
+
+
+class Nested(NamedTuple):
+    """Double quantisation's second level: absmax[i] = code[q[i]] * absmax[i // blocksize] + offset, in fp32.
+
+    ``absmax`` fp32 [ceil(blocks / blocksize)]; ``code`` fp32 [256]; ``offset`` fp32 []; ``blocksize`` as a rule 256.
+    """
+
+    absmax: Tensor
+    code: Tensor
+    offset: Tensor
+    blocksize: int
+
+
+class PackedWeight(NamedTuple):
+    """A quantised tensor in the canonical layout (``refq4/layout.py``): what the state dict holds, flattened.
+
+    ``packed`` uint8 [ceil(numel/2)]; ``absmax`` fp32 [blocks], or uint8 [blocks] when ``nested`` is given; ``code``
+    fp32 [16]; ``shape`` of the tensor it decodes to ([N, K] for a linear layer's weight); ``quant_type`` is the
+    codebook's name, for messages: what decides is ``code``.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    blocksize: int
+    shape: tuple[int, ...]
+    quant_type: str
+    nested: Nested | None = None
+
+
+class PreparedWeight(NamedTuple):
+    """The same weight in a backend's own layout: opaque tensors, and enough to name and check them.
+
+    ``backend`` and ``layout`` say who can read ``tensors``; ``shape`` is [N, K].
+    """
+
+    backend: str
+    layout: str
+    tensors: tuple[Tensor, ...]
+    shape: tuple[int, ...]
+    blocksize: int
+    quant_type: str
+
+
+class Backend:
+    """The base class: every op raises until a subclass has it, and :meth:`can_run` says no to what is missing.
+
+    Class attributes a subclass sets:
+        name: what users pass to ``set_backend``.
+        priority: the larger is tried first by "auto"; the reference has 0.
+        devices: device types it computes on.
+        description: one line for ``info``.
+    """
+
+    name: str = ""
+    priority: int = 1
+    devices: tuple[str, ...] = ("cpu",)
+    description: str = ""
+
+    def available(self) -> str | None:
+        """None if it can work on this machine, else one sentence: the reason and the remedy."""
+        return None
+
+    def can_run(self, call: Call) -> str | None:
+        """None if it can run this call, else the reason. Called often: cheap, and free of tensors."""
+        return self.missing_op(call) or self.wrong_device(call)
+
+    def kernel(self, call: Call) -> str:
+        """The kernel that would serve this call, for the trace."""
+        return f"{self.name}.{call.op}"
+
+    def info(self) -> dict[str, Any]:
+        """Anything worth showing in ``backend_info`` (tiers, versions, cache)."""
+        return {}
+
+    # --- ops: all tensors contiguous and on one device; outputs freshly allocated ---------------------------------
+
+    def quantize_4bit(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
+        """A [any shape], fp32/fp16/bf16 -> packed uint8 [ceil(numel/2)], absmax fp32 [blocks].
+
+        Per block: absmax is the largest magnitude (NaN if there is one); a value's code is the rule of
+        ``refq4.codebooks`` applied to clamp(x * (1/absmax), -1, 1) in fp32; where 1/absmax is not finite, to 0 * x.
+        """
+        raise self._has_no("quantize_4bit")
+
+    def dequantize_4bit(self, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+        """-> ``dtype`` [weight.shape]: code[i] * absmax in fp32, rounded once to ``dtype``."""
+        raise self._has_no("dequantize_4bit")
+
+    def quantize_blockwise(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
+        """A fp32/fp16/bf16 [any shape] -> codes uint8 [same shape], absmax fp32 [blocks]; rule as in quantize_4bit."""
+        raise self._has_no("quantize_blockwise")
+
+    def dequantize_blockwise(
+        self, q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+    ) -> Tensor:
+        """q uint8 [any shape], absmax fp32 [blocks], code fp32 [256] -> ``dtype`` [same shape]."""
+        raise self._has_no("dequantize_blockwise")
+
+    def gemv_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
+        """x [1, K] times the transpose of weight [N, K], plus bias [N] in x's dtype -> [1, N] in x's dtype."""
+        raise self._has_no("gemv_4bit")
+
+    def gemm_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
+        """x [M, K] times the transpose of weight [N, K], plus bias [N] in x's dtype -> [M, N] in x's dtype; M >= 1."""
+        raise self._has_no("gemm_4bit")
+
+    # --- own layout (optional) ------------------------------------------------------------------------------------
+
+    def prepare_weight(self, weight: PackedWeight) -> PreparedWeight | None:
+        """The weight in this backend's layout, or None where the canonical one serves. Exact: see restore_weight."""
+        return None
+
+    def restore_weight(self, prepared: PreparedWeight) -> PackedWeight:
+        """The canonical weight back, bit for bit what prepare_weight was given."""
+        raise self._has_no("restore_weight")
+
+    # --- helpers for can_run --------------------------------------------------------------------------------------
+
+    def missing_op(self, call: Call) -> str | None:
+        """The reason if a subclass has not written ``call.op``."""
+        if getattr(type(self), call.op, None) is getattr(Backend, call.op, None):
+            return f"it has no {call.op}"
+        return None
+
+    def wrong_device(self, call: Call) -> str | None:
+        """The reason if the tensors live where this backend does not compute."""
+        if call.device in self.devices:
+            return None
+        return f"it computes on {' and '.join(self.devices)}, and the tensors are on {call.device}"
+
+    def _has_no(self, op: str) -> BackendUnsupportedError:
+        return BackendUnsupportedError(f"backend {self.name!r} has no {op}")

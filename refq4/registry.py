@@ -1,0 +1,364 @@
+"""Finding backends, choosing one, saying why.
+
+The choice goes through five places; the first that says something wins:
+
+    backend="cpu" on the call  >  with use_backend("cpu")  >  set_backend("cpu")  >  REFQ4_BACKEND=cpu  >  "auto"
+
+A backend chosen by name is strict: what it can't do raises. "auto" asks each available backend in order of priority
+whether it can run the call and takes the first that can; the reference stands last and can run everything.
+
+Backends are found through the entry-point group ``refq4.backends`` (and :func:`register_backend`). One that fails
+to import is listed with its error and disturbs nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ContextDecorator, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import torch
+
+from .backend import (
+    OPS,
+    Backend,
+    BackendUnavailableError,
+    BackendUnsupportedError,
+    Call,
+    UnknownBackendError,
+)
+
+__all__ = [
+    "backend_info",
+    "get_backend",
+    "list_backends",
+    "register_backend",
+    "requested_backend",
+    "resolve",
+    "set_backend",
+    "use_backend",
+]
+
+ENTRY_POINT_GROUP = "refq4.backends"
+ENVIRONMENT_VARIABLE = "REFQ4_BACKEND"
+AUTO = "auto"
+
+
+@dataclass
+class _Entry:
+    """What the registry knows of one backend: where it came from, and the instance or the reason there is none."""
+
+    name: str
+    found_in: str
+    entry_point: EntryPoint | None = None
+    backend: Backend | None = None
+    problem: str | None = None
+    checked: bool = field(default=False)
+
+    def load(self) -> Backend | None:
+        """The instance, imported and asked for availability once; None (with ``problem`` set) if that failed."""
+        if self.checked:
+            return None if self.problem else self.backend
+        try:
+            if self.backend is None and self.entry_point is not None:
+                self.backend = self.entry_point.load()()
+        except Exception as error:
+            self.problem = f"importing it failed: {type(error).__name__}: {error}"
+        if self.backend is not None:
+            try:
+                self.problem = self.backend.available()
+            except Exception as error:
+                self.problem = f"asking whether it is available failed: {type(error).__name__}: {error}"
+        self.checked = True
+        return None if self.problem else self.backend
+
+
+_lock = threading.RLock()
+_entries: dict[str, _Entry] | None = None
+_chosen: str | None = None  # set_backend
+_scoped: ContextVar[str | None] = ContextVar("refq4_backend", default=None)  # use_backend
+# Dynamo can't trace ContextVar.get, so the choice in effect is mirrored here and read only while compiling.
+_while_compiling: str = AUTO
+
+
+def _registry() -> dict[str, _Entry]:
+    global _entries
+    with _lock:
+        if _entries is None:
+            _entries = {
+                point.name: _Entry(point.name, f"entry point {point.value}", entry_point=point)
+                for point in entry_points(group=ENTRY_POINT_GROUP)
+            }
+        return _entries
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend for the whole process.
+
+    Args:
+        name: a name from :func:`list_backends`, or "auto".
+
+    Raises:
+        UnknownBackendError: no such backend; the message suggests the nearest name.
+        BackendUnavailableError: it can't work on this machine; the message says why and what to do.
+
+    Example:
+        >>> import refq4
+        >>> refq4.set_backend("reference")
+        >>> refq4.get_backend()
+        'reference'
+        >>> refq4.set_backend("auto")
+    """
+    global _chosen
+    check_usable(name)
+    _chosen = name
+    _mirror()
+
+
+class use_backend(ContextDecorator):  # noqa: N801  (reads as a verb: with use_backend("cpu"), @use_backend("cpu"))
+    """Choose the backend for a ``with`` block or a decorated function.
+
+    It holds for this thread or asyncio task only: a new thread starts without it. The choice can be nested.
+
+    Args:
+        name: as for :func:`set_backend`, and the same errors.
+
+    Example:
+        >>> import refq4
+        >>> with refq4.use_backend("reference"):
+        ...     refq4.get_backend()
+        'reference'
+    """
+
+    def __init__(self, name: str) -> None:
+        check_usable(name)
+        self.name = name
+        self._tokens: list[Any] = []
+
+    def __enter__(self) -> use_backend:
+        self._tokens.append(_scoped.set(self.name))
+        _mirror()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _scoped.reset(self._tokens.pop())
+        _mirror()
+
+    def _recreate_cm(self) -> use_backend:
+        return use_backend(self.name)
+
+
+def get_backend() -> str:
+    """The name of the choice in effect here: a backend's name or "auto".
+
+    Raises:
+        UnknownBackendError, BackendUnavailableError: ``REFQ4_BACKEND`` is in effect and names one that can't be used.
+    """
+    return requested_backend(None)
+
+
+def requested_backend(backend: str | None) -> str:
+    """The choice for one call: ``backend`` if given, else the one in effect."""
+    if backend is not None:
+        return backend
+    if torch.compiler.is_compiling():
+        return _while_compiling
+    scoped = _scoped.get()
+    if scoped is not None:
+        return scoped
+    return _chosen if _chosen is not None else _from_environment()
+
+
+def _from_environment() -> str:
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if not name or name == AUTO:
+        return AUTO
+    try:
+        check_usable(name)
+    except (UnknownBackendError, BackendUnavailableError) as error:
+        raise type(error)(f"the environment variable {ENVIRONMENT_VARIABLE}={name!r}: {error}") from None
+    return name
+
+
+def _mirror() -> None:
+    global _while_compiling
+    _while_compiling = _scoped.get() or _chosen or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+
+
+_mirror()
+
+
+def resolve(call: Call, requested: str) -> tuple[Backend, list[tuple[str, str]]]:
+    """The backend that runs a call, and who was passed over with the reason.
+
+    Raises:
+        UnknownBackendError, BackendUnavailableError: as :func:`set_backend`.
+        BackendUnsupportedError: the backend asked for by name can't run this call.
+    """
+    if requested != AUTO:
+        backend = check_usable(requested)
+        assert backend is not None
+        reason = backend.can_run(call)
+        if reason is not None:
+            raise BackendUnsupportedError(
+                f"backend {requested!r} can't run {call}: {reason}. "
+                f'What would work: backend="auto" or "reference", which take every call.'
+            )
+        return backend, []
+    passed_over = []
+    for entry in _by_priority():
+        backend = entry.load()
+        reason = entry.problem if backend is None else backend.can_run(call)
+        if backend is not None and reason is None:
+            return backend, passed_over
+        passed_over.append((entry.name, str(reason)))
+    if not _registry():
+        raise BackendUnavailableError(_NOT_INSTALLED)
+    raise BackendUnsupportedError(f"no backend can run {call}: " + "; ".join(f"{n}: {r}" for n, r in passed_over))
+
+
+def check_usable(name: str) -> Backend | None:
+    """The backend of that name, ready to use (None for "auto"); raises what :func:`set_backend` documents."""
+    if name == AUTO:
+        return None
+    entries = _registry()
+    entry = entries.get(name) if isinstance(name, str) else None
+    if entry is None:
+        if not entries:
+            raise UnknownBackendError(f"unknown backend {name!r}: {_NOT_INSTALLED}")
+        near = difflib.get_close_matches(str(name), [*entries, AUTO], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UnknownBackendError(f"unknown backend {name!r}.{hint} Known: {', '.join([*sorted(entries), AUTO])}")
+    backend = entry.load()
+    if backend is None:
+        raise BackendUnavailableError(f"backend {name!r} is not available: {entry.problem}")
+    return backend
+
+
+_NOT_INSTALLED = (
+    "no backends are registered, because refq4 itself is not installed (they are found through its metadata). "
+    "In a checkout, run: pip install -e ."
+)
+
+
+def _by_priority() -> list[_Entry]:
+    """All entries, highest priority first; one that failed to load goes by name, where its reason is still told."""
+    return sorted(_registry().values(), key=lambda e: (-(b.priority if (b := e.load()) else 1), e.name))
+
+
+# --- finding ----------------------------------------------------------------------------------------------------
+
+
+def register_backend(backend: Backend, *, replace: bool = False) -> Backend:
+    """Make a backend known that is not installed as an entry point (one written in a notebook, say).
+
+    Args:
+        backend: an instance of a :class:`refq4.backend.Backend` subclass with a ``name``.
+        replace: allow taking over a name that is registered.
+
+    Returns:
+        The backend, so that a definition can be wrapped.
+
+    Raises:
+        TypeError: not a Backend instance.
+        ValueError: no usable name, or the name is taken and ``replace`` is not set.
+
+    Example:
+        >>> import refq4
+        >>> from refq4.reference import ReferenceBackend
+        >>> class Mine(ReferenceBackend):
+        ...     name = "mine"
+        >>> _ = refq4.register_backend(Mine(), replace=True)
+        >>> "mine" in refq4.list_backends()
+        True
+        >>> refq4.unregister_backend("mine")
+    """
+    if not isinstance(backend, Backend):
+        raise TypeError(f"register_backend wants an instance of refq4.backend.Backend, got {backend!r}")
+    if not backend.name or backend.name == AUTO:
+        raise ValueError(f"a backend needs a name other than {AUTO!r}, got {backend.name!r}")
+    with _lock:
+        if backend.name in _registry() and not replace:
+            raise ValueError(f"backend {backend.name!r} is registered already; pass replace=True to replace it")
+        where = f"{type(backend).__module__}.{type(backend).__qualname__}"
+        _registry()[backend.name] = _Entry(backend.name, f"register_backend({where})", backend=backend)
+    return backend
+
+
+def unregister_backend(name: str) -> None:
+    """Forget a backend. Raises UnknownBackendError if there is none of that name."""
+    with _lock:
+        if _registry().pop(name, None) is None:
+            raise UnknownBackendError(f"unknown backend {name!r}; known: {', '.join(sorted(_registry()))}")
+
+
+def list_backends() -> list[str]:
+    """The names of all backends, available or not, the one "auto" tries first at the front.
+
+    Example:
+        >>> import refq4
+        >>> refq4.list_backends()[-1]
+        'reference'
+    """
+    return [entry.name for entry in _by_priority()]
+
+
+def backend_info(name: str) -> dict[str, Any]:
+    """What is known of one backend.
+
+    Returns:
+        A dict: ``name``, ``available`` (bool), ``reason`` (None, or why not and the remedy), ``found_in``,
+        ``priority``, ``devices``, ``ops`` (those it implements), ``description``, and what the backend adds (tiers,
+        versions).
+
+    Raises:
+        UnknownBackendError: no such backend.
+
+    Example:
+        >>> import refq4
+        >>> refq4.backend_info("reference")["available"]
+        True
+    """
+    if name not in _registry():
+        check_usable(name)  # raises with the nearest names
+    entry = _registry()[name]
+    backend = entry.load() or entry.backend
+    info: dict[str, Any] = {
+        "name": name,
+        "available": entry.problem is None,
+        "reason": entry.problem,
+        "found_in": entry.found_in,
+    }
+    if backend is not None:
+        info |= {
+            "priority": backend.priority,
+            "devices": list(backend.devices),
+            "ops": [op for op in OPS if getattr(type(backend), op) is not getattr(Backend, op)],
+            "description": backend.description,
+        }
+        if entry.problem is None:
+            info |= backend.info()
+    return info
+
+
+@contextmanager
+def isolated_registry() -> Iterator[None]:
+    """For tests: whatever is registered or chosen inside is undone at the end."""
+    global _entries, _chosen
+    with _lock:
+        saved = dict(_registry()), _chosen
+    try:
+        yield
+    finally:
+        with _lock:
+            _entries, _chosen = saved
+        _mirror()
