@@ -1,2 +1,48 @@
-"""refq4 (being built)."""
-from .registry import *
+"""refq4: the 4-bit linear layer of bitsandbytes (QLoRA's NF4 and FP4), taken apart.
+
+read it     codebooks -> layout -> state -> reference -> pipeline -> nn       (files, in reading order)
+run it      layer = refq4.nn.LinearNF4(4096, 4096).to("cpu");  layer(x)
+watch it    with refq4.trace() as t: layer(x);  print(t)
+swap it     refq4.set_backend("cpu");  refq4.compare(layer, x)
+"""
+
+from . import autograd, backend, codebooks, functional, nn
+from .backend import BackendUnavailableError, BackendUnsupportedError, UnknownBackendError
+from .codebooks import Codebook, get_codebook, register_codebook
+from .functional import QuantState, matmul_4bit
+from .registry import (
+    backend_info,
+    get_backend,
+    list_backends,
+    register_backend,
+    set_backend,
+    unregister_backend,
+    use_backend,
+)
+from .trace import trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "BackendUnsupportedError",
+    "Codebook",
+    "QuantState",
+    "UnknownBackendError",
+    "autograd",
+    "backend",
+    "backend_info",
+    "codebooks",
+    "functional",
+    "get_backend",
+    "get_codebook",
+    "list_backends",
+    "matmul_4bit",
+    "nn",
+    "register_backend",
+    "register_codebook",
+    "set_backend",
+    "trace",
+    "unregister_backend",
+    "use_backend",
+]

@@ -158,7 +158,7 @@ class Backend:
         """Anything worth showing in ``backend_info`` (tiers, versions, cache)."""
         return {}
 
-    # --- ops: all tensors contiguous and on one device; outputs freshly allocated ---------------------------------
+    # --- ops: all tensors contiguous and on one device; outputs freshly allocated -----------------------------------
 
     def quantize_4bit(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
         """A [any shape], fp32/fp16/bf16 -> packed uint8 [ceil(numel/2)], absmax fp32 [blocks].
@@ -190,7 +190,7 @@ class Backend:
         """x [M, K] times the transpose of weight [N, K], plus bias [N] in x's dtype -> [M, N] in x's dtype; M >= 1."""
         raise self._has_no("gemm_4bit")
 
-    # --- own layout (optional) ------------------------------------------------------------------------------------
+    # --- own layout (optional) --------------------------------------------------------------------------------------
 
     def prepare_weight(self, weight: PackedWeight) -> PreparedWeight | None:
         """The weight in this backend's layout, or None where the canonical one serves. Exact: see restore_weight."""
@@ -200,7 +200,7 @@ class Backend:
         """The canonical weight back, bit for bit what prepare_weight was given."""
         raise self._has_no("restore_weight")
 
-    # --- helpers for can_run --------------------------------------------------------------------------------------
+    # --- helpers for can_run ----------------------------------------------------------------------------------------
 
     def missing_op(self, call: Call) -> str | None:
         """The reason if a subclass has not written ``call.op``."""

@@ -37,6 +37,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -108,7 +109,7 @@ class Codebook:
         if len(values) != 16 or not all(map(math.isfinite, values)):
             raise ValueError(f"codebook {name!r} needs 16 finite fp32 values, got {len(values)}: {values}")
         thresholds = _midpoints(sorted(values)) if thresholds is None else tuple(_fp32(t) for t in thresholds)
-        if len(thresholds) != 15 or not all(a <= b for a, b in zip(thresholds, thresholds[1:], strict=False)):
+        if len(thresholds) != 15 or not all(a <= b for a, b in pairwise(thresholds)):
             raise ValueError(f"codebook {name!r} needs 15 ascending thresholds, got {thresholds}")
         for key, value in zip(
             ("name", "values", "thresholds", "description"), (name, values, thresholds, description), strict=True
@@ -160,7 +161,7 @@ def _thresholds_and_order(values: tuple[float, ...]) -> tuple[Tensor, Tensor]:
         return thresholds, torch.tensor(order, dtype=torch.uint8)
 
 
-# --- the formats ------------------------------------------------------------------------------------------------
+# --- the formats ----------------------------------------------------------------------------------------------------
 
 
 def create_normal_map(offset: float = 0.9677083) -> list[float]:
@@ -236,38 +237,12 @@ def sign_magnitude_thresholds(pivots: Sequence[float]) -> list[float]:
     return [*down, _next_below(0.0), *up]
 
 
-_AF4_BLOCK64 = (
-    # Yoshida, "NF4 isn't information theoretically optimal (and that's good)", 2023: code values that minimise the
-    # expected absolute error of a block of 64 normal weights. No closed form: the published digits are the definition.
-    # fmt: off
-    1.0, 0.72424863, 0.55496234, 0.42563882, 0.31675666, 0.21961274, 0.12934483, 0.04273164,
-    0.0, -0.04934812, -0.14982478, -0.25607552, -0.3736951, -0.51243739, -0.69441008, -1.0,
-    # fmt: on
-)
+# Yoshida, "NF4 isn't information theoretically optimal (and that's good)", 2023: the values that minimise the expected
+# absolute error of a block of 64 normal weights. There is no closed form: the published digits are the definition.
+_AF4_POSITIVE = (1.0, 0.72424863, 0.55496234, 0.42563882, 0.31675666, 0.21961274, 0.12934483, 0.04273164, 0.0)
+_AF4_NEGATIVE = (-0.04934812, -0.14982478, -0.25607552, -0.3736951, -0.51243739, -0.69441008, -1.0)
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
-@lru_cache(maxsize=1)
-def create_dynamic_map_values(max_exponent_bits: int = 7, total_bits: int = 8, signed: bool = True) -> list[float]:
-    """The values of :func:`create_dynamic_map`, as a list."""
-    spare_bits = total_bits - 1 - max_exponent_bits
-    if not 2 <= total_bits <= 8 or max_exponent_bits < 1 or spare_bits < 0:
-        raise ValueError(
-            f"a dynamic map needs 2 <= total_bits <= 8 and 1 <= max_exponent_bits < total_bits, "
-            f"got total_bits={total_bits}, max_exponent_bits={max_exponent_bits}"
-        )
-    # (decade, linear steps): the last entry holds what is left when spare bits leave the all-zero pattern room.
-    decades = [(e - max_exponent_bits + 1, 2 ** (e + spare_bits + (not signed))) for e in range(max_exponent_bits)]
-    decades.append((0, 2**spare_bits - 1))
-    values = [0.0, 1.0]
-    for decade, steps in decades:
-        edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32)
-        means = (edges[:-1] + edges[1:]) / 2.0
-        values += (10**decade * means).tolist()
-        if signed:
-            values += (-(10**decade) * means).tolist()
-    return sorted([*values, *[0.0] * (256 - len(values))])
 
 
 def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
@@ -294,10 +269,31 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
         >>> m.shape, round(float(m[0]), 4), float(m[-1]), float(m[127])
         (torch.Size([256]), -0.993, 1.0, 0.0)
     """
-    return torch.tensor(create_dynamic_map_values(max_exponent_bits, total_bits, signed), dtype=torch.float32)
+    return torch.tensor(_dynamic_map_values(signed, max_exponent_bits, total_bits), dtype=torch.float32)
 
 
-# --- the shelf --------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=8)
+def _dynamic_map_values(signed: bool, max_exponent_bits: int, total_bits: int) -> tuple[float, ...]:
+    spare_bits = total_bits - 1 - max_exponent_bits
+    if not 2 <= total_bits <= 8 or max_exponent_bits < 1 or spare_bits < 0:
+        raise ValueError(
+            f"a dynamic map needs 2 <= total_bits <= 8 and 1 <= max_exponent_bits < total_bits, "
+            f"got total_bits={total_bits}, max_exponent_bits={max_exponent_bits}"
+        )
+    # (decade, linear steps): the last entry holds what is left when spare bits leave the all-zero pattern room.
+    decades = [(e - max_exponent_bits + 1, 2 ** (e + spare_bits + (not signed))) for e in range(max_exponent_bits)]
+    decades.append((0, 2**spare_bits - 1))
+    values = [0.0, 1.0]
+    for decade, steps in decades:
+        edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32)
+        means = (edges[:-1] + edges[1:]) / 2.0
+        values += (10**decade * means).tolist()
+        if signed:
+            values += (-(10**decade) * means).tolist()
+    return tuple(sorted([*values, *[0.0] * (256 - len(values))]))
+
+
+# --- the shelf ------------------------------------------------------------------------------------------------------
 
 _BOOKS: dict[str, Codebook] = {}
 
@@ -359,18 +355,18 @@ def _next_below(x: float) -> float:
 
 def _midpoints(ascending: Sequence[float]) -> tuple[float, ...]:
     """Midpoints of neighbours, exact in fp64, then one rounding to fp32."""
-    return tuple(_fp32((a + b) / 2) for a, b in zip(ascending, ascending[1:], strict=False))
+    return tuple(_fp32((a + b) / 2) for a, b in pairwise(ascending))
 
 
 def _exact_midpoints(ascending: Sequence[float]) -> tuple[float, ...]:
     """Midpoints rounded *down* to fp32: for fp32 x, ``x > t`` then says exactly whether x is nearer the upper one."""
-    middles = [(a + b) / 2 for a, b in zip(ascending, ascending[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in pairwise(ascending)]
     return tuple(t if (t := _fp32(m)) <= m else _next_below(t) for m in middles)
 
 
 def _build_shelf() -> None:
     signed_e2m1 = [v / 6 for v in _E2M1] + [0.0 - v / 6 for v in _E2M1]
-    e2m1_pivots = [(a + b) / 12 for a, b in zip(_E2M1, _E2M1[1:], strict=False)]
+    e2m1_pivots = [(a + b) / 12 for a, b in pairwise(_E2M1)]
     for book in (
         Codebook("nf4", create_normal_map(), description="quantiles of the normal distribution (QLoRA)"),
         Codebook(
@@ -381,7 +377,7 @@ def _build_shelf() -> None:
         ),
         Codebook("e2m1", signed_e2m1, sign_magnitude_thresholds(e2m1_pivots), "OCP microscaling FP4 (E2M1)"),
         Codebook("int4", [i / 7 for i in (*range(7, -1, -1), *range(0, -8, -1))], description="integers -7 ... 7"),
-        Codebook("af4", _AF4_BLOCK64, description="AbnormalFloat for blocks of 64 (Yoshida 2023)"),
+        Codebook("af4", _AF4_POSITIVE + _AF4_NEGATIVE, description="AbnormalFloat for blocks of 64 (Yoshida 2023)"),
         Codebook("iq4nl", [v / 127 for v in _IQ4_NL], description="the non-linear table of llama.cpp's IQ4_NL"),
     ):
         register_codebook(book)

@@ -98,7 +98,7 @@ def _registry() -> dict[str, _Entry]:
         return _entries
 
 
-# --- choosing ---------------------------------------------------------------------------------------------------
+# --- choosing -------------------------------------------------------------------------------------------------------
 
 
 def set_backend(name: str) -> None:
@@ -214,7 +214,7 @@ def resolve(call: Call, requested: str) -> tuple[Backend, list[tuple[str, str]]]
                 f'What would work: backend="auto" or "reference", which take every call.'
             )
         return backend, []
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for entry in _by_priority():
         backend = entry.load()
         reason = entry.problem if backend is None else backend.can_run(call)
@@ -255,7 +255,7 @@ def _by_priority() -> list[_Entry]:
     return sorted(_registry().values(), key=lambda e: (-(b.priority if (b := e.load()) else 1), e.name))
 
 
-# --- finding ----------------------------------------------------------------------------------------------------
+# --- finding --------------------------------------------------------------------------------------------------------
 
 
 def register_backend(backend: Backend, *, replace: bool = False) -> Backend:

@@ -1,0 +1,229 @@
+"""Activations times a 4-bit weight: which path, and then down it.
+
+matmul_4bit --- choose_path ---+-- gemv_4bit            one token, or a weight in a backend's own layout
+                               +-- MatMul4Bit           everything else; differentiable (refq4/autograd.py)
+                               '-- dequantize + linear  deprecated: a weight quantised as [K, N]
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .autograd import MatMul4Bit
+from .backend import PreparedWeight
+from .checks import ACTIVATION_DTYPES, check_floats, write_into
+from .registry import requested_backend
+from .state import QuantState
+from .trace import Decision, current
+
+PREPARED = Decision("gemv_4bit", "the weight is in the backend's own layout, whose kernels take any number of tokens")
+ONE_TOKEN = Decision("gemv_4bit", "a single token, no gradient of it wanted, and K is a multiple of the blocksize")
+SEVERAL_TOKENS = Decision("MatMul4Bit", "more than one token")
+WANTS_GRADIENT = Decision("MatMul4Bit", "a single token, but its gradient is wanted")
+STRADDLING = Decision("MatMul4Bit", "a single token, but K is no multiple of the blocksize: blocks straddle rows")
+NO_TOKENS = Decision("MatMul4Bit", "no tokens at all: an empty result")
+FROM_K_BY_N = Decision("dequantize + linear", "deprecated: the weight was quantised as [K, N], not as [N, K]")
+
+
+def choose_path(A: Tensor, quant_state: QuantState, prepared: bool = False) -> Decision:
+    """The path that :func:`matmul_4bit` takes for these operands, and why. Mirrors the ifs of bitsandbytes' own.
+
+    Args:
+        A: [..., K].
+        quant_state: of the weight.
+        prepared: whether the weight is in a backend's own layout.
+
+    Example:
+        >>> from refq4.functional import quantize_4bit
+        >>> _, state = quantize_4bit(torch.randn(8, 64), quant_type="nf4")
+        >>> choose_path(torch.randn(1, 64), state).choice, choose_path(torch.randn(2, 64), state).choice
+        ('gemv_4bit', 'MatMul4Bit')
+    """
+    if prepared:
+        return PREPARED
+    (n, k), blocksize = quant_state.geometry()
+    if A.shape[-1] != k and A.shape[-1] == n:
+        return FROM_K_BY_N
+    if A.numel() == 0:
+        return NO_TOKENS
+    if A.numel() != A.shape[-1]:
+        return SEVERAL_TOKENS
+    if _wants_grad(A):
+        return WANTS_GRADIENT
+    if k % blocksize:
+        return STRADDLING
+    return ONE_TOKEN
+
+
+def matmul_4bit(
+    A: Tensor,
+    B: Tensor,
+    quant_state: QuantState,
+    out: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+    prepared: PreparedWeight | None = None,
+) -> Tensor:
+    """Activations times a 4-bit weight: step 6 of the pipeline. Mirrors ``bitsandbytes.matmul_4bit``.
+
+    Args:
+        A: [..., K], fp32, fp16, bf16; or fp64, which takes the exact path of the reference backend.
+        B: the packed weight of a tensor [N, K], as ``quantize_4bit`` gave it or its ``.t()``: what is [N, K] is said
+            by ``quant_state.shape``, not by B.
+        quant_state: the QuantState of B.
+        out: [..., N], written instead of a new tensor; not together with a wanted gradient.
+        bias: [N], any float dtype; cast to A's.
+        backend: overrides the backend in effect for this call.
+        prepared: the weight in a backend's own layout (step 2); then B is not read.
+
+    Returns:
+        [..., N] in A's dtype (under autocast: in autocast's dtype, as ``torch.nn.functional.linear``).
+
+    Raises:
+        ValueError: K does not fit the weight, or another size is off.
+        TypeError: A is no float tensor.
+
+    Warns:
+        DeprecationWarning: the weight was quantised as [K, N].
+
+    Example:
+        >>> from refq4.functional import quantize_4bit
+        >>> W = torch.randn(8, 64)
+        >>> B, state = quantize_4bit(W, quant_type="nf4")
+        >>> matmul_4bit(torch.randn(2, 3, 64), B, state).shape
+        torch.Size([2, 3, 8])
+    """
+    _check_matmul(A, quant_state, out, bias)
+    listener = current()
+    chosen = requested_backend(backend)
+    A, bias = _autocast(A, bias)
+    decision = choose_path(A, quant_state, prepared is not None)
+    if out is not None and (_wants_grad(A) or _wants_grad(bias)):
+        raise ValueError("out= can't be combined with a wanted gradient; call under torch.no_grad() or drop out=")
+    result = _run_path(decision, A, B, quant_state, bias, chosen, prepared)
+    result = write_into("out", out, result)
+    if listener is not None:
+        listener.step(6, "dispatch to matmul_4bit", decision, result)
+    return result
+
+
+def _run_path(
+    decision: Decision,
+    A: Tensor,
+    B: Tensor,
+    state: QuantState,
+    bias: Tensor | None,
+    backend: str,
+    prepared: PreparedWeight | None,
+) -> Tensor:
+    if decision is PREPARED or decision is ONE_TOKEN:
+        # The bias is fused unless its gradient is wanted: then torch adds it, and differentiates that.
+        fused, added = (None, bias) if _wants_grad(bias) else (bias, None)
+        if prepared is not None:
+            result = ops.matmul_prepared(A, prepared, fused)
+        else:
+            result = ops.matmul("gemv_4bit", A, state.packed_weight(B), fused, backend)
+        return result if added is None else result + added
+    if decision is FROM_K_BY_N:
+        return _matmul_k_by_n(A, B, state, bias, backend)
+    if decision is STRADDLING and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"in_features {A.shape[-1]} is no multiple of the blocksize {state.blocksize}, so a single token takes the "
+            f"slower MatMul4Bit path instead of gemv_4bit",
+            stacklevel=4,
+        )
+    if torch.compiler.is_compiling():  # the op carries the same gradient, and Dynamo sees through it
+        return ops.matmul("gemm_4bit", A, state.packed_weight(B), bias, backend)
+    differentiable: Tensor = MatMul4Bit.apply(A, B, None, bias, state, backend)  # type: ignore[no-untyped-call]
+    return differentiable
+
+
+def _wants_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _matmul_k_by_n(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None, backend: str) -> Tensor:
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"the weight was quantised from a [K, N] tensor: quant_state.shape is {list(state.geometry()[0])}, and A has "
+            f"K = {A.shape[-1]}. Quantise it as [N, K] = [out_features, in_features] instead. This will become an error.",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+    weight = ops.dequantize_4bit(state.packed_weight(B), A.dtype, backend)
+    return torch.nn.functional.linear(A, weight.t(), bias)
+
+
+def gemv_4bit(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    transposed_A: bool = False,
+    transposed_B: bool = False,
+    state: QuantState | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """A [..., K] times a packed weight [N, K], without autograd. Mirrors ``bitsandbytes.functional.gemv_4bit``.
+
+    Args:
+        A: one token is what it is made for; more run as a GEMM.
+        B: the packed weight.
+        out: [..., N] in A's dtype, written instead of a new tensor.
+        transposed_A, transposed_B: have no effect (kept for the signature).
+        state: the QuantState of B.
+        backend: overrides the backend in effect for this call.
+
+    Raises:
+        ValueError: no ``state``, or sizes that don't fit.
+
+    Example:
+        >>> from refq4.functional import quantize_4bit
+        >>> B, state = quantize_4bit(torch.randn(8, 64), quant_type="nf4")
+        >>> gemv_4bit(torch.randn(1, 64), B, state=state).shape
+        torch.Size([1, 8])
+    """
+    if state is None:
+        raise ValueError("gemv_4bit needs state=, the QuantState that quantize_4bit returned with the weight")
+    _check_matmul(A, state, out, None)
+    (n, k), _ = state.geometry()
+    if A.shape[-1] != k:
+        raise ValueError(f"A has {A.shape[-1]} features, the weight [N, K] = [{n}, {k}] wants {k}")
+    op = "gemv_4bit" if A.numel() == A.shape[-1] else "gemm_4bit"
+    with torch.no_grad():
+        return write_into("out", out, ops.matmul(op, A, state.packed_weight(B), None, requested_backend(backend)))
+
+
+def _check_matmul(A: Tensor, state: QuantState, out: Tensor | None, bias: Tensor | None) -> None:
+    if not isinstance(state, QuantState):
+        raise TypeError(f"quant_state must be the QuantState that quantize_4bit returned, got {state!r}")
+    shape, _ = state.geometry()
+    if len(shape) != 2:
+        raise ValueError(f"a product wants a weight of two dimensions [N, K], this one has shape {list(shape)}")
+    check_floats("A", A, ACTIVATION_DTYPES)
+    n, k = shape
+    if A.dim() == 0 or A.shape[-1] not in (k, n):
+        raise ValueError(
+            f"A has shape {list(A.shape)}, but the weight is [N, K] = [{n}, {k}]: A's last dimension must be {k}"
+        )
+    if bias is not None and bias.numel() not in (n, k):
+        raise ValueError(f"bias has shape {list(bias.shape)}, the weight [N, K] = [{n}, {k}] wants [{n}]")
+    if A.device != state.absmax.device:
+        raise ValueError(
+            f"A is on {A.device}, the weight's quant_state on {state.absmax.device}: move one (layer.to(device))"
+        )
+
+
+def _autocast(A: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Operands in autocast's dtype where it is on (fp64 is left alone, as by torch), bias in A's dtype."""
+    kind = A.device.type
+    if torch.is_autocast_enabled(kind) and A.dtype != torch.float64:
+        A = A.to(torch.get_autocast_dtype(kind))
+    if bias is not None and bias.dtype != A.dtype:
+        bias = bias.to(A.dtype)
+    return A, bias

@@ -1,0 +1,298 @@
+"""The forward pass of a 4-bit linear layer: seven steps, one function each.
+
+The numbers are the ones used in the docs, the notebooks and the trace; the order is that of ``Linear4bit.forward``
+in bitsandbytes 0.49.1.
+
+    x [..., K] --------------------------------------------------------------.
+                                                                              v
+    weight --> 1 recover the --> 2 ask for the      3 bias --> 4 compute --> 5 cast --> 6 matmul_4bit --> 7 cast --> y
+               quant state        backend's layout    dtype      dtype         both       |                 back
+                                                                                          |-- gemv_4bit
+                                                                                          '-- MatMul4Bit
+
+A step takes values and gives back a value and a :class:`~refq4.trace.Decision`: what it chose and why. The decisions
+are constants beside each step, so all that can happen is in plain sight. No step writes to the layer; the one thing
+a forward remembers, the compute dtype inferred from the first input, is written by :func:`linear_4bit` itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .backend import Call, PackedWeight, PreparedWeight
+from .checks import ACTIVATION_DTYPES, check_floats
+from .matmul import matmul_4bit
+from .quantization import decode_scales, dequantize_4bit
+from .state import QuantState
+from .trace import Decision, current, show
+
+if TYPE_CHECKING:
+    from .nn import Embedding4bit, Linear4bit
+
+__all__ = [
+    "align_bias",
+    "cast_back",
+    "cast_operands",
+    "choose_compute_dtype",
+    "choose_layout",
+    "embedding_4bit",
+    "linear_4bit",
+    "recover_quant_state",
+]
+
+
+def linear_4bit(layer: Linear4bit, x: Tensor) -> Tensor:
+    """All seven steps: what ``Linear4bit.forward`` does.
+
+    Args:
+        layer: a quantised layer of weight [N, K].
+        x: [..., K], fp32, fp16, bf16 or fp64.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        TypeError: x is no float tensor.
+        ValueError: x's last dimension is not K.
+        RuntimeError: the layer has not been quantised.
+    """
+    check_floats("the input of a 4-bit layer", x, ACTIVATION_DTYPES)
+    listener = current()
+    with nullcontext() if listener is None else listener.call(f"{type(layer).__name__}.forward(x {show(x)})"):
+        state, decision = recover_quant_state(layer)
+        if listener is not None:
+            listener.step(1, "recover the quant state", decision, state)
+
+        prepared, decision = choose_layout(layer, state, x)
+        if listener is not None:
+            listener.step(2, "ask for the backend's layout", decision, prepared and prepared.layout)
+
+        bias, decision = align_bias(layer.bias, x.dtype)
+        if listener is not None:
+            listener.step(3, "bias dtype", decision, bias)
+
+        compute_dtype, decision = choose_compute_dtype(layer, x)
+        if layer.awaits_first_input and not torch.compiler.is_compiling():  # a graph that did this would recompile
+            layer.compute_dtype, layer.compute_type_is_set, layer.awaits_first_input = compute_dtype, True, False
+        if listener is not None:
+            listener.step(4, "compute dtype", decision, compute_dtype or x.dtype)
+
+        (a, bias), decision = cast_operands(x, bias, compute_dtype)
+        if listener is not None:
+            listener.step(5, "cast the operands", decision, a)
+
+        y = matmul_4bit(a, layer.weight, state, bias=bias, prepared=prepared)  # tells the trace itself
+
+        y, decision = cast_back(y, x.dtype)
+        if listener is not None:
+            listener.step(7, "cast back", decision, y)
+        return y
+
+
+# --- 1 --------------------------------------------------------------------------------------------------------------
+
+STATE_ON_WEIGHT = Decision("kept", "the weight carries its quant state")
+STATE_FROM_MODULE = Decision(
+    "recovered", "the weight had lost its quant state (FSDP does that); the module kept a copy"
+)
+
+
+def recover_quant_state(layer: Linear4bit | Embedding4bit) -> tuple[QuantState, Decision]:
+    """Step 1: find the quant state, on the weight or else on the module.
+
+    A Params4bit carries its state as an attribute, which is gone once something rebuilds the parameter from its bytes
+    (FSDP gathers shards that way). Mirrors ``fix_4bit_weight_quant_state_from_module``.
+
+    Raises:
+        RuntimeError: neither has one: the layer has not been quantised.
+    """
+    state: QuantState | None = getattr(layer.weight, "quant_state", None)
+    if state is not None:
+        return state, STATE_ON_WEIGHT
+    state = layer.quant_state
+    if state is not None:
+        return state, STATE_FROM_MODULE
+    raise RuntimeError(
+        f"this {type(layer).__name__} has not been quantised: call .to(device) on it (or on the model), which "
+        f"quantises, or load a quantised state dict"
+    )
+
+
+# --- 2 --------------------------------------------------------------------------------------------------------------
+
+LAYOUT_OWN = Decision("own layout", "inference, and the backend has a layout that suits it better")
+LAYOUT_TRAINING = Decision("canonical", "the layer is in training mode")
+LAYOUT_GRADIENT = Decision("canonical", "a gradient is wanted")
+LAYOUT_COMPILING = Decision("canonical", "torch.compile is tracing, and the layer was not prepared before")
+LAYOUT_NONE = Decision("canonical", "the backend computes on the stored layout")
+
+
+class PreparedCache(NamedTuple):
+    """A prepared weight and what it was made from: stale as soon as one of these differs."""
+
+    made_from: tuple[object, ...]
+    prepared: PreparedWeight | None
+
+
+def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[PreparedWeight | None, Decision]:
+    """Step 2: ask the backend whether it wants the weight in a layout of its own (a CPU backend repacks it, say).
+
+    Only for inference, as in bitsandbytes: training decodes the canonical bytes in backward anyway. The weight, and
+    so the state dict, stays canonical; the prepared form lives beside it and is dropped when weight or backend change.
+    """
+    if layer.training:
+        return None, LAYOUT_TRAINING
+    if torch.is_grad_enabled() and x.requires_grad:
+        return None, LAYOUT_GRADIENT
+    if torch.compiler.is_compiling():
+        cache = layer._prepared
+        return (cache.prepared, LAYOUT_OWN) if cache and cache.prepared else (None, LAYOUT_COMPILING)
+    backend, _ = registry.resolve(_layout_call(layer, state, x), registry.requested_backend(None))
+    made_from = (backend.name, state, *map(_version, (layer.weight, state.absmax)))
+    cache = layer._prepared
+    if cache is None or not _identical(cache.made_from, made_from):
+        cache = PreparedCache(made_from, backend.prepare_weight(state.packed_weight(layer.weight)))
+        layer._prepared = cache
+    return cache.prepared, LAYOUT_OWN if cache.prepared else LAYOUT_NONE
+
+
+def _layout_call(layer: Linear4bit, state: QuantState, x: Tensor) -> Call:
+    (n, k), blocksize = state.geometry()
+    tokens = x.numel() // k if k else 0
+    op = "gemv_4bit" if tokens == 1 else "gemm_4bit"
+    dtype = layer.compute_dtype or x.dtype
+    return Call(op, x.device.type, dtype, tokens, n, k, blocksize, state.quant_type or "custom", state.nested)
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _identical(old: tuple[object, ...], new: tuple[object, ...]) -> bool:
+    """Same backend, same state object, same memory unchanged (``is`` for the state: comparing it reads tensors)."""
+    return old[0] == new[0] and old[1] is new[1] and old[2:] == new[2:]
+
+
+# --- 3 --------------------------------------------------------------------------------------------------------------
+
+BIAS_NONE = Decision("none", "the layer has no bias")
+BIAS_KEPT = Decision("kept", "the bias has the input's dtype")
+BIAS_CAST = Decision("cast", "the bias has another dtype than the input: a cast copy is used, the parameter stays")
+
+
+def align_bias(bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Decision]:
+    """Step 3: the bias in the input's dtype.
+
+    bitsandbytes rewrites the parameter at this point (``bias.data = bias.data.to(x.dtype)``), so that one call in a
+    lower precision coarsens the stored bias for good. Here the rounding is the same and the parameter is not touched.
+    """
+    if bias is None:
+        return None, BIAS_NONE
+    if bias.dtype == dtype:
+        return bias, BIAS_KEPT
+    return bias.to(dtype), BIAS_CAST
+
+
+# --- 4 --------------------------------------------------------------------------------------------------------------
+
+COMPUTE_SET = Decision("as set", "the layer's compute dtype was set or has been inferred from an earlier input")
+COMPUTE_FIRST_INPUT = Decision("inferred", "none was set: that of the first input, float32 or bfloat16, is safe")
+COMPUTE_AS_INPUT = Decision("as the input", "none was set, and a float16 (or float64) input is computed as it comes")
+
+
+def choose_compute_dtype(layer: Linear4bit, x: Tensor) -> tuple[torch.dtype | None, Decision]:
+    """Step 4: the dtype in which the product is computed; None means each input's own.
+
+    Mirrors ``Linear4bit.set_compute_type``: inferred from the first input if the user did not set it. fp16 input on a
+    layer that computes in fp32, or whose compute dtype nobody chose, gets a warning if it is the first input.
+    """
+    fp16_on_fp32 = x.dtype == torch.float16 and layer.compute_dtype in (None, torch.float32)
+    if fp16_on_fp32 and layer.awaits_first_input and not torch.compiler.is_compiling():
+        _warn_fp16(layer.compute_dtype, single_token=x.numel() == x.shape[-1])
+    if layer.compute_type_is_set:
+        return layer.compute_dtype, COMPUTE_SET
+    if x.dtype in (torch.float32, torch.bfloat16):
+        return x.dtype, COMPUTE_FIRST_INPUT
+    return layer.compute_dtype, COMPUTE_AS_INPUT
+
+
+def _warn_fp16(compute_dtype: torch.dtype | None, single_token: bool) -> None:
+    what = "inference will be slow" if single_token else "inference and training will be slow"
+    if compute_dtype is None:
+        what = "float16 it is, with its narrow range" + ("" if single_token else ", in training too")
+        text = f"Linear4bit got float16 input and no compute_dtype was set: {what}. Set compute_dtype to choose."
+    else:
+        text = f"Linear4bit got float16 input but computes in float32: {what}. Set compute_dtype=torch.float16."
+    warnings.warn(text, stacklevel=6)
+
+
+# --- 5 --------------------------------------------------------------------------------------------------------------
+
+CAST_NOTHING = Decision("nothing", "the input has the compute dtype")
+CAST_INPUT = Decision("cast", "the input and the bias go to the compute dtype")
+
+Operands = tuple[Tensor, Tensor | None]
+
+
+def cast_operands(x: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> tuple[Operands, Decision]:
+    """Step 5: input and bias in the compute dtype (None: as they are)."""
+    if dtype is None or x.dtype == dtype:
+        return (x, bias), CAST_NOTHING
+    return (x.to(dtype), None if bias is None else bias.to(dtype)), CAST_INPUT
+
+
+# --- 6 is matmul_4bit (refq4/matmul.py); 7 --------------------------------------------------------------------------
+
+BACK_NOTHING = Decision("nothing", "the result has the input's dtype")
+BACK_CAST = Decision("cast", "the result goes back to the input's dtype")
+
+
+def cast_back(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Decision]:
+    """Step 7: the result in the dtype the caller came with."""
+    return (y, BACK_NOTHING) if y.dtype == dtype else (y.to(dtype), BACK_CAST)
+
+
+# --- the embedding --------------------------------------------------------------------------------------------------
+
+ROWS_ONLY = Decision("rows", "the rows are whole blocks: only those asked for are decoded")
+WHOLE_TABLE = Decision("whole table", "rows and blocks do not line up: the whole table is decoded first")
+
+
+def embedding_4bit(layer: Embedding4bit, ids: Tensor) -> Tensor:
+    """Rows of a 4-bit table: what ``Embedding4bit.forward`` does.
+
+    Args:
+        layer: a quantised embedding of weight [V, D].
+        ids: integers of any shape, below V.
+
+    Returns:
+        [*ids.shape, D] in the layer's dtype.
+    """
+    state, _ = recover_quant_state(layer)
+    whole_blocks = layer.embedding_dim % state.geometry()[1] == 0
+    listener = current()
+    if whole_blocks:
+        rows = _decode_rows(state.packed_weight(layer.weight), state, ids)
+    else:
+        rows = torch.nn.functional.embedding(ids, dequantize_4bit(layer.weight, state))
+    rows = rows.to(layer.dtype)
+    if listener is not None:
+        listener.step(0, "embedding rows", ROWS_ONLY if whole_blocks else WHOLE_TABLE, rows)
+    return rows
+
+
+def _decode_rows(weight: PackedWeight, state: QuantState, ids: Tensor) -> Tensor:
+    """Gather the packed bytes and scales of the rows, then decode the small tensor they make."""
+    table = weight.shape[0]
+    picked = state.copy()
+    picked.shape = torch.Size((*ids.shape, weight.shape[1]))
+    picked.offset = picked.state2 = None
+    picked.absmax = torch.nn.functional.embedding(ids, decode_scales(state).view(table, -1)).reshape(-1)
+    packed = torch.nn.functional.embedding(ids, weight.packed.view(table, -1)).reshape(-1, 1)
+    return dequantize_4bit(packed, picked)

@@ -1,0 +1,394 @@
+"""Quantise and dequantise: the four functions at the storage end of the layer.
+
+    quantize_4bit    weights -> packed bytes + QuantState        quantize_blockwise     the 8-bit stage, for the scales
+    dequantize_4bit  and back                                    dequantize_blockwise   and back
+
+Each checks what it is given (once, here: backends trust their arguments), then calls an op (``refq4/ops.py``).
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import layout, ops
+from .checks import check_blocksize, check_floats, check_scales, check_storage, write_into
+from .codebooks import create_dynamic_map, get_codebook
+from .registry import requested_backend
+from .state import NESTED_BLOCKSIZE, WEIGHT_DTYPES, QuantState
+from .trace import show
+
+DEFAULT_BLOCKSIZE = 64
+
+
+def quantize_4bit(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_type: str = "fp4",
+    quant_storage: torch.dtype = torch.uint8,
+    *,
+    backend: str | None = None,
+    allow_nonfinite: bool = False,
+) -> tuple[Tensor, QuantState]:
+    """Quantise a tensor to 4 bits an element, in blocks that share a scale.
+
+    Mirrors ``bitsandbytes.functional.quantize_4bit``; QLoRA (Dettmers et al. 2023), section 3.
+
+    Args:
+        A: any shape, fp32, fp16 or bf16; read as one flat row-major sequence. Not modified.
+        absmax: fp32 [blocks] (uint8 [blocks] with ``compress_statistics``) to be filled and used in the state.
+        out: the packed result is written here instead of into a new tensor.
+        blocksize: elements per block: 32, 64, ..., 4096; 64 if None. The last block may be short.
+        compress_statistics: quantise the scales too: their mean is taken off and kept as ``offset``, the rest goes to
+            8 bits in blocks of 256. The scales then cost 0.127 bits a weight instead of 0.5 (at blocksize 64).
+        quant_type: a codebook's name: "nf4", "fp4", or any registered one.
+        quant_storage: dtype the packed bytes are stored under: uint8, bf16, fp16 or fp32.
+        backend: overrides the backend in effect for this call.
+        allow_nonfinite: quantise a tensor with NaN or infinities all the same: their block decodes to NaN, and with
+            ``compress_statistics`` everything does (a warning says so).
+
+    Returns:
+        (packed, state): packed [ceil(numel/2 / itemsize), 1] in ``quant_storage``.
+
+    Raises:
+        ValueError: unknown quant_type, blocksize or storage dtype; NaN or infinity in A; ``out``/``absmax`` that don't
+            fit.
+        TypeError: A is no fp32, fp16 or bf16 tensor.
+
+    Example:
+        >>> packed, state = quantize_4bit(torch.linspace(-1, 1, 64).view(1, 64), quant_type="nf4")
+        >>> packed.shape, float(state.absmax)
+        (torch.Size([32, 1]), 1.0)
+    """
+    check_floats("A", A, WEIGHT_DTYPES)
+    blocksize = check_blocksize(blocksize if blocksize is not None else DEFAULT_BLOCKSIZE)
+    book = get_codebook(quant_type)
+    check_storage(quant_storage)
+    chosen = requested_backend(backend)
+    A = A.detach()
+
+    packed, scales = ops.quantize_4bit(A, blocksize, book.name, allow_nonfinite, chosen)
+    stored = layout.to_storage(packed, quant_storage)
+    code = get_4bit_type(book.name, device=A.device)
+    state = QuantState(scales, A.shape, code, blocksize, book.name, A.dtype)
+    if compress_statistics:
+        state.absmax, state.offset, state.state2 = _quantize_scales(scales, chosen, allow_nonfinite)
+    state.absmax = write_into("absmax", absmax, state.absmax)
+    return write_into("out", out, stored), state
+
+
+def _quantize_scales(scales: Tensor, backend: str, warn: bool) -> tuple[Tensor, Tensor, QuantState]:
+    """Double quantisation: scales fp32 [blocks] -> (uint8 [blocks], their mean fp32 [], the 8-bit state).
+
+    Taking the mean off first lets the signed 8-bit map spend its fine steps around the common scale. The mean is
+    torch's own fp32 mean, which checkpoints depend on.
+    """
+    offset = scales.mean() if scales.numel() else scales.new_zeros(())
+    if warn and not torch.compiler.is_compiling() and not bool(offset.isfinite()):
+        warnings.warn(
+            "the tensor holds NaN or infinity, and with compress_statistics=True its mean scale does too: every "
+            "element will decode to NaN. Without compress_statistics only the blocks concerned would.",
+            stacklevel=3,
+        )
+    code = create_dynamic_map().to(scales.device)
+    q, absmax2 = ops.quantize_blockwise(scales - offset, code, NESTED_BLOCKSIZE, backend)
+    return q, offset, QuantState(absmax2, code=code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
+
+
+def dequantize_4bit(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    quant_type: str = "fp4",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Decode a packed tensor: ``code[i] * absmax`` in fp32, rounded once to the target dtype.
+
+    Mirrors ``bitsandbytes.functional.dequantize_4bit``, with its habit that a packed *row* ([1, b], the transpose of
+    the column that ``quantize_4bit`` gives) comes back transposed.
+
+    Args:
+        A: the packed tensor, any storage dtype.
+        quant_state: what ``quantize_4bit`` returned; its dtype is the target dtype.
+        absmax: fp32 [blocks], when there is no ``quant_state``; then ``out`` gives shape and dtype.
+        out: written instead of a new tensor; contiguous, of the state's shape and dtype.
+        blocksize: used without ``quant_state``; 64 if None.
+        quant_type: used without ``quant_state``.
+        backend: overrides the backend in effect for this call.
+
+    Returns:
+        A tensor of the state's shape and dtype.
+
+    Raises:
+        ValueError: neither a ``quant_state`` nor ``absmax`` and ``out``; or sizes that don't fit together.
+
+    Example:
+        >>> packed, state = quantize_4bit(torch.tensor([[1.0, -0.5, 0.0, 0.25]]), quant_type="nf4")
+        >>> dequantize_4bit(packed, state)
+        tensor([[ 1.0000, -0.5251,  0.0000,  0.2461]])
+    """
+    if quant_state is None:
+        if absmax is None or out is None:
+            raise ValueError("dequantize_4bit needs a quant_state, or absmax and out together")
+        blocksize = check_blocksize(blocksize if blocksize is not None else DEFAULT_BLOCKSIZE)
+        code = get_4bit_type(get_codebook(quant_type).name, device=A.device)
+        quant_state = QuantState(absmax, out.shape, code, blocksize, quant_type, out.dtype)
+        check_scales(absmax, out.shape, blocksize)
+    dtype = quant_state.dtype or torch.float32
+    result = ops.dequantize_4bit(quant_state.packed_weight(A), dtype, requested_backend(backend))
+    result = write_into("out", out, result)
+    is_row = A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1
+    return result.t() if is_row and result.dim() == 2 else result
+
+
+def quantize_nf4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, QuantState]:
+    """:func:`quantize_4bit` with ``quant_type="nf4"``.
+
+    Example:
+        >>> quantize_nf4(torch.ones(2))[0].tolist()
+        [[255]]
+    """
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage, backend=backend)
+
+
+def quantize_fp4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, QuantState]:
+    """:func:`quantize_4bit` with ``quant_type="fp4"``.
+
+    Example:
+        >>> quantize_fp4(torch.ones(2))[0].tolist()
+        [[51]]
+    """
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage, backend=backend)
+
+
+def dequantize_nf4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`dequantize_4bit` with ``quant_type="nf4"``.
+
+    Example:
+        >>> dequantize_nf4(*quantize_nf4(torch.ones(2)))
+        tensor([1., 1.])
+    """
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4", backend=backend)
+
+
+def dequantize_fp4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`dequantize_4bit` with ``quant_type="fp4"``.
+
+    Example:
+        >>> dequantize_fp4(*quantize_fp4(torch.ones(2)))
+        tensor([1., 1.])
+    """
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4", backend=backend)
+
+
+def get_4bit_type(
+    typename: str, device: torch.device | str | None = None, blocksize: int = DEFAULT_BLOCKSIZE
+) -> Tensor:
+    """The 16 values of a codebook as a new fp32 tensor. Mirrors ``bitsandbytes.functional.get_4bit_type``.
+
+    Args:
+        typename: a codebook's name.
+        device: the CPU if None (bitsandbytes: "cuda").
+        blocksize: "af4" exists for blocks of 64 only.
+
+    Raises:
+        NotImplementedError: no such type, as in bitsandbytes; or "af4" with another blocksize.
+
+    Example:
+        >>> get_4bit_type("nf4")[[0, 7, 15]]
+        tensor([-1.,  0.,  1.])
+    """
+    try:
+        book = get_codebook(typename)
+    except ValueError as error:
+        raise NotImplementedError(str(error)) from None
+    if typename == "af4" and blocksize != DEFAULT_BLOCKSIZE:
+        raise NotImplementedError(f"af4's values are optimal for blocks of {DEFAULT_BLOCKSIZE}, not of {blocksize}")
+    return torch.tensor(book.values, dtype=torch.float32, device=device)
+
+
+# --- 8 bits ---------------------------------------------------------------------------------------------------------
+
+
+def quantize_blockwise(
+    A: Tensor,
+    code: Tensor | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, QuantState]:
+    """Quantise to 8 bits in blocks; by default with the signed dynamic map. The nearest entry wins, a tie goes down.
+
+    Mirrors ``bitsandbytes.functional.quantize_blockwise``.
+
+    Args:
+        A: any shape, fp32, fp16 or bf16.
+        code: fp32 [2 to 256] values to choose from; the dynamic map if None.
+        absmax, out: filled instead of new tensors.
+        blocksize: 32, 64, ..., 4096.
+        nested: quantise the scales too.
+        backend: overrides the backend in effect for this call.
+
+    Returns:
+        (codes uint8 [A.shape], state).
+
+    Raises:
+        ValueError, TypeError: as :func:`quantize_4bit`.
+
+    Example:
+        >>> q, state = quantize_blockwise(torch.tensor([1.0, 0.0, -0.5]))
+        >>> q.tolist(), float(state.absmax)
+        ([255, 127, 35], 1.0)
+    """
+    check_floats("A", A, WEIGHT_DTYPES)
+    check_blocksize(blocksize)
+    if code is None:
+        code = create_dynamic_map()
+    elif not (code.dim() == 1 and 2 <= code.numel() <= 256 and code.dtype == torch.float32):
+        raise ValueError(f"code must be fp32 [2 to 256], got {show(code)}")
+    code = code.to(A.device)
+    chosen = requested_backend(backend)
+    q, scales = ops.quantize_blockwise(A.detach(), code, blocksize, chosen)
+    state = QuantState(scales, code=code, blocksize=blocksize, dtype=A.dtype)
+    if nested:
+        state.offset = scales.mean() if scales.numel() else scales.new_zeros(())
+        state.absmax, state.state2 = quantize_blockwise(scales - state.offset, blocksize=blocksize, backend=chosen)
+    state.absmax = write_into("absmax", absmax, state.absmax)
+    return write_into("out", out, q), state
+
+
+def dequantize_blockwise(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    code: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Decode 8-bit codes. Mirrors ``bitsandbytes.functional.dequantize_blockwise``.
+
+    Args:
+        A: uint8, any shape.
+        quant_state: what ``quantize_blockwise`` returned; the other arguments are then ignored.
+        absmax, code, blocksize: used without ``quant_state``; the result is then fp32.
+        out: written instead of a new tensor.
+        nested: has no effect (kept for the signature): the state knows.
+        backend: overrides the backend in effect for this call.
+
+    Raises:
+        ValueError: neither ``quant_state`` nor ``absmax``, or sizes that don't fit.
+        TypeError: A is not uint8.
+
+    Example:
+        >>> q, state = quantize_blockwise(torch.tensor([1.0, 0.0, -0.5]))
+        >>> [round(v, 4) for v in dequantize_blockwise(q, state).tolist()]
+        [1.0, 0.0, -0.5008]
+    """
+    if quant_state is None:
+        if absmax is None:
+            raise ValueError("dequantize_blockwise needs a quant_state or absmax")
+        code = create_dynamic_map() if code is None else code
+        quant_state = QuantState(absmax, code=code.to(A.device), blocksize=blocksize, dtype=torch.float32)
+    if A.dtype != torch.uint8:
+        raise TypeError(f"dequantize_blockwise decodes uint8 codes, got {show(A)}")
+    if quant_state.code is None or quant_state.blocksize is None:
+        raise ValueError("this QuantState has no code or no blocksize: make it with quantize_blockwise")
+    chosen = requested_backend(backend)
+    scales = decode_scales(quant_state, chosen)
+    check_scales(scales, A.shape, quant_state.blocksize)
+    dtype = quant_state.dtype or torch.float32
+    result = ops.dequantize_blockwise(A, scales, quant_state.code, quant_state.blocksize, dtype, chosen)
+    return write_into("out", out, result)
+
+
+def decode_scales(quant_state: QuantState, backend: str | None = None) -> Tensor:
+    """The fp32 scales of a state, double quantisation undone.
+
+    Returns:
+        fp32 [blocks]; the state's own tensor where it is not nested.
+
+    Example:
+        >>> packed, state = quantize_4bit(torch.ones(512, 64), quant_type="nf4", compress_statistics=True)
+        >>> state.absmax.dtype, decode_scales(state).unique()
+        (torch.uint8, tensor([1.]))
+    """
+    if quant_state.state2 is None or quant_state.offset is None:
+        return quant_state.absmax
+    return dequantize_blockwise(quant_state.absmax, quant_state.state2, backend=backend).float() + quant_state.offset
+
+
+def slice_state(quant_state: QuantState, start: int, stop: int) -> QuantState | None:
+    """The state of elements ``start`` to ``stop`` of the flattened tensor, if they are whole rows and whole blocks.
+
+    Where the cut falls inside a nested block, the piece gets the decoded fp32 scales instead: the same numbers.
+
+    Returns:
+        The piece's own state, or None where rows or blocks would be cut.
+    """
+    shape, blocksize = quant_state.geometry()
+    row = shape[1:].numel()
+    if not shape or not row or start % row or stop % row or start % blocksize:
+        return None
+    if stop % blocksize and stop != shape.numel():
+        return None
+    piece = quant_state.copy()
+    piece.shape = torch.Size(((stop - start) // row, *shape[1:]))
+    first, last = start // blocksize, layout.block_count(stop, blocksize)
+    if piece.state2 is not None:
+        blocksize2 = piece.state2.blocksize or NESTED_BLOCKSIZE
+        if first % blocksize2:
+            piece.absmax = decode_scales(quant_state)
+            piece.offset = piece.state2 = None
+        else:
+            last2 = layout.block_count(last, blocksize2)
+            piece.state2.absmax = piece.state2.absmax[first // blocksize2 : last2]
+    piece.absmax = piece.absmax[first:last]
+    return piece

@@ -1,0 +1,245 @@
+"""What happened in this call, step by step, and why.
+
+    with refq4.trace() as t:          every call inside is recorded
+        layer(x)
+    print(t)                          a table; in Jupyter, the last line of a cell shows it as HTML
+
+Nothing is recorded while nobody listens: the pipeline asks :func:`current` once per call and gets None. Code under
+``torch.compile`` is not traced (the graph has no steps left to watch); run the same layer eagerly to see them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
+
+__all__ = ["CallRecord", "Decision", "OpRecord", "StepRecord", "Trace", "current", "trace"]
+
+
+class Decision(NamedTuple):
+    """What a step chose, and why: constants, so that the list of all possible decisions can be read in the code."""
+
+    choice: str
+    why: str
+
+
+@dataclass
+class OpRecord:
+    """One op that a backend ran: which, on what, by whom, and who was passed over for it."""
+
+    op: str
+    backend: str
+    kernel: str
+    call: str
+    passed_over: list[tuple[str, str]]
+    micros: float
+
+
+@dataclass
+class StepRecord:
+    """One step of the pipeline."""
+
+    number: int
+    name: str
+    choice: str
+    why: str
+    result: str
+    micros: float
+    ops: list[OpRecord] = field(default_factory=list)
+    value: Tensor | None = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The step as plain data, without the tensor."""
+        plain = {key: value for key, value in vars(self).items() if key != "value"}
+        return plain | {"ops": [asdict(op) for op in self.ops]}
+
+
+@dataclass
+class CallRecord:
+    """One call: its steps in order."""
+
+    title: str
+    steps: list[StepRecord] = field(default_factory=list)
+
+
+class Trace:
+    """The calls recorded inside a ``with trace():`` block. Prints as a table, shows as HTML in Jupyter.
+
+    Attributes:
+        calls: the calls in order.
+    """
+
+    def __init__(self, keep_values: bool = False) -> None:
+        self.calls: list[CallRecord] = []
+        self._keep_values = keep_values
+        self._open: CallRecord | None = None
+        self._ops: list[OpRecord] = []
+        self._mark = time.perf_counter_ns()
+
+    # --- written by the pipeline ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def call(self, title: str) -> Iterator[None]:
+        """A call begins; one inside another adds its steps to the outer one."""
+        if self._open is not None:
+            yield
+            return
+        self._open = CallRecord(title)
+        self.calls.append(self._open)
+        self._mark = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            self._open = None
+
+    def step(self, number: int, name: str, decision: Decision, value: object) -> None:
+        """A step has just finished and gave ``value``."""
+        micros = (time.perf_counter_ns() - self._mark) / 1e3
+        kept = value.detach().clone() if self._keep_values and isinstance(value, Tensor) else None
+        record = StepRecord(number, name, decision.choice, decision.why, show(value), micros, self._ops, kept)
+        if self._open is not None:
+            self._open.steps.append(record)
+        else:
+            self.calls.append(CallRecord(name, [record]))
+        self._ops = []
+        self._mark = time.perf_counter_ns()
+
+    def op(self, record: OpRecord) -> None:
+        """A backend has just run an op."""
+        self._ops.append(record)
+
+    # --- read by people ---------------------------------------------------------------------------------------------
+
+    @property
+    def ops(self) -> list[OpRecord]:
+        """Every op of every call, and those run outside any call."""
+        return [op for call in self.calls for step in call.steps for op in step.ops] + self._ops
+
+    def to_dict(self) -> dict[str, Any]:
+        """The trace as plain data: ``{"calls": [{"title": ..., "steps": [...]}], "ops": [...]}``."""
+        calls = [{"title": call.title, "steps": [step.to_dict() for step in call.steps]} for call in self.calls]
+        return {"calls": calls, "ops": [asdict(op) for op in self.ops]}
+
+    def tables(self) -> list[Table]:
+        """One rich table per call."""
+        from rich.table import Table
+
+        tables = []
+        for call in self.calls:
+            table = Table(title=call.title, title_justify="left", title_style="bold")
+            for column in ("step", "decision", "because", "gives"):
+                table.add_column(column, overflow="fold")
+            table.add_column("µs", justify="right")
+            for step in call.steps:
+                label = f"{step.number} {step.name}" if step.number else step.name
+                table.add_row(label, step.choice, step.why, step.result, f"{step.micros:.0f}")
+                for op in step.ops:
+                    over = "".join(f"\n  passed over {name}: {why}" for name, why in op.passed_over)
+                    table.add_row("", f"→ {op.op}", f"{op.backend}: {op.kernel}{over}", op.call, f"{op.micros:.0f}")
+            tables.append(table)
+        return tables
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        tables = self.tables()
+        yield from tables
+        if not tables:
+            yield "(no call was recorded: compiled code is not traced)"
+
+    def __str__(self) -> str:
+        return render_text(self)
+
+    def _repr_html_(self) -> str:
+        return render_html(self)
+
+
+class trace:  # noqa: N801  (reads as a verb: with trace() as t)
+    """Record every refq4 call of this thread inside the ``with`` block.
+
+    Args:
+        keep_values: keep a copy of each step's tensor (``compare`` uses it).
+
+    Example:
+        >>> import torch, refq4
+        >>> layer = refq4.nn.LinearNF4(64, 8).to("cpu")
+        >>> with refq4.trace() as t:
+        ...     _ = layer(torch.randn(1, 64))
+        >>> [step.number for step in t.calls[0].steps]
+        [1, 2, 3, 4, 5, 6, 7]
+        >>> t.calls[0].steps[5].choice
+        'gemv_4bit'
+    """
+
+    def __init__(self, keep_values: bool = False) -> None:
+        self._keep_values = keep_values
+
+    def __enter__(self) -> Trace:
+        global _listeners
+        recorder = Trace(self._keep_values)
+        self._token = _recorder.set(recorder)
+        with _lock:
+            _listeners += 1
+        return recorder
+
+    def __exit__(self, *exc: object) -> None:
+        global _listeners
+        with _lock:
+            _listeners -= 1
+        _recorder.reset(self._token)
+
+
+_recorder: ContextVar[Trace | None] = ContextVar("refq4_trace", default=None)
+_listeners = 0  # in all threads
+_lock = threading.Lock()
+
+
+def current() -> Trace | None:
+    """The trace that is listening here, or None. While nobody listens this is one comparison."""
+    if _listeners == 0 or torch.compiler.is_compiling():
+        return None
+    return _recorder.get()
+
+
+def show(value: object) -> str:
+    """A tensor as dtype and shape, anything else as itself, short."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return repr(value)[:60]
+
+
+def render_text(item: Any, width: int = 120) -> str:
+    """A rich renderable as plain text."""
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(item)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def render_html(item: Any, width: int = 120) -> str:
+    """A rich renderable as HTML for Jupyter, in colours that follow the page."""
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width, record=True, force_jupyter=False)
+    console.print(item)
+    return console.export_html(
+        inline_styles=True,
+        code_format='<pre style="white-space:pre;overflow-x:auto;line-height:1.2;font-family:monospace">{code}</pre>',
+    )
