@@ -150,8 +150,8 @@ def _wants_grad(tensor: Tensor | None) -> bool:
 def _matmul_k_by_n(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None, backend: str) -> Tensor:
     if not torch.compiler.is_compiling():
         warnings.warn(
-            f"the weight was quantised from a [K, N] tensor: quant_state.shape is {list(state.geometry()[0])}, and A has "
-            f"K = {A.shape[-1]}. Quantise it as [N, K] = [out_features, in_features] instead. This will become an error.",
+            f"the weight was quantised from a [K, N] tensor: quant_state.shape is {list(state.geometry()[0])}, and A "
+            f"has K = {A.shape[-1]}. Quantise it as [N, K] = [out_features, in_features]; this will become an error.",
             DeprecationWarning,
             stacklevel=4,
         )

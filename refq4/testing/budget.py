@@ -1,0 +1,128 @@
+"""The error budget, in one place: oracle, unit in the last place, and comparisons that raise.
+
+    oracle      x @ W.t() + bias in fp64, W the fp32 dequantised weight: what an exact engine would give
+    reference   the pure-PyTorch backend in the caller's dtypes: what a plain engine gives
+    allowed     2 * max |reference - oracle| + ulp(oracle, output dtype), per element
+
+Twice, because an engine may sum in another order and round its scales elsewhere; a unit in the last place, because
+the result is rounded to the output dtype once whatever happens before. Where the reference itself gives NaN or an
+infinity (fp16 overflow, say), the engine must give the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..quantization import dequantize_4bit
+from ..state import QuantState
+
+__all__ = ["Budget", "assert_same_bits", "assert_within_budget", "error_budget", "oracle", "ulp"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a product should be and how far off it may be.
+
+    Attributes:
+        oracle: fp64 [..., N].
+        reference: the reference's result, in the output dtype.
+        allowed: fp64 [..., N], the largest error per element.
+    """
+
+    oracle: Tensor
+    reference: Tensor
+    allowed: Tensor
+
+
+def oracle(x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
+    """The exact product: fp64 [..., N], from the fp32 dequantised weight [N, K].
+
+    Example:
+        >>> from refq4.functional import quantize_4bit
+        >>> B, state = quantize_4bit(torch.eye(2, 32), quant_type="nf4", blocksize=32)
+        >>> oracle(torch.ones(32), B, state)
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    plain = state.copy()
+    plain.dtype = torch.float32
+    weight = dequantize_4bit(B.reshape(-1, 1), plain, backend="reference").double()
+    return torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
+
+
+def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbouring ``dtype`` numbers at each value (fp64 in, fp64 out).
+
+    Example:
+        >>> ulp(torch.tensor([1.0, 3.0]).double(), torch.bfloat16).tolist()
+        [0.0078125, 0.015625]
+    """
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(values.abs().clamp(min=info.smallest_normal))
+    return torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
+
+
+def error_budget(x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None) -> Budget:
+    """The budget for one product of x [..., K] with the packed weight B of shape [N, K]; see the top of the file."""
+    exact = oracle(x, B, state, bias)
+    with torch.no_grad():
+        cast = None if bias is None else bias.to(x.dtype)
+        reference = ops.matmul("gemm_4bit", x, state.packed_weight(B), cast, "reference")
+    error = (reference.double() - exact)[reference.isfinite()].abs()
+    worst = float(error.max()) if error.numel() else 0.0
+    return Budget(exact, reference, 2 * worst + ulp(exact, x.dtype))
+
+
+def assert_within_budget(
+    got: Tensor, x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None, what: str = "product"
+) -> None:
+    """Raise an AssertionError unless ``got`` is x times the packed weight within the error budget.
+
+    Example:
+        >>> from refq4.functional import matmul_4bit, quantize_4bit
+        >>> B, state = quantize_4bit(torch.randn(4, 64), quant_type="nf4")
+        >>> x = torch.randn(3, 64)
+        >>> assert_within_budget(matmul_4bit(x, B, state), x, B, state)
+        >>> assert_within_budget(matmul_4bit(x, B, state) + 1, x, B, state)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        AssertionError: product: 12 of 12 elements are off...
+    """
+    budget = error_budget(x, B, state, bias)
+    if got.shape != budget.oracle.shape or got.dtype != x.dtype:
+        raise AssertionError(f"{what}: wanted {x.dtype} {list(budget.oracle.shape)}, got {got.dtype} {list(got.shape)}")
+    finite = budget.reference.isfinite()
+    strange = ~torch.eq(got.isnan(), budget.reference.isnan()) | (~finite & ~got.isnan() & (got != budget.reference))
+    error = (got.double() - budget.oracle).abs()
+    too_far = finite & ~(error <= budget.allowed)
+    if bool((strange | too_far).any()):
+        at = tuple((strange | too_far).nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int((strange | too_far).sum())} of {got.numel()} elements are off; at {list(at)}: got "
+            f"{got[at].item()!r}, exact {budget.oracle[at].item()!r}, reference {budget.reference[at].item()!r}; error "
+            f"{error[at].item():.3g}, allowed {budget.allowed[at].item():.3g}"
+        )
+
+
+def assert_same_bits(got: Tensor, wanted: Tensor, what: str = "tensor") -> None:
+    """Raise an AssertionError unless two tensors have the same dtype, shape and bits (NaN payloads and -0 included).
+
+    Example:
+        >>> assert_same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+        Traceback (most recent call last):
+            ...
+        AssertionError: tensor: 1 of 1 elements differ; at [0]: got 0.0, wanted -0.0
+    """
+    if got.dtype != wanted.dtype or got.shape != wanted.shape:
+        raise AssertionError(f"{what}: wanted {wanted.dtype} {list(wanted.shape)}, got {got.dtype} {list(got.shape)}")
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.itemsize]
+    differs = got.contiguous().view(integer) != wanted.contiguous().view(integer)
+    if bool(differs.any()):
+        at = tuple(differs.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(differs.sum())} of {got.numel()} elements differ; at {list(at)}: got {got[at].item()!r}, "
+            f"wanted {wanted[at].item()!r}"
+        )
