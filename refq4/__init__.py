@@ -9,6 +9,8 @@ swap it     refq4.set_backend("cpu");  refq4.compare(layer, x)
 from . import autograd, backend, codebooks, functional, nn
 from .backend import BackendUnavailableError, BackendUnsupportedError, UnknownBackendError
 from .codebooks import Codebook, get_codebook, register_codebook
+from .convert import quantize_model
+from .explain import compare, explain
 from .functional import QuantState, matmul_4bit
 from .registry import (
     backend_info,
@@ -33,12 +35,15 @@ __all__ = [
     "backend",
     "backend_info",
     "codebooks",
+    "compare",
+    "explain",
     "functional",
     "get_backend",
     "get_codebook",
     "list_backends",
     "matmul_4bit",
     "nn",
+    "quantize_model",
     "register_backend",
     "register_codebook",
     "set_backend",

@@ -432,6 +432,25 @@ class Linear4bit(_Holds4bitWeight, nn.Linear):  # type: ignore[misc]  # both dec
             quant_storage=quant_storage,
         )
 
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **settings: Any) -> Linear4bit:
+        """A quantised layer from a full-precision one, on the same device; the bias is shared, not copied.
+
+        Args:
+            linear: left as it is.
+            settings: ``quant_type``, ``compress_statistics``, ``compute_dtype``, ``quant_storage``, ``blocksize``.
+
+        Example:
+            >>> Linear4bit.from_linear(nn.Linear(64, 8), quant_type="nf4").weight.shape
+            torch.Size([256, 1])
+        """
+        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta", **settings)
+        layer.bias = linear.bias
+        weight = layer.weight
+        assert isinstance(weight, Params4bit)
+        layer.weight = weight._like(linear.weight.detach(), None).to(linear.weight.device)
+        return layer.train(linear.training)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype; see ``refq4.pipeline.linear_4bit``."""
         return pipeline.linear_4bit(self, x)

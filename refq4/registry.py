@@ -81,6 +81,7 @@ class _Entry:
 
 _lock = threading.RLock()
 _entries: dict[str, _Entry] | None = None
+_ordered: list[_Entry] | None = None  # _by_priority, until the registry changes
 _chosen: str | None = None  # set_backend
 _scoped: ContextVar[str | None] = ContextVar("refq4_backend", default=None)  # use_backend
 # Dynamo can't trace ContextVar.get, so the choice in effect is mirrored here and read only while compiling.
@@ -252,7 +253,10 @@ _NOT_INSTALLED = (
 
 def _by_priority() -> list[_Entry]:
     """All entries, highest priority first; one that failed to load goes by name, where its reason is still told."""
-    return sorted(_registry().values(), key=lambda e: (-(b.priority if (b := e.load()) else 1), e.name))
+    global _ordered
+    if _ordered is None:
+        _ordered = sorted(_registry().values(), key=lambda e: (-(b.priority if (b := e.load()) else 1), e.name))
+    return _ordered
 
 
 # --- finding --------------------------------------------------------------------------------------------------------
@@ -282,6 +286,7 @@ def register_backend(backend: Backend, *, replace: bool = False) -> Backend:
         True
         >>> refq4.unregister_backend("mine")
     """
+    global _ordered
     if not isinstance(backend, Backend):
         raise TypeError(f"register_backend wants an instance of refq4.backend.Backend, got {backend!r}")
     if not backend.name or backend.name == AUTO:
@@ -291,14 +296,17 @@ def register_backend(backend: Backend, *, replace: bool = False) -> Backend:
             raise ValueError(f"backend {backend.name!r} is registered already; pass replace=True to replace it")
         where = f"{type(backend).__module__}.{type(backend).__qualname__}"
         _registry()[backend.name] = _Entry(backend.name, f"register_backend({where})", backend=backend)
+        _ordered = None
     return backend
 
 
 def unregister_backend(name: str) -> None:
     """Forget a backend. Raises UnknownBackendError if there is none of that name."""
+    global _ordered
     with _lock:
         if _registry().pop(name, None) is None:
             raise UnknownBackendError(f"unknown backend {name!r}; known: {', '.join(sorted(_registry()))}")
+        _ordered = None
 
 
 def list_backends() -> list[str]:
@@ -353,12 +361,12 @@ def backend_info(name: str) -> dict[str, Any]:
 @contextmanager
 def isolated_registry() -> Iterator[None]:
     """For tests: whatever is registered or chosen inside is undone at the end."""
-    global _entries, _chosen
+    global _entries, _chosen, _ordered
     with _lock:
         saved = dict(_registry()), _chosen
     try:
         yield
     finally:
         with _lock:
-            _entries, _chosen = saved
+            (_entries, _chosen), _ordered = saved, None
         _mirror()

@@ -240,11 +240,9 @@ class QuantState:
     __hash__ = None  # type: ignore[assignment]  # mutable
 
     def __repr__(self) -> str:
-        shape = None if self.shape is None else list(self.shape)
-        return (
-            f"QuantState({self.quant_type}, shape={shape}, dtype={_name(self.dtype)}, blocksize={self.blocksize}, "
-            f"absmax={_describe(self.absmax)}, nested={self.nested})"
-        )
+        shape = "8-bit" if self.shape is None else f"{self.quant_type} {list(self.shape)}"
+        nested = ", double quantisation" if self.nested else ""
+        return f"QuantState({shape}, {_name(self.dtype)}, blocksize {self.blocksize}{nested})"
 
 
 class _Reader:

