@@ -143,8 +143,10 @@ class PreparedCache(NamedTuple):
 def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[PreparedWeight | None, Decision]:
     """Step 2: ask the backend whether it wants the weight in a layout of its own (a CPU backend repacks it, say).
 
-    Only for inference, as in bitsandbytes: training decodes the canonical bytes in backward anyway. The weight, and
-    so the state dict, stays canonical; the prepared form lives beside it and is dropped when weight or backend change.
+    Only for inference, as in bitsandbytes: training decodes the canonical bytes in backward anyway. The weight, and so
+    the state dict, stays canonical; the prepared form lives beside it and is dropped when weight, quant state or
+    backend change. (Bytes changed in place through ``weight.data`` go unseen, because torch does not count those:
+    change the weight itself under ``torch.no_grad()``.)
     """
     if layer.training:
         return None, LAYOUT_TRAINING

@@ -255,7 +255,9 @@ def _by_priority() -> list[_Entry]:
     """All entries, highest priority first; one that failed to load goes by name, where its reason is still told."""
     global _ordered
     if _ordered is None:
-        _ordered = sorted(_registry().values(), key=lambda e: (-(b.priority if (b := e.load()) else 1), e.name))
+        for entry in _registry().values():
+            entry.load()
+        _ordered = sorted(_registry().values(), key=lambda e: (-(e.backend.priority if e.backend else 1), e.name))
     return _ordered
 
 

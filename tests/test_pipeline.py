@@ -1,0 +1,321 @@
+"""The seven steps: each decision is reached, and the numbers follow it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from loopback import SWAPPED, Loopback
+from torch import nn
+
+import refq4
+import refq4.functional as F
+from refq4 import matmul, pipeline, registry
+from refq4.testing import assert_same_bits, assert_within_budget
+
+
+@pytest.fixture(autouse=True)
+def isolated():
+    with registry.isolated_registry():
+        yield
+
+
+def layer_of(n: int = 8, k: int = 64, **settings) -> refq4.nn.Linear4bit:
+    return refq4.nn.Linear4bit(k, n, quant_type="nf4", **settings).to("cpu").eval()
+
+
+def steps_of(layer: nn.Module, x: torch.Tensor) -> dict[int, str]:
+    """Step number -> the decision taken, from the trace."""
+    with refq4.trace() as t:
+        layer(x)
+    return {step.number: step.choice for step in t.calls[0].steps}
+
+
+def why(layer: nn.Module, x: torch.Tensor, step: int) -> str:
+    with refq4.trace() as t:
+        layer(x)
+    return t.calls[0].steps[step - 1].why
+
+
+def dense(layer: refq4.nn.Linear4bit, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return F.dequantize_4bit(layer.weight, layer.quant_state).to(dtype)
+
+
+# --- 1 ----------------------------------------------------------------------------------------------------------------
+
+
+def test_step_1_keeps_the_state_on_the_weight():
+    layer = layer_of()
+    assert pipeline.recover_quant_state(layer) == (layer.weight.quant_state, pipeline.STATE_ON_WEIGHT)
+
+
+def test_step_1_recovers_the_state_from_the_module_when_the_parameter_was_rebuilt_from_bytes():
+    layer, x = layer_of(), torch.randn(3, 64)
+    wanted = layer(x)
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)  # what FSDP leaves behind
+    assert steps_of(layer, x)[1] == "recovered"
+    assert_same_bits(layer(x), wanted)
+    assert "weight.absmax" in layer.state_dict()
+
+
+def test_step_1_says_how_to_quantise_a_layer_that_is_not():
+    with pytest.raises(RuntimeError, match=r"this LinearNF4 has not been quantised: call \.to\(device\)"):
+        refq4.nn.LinearNF4(64, 8)(torch.randn(1, 64))
+
+
+# --- 2 ----------------------------------------------------------------------------------------------------------------
+
+
+def test_step_2_prepares_the_backends_layout_once_for_inference():
+    backend = refq4.register_backend(Loopback(own_layout=True))
+    layer, x = layer_of(), torch.randn(3, 64)
+    wanted = F.matmul_4bit(x, layer.weight, layer.quant_state, bias=layer.bias, backend="reference")
+    with torch.no_grad():
+        assert steps_of(layer, x)[2] == "own layout"
+        assert_same_bits(layer(x), wanted.detach())
+        assert steps_of(layer, torch.randn(1, 64))[6] == "gemv_4bit"
+    assert backend.seen["prepare_weight"] == 1
+    assert backend.seen["prepared product"] == 3
+
+
+@pytest.mark.parametrize("own_layout", [False, True], ids=["canonical layout", "own layout"])
+def test_the_state_dict_is_bit_identical_before_and_after_inference(own_layout):
+    refq4.register_backend(Loopback(own_layout=own_layout))
+    layer = layer_of(quant_storage=torch.bfloat16)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    pointers = {key: value.data_ptr() for key, value in layer.named_parameters()}
+    with torch.no_grad():
+        layer(torch.randn(3, 64))
+        layer(torch.randn(1, 64, dtype=torch.bfloat16))
+    after = layer.state_dict()
+    assert list(before) == list(after)
+    for key, value in before.items():
+        assert_same_bits(after[key], value, key)
+    assert pointers == {key: value.data_ptr() for key, value in layer.named_parameters()}
+
+
+def test_step_2_stays_canonical_in_training_and_where_a_gradient_is_wanted():
+    refq4.register_backend(Loopback(own_layout=True))
+    layer, x = layer_of(), torch.randn(3, 64)
+    assert why(layer.train(), x, 2) == "the layer is in training mode"
+    assert why(layer.eval(), x.clone().requires_grad_(), 2) == "a gradient is wanted"
+
+
+def test_step_2_prepares_again_when_backend_state_or_bytes_change():
+    first = refq4.register_backend(Loopback(own_layout=True))
+
+    class Second(Loopback):
+        name = "second"
+
+    second = refq4.register_backend(Second(own_layout=True))
+    layer, x = layer_of(), torch.randn(3, 64)
+    with torch.no_grad():
+        for name in ("loopback", "second", "reference", "loopback"):
+            with refq4.use_backend(name):
+                assert_within_budget(layer(x), x, layer.weight, layer.quant_state, layer.bias, name)
+        assert (first.seen["prepare_weight"], second.seen["prepare_weight"]) == (2, 1)
+        refq4.set_backend("loopback")
+        layer(x)
+        assert first.seen["prepare_weight"] == 2
+        layer.weight.bitwise_xor_(1)  # other codes in the same memory
+        assert_within_budget(layer(x), x, layer.weight, layer.quant_state, layer.bias, "bytes changed")
+        layer.weight.quant_state.absmax[0] += 1
+        assert_within_budget(layer(x), x, layer.weight, layer.quant_state, layer.bias, "scale changed")
+        layer.load_state_dict(layer_of().state_dict())
+        assert_within_budget(layer(x), x, layer.weight, layer.quant_state, layer.bias, "loaded")
+
+
+def test_a_copy_does_not_carry_the_prepared_layout():
+    refq4.register_backend(Loopback(own_layout=True))
+    layer, x = layer_of(), torch.randn(3, 64)
+    with torch.no_grad():
+        layer(x)
+        assert layer._prepared.prepared.layout == SWAPPED
+        twin = copy.deepcopy(layer)
+        assert twin._prepared is None
+        assert_same_bits(twin(x), layer(x))
+
+
+# --- 3 ----------------------------------------------------------------------------------------------------------------
+
+
+def test_step_3_casts_a_copy_of_the_bias_and_leaves_the_parameter_alone():
+    layer = layer_of()
+    bias = layer.bias.detach().clone()
+    assert steps_of(layer, torch.randn(3, 64))[3] == "kept"
+    assert steps_of(layer, torch.randn(3, 64).bfloat16())[3] == "cast"
+    assert_same_bits(layer.bias.detach(), bias)
+    assert steps_of(layer_of(bias=False), torch.randn(3, 64))[3] == "none"
+
+
+def test_step_3_rounds_the_bias_to_the_input_dtype_as_bitsandbytes_does():
+    layer = layer_of(compute_dtype=torch.float32)
+    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    assert_same_bits(layer(x)[0], layer.bias.bfloat16().detach().clone(), "x = 0 leaves the bias")
+
+
+# --- 4 ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_step_4_infers_the_compute_dtype_from_the_first_input_and_keeps_it(dtype):
+    layer = layer_of()
+    assert steps_of(layer, torch.randn(2, 64, dtype=dtype))[4] == "inferred"
+    assert layer.compute_dtype == dtype
+    assert steps_of(layer, torch.randn(2, 64, dtype=torch.float32))[4] == "as set"
+    assert layer.compute_dtype == dtype
+
+
+@pytest.mark.parametrize(("tokens", "wording"), [(1, "narrow range. Set"), (2, "in training too")])
+def test_step_4_computes_fp16_as_it_comes_when_nothing_was_set_and_warns_once(tokens, wording):
+    layer = layer_of()
+    with pytest.warns(UserWarning, match=wording):
+        y = layer(torch.randn(tokens, 64, dtype=torch.float16))
+    assert (y.dtype, layer.compute_dtype) == (torch.float16, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert steps_of(layer, torch.randn(tokens, 64, dtype=torch.float16))[4] == "as set"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wording"), [(1, "computes in float32: inference will"), (2, "inference and training")]
+)
+def test_step_4_warns_of_fp16_input_under_fp32_compute(tokens, wording):
+    layer = layer_of(compute_dtype=torch.float32)
+    with pytest.warns(UserWarning, match=wording):
+        layer(torch.randn(tokens, 64, dtype=torch.float16))
+    layer(torch.randn(tokens, 64, dtype=torch.float16))  # once
+
+
+def test_step_4_does_not_warn_of_fp16_input_under_fp16_compute():
+    layer_of(compute_dtype=torch.float16)(torch.randn(1, 64, dtype=torch.float16))
+
+
+def test_computing_in_fp32_stays_fp32_for_a_half_precision_weight():
+    layer = refq4.nn.Linear4bit(64, 8, quant_type="nf4", compress_statistics=False).to(torch.bfloat16).to("cpu")
+    x = torch.randn(3, 64)
+    exact = copy.deepcopy(layer.quant_state)
+    exact.dtype = torch.float32
+    weight = F.dequantize_4bit(layer.weight, exact)
+    assert not torch.equal(weight, weight.bfloat16().float()), (
+        "the decoded weight must not fit bf16 for this to mean much"
+    )
+    assert_same_bits(layer(x).detach(), nn.functional.linear(x, weight, layer.bias.float()).detach())
+
+
+# --- 5 and 7 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.filterwarnings("ignore:Linear4bit got float16")
+def test_steps_5_and_7_compute_in_the_compute_dtype_and_answer_in_the_inputs(x_dtype, compute):
+    layer = layer_of(compute_dtype=compute)
+    x = torch.randn(3, 64, dtype=x_dtype)
+    y = layer(x)
+    assert y.dtype == x_dtype
+    plain = nn.functional.linear(x.to(compute), dense(layer, compute), layer.bias.to(x_dtype).to(compute)).to(x_dtype)
+    assert_same_bits(y.detach(), plain.detach())
+    expected = ("nothing", "nothing") if x_dtype == compute else ("cast", "cast")
+    chosen = steps_of(layer, x)
+    assert (chosen[5], chosen[7]) == expected
+
+
+# --- 6 ----------------------------------------------------------------------------------------------------------------
+
+
+def test_step_6_takes_gemv_for_one_token_and_matmul4bit_for_the_rest():
+    layer, x = layer_of(), torch.randn(1, 64)
+    assert steps_of(layer, x)[6] == "gemv_4bit"
+    assert steps_of(layer, x[0])[6] == "gemv_4bit"
+    assert steps_of(layer, x.view(1, 1, 64))[6] == "gemv_4bit"
+    assert steps_of(layer, torch.randn(2, 64))[6] == "MatMul4Bit"
+    assert steps_of(layer, x.clone().requires_grad_())[6] == "MatMul4Bit"
+    with torch.no_grad():
+        assert steps_of(layer, x.clone().requires_grad_())[6] == "gemv_4bit"
+    assert steps_of(layer, torch.randn(0, 64))[6] == "MatMul4Bit"
+
+
+def test_step_6_warns_when_blocks_straddle_rows_and_takes_the_slower_path():
+    layer = layer_of(k=96)
+    with pytest.warns(UserWarning, match="in_features 96 is no multiple of the blocksize 64"):
+        assert steps_of(layer, torch.randn(1, 96))[6] == "MatMul4Bit"
+
+
+def test_the_path_is_a_decision_with_a_reason():
+    _, state = F.quantize_4bit(torch.randn(8, 64), quant_type="nf4")
+    assert F.choose_path(torch.randn(1, 64), state) is matmul.ONE_TOKEN
+    assert F.choose_path(torch.randn(1, 64), state, prepared=True) is matmul.PREPARED
+    assert F.choose_path(torch.randn(4, 1, 64), state) is matmul.SEVERAL_TOKENS
+    assert F.choose_path(torch.randn(8), state) is matmul.FROM_K_BY_N
+    assert "single token" in matmul.ONE_TOKEN.why
+
+
+def test_the_bias_gets_its_gradient_on_the_gemv_path_too():
+    layer, x = layer_of(), torch.randn(1, 64)
+    assert steps_of(layer, x)[6] == "gemv_4bit"
+    layer(x).sum().backward()
+    assert_same_bits(layer.bias.grad, torch.ones(8))
+
+
+@pytest.mark.parametrize("orientation", ["column", "row"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_packed_weight_works_as_column_and_as_its_transpose(orientation, tokens):
+    weight = torch.randn(16, 64)
+    B, state = F.quantize_4bit(weight, quant_type="nf4")
+    x = torch.randn(tokens, 64)
+    assert_within_budget(F.matmul_4bit(x, B if orientation == "column" else B.t(), state), x, B, state)
+
+
+def test_a_weight_quantised_as_k_by_n_is_computed_and_deprecated():
+    weight = torch.randn(64, 8)
+    B, state = F.quantize_4bit(weight, quant_type="nf4")
+    x, bias = torch.randn(3, 64), torch.randn(8)
+    with pytest.warns(DeprecationWarning, match=r"quantised from a \[K, N\] tensor: quant_state.shape is \[64, 8\]"):
+        y = F.matmul_4bit(x, B, state, bias=bias)
+    assert_same_bits(y, nn.functional.linear(x, F.dequantize_4bit(B, state).t(), bias))
+
+
+def test_out_is_written_and_refused_with_a_gradient():
+    B, state = F.quantize_4bit(torch.randn(8, 64), quant_type="nf4")
+    x, out = torch.randn(3, 64), torch.empty(3, 8)
+    assert F.matmul_4bit(x, B, state, out=out) is out
+    assert_within_budget(out, x, B, state)
+    with pytest.raises(ValueError, match="out= can't be combined with a wanted gradient"):
+        F.matmul_4bit(x.requires_grad_(), B, state, out=out)
+    with pytest.raises(ValueError, match=r"out= must be float32 \[3, 8\]"):
+        F.matmul_4bit(x.detach(), B, state, out=torch.empty(3, 9))
+
+
+# --- the embedding ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32], ids=str)
+def test_an_embedding_decodes_the_rows_it_is_asked_for(storage):
+    table = refq4.nn.Embedding4bit(50, 128, quant_type="nf4", quant_storage=storage).to("cpu")
+    ids = torch.tensor([[3, 3], [49, 0]])
+    with refq4.trace() as t:
+        rows = table(ids)
+    assert t.calls[0].steps[0].choice == "rows"
+    assert_same_bits(rows, F.dequantize_4bit(table.weight, table.quant_state)[ids])
+
+
+def test_an_embedding_whose_rows_are_not_whole_blocks_decodes_the_table_and_warned_of_it():
+    with pytest.warns(UserWarning, match="embedding_dim 96 is no multiple of the blocksize 64"):
+        table = refq4.nn.EmbeddingFP4(50, 96)
+    table.to("cpu")
+    ids = torch.tensor([3, 49])
+    with refq4.trace() as t:
+        rows = table(ids)
+    assert t.calls[0].steps[0].choice == "whole table"
+    assert_same_bits(rows, F.dequantize_4bit(table.weight, table.quant_state)[ids])
+
+
+def test_an_embedding_is_saved_and_loaded():
+    table = refq4.nn.EmbeddingNF4(50, 64).to("cpu")
+    other = refq4.nn.EmbeddingNF4(50, 64)
+    other.load_state_dict(table.state_dict())
+    ids = torch.arange(50)
+    assert_same_bits(other(ids), table(ids))

@@ -1,0 +1,325 @@
+"""Finding backends, choosing one, and what is said when that fails."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextvars
+import json
+import os
+import subprocess
+import sys
+import threading
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+from loopback import Loopback
+
+import refq4
+import refq4.functional as F
+from refq4 import registry
+from refq4.backend import OPS, Backend, Call
+from refq4.reference import ReferenceBackend
+
+ROOT = Path(refq4.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def isolated():
+    with registry.isolated_registry():
+        yield
+
+
+@pytest.fixture
+def loopback() -> Loopback:
+    backend = Loopback()
+    refq4.register_backend(backend)
+    return backend
+
+
+def call(op: str = "gemm_4bit", **changes) -> Call:
+    settings = {"device": "cpu", "dtype": torch.float32, "m": 2, "n": 8, "k": 64, "blocksize": 64, "code": "nf4"}
+    return Call(op, **(settings | changes))
+
+
+# --- the order of the five places -------------------------------------------------------------------------------------
+
+
+def test_the_call_wins_over_the_block_over_the_process_over_the_environment(loopback, monkeypatch):
+    x = torch.randn(4, 64)
+    monkeypatch.setenv("REFQ4_BACKEND", "loopback")
+    assert refq4.get_backend() == "loopback"
+    refq4.set_backend("reference")
+    assert refq4.get_backend() == "reference"
+    with refq4.use_backend("loopback"):
+        assert refq4.get_backend() == "loopback"
+        with refq4.use_backend("auto"):
+            assert refq4.get_backend() == "auto"
+        F.quantize_4bit(x, backend="reference")
+        assert loopback.seen["quantize_4bit"] == 0
+        F.quantize_4bit(x)
+        assert loopback.seen["quantize_4bit"] == 1
+    assert refq4.get_backend() == "reference"
+
+
+def test_use_backend_decorates_a_function(loopback):
+    @refq4.use_backend("loopback")
+    def inside() -> str:
+        return refq4.get_backend()
+
+    assert (inside(), refq4.get_backend()) == ("loopback", "auto")
+
+
+def test_use_backend_is_undone_by_an_exception(loopback):
+    with pytest.raises(KeyError), refq4.use_backend("loopback"):
+        raise KeyError
+    assert refq4.get_backend() == "auto"
+
+
+def test_a_new_thread_does_not_inherit_the_block_unless_its_context_is_copied(loopback):
+    seen = []
+    with refq4.use_backend("loopback"):
+        context = contextvars.copy_context()
+        for target in (lambda: seen.append(refq4.get_backend()), lambda: seen.append(context.run(refq4.get_backend))):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join()
+    assert seen == ["auto", "loopback"]
+
+
+def test_two_asyncio_tasks_have_their_own_choice(loopback):
+    async def task(name: str) -> str:
+        with refq4.use_backend(name):
+            await asyncio.sleep(0)
+            return refq4.get_backend()
+
+    async def both() -> list[str]:
+        return await asyncio.gather(task("loopback"), task("reference"))
+
+    assert asyncio.run(both()) == ["loopback", "reference"]
+
+
+@pytest.mark.parametrize("value", ["cuda-emulatr", "0", "Reference"])
+def test_a_wrong_environment_variable_is_an_error_that_names_it(monkeypatch, value):
+    monkeypatch.setenv("REFQ4_BACKEND", value)
+    with pytest.raises(refq4.UnknownBackendError, match=rf"REFQ4_BACKEND='{value}'"):
+        F.quantize_4bit(torch.ones(64))
+
+
+# --- auto -------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_highest_priority_that_can_run_the_call_and_says_who_was_passed_over(loopback):
+    loopback.can_run = lambda c: "it takes no single token" if c.m == 1 else None
+    assert registry.resolve(call(m=2), "auto")[0] is loopback
+    backend, passed_over = registry.resolve(call(m=1), "auto")
+    assert backend.name == "reference"
+    assert ("loopback", "it takes no single token") in passed_over
+
+
+def test_auto_passes_over_an_unavailable_backend(loopback):
+    class Away(Loopback):
+        name, priority = "away", 9
+
+        def available(self):
+            return "no such processor; run it elsewhere"
+
+    refq4.register_backend(Away())
+    backend, passed_over = registry.resolve(call(), "auto")
+    assert backend is loopback
+    assert passed_over == [("away", "no such processor; run it elsewhere")]
+    with pytest.raises(refq4.BackendUnavailableError, match="no such processor; run it elsewhere"):
+        refq4.set_backend("away")
+
+
+def test_auto_without_any_that_can_is_an_error_with_every_reason():
+    with pytest.raises(refq4.BackendUnsupportedError, match="reference: meta tensors hold no values"):
+        registry.resolve(call(device="meta"), "auto")
+
+
+def test_a_backend_chosen_by_name_raises_for_what_it_cant_do(loopback):
+    loopback.can_run = lambda c: "only odd N"
+    with pytest.raises(refq4.BackendUnsupportedError, match=r"'loopback' can't run gemm_4bit\(M=2, N=8.*only odd N"):
+        registry.resolve(call(), "loopback")
+
+
+def test_an_error_in_the_middle_of_an_op_keeps_its_type_and_says_whose_it_was(loopback):
+    def broken(*args):
+        raise ZeroDivisionError("inside the kernel")
+
+    loopback.quantize_4bit = broken
+    with pytest.raises(ZeroDivisionError, match="inside the kernel") as caught:
+        F.quantize_4bit(torch.ones(64), backend="loopback")
+    assert "backend 'loopback' ran quantize_4bit" in caught.value.__notes__[0]
+
+
+# --- registering ------------------------------------------------------------------------------------------------------
+
+
+def test_every_op_reaches_a_plug_in(loopback):
+    with refq4.use_backend("loopback"), torch.no_grad():
+        layer = refq4.nn.LinearNF4(64, 8).to("cpu")
+        layer(torch.randn(1, 64))
+        layer(torch.randn(2, 64))
+        F.dequantize_4bit(layer.weight, layer.quant_state)
+        F.dequantize_blockwise(*F.quantize_blockwise(torch.ones(64)))
+    assert set(OPS) <= set(loopback.seen)
+
+
+def test_the_nearest_name_is_suggested():
+    with pytest.raises(refq4.UnknownBackendError, match="Did you mean 'reference'"):
+        refq4.set_backend("refernce")
+    with pytest.raises(refq4.UnknownBackendError, match="unknown backend 'quux'"):
+        F.quantize_4bit(torch.ones(64), backend="quux")
+    with pytest.raises(refq4.UnknownBackendError, match="unknown backend 'quux'"):
+        refq4.backend_info("quux")
+    with pytest.raises(refq4.UnknownBackendError, match="unknown backend 'quux'"):
+        refq4.unregister_backend("quux")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "says"),
+    [
+        (object(), TypeError, "an instance of refq4.backend.Backend"),
+        (Loopback, TypeError, "an instance of refq4.backend.Backend"),
+        (Backend(), ValueError, "needs a name"),
+    ],
+    ids=["not a backend", "a class", "no name"],
+)
+def test_registering_something_wrong_says_what_is_wanted(wrong, error, says):
+    with pytest.raises(error, match=says):
+        refq4.register_backend(wrong)
+
+
+def test_a_name_is_taken_over_only_on_request(loopback):
+    with pytest.raises(ValueError, match="registered already; pass replace=True"):
+        refq4.register_backend(Loopback())
+    other = refq4.register_backend(Loopback(), replace=True)
+    assert registry.resolve(call(), "loopback")[0] is other
+
+
+def test_a_plug_in_that_fails_to_import_is_listed_with_its_error_and_breaks_nothing(monkeypatch):
+    points = [
+        EntryPoint("broken", "no_such_module:Backend", "refq4.backends"),
+        EntryPoint("reference", "refq4.reference:ReferenceBackend", "refq4.backends"),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    monkeypatch.setattr(registry, "_entries", None)
+    monkeypatch.setattr(registry, "_ordered", None)
+    assert refq4.list_backends() == ["broken", "reference"]
+    info = refq4.backend_info("broken")
+    assert not info["available"]
+    assert "No module named 'no_such_module'" in info["reason"]
+    F.quantize_4bit(torch.ones(64))
+    with pytest.raises(refq4.BackendUnavailableError, match="importing it failed: ModuleNotFoundError"):
+        refq4.set_backend("broken")
+
+
+def test_a_plug_in_that_fails_when_asked_whether_it_is_available_is_listed_with_its_error():
+    class Nervous(Loopback):
+        name = "nervous"
+
+        def available(self):
+            raise OSError("driver says no")
+
+    refq4.register_backend(Nervous())
+    assert "OSError: driver says no" in refq4.backend_info("nervous")["reason"]
+    F.quantize_4bit(torch.ones(64))
+
+
+def test_an_uninstalled_checkout_finds_no_backends_and_hints_at_installing(monkeypatch):
+    monkeypatch.setattr(registry, "entry_points", lambda group: [])
+    monkeypatch.setattr(registry, "_entries", None)
+    monkeypatch.setattr(registry, "_ordered", None)
+    with pytest.raises(refq4.BackendUnavailableError, match=r"pip install -e \."):
+        F.quantize_4bit(torch.ones(64))
+    with pytest.raises(refq4.UnknownBackendError, match=r"pip install -e \."):
+        refq4.set_backend("reference")
+
+
+def test_backend_info_tells_where_it_was_found_and_what_it_can_do(loopback):
+    info = refq4.backend_info("reference")
+    assert info["found_in"] == "entry point refq4.reference:ReferenceBackend"
+    assert info["ops"] == list(OPS)
+    assert json.loads(json.dumps(info)) == info
+    assert "register_backend(loopback.Loopback)" in refq4.backend_info("loopback")["found_in"]
+
+
+def test_a_backend_says_no_to_ops_it_has_not_and_devices_it_is_not_on():
+    class Half(Backend):
+        name = "half"
+        gemv_4bit = ReferenceBackend.gemv_4bit
+
+    half = Half()
+    assert half.can_run(call("gemv_4bit")) is None
+    assert half.can_run(call("gemm_4bit")) == "it has no gemm_4bit"
+    assert "computes on cpu, and the tensors are on cuda" in str(half.can_run(call("gemv_4bit", device="cuda")))
+    assert half.prepare_weight(None) is None
+    for op, arguments in {"quantize_4bit": 3, "dequantize_4bit": 2, "gemm_4bit": 3, "restore_weight": 1}.items():
+        with pytest.raises(refq4.BackendUnsupportedError, match=f"'half' has no {op}"):
+            getattr(half, op)(*[None] * arguments)
+    with pytest.raises(refq4.BackendUnsupportedError, match="has no quantize_blockwise"):
+        half.quantize_blockwise(None, None, 64)
+    with pytest.raises(refq4.BackendUnsupportedError, match="has no dequantize_blockwise"):
+        half.dequantize_blockwise(None, None, None, 64, torch.float32)
+    with pytest.raises(refq4.BackendUnsupportedError, match="has no gemv_4bit"):
+        Backend().gemv_4bit(None, None, None)
+
+
+# --- the house --------------------------------------------------------------------------------------------------------
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            prefix = "." * node.level + (node.module or "")
+            found |= {prefix} | {f"{prefix}.{alias.name}".replace("..", ".") for alias in node.names}
+    return found
+
+
+def test_the_core_imports_no_backend():
+    for path in ROOT.rglob("*.py"):
+        for name in imports(path):
+            assert not name.startswith(("refq4_cpu", "refq4_cuda", "bitsandbytes")), f"{path.name} imports {name}"
+
+
+def test_the_core_reaches_the_reference_through_the_registry_only():
+    allowed = {"reference.py"}
+    for path in ROOT.glob("*.py"):
+        if path.name not in allowed:
+            assert not any(name.lstrip(".").startswith("reference") for name in imports(path)), path.name
+
+
+def test_the_layers_know_no_device():
+    source = (ROOT / "nn.py").read_text() + (ROOT / "pipeline.py").read_text()
+    for word in ("is_cuda", "torch.cuda", "avx", '== "cpu"', '== "cuda"'):
+        assert word not in source, word
+
+
+def test_backends_import_contract_codebooks_and_layout_only():
+    allowed = {"refq4.backend", "refq4.codebooks", "refq4.layout", "refq4.buildcache"}
+    backends = ROOT.parent / "backends"
+    for path in backends.rglob("*.py"):
+        if "tests" in path.parts:
+            continue
+        for name in imports(path):
+            if name.split(".")[0] == "refq4":
+                assert any(name == a or name.startswith(f"{a}.") for a in allowed), f"{path} imports {name}"
+            others = {"refq4_cpu", "refq4_cuda"} - set(path.parts)
+            assert name.split(".")[0] not in others, f"{path} imports {name}"
+
+
+def test_importing_refq4_needs_no_backend_no_cuda_and_none_of_the_extras():
+    probe = (
+        "import sys, torch, refq4; print([m for m in sys.argv[1:] if m in sys.modules], torch.cuda.is_initialized())"
+    )
+    heavy = ["refq4_cpu", "refq4_cuda", "transformers", "sentence_transformers", "bitsandbytes", "rich", "cuda"]
+    run = subprocess.run(
+        [sys.executable, "-c", probe, *heavy], capture_output=True, text=True, env=os.environ | {"REFQ4_BACKEND": ""}
+    )
+    assert run.stdout.strip() == "[] False", run.stdout + run.stderr
