@@ -290,7 +290,7 @@ class _Reader:
             state.offset = torch.tensor(self._number("nested_offset"), dtype=torch.float32, device=state.absmax.device)
             state.state2 = QuantState(
                 absmax=self._tensor("nested_absmax", torch.float32, blocks2, scales=True),
-                code=self._code("nested_quant_map", create_dynamic_map()),
+                code=self._code("nested_quant_map", create_dynamic_map(), _dynamic_map_of_old_cpu_builds()),
                 blocksize=blocksize2,
                 dtype=self._dtype("nested_dtype"),
             )
@@ -371,7 +371,7 @@ class _Reader:
             raise ValueError(f"{self.keys[name]}: scales are finite and not negative, got {value[at].item()} at {at}")
         return value.detach()
 
-    def _code(self, name: str, expected: Tensor) -> Tensor:
+    def _code(self, name: str, expected: Tensor, *variants: Tensor) -> Tensor:
         value = self.items[name]
         if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != expected.shape:
             raise self._fail(name, f"a float32 tensor of {expected.numel()}")
@@ -379,13 +379,20 @@ class _Reader:
             return value
         if not bool(value.isfinite().all()):
             raise self._fail(name, f"{expected.numel()} finite values")
-        if not self.allow_other_code and not torch.equal(value.cpu(), expected):
+        if not self.allow_other_code and not any(torch.equal(value.cpu(), known) for known in (expected, *variants)):
             at = int((value.cpu() != expected).nonzero()[0])
             raise ValueError(
                 f"{self.keys[name]}: entry {at} is {value[at].item()}, the published table has {expected[at].item()}; "
                 f"pass allow_other_code=True to decode with the values in the file"
             )
         return value.detach()
+
+
+def _dynamic_map_of_old_cpu_builds() -> Tensor:
+    """The map in nested checkpoints that bitsandbytes up to 0.49 wrote on a CPU: its smallest entry is -1 there."""
+    table = create_dynamic_map()
+    table[0] = -1.0
+    return table
 
 
 def _json_to_tensor(items: dict[str, Any]) -> Tensor:
