@@ -269,10 +269,11 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
         >>> m.shape, round(float(m[0]), 4), float(m[-1]), float(m[127])
         (torch.Size([256]), -0.993, 1.0, 0.0)
     """
-    return torch.tensor(_dynamic_map_values(signed, max_exponent_bits, total_bits), dtype=torch.float32)
+    usual = (signed, max_exponent_bits, total_bits) == (True, 7, 8)
+    values = _USUAL_DYNAMIC_MAP if usual else _dynamic_map_values(signed, max_exponent_bits, total_bits)
+    return torch.tensor(values, dtype=torch.float32)
 
 
-@lru_cache(maxsize=8)
 def _dynamic_map_values(signed: bool, max_exponent_bits: int, total_bits: int) -> tuple[float, ...]:
     spare_bits = total_bits - 1 - max_exponent_bits
     if not 2 <= total_bits <= 8 or max_exponent_bits < 1 or spare_bits < 0:
@@ -291,6 +292,9 @@ def _dynamic_map_values(signed: bool, max_exponent_bits: int, total_bits: int) -
         if signed:
             values += (-(10**decade) * means).tolist()
     return tuple(sorted([*values, *[0.0] * (256 - len(values))]))
+
+
+_USUAL_DYNAMIC_MAP = _dynamic_map_values(True, 7, 8)  # a constant, so that torch.compile sees one
 
 
 # --- the shelf ------------------------------------------------------------------------------------------------------

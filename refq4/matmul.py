@@ -11,6 +11,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from .autograd import MatMul4Bit
@@ -144,7 +145,13 @@ def _run_path(
 
 
 def _wants_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+    """Whether a derivative of this operand may be wanted, in reverse or (jvp, jacfwd) in forward mode.
+
+    Forward mode marks its tensors in no way that can be asked for, so inside it everything counts as wanted.
+    """
+    if tensor is None:
+        return False
+    return (tensor.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 def _matmul_k_by_n(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None, backend: str) -> Tensor:

@@ -266,7 +266,7 @@ torch.serialization.add_safe_globals([Params4bit, QuantState, _rebuild_params4bi
 class _Holds4bitWeight(nn.Module):
     """What Linear4bit and Embedding4bit share: moving, saving and loading a module with a Params4bit ``weight``."""
 
-    weight: nn.Parameter
+    weight: Any  # a Params4bit, until something rebuilds it as a plain parameter
     quant_state: QuantState | None
 
     def _hold(self, **settings: Any) -> None:
@@ -288,12 +288,10 @@ class _Holds4bitWeight(nn.Module):
         torch would copy only ``.data`` from the moved parameter into the old one.
         """
         weight = self.weight
-        if not (isinstance(weight, Params4bit) and weight.bnb_quantized):
+        if not isinstance(weight, Params4bit):  # rebuilt from its bytes: the state is the module's
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             if self.quant_state is not None:
                 self.quant_state = self.quant_state.copy().to(self.weight.device)
-            if isinstance(weight, Params4bit) and self.weight is not weight:
-                self.weight = weight._like(self.weight.data, weight.quant_state)
             return self
         with torch.no_grad():
             moved = fn(weight)
@@ -302,20 +300,23 @@ class _Holds4bitWeight(nn.Module):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._parameters["weight"] = weight
-        if moved.data_ptr() != weight.data_ptr() or moved.device != weight.device:
+        if moved is not weight:
             self._adopt(weight, moved)
+        self.quant_state = self.weight.quant_state
         return self
 
     def _adopt(self, weight: Params4bit, moved: Tensor) -> None:
-        state = moved.quant_state if isinstance(moved, Params4bit) else None
-        if state is None and weight.quant_state is not None:
-            state = weight.quant_state.copy().to(moved.device)
+        """Make ``weight`` what ``moved`` is; a new parameter only where torch can't exchange the data (meta)."""
+        if isinstance(moved, Params4bit):
+            state, quantised = moved.quant_state, moved.bnb_quantized
+        else:
+            state, quantised = weight.quant_state, weight.bnb_quantized
+            state = None if state is None else state.copy().to(moved.device)
         if torch._has_compatible_shallow_copy_type(weight, moved):
             weight.data = moved.data
-            weight.quant_state = state
+            weight.quant_state, weight.bnb_quantized = state, quantised
         else:
             self.weight = weight._like(moved.data, state)
-        self.quant_state = state
 
     # --- state dicts ------------------------------------------------------------------------------------------------
 
@@ -388,7 +389,7 @@ class _Holds4bitWeight(nn.Module):
         self.weight = fresh.to(self.weight.device)
 
 
-class Linear4bit(_Holds4bitWeight, nn.Linear):  # type: ignore[misc]  # both declare weight
+class Linear4bit(_Holds4bitWeight, nn.Linear):
     """A linear layer with a 4-bit weight. Mirrors ``bitsandbytes.nn.Linear4bit``; QLoRA, section 3.
 
     Args:
@@ -528,7 +529,7 @@ class LinearFP4(Linear4bit):
         )
 
 
-class Embedding4bit(_Holds4bitWeight, nn.Embedding):  # type: ignore[misc]  # both declare weight
+class Embedding4bit(_Holds4bitWeight, nn.Embedding):
     """An embedding with a 4-bit table. Mirrors ``bitsandbytes.nn.Embedding4bit``; unlike there, it can be saved.
 
     Args:

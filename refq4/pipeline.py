@@ -78,7 +78,7 @@ def linear_4bit(layer: Linear4bit, x: Tensor) -> Tensor:
             listener.step(3, "bias dtype", decision, bias)
 
         compute_dtype, decision = choose_compute_dtype(layer, x)
-        if layer.awaits_first_input and not torch.compiler.is_compiling():  # a graph that did this would recompile
+        if not torch.compiler.is_compiling() and layer.awaits_first_input:  # a graph that did this would recompile
             layer.compute_dtype, layer.compute_type_is_set, layer.awaits_first_input = compute_dtype, True, False
         if listener is not None:
             listener.step(4, "compute dtype", decision, compute_dtype or x.dtype)

@@ -1,0 +1,199 @@
+"""MatMul4Bit and the ops' gradients: every transform torch has, against a plain linear on the decoded weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import refq4
+import refq4.functional as F
+from refq4 import ops
+from refq4.autograd import MatMul4Bit
+from refq4.testing import assert_same_bits
+
+
+@pytest.fixture(params=[False, True], ids=["plain scales", "double quantisation"])
+def packed(request):
+    return F.quantize_4bit(torch.randn(6, 96), quant_type="nf4", blocksize=32, compress_statistics=request.param)
+
+
+def plain(state, B, dtype=torch.float64):
+    weight = state.copy()
+    weight.dtype = torch.float32
+    weight = F.dequantize_4bit(B, weight).to(dtype)
+    return lambda A, bias=None: nn.functional.linear(A, weight, bias)
+
+
+SHAPES = [(96,), (3, 96), (2, 3, 96), (2, 1, 3, 96)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{len(s)}-D input")
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+def test_gradients_pass_gradcheck_to_second_order_on_the_exact_path(packed, shape, with_bias):
+    B, state = packed
+    A = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, requires_grad=True) if with_bias else None
+    args = (A, bias) if with_bias else (A,)
+
+    def product(A, bias=None):
+        return MatMul4Bit.apply(A, B, None, bias, state)
+
+    torch.autograd.gradcheck(product, args, check_forward_ad=True, check_batched_grad=True)
+    torch.autograd.gradgradcheck(product, args)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{len(s)}-D input")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_equal_those_of_a_plain_linear_on_the_decoded_weight(packed, shape, dtype):
+    B, state = packed
+    A, bias = torch.randn(shape, dtype=dtype), torch.randn(6, dtype=dtype)
+    grads = []
+    for product in (lambda a, b: F.matmul_4bit(a, B, state, bias=b), plain(state, B, dtype)):
+        a, b = A.clone().requires_grad_(), bias.clone().requires_grad_()
+        y = product(a, b)
+        (y.sin() if dtype == torch.float32 else y).sum().backward()
+        grads.append((a.grad, b.grad))
+    for mine, theirs in zip(*grads, strict=True):
+        assert_same_bits(mine, theirs) if dtype == torch.float32 else torch.testing.assert_close(mine, theirs)
+
+
+def test_the_bias_gradient_sums_over_all_leading_dimensions(packed):
+    B, state = packed
+    bias = torch.zeros(6, requires_grad=True)
+    F.matmul_4bit(torch.randn(2, 3, 4, 96), B, state, bias=bias).sum().backward()
+    assert_same_bits(bias.grad, torch.full((6,), 24.0))
+
+
+def test_the_frozen_weight_gets_no_gradient():
+    layer = refq4.nn.LinearNF4(64, 8).to("cpu")
+    layer(torch.randn(3, 64)).sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad is not None
+
+
+def test_an_empty_batch_has_empty_and_zero_gradients(packed):
+    B, state = packed
+    A, bias = torch.randn(0, 96, requires_grad=True), torch.zeros(6, requires_grad=True)
+    y = F.matmul_4bit(A, B, state, bias=bias)
+    assert y.shape == (0, 6)
+    y.sum().backward()
+    assert A.grad.shape == (0, 96)
+    assert_same_bits(bias.grad, torch.zeros(6))
+
+
+def test_a_bias_of_another_dtype_gets_its_gradient_in_its_own(packed):
+    B, state = packed
+    bias = torch.zeros(6, dtype=torch.float32, requires_grad=True)
+    F.matmul_4bit(torch.randn(2, 96).bfloat16().requires_grad_(), B, state, bias=bias).sum().backward()
+    assert bias.grad.dtype == torch.float32
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    layer = refq4.nn.LinearNF4(64, 64).to("cpu")
+    x = torch.randn(3, 64)
+    grads = []
+    for run in (lambda a: checkpoint(layer, a, use_reentrant=False), layer):
+        a = x.clone().requires_grad_()
+        run(a).square().sum().backward()
+        grads.append(a.grad)
+    assert_same_bits(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_computes_in_its_dtype_like_a_plain_linear(packed, dtype):
+    B, state = packed
+    A, bias = torch.randn(3, 96, requires_grad=True), torch.randn(6, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y = F.matmul_4bit(A, B, state, bias=bias)
+        wanted = plain(state, B, torch.float32)(A, bias)
+    assert y.dtype == wanted.dtype == dtype
+    torch.testing.assert_close(y, wanted)
+    y.float().sum().backward()
+    assert (A.grad.dtype, bias.grad.dtype) == (torch.float32, torch.float32)
+
+
+def test_autocast_inside_a_layer_still_answers_in_the_inputs_dtype():
+    layer, x = refq4.nn.LinearNF4(64, 8).to("cpu"), torch.randn(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.float32
+
+
+def test_autocast_leaves_fp64_alone(packed):
+    B, state = packed
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.matmul_4bit(torch.randn(2, 96).double(), B, state).dtype == torch.float64
+
+
+# --- torch.func -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [(), (2,)], ids=["one token", "two tokens"])
+def test_torch_func_transforms_agree_with_a_plain_linear(packed, tokens):
+    B, state = packed
+    exact = plain(state, B)
+    A, bias = torch.randn(*tokens, 96).double(), torch.randn(6).double()
+
+    def mine(a, b):
+        return F.matmul_4bit(a, B, state, bias=b)
+
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        for argnum in (0, 1):
+            torch.testing.assert_close(transform(mine, argnum)(A, bias), transform(exact, argnum)(A, bias))
+    torch.testing.assert_close(
+        torch.func.hessian(lambda a: mine(a, bias).sin().sum())(A),
+        torch.func.hessian(lambda a: exact(a, bias).sin().sum())(A),
+    )
+    batch, biases = torch.randn(4, *tokens, 96).double(), torch.randn(4, 6).double()
+    for dims in ((0, None), (None, 0), (0, 0)):
+        args = (batch if dims[0] == 0 else A, biases if dims[1] == 0 else bias)
+        torch.testing.assert_close(torch.vmap(mine, dims)(*args), torch.vmap(exact, dims)(*args))
+        grad = torch.vmap(torch.func.grad(lambda a, b: mine(a, b).sin().sum(), (0, 1)), dims)(*args)
+        wanted = torch.vmap(torch.func.grad(lambda a, b: exact(a, b).sin().sum(), (0, 1)), dims)(*args)
+        torch.testing.assert_close(grad, wanted)
+
+
+def test_vmap_over_weights_says_to_loop(packed):
+    B, state = packed
+    many, A = torch.stack([B, B]), torch.randn(1, 96)
+    for product in (
+        lambda b: MatMul4Bit.apply(A, b, None, None, state),
+        lambda b: F.gemv_4bit(A, b, state=state),
+    ):
+        with pytest.raises(NotImplementedError, match="loop over them"):
+            torch.vmap(product)(many)
+
+
+def test_matmul4bit_refuses_out_and_a_missing_state(packed):
+    B, state = packed
+    A = torch.randn(2, 96)
+    with pytest.raises(ValueError, match="out="):
+        MatMul4Bit.apply(A, B, torch.empty(2, 6), None, state)
+    with pytest.raises(ValueError, match="needs the quant_state"):
+        MatMul4Bit.apply(A, B)
+
+
+def test_backward_keeps_the_backend_of_forward():
+    from loopback import Loopback
+
+    from refq4 import registry
+
+    with registry.isolated_registry():
+        backend = refq4.register_backend(Loopback())
+        B, state = F.quantize_4bit(torch.randn(6, 64), backend="reference")
+        A = torch.randn(2, 64, requires_grad=True)
+        with refq4.use_backend("loopback"):
+            y = F.matmul_4bit(A, B, state)
+        refq4.set_backend("reference")
+        y.sum().backward()  # on autograd's own thread for a GPU; the choice travels with the graph either way
+        assert backend.seen["dequantize_4bit"] == 1
+
+
+@pytest.mark.parametrize("op", ["gemv_4bit", "gemm_4bit"])
+def test_the_raw_op_has_the_same_gradients(packed, op):
+    B, state = packed
+    flat = ops._flatten(state.packed_weight(B))
+    A = torch.randn(1, 96, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda a, b: getattr(torch.ops.refq4, op)(a, *flat, b, "auto"), (A, bias))
