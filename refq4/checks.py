@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -47,3 +50,11 @@ def write_into(name: str, given: Tensor | None, result: Tensor) -> Tensor:
     if given.shape != result.shape or given.dtype != result.dtype or given.device != result.device:
         raise ValueError(f"{name}= must be {show(result)} on {result.device}, got {show(given)} on {given.device}")
     return given.copy_(result)
+
+
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning that points at the caller's own line: the nearest one outside refq4 and torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("refq4", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -7,8 +7,6 @@ matmul_4bit --- choose_path ---+-- gemv_4bit            one token, or a weight i
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -16,7 +14,7 @@ from torch.autograd import forward_ad
 from . import ops
 from .autograd import MatMul4Bit
 from .backend import PreparedWeight
-from .checks import ACTIVATION_DTYPES, check_floats, write_into
+from .checks import ACTIVATION_DTYPES, check_floats, warn_caller, write_into
 from .registry import requested_backend
 from .state import QuantState
 from .trace import Decision, current
@@ -133,10 +131,9 @@ def _run_path(
     if decision is FROM_K_BY_N:
         return _matmul_k_by_n(A, B, state, bias, backend)
     if decision is STRADDLING and not torch.compiler.is_compiling():
-        warnings.warn(
+        warn_caller(
             f"in_features {A.shape[-1]} is no multiple of the blocksize {state.blocksize}, so a single token takes the "
-            f"slower MatMul4Bit path instead of gemv_4bit",
-            stacklevel=4,
+            f"slower MatMul4Bit path instead of gemv_4bit"
         )
     if torch.compiler.is_compiling():  # the op carries the same gradient, and Dynamo sees through it
         return ops.matmul("gemm_4bit", A, state.packed_weight(B), bias, backend)
@@ -156,11 +153,10 @@ def _wants_grad(tensor: Tensor | None) -> bool:
 
 def _matmul_k_by_n(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None, backend: str) -> Tensor:
     if not torch.compiler.is_compiling():
-        warnings.warn(
+        warn_caller(
             f"the weight was quantised from a [K, N] tensor: quant_state.shape is {list(state.geometry()[0])}, and A "
             f"has K = {A.shape[-1]}. Quantise it as [N, K] = [out_features, in_features]; this will become an error.",
             DeprecationWarning,
-            stacklevel=4,
         )
     weight = ops.dequantize_4bit(state.packed_weight(B), A.dtype, backend)
     return torch.nn.functional.linear(A, weight.t(), bias)

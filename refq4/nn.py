@@ -12,7 +12,6 @@ file is about parameters: how they are quantised, moved, copied, split, saved an
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import pipeline
+from .checks import warn_caller
 from .quantization import DEFAULT_BLOCKSIZE, quantize_4bit, slice_state
 from .state import QuantState
 
@@ -560,10 +560,9 @@ class Embedding4bit(_Holds4bitWeight, nn.Embedding):
         self.dtype = self.weight.dtype
         self._hold(compress_statistics=False, quant_type=quant_type, quant_storage=quant_storage)
         if embedding_dim % DEFAULT_BLOCKSIZE:
-            warnings.warn(
+            warn_caller(
                 f"embedding_dim {embedding_dim} is no multiple of the blocksize {DEFAULT_BLOCKSIZE}: each call will "
-                f"decode the whole table",
-                stacklevel=2,
+                f"decode the whole table"
             )
 
     def forward(self, input: Tensor) -> Tensor:

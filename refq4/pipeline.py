@@ -17,7 +17,6 @@ a forward remembers, the compute dtype inferred from the first input, is written
 
 from __future__ import annotations
 
-import warnings
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from . import registry
 from .backend import Call, PackedWeight, PreparedWeight
-from .checks import ACTIVATION_DTYPES, check_floats
+from .checks import ACTIVATION_DTYPES, check_floats, warn_caller
 from .matmul import matmul_4bit
 from .quantization import decode_scales, dequantize_4bit
 from .state import QuantState
@@ -231,7 +230,7 @@ def _warn_fp16(compute_dtype: torch.dtype | None, single_token: bool) -> None:
         text = f"Linear4bit got float16 input and no compute_dtype was set: {what}. Set compute_dtype to choose."
     else:
         text = f"Linear4bit got float16 input but computes in float32: {what}. Set compute_dtype=torch.float16."
-    warnings.warn(text, stacklevel=6)
+    warn_caller(text)
 
 
 # --- 5 --------------------------------------------------------------------------------------------------------------

@@ -8,13 +8,11 @@ Each checks what it is given (once, here: backends trust their arguments), then 
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from . import layout, ops
-from .checks import check_blocksize, check_floats, check_scales, check_storage, write_into
+from .checks import check_blocksize, check_floats, check_scales, check_storage, warn_caller, write_into
 from .codebooks import create_dynamic_map, get_codebook
 from .registry import requested_backend
 from .state import NESTED_BLOCKSIZE, WEIGHT_DTYPES, QuantState
@@ -90,10 +88,9 @@ def _quantize_scales(scales: Tensor, backend: str, warn: bool) -> tuple[Tensor, 
     """
     offset = scales.mean() if scales.numel() else scales.new_zeros(())
     if warn and not torch.compiler.is_compiling() and not bool(offset.isfinite()):
-        warnings.warn(
+        warn_caller(
             "the tensor holds NaN or infinity, and with compress_statistics=True its mean scale does too: every "
-            "element will decode to NaN. Without compress_statistics only the blocks concerned would.",
-            stacklevel=3,
+            "element will decode to NaN. Without compress_statistics only the blocks concerned would."
         )
     code = create_dynamic_map().to(scales.device)
     q, absmax2 = ops.quantize_blockwise(scales - offset, code, NESTED_BLOCKSIZE, backend)

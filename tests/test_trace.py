@@ -1,0 +1,209 @@
+"""trace, explain, compare: what they record, how they show it, and that they cost nothing when off."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+import torch
+from loopback import Loopback
+
+import refq4
+import refq4.functional as F
+from refq4 import registry
+from refq4.testing import assert_same_bits
+from refq4.trace import current, render_text
+
+
+@pytest.fixture(autouse=True)
+def isolated():
+    with registry.isolated_registry():
+        yield
+
+
+def layer_of(n: int = 8, k: int = 64, **settings) -> refq4.nn.Linear4bit:
+    return refq4.nn.LinearNF4(k, n, **settings).to("cpu").eval()
+
+
+def test_a_trace_lists_the_seven_steps_of_each_call_with_decision_reason_and_result():
+    layer = layer_of()
+    with torch.no_grad(), refq4.trace() as t:
+        layer(torch.randn(1, 64))
+        layer(torch.randn(2, 3, 64))
+    assert [call.title for call in t.calls] == [
+        "LinearNF4.forward(x float32 [1, 64])",
+        "LinearNF4.forward(x float32 [2, 3, 64])",
+    ]
+    for call in t.calls:
+        assert [step.number for step in call.steps] == [1, 2, 3, 4, 5, 6, 7]
+        assert all(step.choice and step.why and step.result and step.micros >= 0 for step in call.steps)
+    assert t.calls[1].steps[5].result == "float32 [2, 3, 8]"
+
+
+def test_a_trace_says_which_backend_and_kernel_ran_and_who_was_passed_over():
+    backend = refq4.register_backend(Loopback())
+    backend.can_run = lambda call: "it takes several tokens only" if call.m == 1 else None
+    layer = layer_of()
+    with torch.no_grad(), refq4.trace() as t:
+        layer(torch.randn(3, 64))
+        layer(torch.randn(1, 64))
+    several, one = t.ops
+    assert (several.backend, several.kernel) == ("loopback", "loopback gemm_4bit")
+    assert (one.backend, one.op) == ("reference", "gemv_4bit")
+    assert ("loopback", "it takes several tokens only") in one.passed_over
+    assert "passed over loopback: it takes several tokens only" in render_text(t, width=300)
+
+
+def test_a_lone_matmul_and_a_lone_op_are_recorded_too():
+    B, state = F.quantize_4bit(torch.randn(8, 64), quant_type="nf4")
+    with refq4.trace() as t:
+        F.matmul_4bit(torch.randn(2, 64), B, state)
+        F.dequantize_4bit(B, state)
+    assert [step.number for step in t.calls[0].steps] == [6]
+    assert [op.op for op in t.ops] == ["gemm_4bit", "dequantize_4bit"]
+
+
+def test_a_trace_reads_as_text_html_and_json():
+    with refq4.trace() as t:
+        layer_of()(torch.randn(1, 64))
+    assert "recover the quant state" in str(t)
+    assert t._repr_html_().startswith("<pre")
+    plain = json.loads(json.dumps(t.to_dict()))
+    assert plain["calls"][0]["steps"][5]["ops"][0]["op"] == "gemv_4bit"
+    with refq4.trace() as empty:
+        pass
+    assert "no call was recorded" in str(empty)
+
+
+def test_nothing_is_recorded_before_after_or_in_another_thread():
+    layer, x = layer_of(), torch.randn(1, 64)
+    assert current() is None
+    with refq4.trace() as t:
+        thread = threading.Thread(target=lambda: layer(x))
+        thread.start()
+        thread.join()
+    layer(x)
+    assert (t.calls, t.ops, current()) == ([], [], None)
+
+
+def test_a_trace_inside_a_trace_gets_the_inner_calls():
+    layer, x = layer_of(), torch.randn(1, 64)
+    with refq4.trace() as outer:
+        with refq4.trace() as inner:
+            layer(x)
+        layer(x)
+    assert (len(inner.calls), len(outer.calls)) == (1, 1)
+
+
+def test_a_trace_ends_with_an_exception():
+    with pytest.raises(ValueError, match="last dimension"), refq4.trace() as t:
+        layer_of()(torch.randn(1, 65))
+    assert current() is None
+    assert len(t.calls) == 1
+
+
+def test_tracing_changes_no_bits():
+    layer, x = layer_of(), torch.randn(5, 64)
+    wanted = layer(x)
+    with refq4.trace(keep_values=True) as t:
+        assert_same_bits(layer(x).detach(), wanted.detach())
+    assert_same_bits(t.calls[0].steps[6].value, wanted.detach())
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_explain_reports_error_bytes_and_flops(dtype):
+    layer = layer_of(16, 128)
+    report = refq4.explain(layer, torch.randn(4, 128, dtype=dtype))
+    assert 0 <= report.error <= 2 * report.reference_error + report.allowed
+    item = dtype.itemsize
+    assert report.bytes_moved == {
+        "weight": 16 * 128 // 2,
+        "scales": layer.quant_state.nbytes(),
+        "input": 4 * 128 * item,
+        "bias": 16 * 4,
+        "output": 4 * 16 * item,
+    }
+    assert report.flops == 2 * 4 * 16 * 128
+    assert json.loads(json.dumps(report.to_dict()))["flops"] == report.flops
+    assert "largest error against fp64" in str(report)
+    assert "bytes to move" in report._repr_html_()
+
+
+def test_explain_sees_the_error_of_a_wrong_backend():
+    class Off(Loopback):
+        name = "off"
+
+        def gemm_4bit(self, x, weight, bias):
+            return super().gemm_4bit(x, weight, bias) + 0.5
+
+    refq4.register_backend(Off())
+    with refq4.use_backend("off"):
+        report = refq4.explain(layer_of(), torch.randn(2, 64))
+    assert report.error > 0.49 > report.reference_error
+
+
+def test_explain_takes_an_empty_batch():
+    assert refq4.explain(layer_of(), torch.randn(0, 64)).flops == 0
+
+
+# --- compare ----------------------------------------------------------------------------------------------------------
+
+
+def test_compare_marks_the_first_step_that_differs_and_by_how_much():
+    class Off(Loopback):
+        name = "off"
+
+        def gemm_4bit(self, x, weight, bias):
+            return super().gemm_4bit(x, weight, bias) + 0.5
+
+    refq4.register_backend(Off())
+    refq4.register_backend(Loopback(own_layout=True))
+    comparison = refq4.compare(layer_of(), torch.randn(2, 64), backends=["reference", "loopback", "off"])
+    assert comparison.first_difference == {"off": (0, 5)}
+    assert comparison.largest_difference("loopback") == 0
+    assert comparison.largest_difference("off") == pytest.approx(0.5, abs=1e-5)
+    text = str(comparison)
+    assert "first difference, 0.5" in text
+    assert "off: largest difference of the result 0.5" in text
+    assert json.loads(json.dumps(comparison.to_dict()))["first_difference"] == {"off": [0, 5]}
+
+
+def test_compare_takes_every_available_backend_by_default_and_lists_who_could_not():
+    backend = refq4.register_backend(Loopback())
+    backend.can_run = lambda call: "not today"
+    comparison = refq4.compare(layer_of(), torch.randn(2, 64))
+    assert comparison.backends[0] == "reference"
+    assert "loopback" in comparison.backends
+    assert "not today" in comparison.errors["loopback"]
+    assert "could not run it" in str(comparison)
+
+
+def test_compare_needs_its_first_backend_and_known_names():
+    backend = refq4.register_backend(Loopback())
+    backend.can_run = lambda call: "not today"
+    layer, x = layer_of(), torch.randn(2, 64)
+    with pytest.raises(ValueError, match="'loopback', which the others are held to, can't run this"):
+        refq4.compare(layer, x, backends=["loopback", "reference"])
+    with pytest.raises(refq4.UnknownBackendError):
+        refq4.compare(layer, x, backends=["reference", "nope"])
+
+
+def test_compare_sees_nan_against_a_number_and_a_missing_step():
+    class Nan(Loopback):
+        name = "nan"
+
+        def gemm_4bit(self, x, weight, bias):
+            return super().gemm_4bit(x, weight, bias) * float("nan")
+
+    refq4.register_backend(Nan())
+    comparison = refq4.compare(layer_of(), torch.randn(2, 64), backends=["reference", "nan"])
+    assert comparison.largest_difference("nan") == float("inf")
+    only_on_reference = lambda x: layer(x) if refq4.get_backend() == "reference" else x  # noqa: E731
+    layer = layer_of()
+    comparison = refq4.compare(only_on_reference, torch.randn(2, 64), backends=["reference", "nan"])
+    assert comparison.first_difference == {"nan": (0, 0)}
+    assert "no such step" in str(comparison)
