@@ -1,18 +1,17 @@
-"""The layers: a parameter that quantises itself when it is moved, and the modules that hold one.
+"""The layers: modules that hold a 4-bit weight.
 
     layer = Linear4bit(4096, 11008, quant_type="nf4")
     layer.load_state_dict(...)            full-precision weights, or a bitsandbytes 4-bit state dict
     layer.to("cpu")                       a full-precision weight is quantised here
     layer(x)                              the seven steps of refq4/pipeline.py
 
-The names, arguments and state-dict keys are those of ``bitsandbytes.nn``. What a layer does is in the pipeline; this
-file is about parameters: how they are quantised, moved, copied, split, saved and loaded.
+The names, arguments and state-dict keys are those of ``bitsandbytes.nn``. What a layer computes is in the pipeline, how
+its weight is quantised in ``refq4/params.py``; this file is about modules: how they are moved, saved and loaded.
 """
 
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,246 +20,11 @@ from torch import Tensor, nn
 
 from . import pipeline
 from .checks import warn_caller
-from .quantization import DEFAULT_BLOCKSIZE, quantize_4bit, slice_state
+from .params import Params4bit
+from .quantization import DEFAULT_BLOCKSIZE
 from .state import QuantState
 
 __all__ = ["Embedding4bit", "EmbeddingFP4", "EmbeddingNF4", "Linear4bit", "LinearFP4", "LinearNF4", "Params4bit"]
-
-
-class Params4bit(nn.Parameter):
-    """A weight that is quantised the first time it is moved to a device (the CPU counts). Frozen.
-
-    Before: ``data`` is the full-precision weight. After: ``data`` is the packed column [b, 1] in ``quant_storage``,
-    and ``quant_state`` is set. Mirrors ``bitsandbytes.nn.Params4bit``.
-
-    A dtype cast (``.half()``, ``.to(torch.bfloat16)``) changes a weight that is not quantised yet, and leaves a
-    quantised one alone: its bytes are codes, whatever dtype they are stored under.
-
-    Args:
-        data: the weight [N, K], or packed bytes together with ``quant_state`` and ``bnb_quantized=True``.
-        requires_grad: leave it False: a packed weight has no gradient.
-        quant_state: of an already packed weight.
-        blocksize: elements per block; 64 if None.
-        compress_statistics: double quantisation of the scales.
-        quant_type: a codebook's name.
-        quant_storage: dtype of the packed column.
-        module: the layer that holds it; it is told the quant state, so that it can give it back (step 1).
-        bnb_quantized: ``data`` is packed.
-
-    Example:
-        >>> weight = Params4bit(torch.randn(8, 64), quant_type="nf4")
-        >>> weight.to("cpu").shape, weight.quant_state.shape
-        (torch.Size([256, 1]), torch.Size([8, 64]))
-    """
-
-    blocksize: int
-    compress_statistics: bool
-    quant_type: str
-    quant_storage: torch.dtype
-    quant_state: QuantState | None
-    bnb_quantized: bool
-
-    def __new__(
-        cls,
-        data: Tensor | None = None,
-        requires_grad: bool = False,
-        quant_state: QuantState | None = None,
-        blocksize: int | None = None,
-        compress_statistics: bool | None = True,
-        quant_type: str = "fp4",
-        quant_storage: torch.dtype = torch.uint8,
-        module: nn.Module | None = None,
-        bnb_quantized: bool = False,
-    ) -> Params4bit:
-        data = torch.empty(0) if data is None else data
-        self: Params4bit = torch.Tensor._make_subclass(cls, data, requires_grad)
-        self.blocksize = DEFAULT_BLOCKSIZE if blocksize is None else blocksize
-        self.compress_statistics = bool(compress_statistics)
-        self.quant_type = quant_type
-        self.quant_storage = quant_storage
-        self.quant_state = quant_state
-        self.bnb_quantized = bnb_quantized
-        self.module = module
-        return self
-
-    @classmethod
-    def from_prequantized(
-        cls,
-        data: Tensor,
-        quantized_stats: dict[str, Any],
-        requires_grad: bool = False,
-        device: torch.device | str | None = None,
-        module: nn.Module | None = None,
-    ) -> Params4bit:
-        """A parameter from packed bytes and the ``weight.*`` entries of a state dict (which are only read).
-
-        Args:
-            data: the packed weight.
-            quantized_stats: what :meth:`QuantState.from_dict` takes.
-            device: where it goes; by default it stays where ``data`` is (bitsandbytes: "cuda").
-
-        Raises:
-            ValueError: the entries contradict each other or the packed weight; see ``QuantState.from_dict``.
-
-        Example:
-            >>> layer = LinearNF4(64, 8).to("cpu")
-            >>> saved = layer.state_dict()
-            >>> stats = {k: v for k, v in saved.items() if k.startswith("weight.")}
-            >>> Params4bit.from_prequantized(saved["weight"], stats).quant_state == layer.weight.quant_state
-            True
-        """
-        device = torch.device(device) if device is not None else data.device
-        state = QuantState.from_dict(quantized_stats, device, packed=data)
-        self = cls(
-            data.detach().to(device),
-            requires_grad,
-            state,
-            state.blocksize,
-            state.nested,
-            str(state.quant_type),
-            data.dtype,
-            module,
-            bnb_quantized=True,
-        )
-        self._tell_module()
-        return self
-
-    # --- moving: the moment of quantisation -------------------------------------------------------------------------
-
-    def to(self, *args: Any, **kwargs: Any) -> Params4bit:
-        """As ``Tensor.to``; a device quantises, a dtype only casts what is not quantised yet."""
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if self.bnb_quantized:
-            return self._moved(device, non_blocking)
-        if device is None or device.type == "meta":
-            cast = self.data.to(device=device, dtype=dtype, non_blocking=non_blocking)
-            return self._like(cast, self.quant_state)
-        return self._quantize(self.data.to(device=device, dtype=dtype, non_blocking=non_blocking))
-
-    def cpu(self) -> Params4bit:  # type: ignore[override]
-        """``.to("cpu")``: quantises."""
-        return self.to("cpu")
-
-    def cuda(self, device: Any = None, non_blocking: bool = False) -> Params4bit:  # type: ignore[override]
-        """``.to("cuda")``: quantises."""
-        return self.to("cuda" if device is None else device, non_blocking=non_blocking)
-
-    def half(self) -> Params4bit:
-        """``.to(torch.float16)``."""
-        return self.to(torch.float16)
-
-    def bfloat16(self) -> Params4bit:
-        """``.to(torch.bfloat16)``."""
-        return self.to(torch.bfloat16)
-
-    def float(self) -> Params4bit:
-        """``.to(torch.float32)``."""
-        return self.to(torch.float32)
-
-    def double(self) -> Params4bit:
-        """``.to(torch.float64)``; such a weight can't be quantised."""
-        return self.to(torch.float64)
-
-    def _quantize(self, weight: Tensor) -> Params4bit:
-        packed, state = quantize_4bit(
-            weight,
-            blocksize=self.blocksize,
-            compress_statistics=self.compress_statistics,
-            quant_type=self.quant_type,
-            quant_storage=self.quant_storage,
-        )
-        self.data = packed
-        self.quant_state = state
-        self.bnb_quantized = True
-        self._tell_module()
-        return self
-
-    def _moved(self, device: torch.device | None, non_blocking: bool) -> Params4bit:
-        if device is None or device == self.device:
-            return self
-        state = None if self.quant_state is None else self.quant_state.copy().to(device)
-        return self._like(self.data.to(device, non_blocking=non_blocking), state)
-
-    def _like(self, data: Tensor, state: QuantState | None) -> Params4bit:
-        """The same settings around other data."""
-        return Params4bit(
-            data,
-            self.requires_grad,
-            state,
-            self.blocksize,
-            self.compress_statistics,
-            self.quant_type,
-            self.quant_storage,
-            self.module,
-            self.bnb_quantized,
-        )
-
-    # --- the layer that holds it: known by a weak reference, so that neither keeps the other alive ------------------
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The layer that holds this weight, if it still exists."""
-        ref = self.__dict__.get("_module")
-        return None if ref is None else ref()
-
-    @module.setter
-    def module(self, module: nn.Module | None) -> None:
-        self.__dict__["_module"] = None if module is None else weakref.ref(module)
-
-    def _tell_module(self) -> None:
-        if isinstance(self.module, _Holds4bitWeight):
-            self.module.quant_state = self.quant_state
-
-    # --- copies and pieces ------------------------------------------------------------------------------------------
-
-    def __copy__(self) -> Params4bit:
-        return self._like(self.data, self.quant_state)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
-        if id(self) not in memo:
-            new = self._like(copy.deepcopy(self.data, memo), copy.deepcopy(self.quant_state, memo))
-            new.module = memo.get(id(self.module)) if self.module is not None else None
-            memo[id(self)] = new
-        found: Params4bit = memo[id(self)]
-        return found
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        settings = {k: v for k, v in self.__dict__.items() if k != "_module"}
-        return _rebuild_params4bit, (self.data, self.requires_grad, settings)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        if func in _SPLITTERS and isinstance(args[0], Params4bit):
-            return tuple(args[0]._piece(part) for part in result)
-        return result
-
-    def _piece(self, part: Tensor) -> Params4bit:
-        """A part of this weight as a parameter of its own.
-
-        A part of packed bytes that covers whole rows and whole blocks gets its own quant state. Any other cut gets
-        none, as FSDP's shards want it: the state comes back from the module once the bytes are together again.
-        """
-        if not self.bnb_quantized or self.quant_state is None:
-            return self._like(part, self.quant_state)
-        start = (part.storage_offset() - self.storage_offset()) * self.itemsize * 2
-        stop = min(start + part.numel() * self.itemsize * 2, self.quant_state.geometry()[0].numel())
-        return self._like(part, slice_state(self.quant_state, int(start), int(stop)) if part.is_contiguous() else None)
-
-
-_SPLITTERS = {torch.chunk, torch.split, torch.Tensor.chunk, torch.Tensor.split}
-
-
-def _rebuild_params4bit(data: Tensor, requires_grad: bool, settings: dict[str, Any]) -> Params4bit:
-    weight = Params4bit(data, requires_grad)
-    weight.__dict__.update(settings)
-    return weight
-
-
-# so that torch.load(..., weights_only=True) takes a whole pickled layer's weight
-torch.serialization.add_safe_globals([Params4bit, QuantState, _rebuild_params4bit])
 
 
 class _Holds4bitWeight(nn.Module):

@@ -362,10 +362,12 @@ def backend_info(name: str) -> dict[str, Any]:
 
 @contextmanager
 def isolated_registry() -> Iterator[None]:
-    """For tests: whatever is registered or chosen inside is undone at the end."""
+    """For tests: no choice is in effect inside at first, and what is registered or chosen is undone at the end."""
     global _entries, _chosen, _ordered
     with _lock:
         saved = dict(_registry()), _chosen
+        _chosen = None
+    _mirror()
     try:
         yield
     finally:
