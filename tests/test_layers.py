@@ -130,6 +130,15 @@ def test_moving_to_meta_does_not_quantise_and_a_quantised_layer_follows():
     assert quantised.weight.quant_state.state2.absmax.is_meta
 
 
+def test_a_quantised_layer_emptied_from_meta_waits_for_a_state_dict():
+    layer = layer_of()
+    empty = copy.deepcopy(layer).to("meta").to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match="or load a quantised state dict"):
+        empty(torch.randn(1, 64))
+    empty.load_state_dict(layer.state_dict())
+    assert_same_layer(empty, layer)
+
+
 def test_cuda_without_a_gpu_is_torchs_own_error():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU; the test is about machines without one")
