@@ -24,7 +24,7 @@ ONE_TOKEN = Decision("gemv_4bit", "a single token, no gradient of it wanted, and
 SEVERAL_TOKENS = Decision("MatMul4Bit", "more than one token")
 WANTS_GRADIENT = Decision("MatMul4Bit", "a single token, but its gradient is wanted")
 STRADDLING = Decision("MatMul4Bit", "a single token, but K is no multiple of the blocksize: blocks straddle rows")
-NO_TOKENS = Decision("MatMul4Bit", "no tokens at all: an empty result")
+NOTHING = Decision("MatMul4Bit", "nothing to multiply: no tokens, or K = 0")
 FROM_K_BY_N = Decision("dequantize + linear", "deprecated: the weight was quantised as [K, N], not as [N, K]")
 
 
@@ -48,7 +48,7 @@ def choose_path(A: Tensor, quant_state: QuantState, prepared: bool = False) -> D
     if A.shape[-1] != k and A.shape[-1] == n:
         return FROM_K_BY_N
     if A.numel() == 0:
-        return NO_TOKENS
+        return NOTHING
     if A.numel() != A.shape[-1]:
         return SEVERAL_TOKENS
     if _wants_grad(A):

@@ -202,9 +202,9 @@ def _matmul(op: str) -> Callable[..., Tensor]:
         *flat, bias, backend = args
         weight = _unflatten(*flat)
         n, k = weight.shape
+        if A.numel() == 0 or n == 0:
+            return _nothing_to_sum(A, n, bias)
         x = A.reshape(-1, k).contiguous()
-        if x.shape[0] == 0:
-            return A.new_empty((*A.shape[:-1], n))
         nested = weight.nested is not None
         call = Call(op, A.device.type, A.dtype, x.shape[0], n, k, weight.blocksize, weight.quant_type, nested)
         run = _run(call, backend, lambda b: getattr(b, op)(x, _contiguous(weight), bias))
@@ -225,14 +225,20 @@ def _matmul_prepared(
     backend: str,
 ) -> Tensor:
     n, k = shape
+    if A.numel() == 0 or n == 0:
+        return _nothing_to_sum(A, n, bias)
     x = A.reshape(-1, k).contiguous()
-    if x.shape[0] == 0:
-        return A.new_empty((*A.shape[:-1], n))
     op = "gemv_4bit" if x.shape[0] == 1 else "gemm_4bit"
     prepared = PreparedWeight(backend, layout_name, tuple(tensors), (n, k), blocksize, quant_type)
     call = Call(op, A.device.type, A.dtype, x.shape[0], n, k, blocksize, quant_type, layout=layout_name)
     result: Tensor = _run(call, backend, lambda b: getattr(b, op)(x, prepared, bias)).view(*A.shape[:-1], n)
     return result
+
+
+def _nothing_to_sum(A: Tensor, n: int, bias: Tensor | None) -> Tensor:
+    """No tokens, no outputs, or K = 0: an empty result, or the bias. Backends never see such a call."""
+    y = A.new_zeros((*A.shape[:-1], n))
+    return y if bias is None else y + bias
 
 
 def _contiguous(weight: PackedWeight) -> PackedWeight:

@@ -246,6 +246,15 @@ def test_step_6_warns_when_blocks_straddle_rows_and_takes_the_slower_path():
         assert steps_of(layer, torch.randn(1, 96))[6] == "MatMul4Bit"
 
 
+@pytest.mark.parametrize(("n", "k", "tokens"), [(8, 64, 0), (8, 0, 2), (0, 64, 2), (8, 0, 1)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_product_without_tokens_features_or_outputs_is_what_torch_says(n, k, tokens):
+    linear = nn.Linear(k, n)
+    layer = refq4.nn.Linear4bit.from_linear(linear)
+    x = torch.randn(tokens, k)
+    assert_same_bits(layer(x).detach(), linear(x).detach())
+
+
 def test_the_path_is_a_decision_with_a_reason():
     _, state = F.quantize_4bit(torch.randn(8, 64), quant_type="nf4")
     assert F.choose_path(torch.randn(1, 64), state) is matmul.ONE_TOKEN
