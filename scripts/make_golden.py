@@ -98,6 +98,8 @@ def quantized() -> dict[str, Tensor]:
     nf4 = peer.get_4bit_type("nf4", device="cpu")
     found["thresholds/x"] = x = both_sides((nf4[:-1] + nf4[1:]) / 2)
     found["thresholds/nf4/64/packed"], _ = peer.quantize_4bit(x, blocksize=64, quant_type="nf4")
+    found["fp4 thresholds/x"] = x = beside_fp4_pivots()
+    found["fp4 thresholds/fp4/64/packed"], _ = peer.quantize_4bit(x, blocksize=64, quant_type="fp4")
     return found
 
 
@@ -137,6 +139,25 @@ def both_sides(thresholds: Tensor) -> Tensor:
     below, above = (torch.nextafter(thresholds, torch.tensor(end)) for end in (-2.0, 2.0))
     x = torch.cat([torch.ones(1), below, thresholds, above])
     return torch.nn.functional.pad(x, (0, 64 - x.numel()))
+
+
+def beside_fp4_pivots() -> Tensor:
+    """On either side of each pivot, the nearest fp32 number for which the peer's CPU and CUDA rules agree; 64 numbers.
+
+    CUDA: the magnitude goes up on |x| > pivot. CPU: the value goes up on x > midpoint.
+    """
+    magnitudes = peer.get_4bit_type("fp4", device="cpu").abs().unique()
+    midpoints = (magnitudes[:-1] + magnitudes[1:]) / 2
+    found = [1.0]
+    for i, (pivot, midpoint) in enumerate(zip(torch.tensor(PIVOTS), midpoints, strict=True)):
+        bits = int(pivot.view(torch.int32))
+        near = torch.arange(bits - 40, bits + 41, dtype=torch.int32).view(torch.float32)
+        up = near > pivot
+        for sign, peers_up in ((1, near > midpoint), (-1, near >= midpoint)):
+            found.append(sign * float(near[up & peers_up].min()))
+            if i > 0:  # below the first pivot lie the tiny numbers, on whose code the two never agree
+                found.append(sign * float(near[~up & ~peers_up].max()))
+    return torch.nn.functional.pad(torch.tensor(found), (0, 64 - len(found)))
 
 
 def nested() -> dict[str, Tensor]:

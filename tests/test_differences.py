@@ -269,6 +269,11 @@ def test_the_callers_dict_is_only_read(bnb):
         pytest.param("absmax", lambda t: t.half(), id="scales of another dtype"),
         pytest.param("absmax", lambda t: -t, id="negative scales"),
         pytest.param("quant_state.bitsandbytes__nf4", lambda t: with_shape(t, [80, 64]), id="another shape"),
+        pytest.param(
+            "quant_state.bitsandbytes__nf4",
+            lambda t: with_shape(t, [8, 60]),
+            id="a shape of as many blocks, fewer bytes",
+        ),
     ],
 )
 def test_a_state_that_contradicts_itself_is_refused(bnb, key, spoil):
@@ -421,7 +426,7 @@ def test_the_bias_is_never_rewritten(bnb):
 @pytest.mark.parametrize("leading", [(), (2,), (2, 3), (2, 1, 3)], ids=lambda s: f"input {[*s, 64]}")
 def test_the_gradient_of_the_bias_sums_over_all_leading_dimensions(bnb, leading):
     peer, layer = make_both(bnb)
-    x, grad_y = randn(*leading, 64), randn(*leading, 8, seed=3)
+    x, grad_y = randn(*leading, 64).requires_grad_(), randn(*leading, 8, seed=3)
     layer.train()(x).backward(grad_y)
     exact = grad_y.double().reshape(-1, 8).sum(0)
     assert bool(((layer.bias.grad.double() - exact).abs() <= 1e-6 * grad_y.abs().reshape(-1, 8).sum(0)).all())

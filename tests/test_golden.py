@@ -85,7 +85,7 @@ def test_quantising_gives_the_golden_bytes_and_scales(case):
     tensors = golden("quantized")
     packed, state = F.quantize_4bit(tensors[f"{name}/x"], blocksize=int(blocksize), quant_type=quant_type)
     assert_same_bits(packed, tensors[f"{case}/packed"], "packed")
-    if name != "thresholds":
+    if not name.endswith("thresholds"):  # there it is 1
         assert_same_bits(state.absmax, tensors[f"{case}/absmax"], "absmax")
 
 
