@@ -7,6 +7,7 @@ dequantiser is wrong for blocks that straddle rows.
 
 from __future__ import annotations
 
+import inspect
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import refq4
 import refq4.functional as F
 from refq4 import codebooks, layout, nn
 from refq4.state import BLOCKSIZES
@@ -50,6 +52,36 @@ def peer_dequantize(bnb, packed: Tensor, state) -> Tensor:
 def ours(peer_state, packed: Tensor | None = None) -> F.QuantState:
     """The peer's quant state, through its state-dict form, as refq4's."""
     return F.QuantState.from_dict(peer_state.as_dict(packed=True), packed=packed)
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def public(bnb) -> dict[str, tuple]:
+    """What both have: refq4's and the peer's, by name."""
+    found = {"matmul_4bit": (refq4.matmul_4bit, bnb.matmul_4bit)}
+    for mine, theirs in ((F, bnb.functional), (nn, bnb.nn)):
+        found |= {name: (getattr(mine, name), getattr(theirs, name)) for name in mine.__all__ if hasattr(theirs, name)}
+    for owner, methods in {"QuantState": ("as_dict", "from_dict", "to"), "Params4bit": ("from_prequantized",)}.items():
+        for method in methods:
+            found[f"{owner}.{method}"] = tuple(getattr(cls, method) for cls in found[owner])
+    return found
+
+
+def test_functions_and_layers_take_the_peers_arguments_in_its_order_with_its_defaults(bnb):
+    own_default = {"QuantState.from_dict device", "Params4bit.from_prequantized device"}  # differences.md
+    without = {"create_normal_map use_extra_value"}  # differences.md
+    compared = 0
+    for name, both in public(bnb).items():
+        mine, theirs = (
+            [p for p in inspect.signature(f).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD] for f in both
+        )
+        theirs = [p for p in theirs if f"{name} {p.name}" not in without]
+        assert [p.name for p in mine] == [p.name for p in theirs], name
+        for a, b in zip(mine, theirs, strict=True):
+            assert (a.default == b.default) != (f"{name} {a.name}" in own_default), f"{name}({a.name}=)"
+            compared += 1
+    assert compared > 100
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

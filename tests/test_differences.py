@@ -194,6 +194,15 @@ def test_every_codebook_can_be_quantised_to(bnb):
         bnb.functional.quantize_4bit(randn(64), quant_type="af4")
 
 
+def test_the_normal_map_has_sixteen_entries(bnb):
+    mine = F.create_normal_map()
+    assert_same_bits(torch.tensor(mine), F.get_4bit_type("nf4"))
+    pytest.importorskip("scipy", reason="the peer's create_normal_map needs scipy: pip install scipy")
+    padded = bnb.functional.create_normal_map()
+    assert padded.shape == (256,)
+    assert_same_bits(padded.unique(), torch.tensor(mine))
+
+
 def test_the_blocksize_of_the_8_bit_stage_is_one_of_the_eight(bnb):
     with pytest.raises(ValueError, match=r"must be one of \[32, 64, 128, 256, 512, 1024, 2048, 4096\], got 100"):
         F.quantize_blockwise(randn(300), blocksize=100)
@@ -502,6 +511,17 @@ def test_a_layer_that_was_not_quantised_says_so(bnb, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(AssertionError):
         bnb.nn.LinearNF4(64, 8)(randn(1, 64))
     assert "FP4 quantization state" in caplog.text
+
+
+def test_a_compiled_forward_does_not_remember_the_first_input(bnb):
+    peer, layer = make_both(bnb)
+    for module in (peer, layer):
+        with torch.no_grad():
+            torch.compile(module, backend="eager")(randn(2, 64))
+    assert layer.compute_dtype is None
+    assert peer.compute_dtype == torch.float32
+    layer(randn(2, 64))
+    assert layer.compute_dtype == torch.float32
 
 
 def test_no_grad_counts_when_the_path_is_chosen():
