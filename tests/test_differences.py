@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bitsandbytes import FP4_INTERVALS, fp4_codes
+from test_bitsandbytes import FP4_INTERVALS, fp4_codes, peer_dequantize
 from torch import Tensor
 
 import refq4
@@ -230,6 +230,16 @@ def test_blocks_that_straddle_rows_decode_correctly(bnb, k):
     if torch.backends.cpu.get_cpu_capability() == "AVX512" and k % 16 == 0:
         _, theirs = bnb.functional.quantize_4bit(x, quant_type="nf4")
         assert not torch.equal(bnb.functional.dequantize_4bit(packed, theirs), by_hand)
+
+
+@pytest.mark.parametrize("blocksize", [64, 2048, 4096])
+def test_fp4_decodes_to_exact_twelfths_at_every_blocksize(bnb, blocksize):
+    twelfths = [0, 1 / 16, 8, 12, 4, 6, 2, 3]
+    wanted = torch.tensor([sign * v / 12 for sign in (1, -1) for v in twelfths]).repeat(256).view(4, 1024) + 0.0
+    packed, state = F.quantize_4bit(wanted, quant_type="fp4", blocksize=blocksize)
+    assert_same_bits(F.dequantize_4bit(packed, state), wanted)
+    theirs, their_state = bnb.functional.quantize_4bit(wanted, quant_type="fp4", blocksize=blocksize)
+    assert_same_bits(peer_dequantize(bnb, theirs, their_state), wanted)
 
 
 def test_one_dimensional_tensors_keep_their_shape(bnb):
