@@ -1,15 +1,28 @@
-"""What several test files share: options, and bitsandbytes as a fixture."""
+"""What several test files share: options, seeds, a clean choice of backend, and bitsandbytes as a fixture."""
 
 from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
+import hypothesis
 import pytest
+import torch
+
+from refq4 import registry
 
 PEER = "0.50.2"
+
+# The same examples on every run and machine; HYPOTHESIS_PROFILE=explore looks for new ones.
+hypothesis.settings.register_profile(
+    "repeat", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,6 +31,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail, instead of skipping, the tests that compare with bitsandbytes where it is not installed",
     )
+
+
+@pytest.fixture(autouse=True)
+def the_same_start_for_every_test() -> Iterator[None]:
+    """Seeded, on the reference (tests of other backends name them), and what a test registers or chooses is undone."""
+    torch.manual_seed(0)
+    with registry.isolated_registry():
+        registry.set_backend("reference")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compiled_code_of_this_run_only(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """torch caches compiled backward graphs on disk without looking at an op's autograd code: stale ones mislead."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
 
 
 @pytest.fixture(scope="session")

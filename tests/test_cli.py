@@ -114,10 +114,10 @@ def test_info_tells_each_backend_and_why_it_is_or_isnt_available(capsys):
     assert info["backends"][-1]["available"] is True
 
 
-def test_info_works_with_a_wrong_environment_variable(monkeypatch, capsys):
-    monkeypatch.setenv("REFQ4_BACKEND", "nope")
-    assert cli.main(["info", "--json"]) == 0
-    assert "unknown backend 'nope'" in json.loads(capsys.readouterr().out)["machine"]["backend in effect"]
+def test_info_works_with_a_wrong_environment_variable():
+    done = run("info", "--json", REFQ4_BACKEND="nope")
+    assert done.returncode == 0, done.stderr
+    assert "unknown backend 'nope'" in json.loads(done.stdout)["machine"]["backend in effect"]
 
 
 def test_help_has_examples_and_a_wrong_command_is_a_usage_error():
