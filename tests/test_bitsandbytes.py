@@ -8,6 +8,7 @@ dequantiser is wrong for blocks that straddle rows.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,6 +31,15 @@ blocksizes = pytest.mark.parametrize("blocksize", [pytest.param(b, id=f"blocksiz
 quant_types = pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 nestings = pytest.mark.parametrize("nested", [pytest.param(False, id="plain"), pytest.param(True, id="nested")])
 storages = pytest.mark.parametrize("storage", [pytest.param(d, id=f"stored as {name}") for name, d in STORAGE.items()])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Where tests run side by side, threads that wait for each other's cores make these four times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=1)
