@@ -12,6 +12,8 @@ from torch import nn
 
 import refq4
 import refq4.functional as F
+from refq4 import layout
+from refq4.codebooks import codebook_names, get_codebook
 from refq4.testing import assert_same_bits, assert_within_budget
 
 NESTED = pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "double quantisation"])
@@ -275,6 +277,17 @@ def test_allowed_nan_and_infinity_spoil_their_block_and_no_other(value, name):
     keep = [row for row in range(8) if row != 3]
     assert_same_bits(decoded[keep], rest[keep])
     assert not decoded[3].isfinite().all()
+
+
+@pytest.mark.parametrize("name", codebook_names())
+def test_an_allowed_nan_stores_the_code_of_the_lowest_value_and_its_neighbours_that_of_zero(name):
+    book = get_codebook(name)
+    for value in (float("nan"), float("inf")):
+        weight = nan_at(0, 5, value=value, n=1)
+        B, _ = F.quantize_4bit(weight, quant_type=name, allow_nonfinite=True)
+        codes = layout.unpack(B.view(-1), 64).tolist()
+        assert codes.pop(5) == book.order[0]
+        assert set(codes) == {book.on("cpu").zero_code()}
 
 
 def test_allowed_nan_with_double_quantisation_spoils_everything_and_says_so():

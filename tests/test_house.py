@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import mutants  # noqa: E402 (a script, not a package)
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -57,6 +61,14 @@ def test_links_of_the_pages_lead_somewhere():
         for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_page_of_planted_bugs_is_that_of_the_script():
+    page = (ROOT / "docs" / "mutants.md").read_text()
+    for mutant in mutants.MUTANTS:
+        mutants.planted(mutant)  # raises where the source has moved on
+        assert f"| {mutant.name} |" in page, f"{mutant.name}: run scripts/mutants.py --write"
+    assert f"{len(mutants.MUTANTS)} bugs, 0 survived" in page
 
 
 def test_no_test_is_without_a_check():

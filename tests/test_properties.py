@@ -62,6 +62,22 @@ def test_codes_and_scales_are_those_of_the_definition(A, name, blocksize):
     assert state.absmax.tolist() == scales
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_at_a_threshold_are_scaled_by_the_reciprocal_not_divided(name):
+    """Both roundings of x / absmax differ by a unit in the last place at most, so only weights that scale to within
+    one of a threshold can tell them apart: for 400 scales, each threshold's neighbours are quantised."""
+    book = get_codebook(name)
+    scales = torch.rand(400, generator=torch.Generator().manual_seed(0)) + 1.0
+    near = scales.unsqueeze(1) * torch.tensor(book.thresholds)
+    A = torch.cat(
+        [scales.unsqueeze(1), near, near.nextafter(torch.tensor(-9.0)), torch.zeros(400, 33)], dim=1
+    )  # [400, 64]
+    codes, _ = plainly(A, book, 64)
+    divided = book.encode((A / scales.unsqueeze(1)).clamp(-1, 1).view(-1).tolist())
+    assert sum(a != b for a, b in zip(codes, divided, strict=True)) > 100  # the weights do tell the two apart
+    assert codes_of(A, name, 64).tolist() == codes
+
+
 @given(weights, st.lists(st.floats(-1, 1, width=32), min_size=16, max_size=16), blocksizes)
 def test_any_sixteen_values_make_a_codebook(A, values, blocksize):
     book = Codebook("any", values)
@@ -80,6 +96,17 @@ def test_decoding_is_code_times_scale_rounded_once(A, name, blocksize):
         state.dtype = dtype
         exact = [np.float32(values[c]) * np.float32(scales[i // blocksize]) for i, c in enumerate(codes)]
         assert_same_bits(F.dequantize_4bit(packed, state), torch.tensor(np.array(exact)).to(dtype))
+
+
+@given(
+    st.binary(max_size=70).map(lambda b: torch.tensor([*b], dtype=torch.uint8)), st.sampled_from(layout.STORAGE_DTYPES)
+)
+def test_storage_holds_the_bytes_in_their_order_and_then_zeros(packed, dtype):
+    stored = layout.to_storage(packed, dtype)
+    held = stored.view(-1).view(torch.uint8).tolist()
+    assert stored.dtype == dtype
+    assert stored.shape == (-(-packed.numel() // dtype.itemsize), 1)
+    assert held == packed.tolist() + [0] * (-packed.numel() % dtype.itemsize)
 
 
 @given(weights, st.sampled_from(HAS_UNIT), blocksizes)
