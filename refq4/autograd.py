@@ -5,7 +5,8 @@
                 grad_bias = sum of grad_y over all leading dimensions
                 grad_W    : none. The weight is frozen; QLoRA trains adapters beside it
 
-Mirrors ``bitsandbytes.autograd._functions.MatMul4Bit`` (0.49.1), whose grad_bias sums over the first dimension only.
+Mirrors ``bitsandbytes.autograd._functions.MatMul4Bit`` (0.49.1). Its own grad_bias sums over the first dimension and
+leaves the others to autograd, which reduces a gradient to its input's shape; for a 1-D input that fails.
 """
 
 from __future__ import annotations

@@ -75,9 +75,8 @@ class _Holds4bitWeight(nn.Module):
             state, quantised = moved.quant_state, moved.bnb_quantized
         else:
             state, quantised = weight.quant_state, weight.bnb_quantized
-            if (
-                state is not None
-            ):  # from meta nothing can be moved: to_empty() leaves a layer that waits for a state dict
+            if state is not None:
+                # from meta nothing can be moved: to_empty() leaves a layer that waits for a state dict
                 lost = state.absmax.is_meta and not moved.is_meta
                 state = None if lost else state.copy().to(moved.device)
         if torch._has_compatible_shallow_copy_type(weight, moved):
