@@ -52,11 +52,8 @@ class _Holds4bitWeight(nn.Module):
         torch would copy only ``.data`` from the moved parameter into the old one.
         """
         weight = self.weight
-        if not isinstance(weight, Params4bit):  # rebuilt from its bytes: the state is the module's
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            if self.quant_state is not None:
-                self.quant_state = self.quant_state.copy().to(self.weight.device)
-            return self
+        if not isinstance(weight, Params4bit):
+            return self._apply_to_rebuilt(fn, recurse)
         with torch.no_grad():
             moved = fn(weight)
         self._parameters["weight"] = None
@@ -67,6 +64,26 @@ class _Holds4bitWeight(nn.Module):
         if moved is not weight:
             self._adopt(weight, moved)
         self.quant_state = self.weight.quant_state
+        return self
+
+    def _apply_to_rebuilt(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> Any:
+        """The same for a weight that was rebuilt as a plain parameter of its bytes: the state is the module's.
+
+        Bytes stored under a float dtype are shown to ``fn`` as the integers they are, or a cast would destroy them.
+        """
+        weight = self.weight
+        if self.quant_state is None or not weight.is_floating_point():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        else:
+            self._parameters["weight"] = None
+            try:
+                super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+                with torch.no_grad():
+                    weight.data = fn(weight.data.view(torch.uint8)).view(weight.dtype)
+            finally:
+                self._parameters["weight"] = weight
+        if self.quant_state is not None:
+            self.quant_state = self.quant_state.copy().to(self.weight.device)
         return self
 
     def _adopt(self, weight: Params4bit, moved: Tensor) -> None:

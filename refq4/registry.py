@@ -128,7 +128,8 @@ def set_backend(name: str) -> None:
 class use_backend(ContextDecorator):  # noqa: N801  (reads as a verb: with use_backend("cpu"), @use_backend("cpu"))
     """Choose the backend for a ``with`` block or a decorated function.
 
-    It holds for this thread or asyncio task only: a new thread starts without it. The choice can be nested.
+    It holds for this thread or asyncio task only: a new thread starts without it. The choice can be nested. One limit:
+    a graph that another thread compiles during the block may be compiled for this choice (``backend=`` is exact).
 
     Args:
         name: as for :func:`set_backend`, and the same errors.

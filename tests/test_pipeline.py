@@ -51,13 +51,22 @@ def test_step_1_keeps_the_state_on_the_weight():
     assert pipeline.recover_quant_state(layer) == (layer.weight.quant_state, pipeline.STATE_ON_WEIGHT)
 
 
-def test_step_1_recovers_the_state_from_the_module_when_the_parameter_was_rebuilt_from_bytes():
-    layer, x = layer_of(), torch.randn(3, 64)
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_step_1_recovers_the_state_from_the_module_when_the_parameter_was_rebuilt_from_bytes(storage):
+    layer, x = layer_of(quant_storage=storage), torch.randn(3, 64)
     wanted = layer(x)
     layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)  # what FSDP leaves behind
     assert steps_of(layer, x)[1] == "recovered"
     assert_same_bits(layer(x), wanted)
     assert "weight.absmax" in layer.state_dict()
+    assert "packed" in repr(layer)
+    bias, stored = layer.bias.detach().clone(), layer.weight.detach().clone()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):  # moving and casting the module: never the bytes
+        layer.to("cpu", dtype)
+        assert layer.bias.dtype == dtype
+        assert_same_bits(layer.weight.detach(), stored)
+    layer.bias.data = bias
+    assert_same_bits(layer(x), wanted)
 
 
 def test_step_1_says_how_to_quantise_a_layer_that_is_not():
