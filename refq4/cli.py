@@ -2,6 +2,7 @@
 
 tour     real pretrained weights through every step of the 4-bit layer
 info     what this machine offers: each backend, and why it is or isn't available
+verify   one backend against another: where they differ, on which smallest input, by how much
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from . import __version__
 from .backend import BackendError
 from .codebooks import codebook_names, get_codebook
 from .registry import ENVIRONMENT_VARIABLE, backend_info, get_backend, list_backends
+from .testing import verify
 from .tour import TourReport, tour
 
 EXAMPLES = """\
@@ -30,6 +32,7 @@ examples:
   python -m refq4 tour model.safetensors     the matrices of a file of yours
   python -m refq4 tour --backend reference   on one backend, strictly
   python -m refq4 info --json                for scripts
+  python -m refq4 verify --backend cpu       does this backend compute the 4-bit layer?
 """
 
 
@@ -55,6 +58,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     command.set_defaults(run=_info)
+
+    command = commands.add_parser(
+        "verify",
+        help="one backend against another: where they differ, on which smallest input, by how much",
+        description="Ask a backend about 1,700 cases of the 4-bit layer and compare. Exits with 1 on a difference.",
+    )
+    command.add_argument("--backend", required=True, help="the backend to verify")
+    command.add_argument("--against", default="reference", help="the one whose answers count as right (%(default)s)")
+    depth = command.add_mutually_exclusive_group()
+    depth.add_argument("--quick", dest="depth", action="store_const", const="quick", help="about 400 cases")
+    depth.add_argument("--deep", dest="depth", action="store_const", const="deep", help="about 7,000 cases")
+    command.add_argument("--check", action="append", metavar="NAME", help="only this check (repeatable)")
+    command.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
+    command.set_defaults(run=_verify, depth="normal")
 
     arguments = parser.parse_args(argv)
     try:
@@ -126,6 +143,19 @@ def _console() -> Console:
     """Colours and width of the terminal; piped, plain and wide enough for the tables."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    checks = tuple(arguments.check) if arguments.check else None
+    report = verify(arguments.backend, arguments.against, arguments.depth, checks)
+    if arguments.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        _console().print(report)
+    return 0 if report.agrees else 1
 
 
 # --- info -------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from .nn import Linear4bit
 from .pipeline import recover_quant_state
 from .registry import backend_info, list_backends, use_backend
 from .testing.budget import error_budget
-from .trace import StepRecord, Trace, render_html, render_text, trace
+from .trace import Shown, StepRecord, Trace, trace
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -23,21 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "Explanation", "compare", "explain"]
 
 
-class _Shown:
-    """A report that prints as text and shows as HTML in Jupyter; subclasses have ``__rich_console__``."""
-
-    def __str__(self) -> str:
-        return render_text(self)
-
-    def _repr_html_(self) -> str:
-        return render_html(self)
-
-
 # --- explain ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Explanation(_Shown):
+class Explanation(Shown):
     """One call of a layer: its trace, its error against the fp64 oracle, and the bytes it has to move.
 
     Attributes:
@@ -120,7 +110,7 @@ def explain(layer: Linear4bit, x: Tensor) -> Explanation:
 
 
 @dataclass
-class Comparison(_Shown):
+class Comparison(Shown):
     """The same call on several backends, step by step.
 
     Attributes:

@@ -74,7 +74,37 @@ class CallRecord:
     steps: list[StepRecord] = field(default_factory=list)
 
 
-class Trace:
+class Shown:
+    """A report that prints as text and shows as HTML in Jupyter; subclasses have ``__rich_console__``."""
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int = 120) -> str:
+        """Plain text, ``width`` columns wide."""
+        plain: str = self._shown(width=width, color_system=None).file.getvalue()
+        return plain
+
+    def _repr_html_(self) -> str:
+        """HTML in colours that follow the page."""
+        html: str = self._shown(width=120, record=True, force_jupyter=False).export_html(
+            inline_styles=True,
+            code_format='<pre style="white-space:pre;overflow-x:auto;line-height:1.2;font-family:monospace">{code}'
+            "</pre>",
+        )
+        return html
+
+    def _shown(self, **settings: Any) -> Any:
+        import io
+
+        from rich.console import Console  # here, so that importing refq4 stays quick
+
+        console = Console(file=io.StringIO(), **settings)
+        console.print(self)
+        return console
+
+
+class Trace(Shown):
     """The calls recorded inside a ``with trace():`` block. Prints as a table, shows as HTML in Jupyter.
 
     Attributes:
@@ -157,12 +187,6 @@ class Trace:
         if not tables:
             yield "(no call was recorded: compiled code is not traced)"
 
-    def __str__(self) -> str:
-        return render_text(self)
-
-    def _repr_html_(self) -> str:
-        return render_html(self)
-
 
 class trace:  # noqa: N801  (reads as a verb: with trace() as t)
     """Record every refq4 call of this thread inside the ``with`` block.
@@ -218,28 +242,3 @@ def show(value: object) -> str:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return "-" if value is None else repr(value)
-
-
-def render_text(item: Any, width: int = 120) -> str:
-    """A rich renderable as plain text."""
-    import io
-
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(item)
-    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
-
-
-def render_html(item: Any, width: int = 120) -> str:
-    """A rich renderable as HTML for Jupyter, in colours that follow the page."""
-    import io
-
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=width, record=True, force_jupyter=False)
-    console.print(item)
-    return console.export_html(
-        inline_styles=True,
-        code_format='<pre style="white-space:pre;overflow-x:auto;line-height:1.2;font-family:monospace">{code}</pre>',
-    )

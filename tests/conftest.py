@@ -37,11 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(autouse=True)
-def the_same_start_for_every_test() -> Iterator[None]:
-    """Seeded, on the reference (tests of other backends name them), and what a test registers or chooses is undone."""
+def the_same_start_for_every_test(backend_name: str) -> Iterator[None]:
+    """Seeded, on the backend under test (the reference without --backend), and what a test registers or chooses is
+    undone."""
     torch.manual_seed(0)
     with registry.isolated_registry():
-        registry.set_backend("reference")
+        registry.set_backend(backend_name)
         yield
 
 

@@ -13,7 +13,7 @@ import refq4
 import refq4.functional as F
 from refq4 import registry
 from refq4.testing import assert_same_bits
-from refq4.trace import current, render_text
+from refq4.trace import current
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def test_a_trace_says_which_backend_and_kernel_ran_and_who_was_passed_over():
     assert (several.backend, several.kernel) == ("loopback", "loopback gemm_4bit")
     assert (one.backend, one.op) == ("reference", "gemv_4bit")
     assert ("loopback", "it takes several tokens only") in one.passed_over
-    assert "passed over loopback: it takes several tokens only" in render_text(t, width=300)
+    assert "passed over loopback: it takes several tokens only" in t.text(width=300)
 
 
 def test_a_lone_matmul_and_a_lone_op_are_recorded_too():

@@ -1,9 +1,35 @@
-"""What "the same" means, as code: bit for bit, or within the error budget.
+"""The differential kit: does a backend compute the 4-bit layer, and if not, where, on what, and by how much?
 
-The rule, from the design, for a product in given dtypes: an engine may err, against an fp64 oracle built from the
+    from refq4.testing import verify
+    print(verify("mine"))                        # or: python -m refq4 verify --backend mine
+                                                 # or: pytest --pyargs refq4.testing --backend mine
+
+The pieces, in reading order: ``cases`` (what is asked, as data), ``conformance`` (how each thing is asked, and what
+counts as the same), ``budget`` (the tolerance, in one place), ``diagnose`` (from wrong numbers to the likely bug),
+``verify`` (ask everything, shrink what fails, report). ``strategies`` draws cases with hypothesis.
+
+What "the same" means: bits and bytes bit for bit; a product may err, against an fp64 oracle built from the
 dequantised weight, by at most twice what the reference errs there, plus one unit in the last place of the output.
 """
 
 from .budget import Budget, assert_same_bits, assert_within_budget, error_budget, oracle, ulp
+from .cases import Case, catalogue
+from .conformance import CHECKS, Outcome, check
+from .verify import Report, shrink, verify
 
-__all__ = ["Budget", "assert_same_bits", "assert_within_budget", "error_budget", "oracle", "ulp"]
+__all__ = [
+    "CHECKS",
+    "Budget",
+    "Case",
+    "Outcome",
+    "Report",
+    "assert_same_bits",
+    "assert_within_budget",
+    "catalogue",
+    "check",
+    "error_budget",
+    "oracle",
+    "shrink",
+    "ulp",
+    "verify",
+]

@@ -37,6 +37,39 @@ class Budget:
     reference: Tensor
     allowed: Tensor
 
+    @classmethod
+    def of(cls, exact: Tensor, reference: Tensor, dtype: torch.dtype) -> Budget:
+        """The rule at the top of the file, for any quantity that has an exact value.
+
+        Args:
+            exact: fp64, any shape.
+            reference: the same, as the reference computes it.
+            dtype: the coarsest dtype that the result is rounded to.
+        """
+        error = (reference.double() - exact)[reference.isfinite()].abs()
+        worst = float(error.max()) if error.numel() else 0.0
+        return cls(exact, reference, 2 * worst + ulp(exact, dtype))
+
+    def check(self, got: Tensor, what: str) -> None:
+        """Raise an AssertionError unless ``got`` has the reference's dtype and shape, and errs no more than allowed."""
+        like = self.reference
+        if got.shape != like.shape or got.dtype != like.dtype:
+            raise AssertionError(f"{what}: wanted {like.dtype} {list(like.shape)}, got {got.dtype} {list(got.shape)}")
+        wrong = self._strange(got) | (like.isfinite() & ~((got.double() - self.oracle).abs() <= self.allowed))
+        if bool(wrong.any()):
+            at = tuple(wrong.nonzero()[0].tolist())
+            error = abs(got[at].double() - self.oracle[at]).item()
+            raise AssertionError(
+                f"{what}: {int(wrong.sum())} of {got.numel()} elements are off; at {list(at)}: got {got[at].item()!r}, "
+                f"exact {self.oracle[at].item()!r}, reference {like[at].item()!r}; error {error:.3g}, "
+                f"allowed {self.allowed[at].item():.3g}"
+            )
+
+    def _strange(self, got: Tensor) -> Tensor:
+        """Where the reference is no finite number, the result must be the same NaN or infinity."""
+        like = self.reference
+        return ~torch.eq(got.isnan(), like.isnan()) | (~like.isfinite() & ~got.isnan() & (got != like))
+
 
 def oracle(x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
     """The exact product: fp64 [..., N], from the fp32 dequantised weight [N, K].
@@ -65,15 +98,18 @@ def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
 
 
-def error_budget(x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None) -> Budget:
-    """The budget for one product of x [..., K] with the packed weight B of shape [N, K]; see the top of the file."""
+def error_budget(
+    x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None, backend: str = "reference"
+) -> Budget:
+    """The budget for one product of x [..., K] with the packed weight B of shape [N, K]; see the top of the file.
+
+    ``backend`` names the engine whose error sets the allowance.
+    """
     with torch.no_grad():
         exact = oracle(x, B, state, bias)
         cast = None if bias is None else bias.to(x.dtype)
-        reference = ops.matmul("gemm_4bit", x, state.packed_weight(B), cast, "reference")
-    error = (reference.double() - exact)[reference.isfinite()].abs()
-    worst = float(error.max()) if error.numel() else 0.0
-    return Budget(exact, reference, 2 * worst + ulp(exact, x.dtype))
+        reference = ops.matmul("gemm_4bit", x, state.packed_weight(B), cast, backend)
+    return Budget.of(exact, reference, x.dtype)
 
 
 def assert_within_budget(
@@ -91,20 +127,7 @@ def assert_within_budget(
             ...
         AssertionError: product: 12 of 12 elements are off...
     """
-    budget = error_budget(x, B, state, bias)
-    if got.shape != budget.oracle.shape or got.dtype != x.dtype:
-        raise AssertionError(f"{what}: wanted {x.dtype} {list(budget.oracle.shape)}, got {got.dtype} {list(got.shape)}")
-    finite = budget.reference.isfinite()
-    strange = ~torch.eq(got.isnan(), budget.reference.isnan()) | (~finite & ~got.isnan() & (got != budget.reference))
-    error = (got.double() - budget.oracle).abs()
-    too_far = finite & ~(error <= budget.allowed)
-    if bool((strange | too_far).any()):
-        at = tuple((strange | too_far).nonzero()[0].tolist())
-        raise AssertionError(
-            f"{what}: {int((strange | too_far).sum())} of {got.numel()} elements are off; at {list(at)}: got "
-            f"{got[at].item()!r}, exact {budget.oracle[at].item()!r}, reference {budget.reference[at].item()!r}; error "
-            f"{error[at].item():.3g}, allowed {budget.allowed[at].item():.3g}"
-        )
+    error_budget(x, B, state, bias).check(got, what)
 
 
 def assert_same_bits(got: Tensor, wanted: Tensor, what: str = "tensor") -> None:

@@ -1,0 +1,285 @@
+"""Ask a backend the whole catalogue, and report: what agrees, what doesn't, on which smallest input, by how much."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..registry import check_usable
+from ..trace import Shown
+from .cases import Case, catalogue, simpler
+from .conformance import CHECKS, Outcome, check
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
+
+__all__ = ["CheckReport", "Failure", "Report", "shrink", "verify"]
+
+SHRINK_TRIES = 400
+
+
+@dataclass
+class Failure:
+    """A difference: the case in which it was met, the smallest one like it, and what is wrong there.
+
+    ``hint`` names the bug that would give what was met (on the smallest input, many would give the same).
+    """
+
+    met: Case
+    smallest: Case
+    message: str
+    hint: str
+    backend: str
+    against: str
+
+    def snippet(self) -> str:
+        """Python that shows it again."""
+        versus = "" if self.against == "reference" else f", against={self.against!r}"
+        return (
+            f"from refq4.testing import Case, check\nprint(check({self.smallest!r}, backend={self.backend!r}{versus}))"
+        )
+
+
+@dataclass
+class CheckReport:
+    """The outcomes of one check.
+
+    Attributes:
+        same, differs: cases.
+        known: cases that differ as the backend says it does, by the name of the difference.
+        refused: cases that the backend can't run, by its reason.
+        absent: cases about an optional part that it does not have.
+        error: for products, the largest error as a fraction of what is allowed, and ``worst`` the case.
+        ulps: int64 [5], elements that err by up to 1/2, 1, 2, 8 and more units in the last place.
+    """
+
+    name: str
+    same: int = 0
+    differs: int = 0
+    known: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    absent: int = 0
+    error: float = 0.0
+    worst: Case | None = None
+    ulps: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.int64))
+
+    @property
+    def cases(self) -> int:
+        """Cases that were answered or refused."""
+        return self.same + self.differs + self.known.total() + self.refused.total()
+
+    def count(self, outcome: Outcome, known: str | None) -> None:
+        """Take one outcome into the figures."""
+        if outcome.status == "same":
+            self.same += 1
+        elif outcome.status == "refused":
+            self.refused[_reason(outcome.message)] += 1
+        elif outcome.status == "no such thing":
+            self.absent += 1
+        elif known:
+            self.known[known] += 1
+        else:
+            self.differs += 1
+        self.ulps += outcome.ulps
+        if outcome.error > self.error:
+            self.error, self.worst = outcome.error, outcome.case
+
+
+@dataclass
+class Report(Shown):
+    """What :func:`verify` found; prints as a table, shows as HTML in Jupyter.
+
+    Attributes:
+        backend, against, depth: what was asked.
+        checks: one report per check.
+        failures: the first differences of each check, shrunk.
+        seconds: how long it took.
+    """
+
+    backend: str
+    against: str
+    depth: str
+    checks: list[CheckReport]
+    failures: list[Failure]
+    seconds: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether no case differs (known differences, refusals and absent parts aside) and some case was the same."""
+        return not any(c.differs for c in self.checks) and any(c.same for c in self.checks)
+
+    @property
+    def cases(self) -> int:
+        """Distinct cases that were answered or refused."""
+        return sum(c.cases for c in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "backend": self.backend,
+            "against": self.against,
+            "depth": self.depth,
+            "agrees": self.agrees,
+            "cases": self.cases,
+            "seconds": round(self.seconds, 2),
+            "checks": [
+                {
+                    "name": c.name,
+                    "cases": c.cases,
+                    "same": c.same,
+                    "differs": c.differs,
+                    "known": dict(c.known),
+                    "refused": dict(c.refused),
+                    "absent": c.absent,
+                    "error": c.error,
+                    "worst": None if c.worst is None else repr(c.worst),
+                    "ulps": c.ulps.tolist(),
+                }
+                for c in self.checks
+            ],
+            "failures": [
+                {
+                    "met": repr(f.met),
+                    "smallest": repr(f.smallest),
+                    "message": f.message,
+                    "hint": f.hint,
+                    "snippet": f.snippet(),
+                }
+                for f in self.failures
+            ],
+        }
+
+    def table(self) -> Table:
+        """One row per check."""
+        from rich.table import Table  # here, so that importing refq4 stays quick
+
+        table = Table(
+            title=f"{self.backend} against {self.against}: {self.cases} cases in {self.seconds:.1f} s",
+            title_justify="left",
+            title_style="bold",
+            caption="worst: the largest error as a fraction of the error budget; then the products' elements by their "
+            "error in units in the last place",
+            caption_justify="left",
+        )
+        table.add_column("check")
+        for column in ("cases", "same", "known", "refused", "differs", "worst", "≤ ½", "≤ 1", "≤ 2", "≤ 8", "more"):
+            table.add_column(column, justify="right")
+        for c in self.checks:
+            if not c.cases:
+                table.add_row(c.name, "0", *[""] * 9, "absent", style="dim")
+                continue
+            numbers = (c.cases, c.same, c.known.total() or "", c.refused.total() or "", c.differs or "")
+            products = [f"{c.error:.2f}", *map(str, c.ulps.tolist())] if int(c.ulps.sum()) else [""] * 6
+            table.add_row(c.name, *map(str, numbers), *products, style="red" if c.differs else "")
+        return table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        yield self.table()
+        for title, counters in (("refused", "refused"), ("known differences", "known")):
+            reasons: Counter[str] = sum((getattr(c, counters) for c in self.checks), Counter())
+            if reasons:
+                yield Text(f"\n{title}:", style="bold")
+                for reason, times in reasons.most_common():
+                    yield Text(f"  {times} times: {reason}")
+        for failure in self.failures:
+            yield Text(f"\n{failure.smallest.check} differs, on the smallest input found:", style="bold red")
+            yield Text(failure.message)
+            if failure.hint:
+                yield Text(f"{failure.met!r}: {failure.hint}", style="bold")
+            yield Text(f"again:\n{failure.snippet()}")
+        verdict = f"{self.backend} {'agrees with' if self.agrees else 'DIFFERS from'} {self.against}"
+        yield Text(f"\n{verdict}", style="bold green" if self.agrees else "bold red")
+
+
+def verify(
+    backend: str,
+    against: str = "reference",
+    depth: str = "normal",
+    checks: tuple[str, ...] | None = None,
+    progress: bool | None = None,
+) -> Report:
+    """Ask a backend the catalogue and compare each answer with another backend's.
+
+    A backend may say which differences are meant: ``known_difference(case) -> str | None`` names one. Such cases are
+    counted under that name and are no failure.
+
+    Args:
+        backend: a registered name.
+        against: the backend whose answers count as right.
+        depth: "quick" (about 400 cases), "normal" (about 1,700) or "deep" (about 7,000).
+        checks: names in ``CHECKS``; all if None.
+        progress: a progress bar; None shows one in a terminal only.
+
+    Raises:
+        UnknownBackendError, BackendUnavailableError: a name that can't be used here.
+        ValueError: no such check or depth.
+
+    Example:
+        >>> report = verify("reference", depth="quick", checks=("gemv_4bit",), progress=False)
+        >>> report.agrees, report.cases
+        (True, 40)
+    """
+    from tqdm import tqdm
+
+    chosen = tuple(CHECKS) if checks is None else checks
+    for name in chosen:
+        if name not in CHECKS:
+            raise ValueError(f"unknown check {name!r}; known: {', '.join(CHECKS)}")
+    engine = check_usable(backend)
+    check_usable(against)
+    explain: Callable[[Case], str | None] = getattr(engine, "known_difference", lambda case: None)
+    cases = catalogue(chosen, depth)
+    reports = {name: CheckReport(name) for name in chosen}
+    failures: dict[str, Failure] = {}
+    start = time.perf_counter()
+    for case in tqdm(cases, unit="case", leave=False, disable=None if progress is None else not progress):
+        outcome = check(case, backend, against)
+        known = explain(case) if outcome.status == "differs" else None
+        reports[case.check].count(outcome, known)
+        if outcome.status == "differs" and not known and case.check not in failures:
+            failures[case.check] = _shrunk(outcome, backend, against, explain)
+    seconds = time.perf_counter() - start
+    return Report(backend, against, depth, list(reports.values()), list(failures.values()), seconds)
+
+
+def shrink(case: Case, fails: Callable[[Case], bool], tries: int = SHRINK_TRIES) -> Case:
+    """The smallest case like this one that still fails: simplify one field at a time for as long as it does.
+
+    Example:
+        >>> shrink(Case("gemm_4bit", m=17, n=33, k=130, bias=True), lambda case: case.k > 63)
+        Case('gemm_4bit', blocksize=32, weights='ramp', activations='ones')
+    """
+    for _ in range(tries):
+        smaller = next(_failing(simpler(case), fails), None)
+        if smaller is None:
+            break
+        case = smaller
+    return case
+
+
+def _failing(cases: Iterator[Case], fails: Callable[[Case], bool]) -> Iterator[Case]:
+    return (case for case in cases if fails(case))
+
+
+def _shrunk(outcome: Outcome, backend: str, against: str, explain: Callable[[Case], str | None]) -> Failure:
+    def fails(case: Case) -> bool:
+        return check(case, backend, against).status == "differs" and not explain(case)
+
+    smallest = shrink(outcome.case, fails)
+    last = check(smallest, backend, against)
+    return Failure(outcome.case, smallest, last.message, outcome.hint or last.hint, backend, against)
+
+
+def _reason(message: str) -> str:
+    """The backend's reason alone, without the call: the same for all cases it refuses for that reason."""
+    _, _, reason = message.partition("): ")
+    return (reason or message).partition(". What would work")[0]

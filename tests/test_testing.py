@@ -1,0 +1,341 @@
+"""The differential kit finds what is wrong, shrinks it and says why; and finds nothing where nothing is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from loopback import Loopback
+
+import refq4
+from refq4 import cli, layout
+from refq4.backend import PackedWeight
+from refq4.reference import ReferenceBackend
+from refq4.testing import CHECKS, Case, catalogue, check, shrink, verify
+from refq4.testing.cases import DEPTHS, simpler
+
+pytestmark = pytest.mark.reference_only("the kit is tested on backends with planted bugs")
+
+
+class Buggy(ReferenceBackend):
+    """The reference with one bug, planted by name."""
+
+    name = "buggy"
+
+    def __init__(self, bug: str) -> None:
+        self.bug = bug
+
+    def quantize_4bit(self, A, code, blocksize):
+        if self.bug == "x >= threshold":
+            code = code._replace(thresholds=code.thresholds.nextafter(torch.tensor(-9.0)))
+        packed, absmax = super().quantize_4bit(A, code, blocksize)
+        if self.bug == "low nibble first":
+            packed = (packed << 4) | (packed >> 4)
+        if self.bug == "absmax without abs":
+            absmax = torch.stack([block.max().float() for block in A.reshape(-1).split(blocksize)])
+        if self.bug == "padding":
+            packed = packed.clone()
+            packed[-1] &= 0xF0 if A.numel() % 2 else 0xFF
+        return packed, absmax
+
+    def quantize_blockwise(self, A, code, blocksize):
+        q, absmax = super().quantize_blockwise(A, code, blocksize)
+        return (q.clamp(max=254) if self.bug == "top 8-bit code lost" else q), absmax
+
+    def dequantize_4bit(self, weight, dtype):
+        if self.bug == "rounded twice" and dtype != torch.float32:
+            return super().dequantize_4bit(weight, torch.float16).to(dtype)
+        return super().dequantize_4bit(self.damaged(weight), dtype)
+
+    def dequantize_blockwise(self, q, absmax, code, blocksize, dtype):
+        out = super().dequantize_blockwise(q, absmax, code, blocksize, dtype)
+        return out * (1 + 2**-20) if self.bug == "8-bit decoding off by a little" else out
+
+    def gemm_4bit(self, x, weight, bias):
+        if self.bug == "bias forgotten":
+            bias = None
+        if self.bug == "writes to x":
+            x.view(-1)[0] += 1
+        if self.bug == "sums in bf16":
+            terms = x.unsqueeze(1).bfloat16() * super().dequantize_4bit(weight, torch.bfloat16)
+            return terms.sum(-1).to(x.dtype) + (0 if bias is None else bias)
+        if self.bug == "tail left out" and x.shape[1] > 16:
+            keep = x.shape[1] // 16 * 16
+            return torch.nn.functional.linear(x[:, :keep], self.dequantize_4bit(weight, x.dtype)[:, :keep], bias)
+        if self.bug == "NaN":
+            return super().gemm_4bit(x, weight, bias) * float("nan")
+        return ReferenceBackend().gemm_4bit(x, self.damaged(weight), bias)
+
+    def damaged(self, weight: PackedWeight) -> PackedWeight:
+        if self.bug == "nibbles swapped":
+            return weight._replace(packed=(weight.packed << 4) | (weight.packed >> 4))
+        if self.bug == "offset forgotten" and weight.nested is not None:
+            return weight._replace(nested=weight.nested._replace(offset=torch.zeros(())))
+        if self.bug == "first scale for all":
+            return weight._replace(absmax=weight.absmax[:1].expand(len(weight.absmax)).contiguous())
+        return weight
+
+
+# bug -> a check that must find it, and words that must be in its message
+BUGS = {
+    "x >= threshold": ("quantize_4bit", "wrong codes"),
+    "low nibble first": ("quantize_4bit", "the first element goes to the low nibble"),
+    "absmax without abs": ("quantize_4bit", "absmax: "),
+    "padding": ("quantize_4bit", "the spare low nibble of the last byte must hold the code of 0.0"),
+    "top 8-bit code lost": ("quantize_blockwise", "8-bit codes"),
+    "8-bit decoding off by a little": ("dequantize_blockwise", "decoded values"),
+    "rounded twice": ("dequantize_4bit", "decoded weight"),
+    "nibbles swapped": ("gemm_4bit", "the two nibbles of each byte are swapped"),
+    "offset forgotten": ("gemv_4bit", "the offset of the nested scales is not added"),
+    "first scale for all": ("gemm_4bit", "scale"),
+    "bias forgotten": ("forward", "the bias is not added"),
+    "writes to x": ("forward", ""),
+    "sums in bf16": ("gemm_4bit", "allowed"),
+    "tail left out": ("gemv_4bit", "the last K % 16 elements of each row are left out"),
+    "NaN": ("gemm_4bit", "got nan"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found_shrunk_and_explained(bug):
+    name, words = BUGS[bug]
+    refq4.register_backend(Buggy(bug))
+    report = verify("buggy", checks=(name,), progress=False)
+    assert not report.agrees
+    (failure,) = report.failures
+    assert words in f"{failure.message}\n{failure.hint}"
+    assert all(
+        size(c) >= size(failure.smallest) or check(c, "buggy").status != "differs" for c in simpler(failure.smallest)
+    )
+    scope: dict[str, object] = {}
+    exec(failure.snippet().replace("print(", "seen = (", 1), scope)  # the snippet shows the same difference
+    assert scope["seen"].message == failure.message
+
+
+def size(case: Case) -> int:
+    return case.m * case.n * case.k
+
+
+def test_small_bugs_shrink_to_small_inputs():
+    refq4.register_backend(Buggy("nibbles swapped"))
+    (failure,) = verify("buggy", checks=("gemm_4bit",), progress=False).failures
+    assert failure.smallest == Case("gemm_4bit", k=1, blocksize=32, weights="ramp", activations="ones")
+    refq4.register_backend(Buggy("tail left out"), replace=True)
+    (failure,) = verify("buggy", checks=("gemm_4bit",), progress=False).failures
+    assert (failure.smallest.m, failure.smallest.n, failure.smallest.k) == (1, 1, 17)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["canonical layout", "own layout"])
+def test_a_right_backend_agrees_on_everything(own):
+    refq4.register_backend(Loopback(own_layout=own))
+    report = verify("loopback", depth="quick", progress=False)
+    assert report.agrees
+    assert report.cases == (len(CHECKS) - (not own)) * DEPTHS["quick"]
+    assert "loopback agrees with reference" in str(report)
+
+
+def test_an_own_layout_that_does_not_come_back_is_found():
+    class Forgetful(Loopback):
+        def restore_weight(self, prepared):
+            return super().restore_weight(prepared)._replace(packed=torch.zeros(32, dtype=torch.uint8))
+
+        def _canonical(self, weight):
+            return Loopback.restore_weight(self, weight) if not isinstance(weight, PackedWeight) else weight
+
+    refq4.register_backend(Forgetful(own_layout=True))
+    message = check(Case("own layout"), "loopback").message
+    assert "packed bytes after prepare and restore" in message
+
+
+def test_a_result_of_another_backend_does_not_count():
+    class Borrower(ReferenceBackend):
+        name = "borrower"
+
+        def gemm_4bit(self, x, weight, bias):
+            return refq4.ops.matmul("gemm_4bit", x, weight, bias, "reference")
+
+    refq4.register_backend(Borrower())
+    outcome = check(Case("gemm_4bit"), "borrower")
+    assert outcome.status == "differs"
+    assert "asked 'borrower', but ['borrower', 'reference'] computed" in outcome.message
+
+
+def test_a_crash_is_a_difference_and_a_refusal_is_not():
+    class Moody(ReferenceBackend):
+        name = "moody"
+
+        def can_run(self, call):
+            return "no double quantisation here" if call.nested else None
+
+        def gemm_4bit(self, x, weight, bias):
+            raise ZeroDivisionError("oh")
+
+    refq4.register_backend(Moody())
+    outcome = check(Case("gemm_4bit"), "moody")
+    assert (outcome.status, outcome.message) == ("differs", "raised ZeroDivisionError: oh")
+    report = verify("moody", depth="quick", checks=("dequantize_4bit", "gemm_4bit"), progress=False)
+    assert report.checks[0].differs == 0
+    assert report.checks[0].refused["no double quantisation here"] > 0
+    assert "times: no double quantisation here" in str(report)
+    assert not report.agrees
+
+
+def test_a_backend_that_refuses_everything_does_not_agree():
+    class Nothing(ReferenceBackend):
+        name = "nothing"
+
+        def can_run(self, call):
+            return "not today"
+
+    refq4.register_backend(Nothing())
+    assert not verify("nothing", depth="quick", checks=("gemv_4bit",), progress=False).agrees
+
+
+def test_differences_that_a_backend_names_are_counted_under_their_names():
+    class Honest(Buggy):
+        def known_difference(self, case):
+            return "forgets biases" if case.bias else None
+
+    refq4.register_backend(Honest("bias forgotten"))
+    report = verify("buggy", depth="quick", checks=("gemm_4bit",), progress=False)
+    assert report.agrees
+    assert report.checks[0].known["forgets biases"] > 0
+    refq4.register_backend(Honest("nibbles swapped"), replace=True)
+    assert not verify("buggy", depth="quick", checks=("gemm_4bit",), progress=False).agrees
+
+
+def test_backends_are_compared_with_each_other():
+    refq4.register_backend(Buggy("nibbles swapped"))
+    refq4.register_backend(Loopback())
+    report = verify("loopback", against="buggy", depth="quick", checks=("dequantize_4bit",), progress=False)
+    assert report.checks[0].differs > 0
+    assert "against='buggy'" in report.failures[0].snippet()
+
+
+def test_the_catalogue_holds_no_case_twice_and_is_the_same_every_time():
+    deep = catalogue(tuple(CHECKS), "deep")
+    assert len(set(deep)) == len(deep) == len(CHECKS) * DEPTHS["deep"]
+    assert len(deep) >= 5000
+    assert deep == catalogue(tuple(CHECKS), "deep")
+    for case in deep[::97]:
+        for mine, again in zip(case.operands(), eval(repr(case)).operands(), strict=True):
+            assert mine is again is None or torch.equal(mine.nan_to_num(), again.nan_to_num())
+
+
+def test_shrinking_ends_at_a_case_of_which_nothing_can_be_made_simpler():
+    start = Case("gemm_4bit", m=9, n=33, k=130, dtype="float16", nested=True, bias=True, weights="outliers", seed=7)
+    smallest = shrink(start, lambda case: case.n * case.k >= 100 and case.nested)
+    assert smallest.n * smallest.k >= 100
+    assert smallest.nested
+    assert not any(c.n * c.k >= 100 and c.nested for c in simpler(smallest))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [({"depth": "deeper"}, "depth must be one of quick, normal, deep"), ({"checks": ("gem",)}, "unknown check 'gem'")],
+    ids=["depth", "check"],
+)
+def test_wrong_arguments_are_named(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        verify("reference", **arguments)
+    with pytest.raises(ValueError, match="unknown check 'gem'"):
+        check(Case("gem"), "reference")
+
+
+# --- the three doors --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_exits_with_1_on_a_difference_and_0_without_one(capsys):
+    refq4.register_backend(Buggy("bias forgotten"))
+    command = ["verify", "--quick", "--check", "gemm_4bit"]
+    assert cli.main([*command, "--backend", "reference"]) == 0
+    assert "reference agrees with reference" in capsys.readouterr().out
+    assert cli.main([*command, "--backend", "buggy"]) == 1
+    assert "the bias is not added" in capsys.readouterr().out
+    assert cli.main([*command, "--backend", "buggy", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["agrees"] is False
+    assert report["checks"][0]["cases"] == DEPTHS["quick"]
+    assert "check(Case('gemm_4bit'" in report["failures"][0]["snippet"]
+
+
+PLUGIN = """
+from refq4.reference import ReferenceBackend
+
+class Mine(ReferenceBackend):
+    name = "mine"
+
+    def gemv_4bit(self, x, weight, bias):
+        return super().gemv_4bit(x, weight, {bias})
+
+    def can_run(self, call):
+        return "no AF4" if call.code == "af4" else super().can_run(call)
+"""
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """A third party's package with a backend, found through its entry point."""
+
+    def install(bias: str) -> dict[str, str]:
+        (tmp_path / "mine_backend.py").write_text(PLUGIN.format(bias=bias))
+        info = tmp_path / "mine_backend-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine-backend\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[refq4.backends]\nmine = mine_backend:Mine\n")
+        return os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    return install
+
+
+def pytest_on(environment, cwd, *arguments) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_an_installed_backend_of_a_third_party_passes_with_its_refusals_skipped(installed, tmp_path):
+    run = pytest_on(installed("bias"), tmp_path, "--pyargs", "refq4.testing", "--backend", "mine", "-rs")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "no AF4" in run.stdout
+    assert "failed" not in run.stdout
+
+
+def test_an_installed_backend_with_a_bug_fails(installed, tmp_path):
+    run = pytest_on(installed("None"), tmp_path, "--pyargs", "refq4.testing", "--backend", "mine", "-k", "gemv_4bit")
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "the bias is not added" in run.stdout
+
+
+def test_other_projects_see_nothing_of_the_plug_in(tmp_path):
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--backend')\n")
+    (tmp_path / "test_theirs.py").write_text(
+        "import sys\ndef test_theirs(request):\n"
+        "    assert request.config.getoption('--backend') == 'gpu'\n    assert 'refq4' not in sys.modules\n"
+    )
+    run = pytest_on(os.environ, tmp_path, "--backend", "gpu")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_an_unavailable_backend_is_skipped_with_its_remedy_or_required(installed, tmp_path):
+    environment = installed("bias")
+    source = tmp_path / "mine_backend.py"
+    source.write_text(source.read_text() + "    def available(self):\n        return 'no such chip: buy one'\n")
+    arguments = ["--pyargs", "refq4.testing", "--backend", "mine", "-rs", "-k", "embedding"]
+    run = pytest_on(environment, tmp_path, *arguments)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "no such chip: buy one" in run.stdout
+    assert "passed" not in run.stdout
+    required = pytest_on(environment, tmp_path, *arguments, "--require-backends", "mine")
+    assert required.returncode == 4
+    assert "no such chip: buy one" in required.stderr
+
+
+def test_layout_helpers_used_in_messages_are_exact():
+    """The diagnosis of swapped nibbles rests on this identity."""
+    packed = torch.arange(256, dtype=torch.uint8)
+    swapped = layout.unpack((packed << 4) | (packed >> 4), 512).view(-1, 2)
+    assert torch.equal(swapped.flip(1).reshape(-1), layout.unpack(packed, 512))
