@@ -1,0 +1,303 @@
+"""The CPU backend: refq4's ops on the C kernels in ``kernels/``.
+
+This file turns tensors into pointers and nothing else; what is computed is said in ``refq4/backend.py``, how, in the
+kernel files. Each op is one C call, which runs without the interpreter's lock on as many threads as torch uses.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from ctypes import c_int, c_int64, c_void_p
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from refq4.backend import (
+    Backend,
+    BackendUnavailableError,
+    BackendUnsupportedError,
+    Call,
+    Nested,
+    PackedWeight,
+    PreparedWeight,
+)
+from refq4.buildcache import CacheError
+from refq4.codebooks import Code
+from refq4.layout import block_count, packed_bytes
+
+from . import build
+from .calibrate import BLOCKSIZE as CALIBRATION_BLOCKSIZE
+from .calibrate import K as CALIBRATION_K
+from .calibrate import MEASURED_M, Winners, calibrated
+from .calibrate import N as CALIBRATION_N
+from .kernels import DTYPES, TILES, ProductKernel, can_tile, candidates, forced
+
+__all__ = ["CpuBackend"]
+
+_Pointers = tuple[int | None, int | None, int | None, int | None, int | None, int]
+
+
+class CpuBackend(Backend):
+    """C kernels compiled on first use: AVX-512 BF16, AVX-512, AVX2 or plain C, whatever the processor has."""
+
+    name = "cpu"
+    priority = 10
+    description = "C kernels compiled on first use: AVX-512 BF16, AVX-512, AVX2, plain C"
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._library: build.Library | None = None
+        self._winners: Winners | None = None
+        self._chosen: dict[tuple[Any, ...], ProductKernel] = {}
+
+    # --- what it can do ---------------------------------------------------------------------------------------
+
+    def available(self) -> str | None:
+        if os.name != "posix" or sys.byteorder != "little":
+            return "its kernels are written for POSIX threads and little-endian memory; use the reference"
+        try:
+            build.chosen_tier()
+            forced()
+        except (build.BuildError, CacheError, ValueError) as error:
+            return str(error)
+        return None
+
+    def can_run(self, call: Call) -> str | None:
+        if (reason := super().can_run(call)) is not None:
+            return reason
+        if call.dtype not in DTYPES:
+            return f"it takes fp32, fp16 and bf16, not {call.dtype}"
+        if call.layout not in ("canonical", TILES):
+            return f"it reads the layouts canonical and {TILES}, not {call.layout}"
+        if call.op in ("gemv_4bit", "gemm_4bit") and (kernel := forced()) is not None:
+            tier = build.TIERS[self.library().tier][0]
+            return kernel.refuses(tier, call.dtype, call.m, call.k, call.blocksize, call.layout)
+        return None
+
+    def kernel(self, call: Call) -> str:
+        tier = self.library().tier
+        if call.op in ("gemv_4bit", "gemm_4bit"):
+            return self._kernel_for(call.dtype, call.m, call.k, call.blocksize, call.layout).name
+        wide = call.op in ("quantize_4bit", "dequantize_4bit") and tier.startswith("avx512")
+        return f"{call.op.partition('_')[0]}_{'2_avx512' if wide else '1_scalar'}"
+
+    def info(self) -> dict[str, Any]:
+        library = self.library()
+        return {
+            "tier": library.tier,
+            "tiers": build.supported_tiers(),
+            "processor": build.processor_name(),
+            "compiler": library.compiler.version,
+            "library": str(library.path),
+            "calibration": self._calibration(),
+            "threads": torch.get_num_threads(),
+        }
+
+    def library(self) -> build.Library:
+        """The compiled tier; the first call compiles it.
+
+        Raises:
+            BackendUnavailableError: it can't be compiled or loaded.
+        """
+        if self._library is None:
+            with self._lock:
+                if self._library is None:
+                    try:
+                        library = build.load()
+                    except (build.BuildError, CacheError, OSError) as error:
+                        raise BackendUnavailableError(f"backend 'cpu': {error}") from error
+                    _declare(library)
+                    self._library = library
+        return self._library
+
+    # --- quantising and dequantising --------------------------------------------------------------------------
+
+    def quantize_4bit(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
+        out = torch.empty(packed_bytes(A.numel()), dtype=torch.uint8)
+        return out, self._quantize(A, code, blocksize, out, packs=True)
+
+    def quantize_blockwise(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
+        out = torch.empty(A.shape, dtype=torch.uint8)
+        return out, self._quantize(A, code, blocksize, out, packs=False)
+
+    def _quantize(self, A: Tensor, code: Code, blocksize: int, out: Tensor, packs: bool) -> Tensor:
+        A, order, thresholds = A.contiguous(), code.order.contiguous(), code.thresholds.contiguous()
+        absmax = torch.empty(block_count(A.numel(), blocksize), dtype=torch.float32)
+        pad = code.zero_code() if packs and A.numel() % 2 else 0
+        self.library().functions.refq4_quantize(
+            A.data_ptr(), DTYPES[A.dtype], A.numel(), blocksize, thresholds.data_ptr(), order.data_ptr(),
+            order.numel(), pad, absmax.data_ptr(), out.data_ptr(), packs, 0, torch.get_num_threads(),
+        )  # fmt: skip
+        return absmax
+
+    def dequantize_4bit(self, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(weight.shape, dtype=dtype)
+        self._dequantize(weight.packed, 4, weight.code, weight.blocksize, weight.absmax, weight.nested, out)
+        return out
+
+    def dequantize_blockwise(
+        self, q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+    ) -> Tensor:
+        out = torch.empty(q.shape, dtype=dtype)
+        self._dequantize(q, 8, code, blocksize, absmax, None, out)
+        return out
+
+    def _dequantize(
+        self, codes: Tensor, bits: int, code: Tensor, blocksize: int, absmax: Tensor, nested: Nested | None, out: Tensor
+    ) -> None:
+        codes, code, absmax = codes.contiguous(), code.contiguous(), absmax.contiguous()
+        self.library().functions.refq4_dequantize(
+            codes.data_ptr(), bits, out.numel(), code.data_ptr(), blocksize, *_scale_pointers(absmax, nested),
+            out.data_ptr(), DTYPES[out.dtype], 0, torch.get_num_threads(),
+        )  # fmt: skip
+
+    # --- products ---------------------------------------------------------------------------------------------
+
+    def gemv_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
+        return self._product(x, weight, bias, None)
+
+    def gemm_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
+        return self._product(x, weight, bias, None)
+
+    def _product(
+        self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, kernel: ProductKernel | None
+    ) -> Tensor:
+        """One product, with the kernel named or the one that :meth:`_kernel_for` chooses."""
+        n, k = weight.shape
+        m, dtype = x.shape[0], x.dtype
+        y = torch.empty((m, n), dtype=dtype)
+        if y.numel() == 0:
+            return y
+        x = x if x.is_contiguous() else x.contiguous()
+        pointers: tuple[int | None, ...]
+        if isinstance(weight, PreparedWeight):
+            if kernel is None:
+                kernel = self._kernel_for(dtype, m, k, weight.blocksize, weight.layout)
+            tiles, code = weight.tensors[0], weight.tensors[1]
+            pointers = (tiles.data_ptr(), None, code.data_ptr(), weight.blocksize, None, None, None, None, None, 0)
+        else:
+            if kernel is None:
+                kernel = self._kernel_for(dtype, m, k, weight.blocksize, "canonical")
+            pointers = (None, weight.packed.data_ptr(), weight.code.data_ptr(), weight.blocksize,
+                        *_scale_pointers(weight.absmax, weight.nested))  # fmt: skip
+        status = self.library().functions.refq4_product(
+            kernel.index, x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), DTYPES[dtype], m, n, k,
+            *pointers, torch.get_num_threads(),
+        )  # fmt: skip
+        if status != 0:
+            _raise(status, kernel, m, n, k)
+        return y
+
+    def _kernel_for(self, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str) -> ProductKernel:
+        key = (dtype, m if m < 128 else 128, can_tile(k, blocksize), layout)
+        kernel = self._chosen.get(key)
+        if kernel is None:
+            self._chosen[key] = kernel = self._choose(dtype, m, k, blocksize, layout)
+        return kernel
+
+    def _choose(self, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str) -> ProductKernel:
+        tier = build.TIERS[self.library().tier][0]
+        asked = forced()
+        if asked is not None:
+            if (reason := asked.refuses(tier, dtype, m, k, blocksize, layout)) is not None:
+                raise BackendUnsupportedError(f"backend 'cpu': {reason}")
+            return asked
+        able = candidates(tier, dtype, m, k, blocksize, layout)
+        if not able:
+            raise BackendUnsupportedError(f"backend 'cpu': no kernel of tier {self.library().tier} reads {layout}")
+        row = self._calibration().get(f"{str(dtype).removeprefix('torch.')} {layout}", {})
+        winner = row.get(str(max(measured for measured in MEASURED_M if measured <= m)))
+        return next((kernel for kernel in able if kernel.name == winner), able[0])
+
+    def _calibration(self) -> Winners:
+        if self._winners is None:
+            with self._lock:
+                library = self.library()
+                # One weight for all timings; made only if the file is missing.
+                weights: dict[str, PackedWeight | PreparedWeight] = {}
+
+                def multiply(kernel: ProductKernel, x: Tensor, layout: str) -> Tensor:
+                    if not weights:
+                        weights["canonical"] = canonical = _calibration_weight()
+                        prepared = self.prepare_weight(canonical)
+                        weights[TILES] = canonical if prepared is None else prepared
+                    return self._product(x, weights[layout], None, kernel)
+
+                self._winners = calibrated(library.path, build.TIERS[library.tier][0], multiply)
+        return self._winners
+
+    # --- the tile layout --------------------------------------------------------------------------------------
+
+    def prepare_weight(self, weight: PackedWeight) -> PreparedWeight | None:
+        """Tiles (``kernels/tiles.h``), or None where no kernel of this tier reads them or rows and blocks don't fit."""
+        if len(weight.shape) != 2 or not can_tile(weight.shape[1], weight.blocksize) or self.library().tier == "c":
+            return None
+        n, k = weight.shape
+        panels, record = -(-n // 16), 64 + 8 * weight.blocksize
+        tiles = torch.empty(panels * (k // weight.blocksize) * record, dtype=torch.uint8)
+        self.library().functions.refq4_tile(
+            weight.packed.data_ptr(), n, k, weight.blocksize, *_scale_pointers(weight.absmax, weight.nested),
+            tiles.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        kept = [tiles, weight.code]
+        if weight.nested is not None:  # tiles hold the scales undone; the way back needs the bytes they came from
+            nested = weight.nested
+            kept += [weight.absmax, nested.absmax, nested.code, nested.offset, torch.tensor(nested.blocksize)]
+        return PreparedWeight(self.name, TILES, tuple(kept), (n, k), weight.blocksize, weight.quant_type)
+
+    def restore_weight(self, prepared: PreparedWeight) -> PackedWeight:
+        n, k = prepared.shape
+        tiles, code, *kept = prepared.tensors
+        packed = torch.empty(packed_bytes(n * k), dtype=torch.uint8)
+        absmax = kept[0] if kept else torch.empty(block_count(n * k, prepared.blocksize), dtype=torch.float32)
+        self.library().functions.refq4_untile(
+            tiles.data_ptr(), n, k, prepared.blocksize, packed.data_ptr(), None if kept else absmax.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        nested = Nested(kept[1], kept[2], kept[3], int(kept[4])) if kept else None
+        return PackedWeight(packed, absmax, code, prepared.blocksize, (n, k), prepared.quant_type, nested)
+
+
+def _scale_pointers(absmax: Tensor, nested: Nested | None) -> _Pointers:
+    """absmax, q, nested absmax, nested code, offset, nested blocksize: what refq4.h's Weight holds, in its order."""
+    if nested is None:
+        return absmax.data_ptr(), None, None, None, None, 0
+    second = nested.absmax.data_ptr(), nested.code.data_ptr(), nested.offset.data_ptr()
+    return None, absmax.data_ptr(), *second, nested.blocksize
+
+
+def _calibration_weight() -> PackedWeight:
+    numel = CALIBRATION_N * CALIBRATION_K
+    random = torch.Generator().manual_seed(4)
+    return PackedWeight(
+        torch.randint(0, 256, (numel // 2,), dtype=torch.uint8, generator=random),
+        torch.rand(numel // CALIBRATION_BLOCKSIZE, generator=random) + 0.5,
+        torch.linspace(-1, 1, 16),
+        CALIBRATION_BLOCKSIZE,
+        (CALIBRATION_N, CALIBRATION_K),
+        "calibration",
+    )
+
+
+def _raise(status: int, kernel: ProductKernel, m: int, n: int, k: int) -> NoReturn:
+    if status == -1:
+        raise MemoryError(f"refq4's CPU kernel {kernel.name} found no scratch memory for M={m}, N={n}, K={k}")
+    raise BackendUnsupportedError(f"backend 'cpu': the compiled library has no kernel {kernel.name} (status {status})")
+
+
+def _declare(library: build.Library) -> None:
+    """Argument types once: ctypes would otherwise guess, and pass 64-bit sizes as 32-bit ints."""
+    f, pointer = library.functions, c_void_p
+    scales = [pointer] * 5 + [c_int64]
+    f.refq4_product.argtypes = [c_int, *[pointer] * 3, c_int, *[c_int64] * 3, *[pointer] * 3, c_int64, *scales, c_int]
+    f.refq4_product.restype = c_int
+    f.refq4_quantize.argtypes = [pointer, c_int, c_int64, c_int64, pointer, pointer, c_int, c_int, pointer, pointer,
+                                 c_int, c_int, c_int]  # fmt: skip
+    f.refq4_dequantize.argtypes = [pointer, c_int, c_int64, pointer, c_int64, *scales, pointer, c_int, c_int, c_int]
+    f.refq4_tile.argtypes = [pointer, *[c_int64] * 3, *scales, pointer, c_int]
+    f.refq4_untile.argtypes = [pointer, *[c_int64] * 3, pointer, pointer, c_int]
+    for function in (f.refq4_quantize, f.refq4_dequantize, f.refq4_tile, f.refq4_untile):
+        function.restype = None

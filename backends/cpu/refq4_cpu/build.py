@@ -1,0 +1,213 @@
+"""From C source to a loaded library: find a compiler, choose a tier, compile once, call through ctypes.
+
+    tier           instructions                             compiled with
+    -------------  ---------------------------------------  -------------------------------------
+    avx512_bf16    AVX-512 + vdpbf16ps                      the flags in TIERS below
+    avx512         AVX-512 F, BW, DQ, VL
+    avx2           AVX2, FMA, F16C
+    c              what every compiler's default has        no -m flag at all
+
+The best tier that the processor *and* the operating system can run is taken (``kernels/cpu_features.c`` asks both);
+``REFQ4_CPU_TIER`` names another one. A tier is one translation unit, ``kernels/library.c``, compiled in about two
+seconds on first use and kept in the cache (``refq4/buildcache.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from refq4.buildcache import cache_directory, cache_key, cached
+
+__all__ = ["TIERS", "TIER_VARIABLE", "BuildError", "Compiler", "Library", "find_compiler", "load", "supported_tiers"]
+
+TIER_VARIABLE = "REFQ4_CPU_TIER"
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+# name -> (REFQ4_TIER, the bit of cpu_features.c that it needs or None, flags); best first
+TIERS: dict[str, tuple[int, int | None, tuple[str, ...]]] = {
+    "avx512_bf16": (3, 2, (*_AVX512, "-mavx512bf16")),
+    "avx512": (2, 1, _AVX512),
+    "avx2": (1, 0, _AVX2),
+    "c": (0, None, ()),
+}
+
+# -ffp-contract=off: a fused multiply-add where the definition rounds twice would change bits (block_scale).
+# -fno-strict-aliasing: records hold scales and codes in one stream, read through pointers of both types.
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread")
+
+
+class BuildError(RuntimeError):
+    """Compiling or choosing a tier failed; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C compiler: the words that start it and the first line of its ``--version``."""
+
+    command: tuple[str, ...]
+    version: str
+
+
+@dataclass(frozen=True)
+class Library:
+    """A tier, compiled and loaded."""
+
+    tier: str
+    path: Path
+    key: str
+    compiler: Compiler
+    functions: ctypes.CDLL
+
+
+def load(tier: str | None = None) -> Library:
+    """The library of a tier; the one in ``REFQ4_CPU_TIER``, or the best, if none is named.
+
+    Raises:
+        BuildError: no compiler, an unknown or unsupported tier, or the compiler failed.
+        CacheError: the cache directory can't be used.
+    """
+    return _load(tier or chosen_tier(), os.environ.get("REFQ4_CACHE_DIR"), os.environ.get("CC"))
+
+
+@cache
+def _load(tier: str, _cache: str | None, _cc: str | None) -> Library:
+    number, _, flags = TIERS[tier]
+    compiler = find_compiler()
+    command = [*compiler.command, *_FLAGS, *extra_flags(), *flags, f"-DREFQ4_TIER={number}", "library.c"]
+    key = cache_key(*_sources(), *command, compiler.version, platform.machine(), processor_name())
+    path = _compiled(f"refq4_cpu-{tier}-{key}.so", command, f"the {tier} kernels")
+    return Library(tier, path, key, compiler, ctypes.CDLL(str(path)))
+
+
+def supported_tiers() -> list[str]:
+    """The tiers that this processor and operating system can run, best first."""
+    features = cpu_features()
+    return [name for name, (_, bit, _) in TIERS.items() if bit is None or features >> bit & 1]
+
+
+def chosen_tier() -> str:
+    """The tier in effect: the one asked for, checked, or the best."""
+    possible = supported_tiers()
+    asked = os.environ.get(TIER_VARIABLE, "")
+    if not asked:
+        return possible[0]
+    if asked not in TIERS:
+        raise BuildError(f"the environment variable {TIER_VARIABLE}={asked!r} is no tier; known: {', '.join(TIERS)}")
+    if asked not in possible:
+        raise BuildError(
+            f"the environment variable {TIER_VARIABLE}={asked!r}: this machine can't run that tier, only "
+            f"{', '.join(possible)}"
+        )
+    return asked
+
+
+def cpu_features() -> int:
+    """The bits that ``kernels/cpu_features.c`` documents."""
+    return _cpu_features(os.environ.get("REFQ4_CACHE_DIR"), os.environ.get("CC"))
+
+
+@cache
+def _cpu_features(_cache: str | None, _cc: str | None) -> int:
+    compiler = find_compiler()
+    command = [*compiler.command, "-O1", "-fPIC", "cpu_features.c"]
+    source = (kernel_directory() / "cpu_features.c").read_bytes()
+    path = _compiled(f"cpu_features-{cache_key(source, *command, compiler.version)}.so", command, "")
+    return int(ctypes.CDLL(str(path)).refq4_cpu_features())
+
+
+def find_compiler() -> Compiler:
+    """The compiler to use: ``$CC``, then cc, gcc, clang, then the ziglang package.
+
+    Raises:
+        BuildError: there is none, or ``$CC`` names one that doesn't start.
+    """
+    asked = os.environ.get("CC", "")
+    if asked:
+        found = _version(tuple(shlex.split(asked)))
+        if found is None:
+            raise BuildError(f"the environment variable CC={asked!r} names no C compiler that starts")
+        return found
+    candidates = [(name,) for name in ("cc", "gcc", "clang") if shutil.which(name)]
+    for command in [*candidates, *_zig()]:
+        found = _version(command)
+        if found is not None:
+            return found
+    raise BuildError(
+        "there is no C compiler (looked for $CC, cc, gcc, clang). Install one, for example with "
+        "`apt install gcc` or `pip install ziglang`"
+    )
+
+
+def _zig() -> list[tuple[str, ...]]:
+    return [(sys.executable, "-m", "ziglang", "cc")] if importlib.util.find_spec("ziglang") else []
+
+
+@cache
+def _version(command: tuple[str, ...]) -> Compiler | None:
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    except OSError:
+        return None
+    lines = done.stdout.splitlines()
+    return Compiler(command, lines[0]) if done.returncode == 0 and lines else None
+
+
+def _compiled(name: str, command: list[str], what: str) -> Path:
+    """The library of that name from the cache, compiled if need be; ``what`` is told on stderr (if not empty)."""
+
+    def build(target: Path) -> None:
+        if what:
+            print(f"refq4: compiling {what} (once, a few seconds) ...", end="", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        full = [*command, "-shared", "-o", str(target)]
+        done = subprocess.run(full, cwd=kernel_directory(), capture_output=True, text=True, check=False)
+        took = f" {time.perf_counter() - start:.1f} s" if done.returncode == 0 else " failed"
+        if what:
+            print(took, file=sys.stderr, flush=True)
+        if done.returncode != 0:
+            raise BuildError(_failure(full, done.stderr))
+
+    return cached(cache_directory("cpu"), name, build)
+
+
+def _failure(command: list[str], stderr: str) -> str:
+    lines = [line for line in stderr.splitlines() if "error" in line] or stderr.splitlines()
+    shown = "\n  ".join(lines[:5])
+    return f"compiling the CPU kernels failed:\n  {shown}\nThe command was: {shlex.join(command)}\nSet CC to another one"
+
+
+def extra_flags() -> list[str]:
+    """``REFQ4_CPU_CFLAGS``, for sanitizers and experiments; part of the cache key like all flags."""
+    return shlex.split(os.environ.get("REFQ4_CPU_CFLAGS", ""))
+
+
+def kernel_directory() -> Path:
+    """Where the C sources lie; the wheel is always installed unpacked."""
+    return Path(str(files("refq4_cpu") / "kernels"))
+
+
+def _sources() -> list[bytes]:
+    return [path.read_bytes() for path in sorted(kernel_directory().glob("*.[ch]"))]
+
+
+@cache
+def processor_name() -> str:
+    """The processor's model name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -1,0 +1,97 @@
+"""The product kernels and which of them serves a call.
+
+The same list stands in ``kernels/library.c``; here is what each one asks for. Choosing takes two steps: what *can*
+serve (tier, dtype, layout, shape), then, among several that can, what was fastest when this machine was calibrated
+(``calibrate.py``). ``REFQ4_CPU_KERNEL`` names one and skips both the calibration and the mercy: if it can't serve
+a call, the call is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["DTYPES", "KERNEL_VARIABLE", "PRODUCT_KERNELS", "TILES", "ProductKernel", "can_tile", "candidates", "forced"]
+
+KERNEL_VARIABLE = "REFQ4_CPU_KERNEL"
+TILES = "tiles16"  # the layout of kernels/tiles.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dtype of kernels/refq4.h
+
+_ALL = frozenset(DTYPES)
+_BF16 = frozenset({torch.bfloat16})
+
+
+@dataclass(frozen=True)
+class ProductKernel:
+    """One rung: a file in ``kernels/`` and what it asks for."""
+
+    name: str
+    index: int  # its place in library.c's table
+    tier: int  # the lowest REFQ4_TIER that has it
+    dtypes: frozenset[torch.dtype] = _ALL
+    reads_tiles: bool = True
+    any_shape: bool = False  # else see can_tile
+    one_token: bool = False
+
+    def refuses(self, tier: int, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str) -> str | None:
+        """None if it can serve, else the reason."""
+        if tier < self.tier:
+            return f"{self.name} needs a higher tier"
+        if dtype not in self.dtypes:
+            return f"{self.name} does not take {dtype}"
+        if layout == TILES and not self.reads_tiles:
+            return f"{self.name} reads the canonical layout only"
+        if self.one_token and m != 1:
+            return f"{self.name} takes one token, not {m}"
+        if not self.any_shape and not can_tile(k, blocksize):
+            return f"{self.name} needs a power of two from 32 on as blocksize and K a multiple of it (K={k}, {blocksize})"
+        return None
+
+
+PRODUCT_KERNELS = (
+    ProductKernel("gemv_4bit_1_scalar", 0, 0, reads_tiles=False, any_shape=True),
+    ProductKernel("gemm_4bit_1_scalar", 1, 0, reads_tiles=False, any_shape=True),
+    ProductKernel("gemm_4bit_2_avx2", 2, 1),
+    ProductKernel("gemm_4bit_3_avx512", 3, 2),
+    ProductKernel("gemv_4bit_2_avx512", 4, 2, reads_tiles=False, one_token=True),
+    ProductKernel("gemm_4bit_4_avx512_bf16", 5, 3, dtypes=_BF16),
+    ProductKernel("gemv_4bit_3_avx512_bf16", 6, 3, dtypes=_BF16, reads_tiles=False, one_token=True),
+)
+
+
+def can_tile(k: int, blocksize: int) -> bool:
+    """Whether the tile layout (and all kernels but the scalar ones) can hold such rows."""
+    return blocksize >= 32 and blocksize & (blocksize - 1) == 0 and k % blocksize == 0
+
+
+def forced() -> ProductKernel | None:
+    """The kernel that ``REFQ4_CPU_KERNEL`` names, if it is set.
+
+    Raises:
+        ValueError: there is no such kernel; the message lists them.
+    """
+    asked = os.environ.get(KERNEL_VARIABLE, "")
+    if not asked:
+        return None
+    for kernel in PRODUCT_KERNELS:
+        if kernel.name == asked:
+            return kernel
+    known = ", ".join(kernel.name for kernel in PRODUCT_KERNELS)
+    raise ValueError(f"the environment variable {KERNEL_VARIABLE}={asked!r} is no kernel; known: {known}")
+
+
+def candidates(
+    tier: int, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str
+) -> tuple[ProductKernel, ...]:
+    """The kernels worth timing for a call, the one expected to be fastest first.
+
+    A rung for older processors is no candidate where a newer one can serve, with one exception that is measured and
+    not assumed: fp32 multiply-adds against vdpbf16ps, which of the two is faster depends on the processor.
+    """
+    able = [kn for kn in PRODUCT_KERNELS if kn.refuses(tier, dtype, m, k, blocksize, layout) is None]
+    # The last ones are the newest; among equals the one-token kernel, which needs no rearranging, goes first.
+    able.sort(key=lambda kernel: (-kernel.tier, not kernel.one_token))
+    newest = [kn for kn in able if kn.tier >= min(2, able[0].tier) and kn.name != "gemv_4bit_1_scalar"]
+    return tuple(newest)

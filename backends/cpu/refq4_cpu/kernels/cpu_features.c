@@ -1,0 +1,40 @@
+/* What this processor and this operating system can run: the bits by which a tier is chosen.
+ *
+ * CPUID says what the processor has. That is not enough: a register the operating system does not save on a context
+ * switch must not be used, and XGETBV says which ones it saves. Compiled alone, without any -m flag.
+ *
+ *     bit 0   AVX2, FMA and F16C, with ymm registers saved
+ *     bit 1   AVX-512 F, BW, DQ, VL, with opmask and zmm registers saved
+ *     bit 2   AVX-512 BF16 on top of that (vdpbf16ps)
+ *     bit 3   AMX-BF16 with tile registers saved (reported; no tier uses it yet)
+ */
+#include <stdint.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+static uint64_t saved_registers(void) {
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+}
+
+unsigned refq4_cpu_features(void) {
+    uint32_t a, b, c, d, b7, d7, a7_1 = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0; /* no OSXSAVE: XGETBV itself would fault */
+    int fma = c >> 12 & 1, f16c = c >> 29 & 1;
+    if (!__get_cpuid_count(7, 0, &a, &b7, &c, &d7)) return 0;
+    if (a >= 1) {
+        __get_cpuid_count(7, 1, &a, &b, &c, &d);
+        a7_1 = a;
+    }
+    uint64_t saved = saved_registers();
+    int ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xE6) == 0xE6, amx = (saved >> 17 & 3) == 3;
+    int avx2 = ymm && fma && f16c && (b7 >> 5 & 1);
+    int avx512 = avx2 && zmm && (b7 >> 16 & 1) && (b7 >> 17 & 1) && (b7 >> 30 & 1) && (b7 >> 31 & 1);
+    int bf16 = avx512 && (a7_1 >> 5 & 1);
+    return (unsigned)(avx2 | avx512 << 1 | bf16 << 2 | (amx && (d7 >> 22 & 1)) << 3);
+}
+#else
+unsigned refq4_cpu_features(void) { return 0; } /* not x86-64: the plain C tier */
+#endif

@@ -1,0 +1,77 @@
+/* Dequantising 4 bits, rung 2: a block can hold sixteen different numbers only, so multiply and round those sixteen
+ * once and look the finished results up.
+ *
+ *     table      the 16 finished values: fp32 in one register, or bf16/fp16 twice (vpermw reads five index bits)
+ *
+ *     16-bit     16 bytes -> dwords:     [ . . . b ]   low word: b >> 4 (the first element), high word: b
+ *     fp32        8 bytes -> qwords:     [ . . . . . . . b ]   low dword: b >> 4, high dword: b
+ *
+ * so each look-up comes out in memory order. Upper index bits that are not zero are not read. A large result goes
+ * past the caches (streaming stores): writing it through them would first read what it overwrites.
+ */
+#include <immintrin.h>
+#include "dequantize_1_scalar.c"
+
+enum { STREAM_BYTES = 4 << 20 }; /* from here on the result would push everything else out of the caches */
+
+static inline void store64(void *at, __m512i v, int stream) {
+    if (stream) _mm512_stream_si512((__m512i *)at, v);
+    else _mm512_storeu_si512(at, v);
+}
+
+static inline __m512i finished_table(const Dequantize *d, float scale) {
+    _Alignas(64) uint16_t table[32];
+    __m512 values = _mm512_mul_ps(_mm512_loadu_ps(d->weight.code), _mm512_set1_ps(scale));
+    if (d->dtype == FP32) return _mm512_castps_si512(values);
+    if (d->dtype == FP16) {
+        __m256i half = _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        return _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
+    }
+    float plain[16];
+    _mm512_storeu_ps(plain, values);
+    for (int i = 0; i < 16; i++) table[i] = table[i + 16] = fp32_to_bf16(plain[i]);
+    return _mm512_load_si512(table);
+}
+
+static inline void avx512_dequantize_block(const Dequantize *d, int64_t block, int stream) {
+    int64_t bs = d->weight.blocksize;
+    const uint8_t *in = d->weight.packed + block * (bs / 2);
+    __m512i table = finished_table(d, block_scale(&d->weight, block));
+    if (d->dtype == FP32) {
+        float *out = (float *)d->out + block * bs;
+        for (int64_t i = 0; i < bs / 2; i += 8, out += 16) {
+            __m512i b = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(in + i)));
+            __m512i index = _mm512_or_si512(_mm512_srli_epi64(b, 4), _mm512_slli_epi64(b, 32));
+            store64(out, _mm512_permutexvar_epi32(index, table), stream);
+        }
+    } else {
+        uint16_t *out = (uint16_t *)d->out + block * bs;
+        for (int64_t i = 0; i < bs / 2; i += 16, out += 32) {
+            __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(in + i)));
+            __m512i index = _mm512_or_si512(_mm512_srli_epi32(b, 4), _mm512_slli_epi32(b, 16));
+            store64(out, _mm512_permutexvar_epi16(index, table), stream);
+        }
+    }
+}
+
+static void avx512_dequantize_item(void *context, int64_t item, int thread) {
+    (void)thread;
+    const Dequantize *d = context;
+    int64_t per = ceil_div(DEQUANTIZE_ITEM, d->weight.blocksize), whole = d->numel / d->weight.blocksize;
+    int64_t last = ceil_div(d->numel, d->weight.blocksize);
+    int stream = d->numel * (d->dtype == FP32 ? 4 : 2) >= STREAM_BYTES && (uintptr_t)d->out % 64 == 0;
+    for (int64_t b = item * per; b < min64((item + 1) * per, last); b++) {
+        if (b < whole) avx512_dequantize_block(d, b, stream);
+        else scalar_dequantize_block(d, b);
+    }
+    if (stream) _mm_sfence(); /* the result must be there before another thread is told so */
+}
+
+static void dequantize_2_avx512(const Dequantize *d) {
+    if (d->bits != 4 || d->weight.blocksize % 32) {
+        dequantize_1_scalar(d);
+        return;
+    }
+    int64_t per = ceil_div(DEQUANTIZE_ITEM, d->weight.blocksize) * d->weight.blocksize;
+    run_parallel(avx512_dequantize_item, (void *)d, ceil_div(d->numel, per), d->threads);
+}

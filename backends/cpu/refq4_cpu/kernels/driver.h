@@ -1,0 +1,150 @@
+/* The part of a tile product that is the same for every instruction set: packing x, splitting work, writing y.
+ *
+ * A kernel file supplies an Engine: micro-kernels that multiply MT tokens by NP panels of sixteen rows and leave fp32
+ * sums. Everything around them is plain C, because it touches each number once while a micro-kernel touches it K times.
+ *
+ *                 k ->                              n ->  NP panels of 16
+ *      tokens  [ x: MT rows ]          tiles      [ p0 | p1 | p2 | p3 ]
+ *        MT                             k         [    |    |    |    ]   ->   sums[MT][16*NP] ->  y
+ *
+ * One work item is a run of panels that fits the L2 cache next to a tile of x; all tokens pass over it before it goes.
+ * A canonical weight is put into tiles first, one run at a time, in scratch: decoded once, used by all tokens.
+ *
+ * Every output is summed in one order that depends on neither M, nor the thread count, nor who computes it: a token's
+ * result has the same bits alone and in a batch.
+ */
+#ifndef DRIVER_H
+#define DRIVER_H
+#include "refq4.h"
+#include "tiles.h"
+
+enum { MAX_TOKENS = 8, MAX_PANELS = 4 };
+
+/* Groups summed before the sum is scaled and added to the total: 64 elements. In one chain over a block of 4096, each
+ * addition would round at the size of the whole sum. */
+enum { PART_GROUPS = 8 };
+
+/* x_tile: see pack_tile. tiles: the first of NP panels, `stride` bytes apart. sums: [MT][16*MAX_PANELS]. */
+typedef void (*TileKernel)(const void *x_tile, const uint8_t *tiles, int64_t stride, int64_t blocks, int64_t groups,
+                           const void *table, float *sums);
+
+typedef struct {
+    int bf16_pairs;                          /* x packed as pairs of bf16 (vdpbf16ps), else as fp32 */
+    TileKernel kernel[MAX_TOKENS + 1][3];    /* [MT][log2 NP]; NULL where there is none */
+    float (*make_table)(const float *code, void *table); /* 64 bytes; returns what sums are to be multiplied by */
+} Engine;
+
+typedef struct {
+    const Product *p;
+    const Engine *engine;
+    uint8_t *x_tiles, *canonical; /* packed x; scratch for tiles, `run_bytes` per thread, if the weight is canonical */
+    int64_t token_tiles, panels, run, run_bytes, tile_tokens, token_chunks;
+    float undo_scale;
+    _Alignas(64) uint8_t table[64];
+} Plan;
+
+/* Tokens are split evenly: 9 tokens are 5 + 4, not 8 + 1. */
+static inline int64_t tile_start(const Plan *plan, int64_t tile) { return plan->p->M * tile / plan->token_tiles; }
+
+static inline int64_t x_bytes(const Plan *plan, int64_t tokens) {
+    return tokens * plan->p->K * (plan->engine->bf16_pairs ? 2 : 4);
+}
+
+/* One tile of x in the order the micro-kernel eats it: the MT tokens' values for one step side by side.
+ *
+ *     fp32   [K/8 groups][8 shifts][MT]    value of k = 8g + {1 0 3 2 5 4 7 6}[shift]: the order in which shifting a
+ *                                          tile's dword by 4*shift brings the codes down (tiles.h)
+ *     bf16   [K/8 groups][4 shifts][MT]    pairs k = 8g + {1 0 3 2}[shift] (low half) and that + 4 (high half): the
+ *                                          lower and the upper word of the dword, shifted together
+ */
+static void pack_tile(void *context, int64_t tile, int thread) {
+    (void)thread;
+    const Plan *plan = context;
+    const Product *p = plan->p;
+    int64_t first = tile_start(plan, tile), mt = tile_start(plan, tile + 1) - first;
+    uint8_t *out = plan->x_tiles + x_bytes(plan, first);
+    for (int64_t m = 0; m < mt; m++) {
+        if (plan->engine->bf16_pairs) {
+            const uint16_t *x = (const uint16_t *)p->x + (first + m) * p->K;
+            uint32_t *o = (uint32_t *)out + m;
+            for (int64_t k = 0; k < p->K; k += 8)
+                for (int s = 0; s < 4; s++, o += mt) *o = x[k + (s ^ 1)] | (uint32_t)x[k + (s ^ 1) + 4] << 16;
+        } else {
+            float *o = (float *)out + m;
+            for (int64_t k = 0; k < p->K; k += 8)
+                for (int s = 0; s < 8; s++, o += mt) *o = load_as_fp32(p->x, p->dtype, (first + m) * p->K + k + (s ^ 1));
+        }
+    }
+}
+
+static void write_tile(const Plan *plan, const float *sums, int64_t m0, int64_t mt, int64_t n0, int64_t count) {
+    const Product *p = plan->p;
+    for (int64_t m = 0; m < mt; m++) {
+        const float *row = sums + m * PANEL * MAX_PANELS;
+        float out[PANEL * MAX_PANELS];
+        for (int64_t i = 0; i < count; i++) out[i] = row[i] * plan->undo_scale;
+        if (p->bias)
+            for (int64_t i = 0; i < count; i++) out[i] += load_as_fp32(p->bias, p->dtype, n0 + i);
+        int64_t at = (m0 + m) * p->N + n0;
+        if (p->dtype == FP32) memcpy((float *)p->y + at, out, (size_t)count * 4);
+        else if (p->dtype == BF16) for (int64_t i = 0; i < count; i++) ((uint16_t *)p->y)[at + i] = fp32_to_bf16(out[i]);
+        else for (int64_t i = 0; i < count; i++) ((uint16_t *)p->y)[at + i] = fp32_to_fp16(out[i]);
+    }
+}
+
+/* One work item: a run of panels times a chunk of token tiles. */
+static void multiply_run(void *context, int64_t item, int thread) {
+    const Plan *plan = context;
+    const Product *p = plan->p;
+    const Weight *w = &p->weight;
+    int64_t first = item / plan->token_chunks * plan->run, last = min64(first + plan->run, plan->panels);
+    int64_t chunk = item % plan->token_chunks, stride = panel_bytes(p->K, w->blocksize);
+    int64_t tile_end = plan->token_tiles * (chunk + 1) / plan->token_chunks;
+    const uint8_t *tiles = p->tiles + first * stride;
+    if (!p->tiles) {
+        tiles = plan->canonical + thread * plan->run_bytes;
+        for (int64_t i = first; i < last; i++) tile_panel(w, p->N, p->K, i, (uint8_t *)tiles + (i - first) * stride);
+    }
+    _Alignas(64) float sums[MAX_TOKENS * PANEL * MAX_PANELS];
+    for (int64_t t = plan->token_tiles * chunk / plan->token_chunks; t < tile_end; t++) {
+        int64_t m0 = tile_start(plan, t), mt = tile_start(plan, t + 1) - m0;
+        const TileKernel *kernels = plan->engine->kernel[mt];
+        for (int64_t panel = first; panel < last;) {
+            int np = 2; /* log2: the widest kernel that this token count has and that is not wider than what is left */
+            while (np && (!kernels[np] || panel + (1 << np) > last)) np--;
+            kernels[np](plan->x_tiles + x_bytes(plan, m0), tiles + (panel - first) * stride, stride, p->K / w->blocksize,
+                        w->blocksize / 8, plan->table, sums);
+            write_tile(plan, sums, m0, mt, panel * PANEL, min64(PANEL << np, p->N - panel * PANEL));
+            panel += 1 << np;
+        }
+    }
+}
+
+enum { RUN_BYTES = 256 << 10 }; /* of packed weight: leaves most of a 1 MB L2 to x */
+
+static int tile_product(const Engine *engine, const Product *p) {
+    int64_t stride = panel_bytes(p->K, p->weight.blocksize), max_tokens = MAX_TOKENS;
+    while (!engine->kernel[max_tokens][0]) max_tokens--;
+    Plan plan = {.p = p, .engine = engine, .token_tiles = ceil_div(p->M, max_tokens), .panels = ceil_div(p->N, PANEL)};
+    plan.undo_scale = engine->make_table(p->weight.code, plan.table);
+    /* A few runs per thread at least, so that a slow thread can be helped out; whole widest kernels at best. */
+    int64_t fit = p->M <= MAX_TOKENS && p->tiles ? MAX_PANELS : min64(RUN_BYTES / stride, 16), fair = plan.panels / (4 * p->threads);
+    plan.run = min64(fit, fair) / MAX_PANELS * MAX_PANELS;
+    if (plan.run < MAX_PANELS) plan.run = plan.panels >= 2 * p->threads ? 2 : 1;
+    if (p->M <= MAX_TOKENS / 2 && plan.run < MAX_PANELS && plan.panels >= MAX_PANELS * p->threads) plan.run = MAX_PANELS;
+    int64_t runs = ceil_div(plan.panels, plan.run);
+    plan.token_chunks = p->tiles ? min64(plan.token_tiles, ceil_div(4 * p->threads, runs)) : 1;
+    if (p->threads == 1) plan.token_chunks = 1;
+    plan.run_bytes = plan.run * stride;
+    plan.x_tiles = scratch((size_t)x_bytes(&plan, p->M));
+    plan.canonical = p->tiles ? NULL : scratch((size_t)(plan.run_bytes * p->threads));
+    int ok = plan.x_tiles && (p->tiles || plan.canonical);
+    if (ok) {
+        run_parallel(pack_tile, &plan, plan.token_tiles, p->M * p->K > 1 << 16 ? p->threads : 1);
+        run_parallel(multiply_run, &plan, runs * plan.token_chunks, p->M * p->N * p->K > 1 << 17 ? p->threads : 1);
+    }
+    free(plan.x_tiles);
+    free(plan.canonical);
+    return ok;
+}
+#endif

@@ -1,0 +1,73 @@
+/* GEMM, rung 2: fp32 with AVX2. Registers of eight, so sixteen table entries take two look-ups and a choice.
+ *
+ *     vpermps        reads three index bits: one look-up in code[0..7], one in code[8..15]
+ *     vblendvps      takes the second where the code's top bit is set; it reads the sign bit, so the code is shifted up
+ *
+ * Otherwise it is rung 3 with a panel as two halves of eight rows. Sixteen registers hold few sums: up to four tokens.
+ */
+#include <immintrin.h>
+#include "driver.h"
+
+#define UNROLL_AVX2 _Pragma("GCC unroll 8")
+
+static inline __attribute__((always_inline)) __m256 avx2_lookup(__m256i codes, int s, __m256 low, __m256 high) {
+    __m256i index = _mm256_srli_epi32(codes, 4 * s);
+    __m256 top = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28 - 4 * s));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), top);
+}
+
+static inline __attribute__((always_inline)) void avx2_tile(const float *x, const uint8_t *tiles, int64_t blocks,
+                                                            int64_t groups, const float *table, float *sums,
+                                                            const int MT) {
+    __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8), total[4][2];
+    UNROLL_AVX2 for (int m = 0; m < MT; m++) total[m][0] = total[m][1] = _mm256_setzero_ps();
+    int64_t part = min64(groups, PART_GROUPS);
+    const uint8_t *absmax = tiles;
+    for (int64_t i = 0, first = 0; i < blocks * (groups / part); i++) {
+        if (first == 0) { /* a new record */
+            absmax = tiles;
+            tiles += 64;
+        }
+        __m256 block[4][2];
+        UNROLL_AVX2 for (int m = 0; m < MT; m++) block[m][0] = block[m][1] = _mm256_setzero_ps();
+        for (int64_t g = 0; g < part; g++, x += 8 * MT, tiles += 64) {
+            UNROLL_AVX2 for (int half = 0; half < 2; half++) {
+                __m256i codes = _mm256_loadu_si256((const __m256i *)(tiles + 32 * half));
+                UNROLL_AVX2 for (int s = 0; s < 8; s++) {
+                    __m256 w = avx2_lookup(codes, s, low, high);
+                    UNROLL_AVX2 for (int m = 0; m < MT; m++)
+                        block[m][half] = _mm256_fmadd_ps(w, _mm256_set1_ps(x[s * MT + m]), block[m][half]);
+                }
+            }
+        }
+        UNROLL_AVX2 for (int half = 0; half < 2; half++) {
+            __m256 scale = _mm256_loadu_ps((const float *)absmax + 8 * half);
+            UNROLL_AVX2 for (int m = 0; m < MT; m++) total[m][half] = _mm256_fmadd_ps(block[m][half], scale, total[m][half]);
+        }
+        first = first + part == groups ? 0 : first + part;
+    }
+    UNROLL_AVX2 for (int m = 0; m < MT; m++)
+        UNROLL_AVX2 for (int half = 0; half < 2; half++)
+            _mm256_storeu_ps(sums + m * MAX_PANELS * PANEL + 8 * half, total[m][half]);
+}
+
+#define KERNEL(MT)                                                                                                      \
+    static void avx2_tile_##MT(const void *x, const uint8_t *tiles, int64_t stride, int64_t blocks, int64_t groups,     \
+                               const void *table, float *sums) {                                                        \
+        (void)stride;                                                                                                   \
+        avx2_tile(x, tiles, blocks, groups, table, sums, MT);                                                           \
+    }
+KERNEL(1) KERNEL(2) KERNEL(3) KERNEL(4)
+#undef KERNEL
+
+static float avx2_table(const float *code, void *table) {
+    memcpy(table, code, 64);
+    return 1;
+}
+
+static const Engine avx2_engine = {
+    .make_table = avx2_table,
+    .kernel = {{0}, {avx2_tile_1}, {avx2_tile_2}, {avx2_tile_3}, {avx2_tile_4}},
+};
+
+static int gemm_2_avx2(const Product *p) { return tile_product(&avx2_engine, p); }

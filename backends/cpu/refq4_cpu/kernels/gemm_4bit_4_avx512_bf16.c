@@ -1,0 +1,119 @@
+/* GEMM, rung 4: pairs of bf16 with vdpbf16ps. Two multiply-adds per lane and instruction.
+ *
+ * A group (tiles.h) is 16 rows x 8 codes in one register. Read it as 32 words of four codes each:
+ *
+ *     dword of row n      word 2n:  k1 k0 k3 k2          word 2n+1:  k5 k4 k7 k6        (lowest nibble first)
+ *     >> 4*s              brings one code of each word into its lowest four bits
+ *     vpermw(that, table) looks up 32 bf16 values at once: for each row a pair (w[n][k], w[n][k+4])
+ *     vdpbf16ps           sums[n] += w[n][k]*x[k] + w[n][k+4]*x[k+4]     with the pair of x broadcast to all rows
+ *
+ * vpermw takes five index bits, we have four clean ones: the table holds the sixteen values twice.
+ *
+ * Scales stay out of the inner loop: codes are multiplied unscaled, and a block's sum times its absmax is added to the
+ * total. The sixteen values must be rounded to bf16, and here is room to choose: any factor c on the table can be
+ * divided out of the sums in fp32. table_factor looks for the c at which the sixteen round best. For FP4 (c = 12) and
+ * the integer codes there is one where nothing is lost; for NF4 the error is well below what rounding each weight to
+ * bf16 costs, which is what the reference does.
+ *
+ * vdpbf16ps treats bf16 subnormals as zero, and its sums are not scaled until a block is complete: |x| beyond about
+ * 1e36 can overflow here where scaled weights would not.
+ */
+#include <immintrin.h>
+#include "driver.h"
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+static inline __attribute__((always_inline)) void bf16_tile(const uint32_t *x, const uint8_t *tiles, int64_t stride,
+                                                            int64_t blocks, int64_t groups, __m512i table, float *sums,
+                                                            const int MT, const int NP) {
+    __m512 total[MAX_TOKENS][MAX_PANELS];
+    UNROLL for (int m = 0; m < MT; m++) UNROLL for (int p = 0; p < NP; p++) total[m][p] = _mm512_setzero_ps();
+    int64_t record = 64 + 64 * groups, part = min64(groups, PART_GROUPS);
+    for (int64_t i = 0, first = 0; i < blocks * (groups / part); i++) {
+        __m512 block[MAX_TOKENS][MAX_PANELS];
+        UNROLL for (int m = 0; m < MT; m++) UNROLL for (int p = 0; p < NP; p++) block[m][p] = _mm512_setzero_ps();
+        for (int64_t g = first; g < first + part; g++, x += 4 * MT) {
+            __m512i codes[MAX_PANELS];
+            UNROLL for (int p = 0; p < NP; p++) {
+                const uint8_t *at = tiles + p * stride + 64 + 64 * g;
+                codes[p] = _mm512_loadu_si512(at);
+                /* One block ahead (at blocksize 64): the hardware follows the streams, but stops at page ends. */
+                _mm_prefetch((const char *)at + 1152, _MM_HINT_T0);
+            }
+            UNROLL for (int s = 0; s < 4; s++) {
+                __m512bh w[MAX_PANELS];
+                UNROLL for (int p = 0; p < NP; p++)
+                    w[p] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes[p], 4 * s), table);
+                UNROLL for (int m = 0; m < MT; m++) {
+                    __m512bh pair = (__m512bh)_mm512_set1_epi32((int)x[s * MT + m]);
+                    UNROLL for (int p = 0; p < NP; p++) block[m][p] = _mm512_dpbf16_ps(block[m][p], w[p], pair);
+                }
+            }
+        }
+        UNROLL for (int p = 0; p < NP; p++) {
+            __m512 absmax = _mm512_loadu_ps(tiles + p * stride);
+            UNROLL for (int m = 0; m < MT; m++) total[m][p] = _mm512_fmadd_ps(block[m][p], absmax, total[m][p]);
+        }
+        first += part;
+        if (first == groups) { /* the next record */
+            first = 0;
+            tiles += record;
+        }
+    }
+    UNROLL for (int m = 0; m < MT; m++)
+        UNROLL for (int p = 0; p < NP; p++) _mm512_storeu_ps(sums + (m * MAX_PANELS + p) * PANEL, total[m][p]);
+}
+
+#define KERNEL(MT, NP)                                                                                                  \
+    static void bf16_tile_##MT##x##NP(const void *x, const uint8_t *tiles, int64_t stride, int64_t blocks,              \
+                                      int64_t groups, const void *table, float *sums) {                                 \
+        bf16_tile(x, tiles, stride, blocks, groups, _mm512_loadu_si512(table), sums, MT, NP);                           \
+    }
+/* More panels at few tokens, fewer at many: 4 to 16 independent sums hide the latency, more would spill. */
+KERNEL(1, 1) KERNEL(1, 2) KERNEL(1, 4) KERNEL(2, 1) KERNEL(2, 2) KERNEL(2, 4) KERNEL(3, 1) KERNEL(3, 2) KERNEL(3, 4)
+KERNEL(4, 1) KERNEL(4, 2) KERNEL(4, 4) KERNEL(5, 1) KERNEL(5, 2) KERNEL(6, 1) KERNEL(6, 2) KERNEL(7, 1) KERNEL(7, 2)
+KERNEL(8, 1) KERNEL(8, 2)
+#undef KERNEL
+
+/* The squared error that rounding c*code to bf16 makes, relative to c. */
+static float rounding_error(const float *code, float c) {
+    float sum = 0;
+    for (int i = 0; i < 16; i++) {
+        float e = bf16_to_fp32(fp32_to_bf16(code[i] * c)) / c - code[i];
+        sum += e * e;
+    }
+    return sum;
+}
+
+/* The factor in [1, 2) under which the code rounds best; a power of two more changes nothing. Remembered per thread,
+ * because a model asks for the same code again and again. */
+static float table_factor(const float *code) {
+    static _Thread_local float known[16], factor = 0;
+    if (factor != 0 && memcmp(known, code, sizeof known) == 0) return factor;
+    float best = 1, least = rounding_error(code, 1);
+    for (int i = 1; i < 1536; i++) { /* steps of 1/1536 meet 12/8 for FP4 and E2M1 exactly; 7/4 for int4, too */
+        float c = 1 + (float)i / 1536, e = rounding_error(code, c);
+        if (e < least) { least = e; best = c; }
+    }
+    memcpy(known, code, sizeof known);
+    return factor = best;
+}
+
+static float bf16_table(const float *code, void *table) {
+    float c = table_factor(code);
+    uint16_t *t = table;
+    for (int i = 0; i < 32; i++) t[i] = fp32_to_bf16(code[i & 15] * c);
+    return 1 / c;
+}
+
+static const Engine bf16_engine = {
+    .bf16_pairs = 1,
+    .make_table = bf16_table,
+    .kernel = {{0},
+               {bf16_tile_1x1, bf16_tile_1x2, bf16_tile_1x4}, {bf16_tile_2x1, bf16_tile_2x2, bf16_tile_2x4},
+               {bf16_tile_3x1, bf16_tile_3x2, bf16_tile_3x4}, {bf16_tile_4x1, bf16_tile_4x2, bf16_tile_4x4},
+               {bf16_tile_5x1, bf16_tile_5x2}, {bf16_tile_6x1, bf16_tile_6x2}, {bf16_tile_7x1, bf16_tile_7x2},
+               {bf16_tile_8x1, bf16_tile_8x2}},
+};
+
+static int gemm_4_avx512_bf16(const Product *p) { return tile_product(&bf16_engine, p); }

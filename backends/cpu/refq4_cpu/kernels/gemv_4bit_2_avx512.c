@@ -1,0 +1,108 @@
+/* GEMV, rung 2: one token on the canonical layout, fp32, AVX-512. Lanes run along K, so nothing must be rearranged.
+ *
+ * 64 bytes of a row are 128 codes in one register, a dword for eight neighbours:
+ *
+ *     lane i    bytes 4i .. 4i+3    k0 k1 | k2 k3 | k4 k5 | k6 k7   (hi lo), counted from k = 8i
+ *     >> 4*s    brings down         k = 8i + {1 0 3 2 5 4 7 6}[s]
+ *
+ * so for each s one look-up gives 16 weights, eight apart, and x is put into that order once per call:
+ *
+ *     x_order   [K/128 chunks][8 shifts][16 lanes]
+ *
+ * The eight products of a lane share a block (blocksize >= 32 is a multiple of 8), hence one scale per lane and chunk.
+ * Four rows go together and share the loads of x. The end of a row is read through a mask; x is padded with zeros.
+ */
+#include <immintrin.h>
+#include "refq4.h"
+#include "tiles.h"
+
+enum { CHUNK = 128, ROWS = 4 };
+
+typedef struct {
+    const Product *p;
+    const void *x; /* in kernel order */
+    const void *table;
+    float undo_scale;
+    float *scales; /* with double quantisation: room for ROWS rows' scales per thread */
+} GemvPlan;
+
+/* The scales of one chunk, one per lane: lane i lies in block (first element + 8i) / blocksize of its row. */
+static inline __m512 lane_scales(const float *absmax, int64_t chunk, int64_t blocks, int64_t blocksize) {
+    int64_t first = chunk * CHUNK / blocksize;
+    if (blocksize >= CHUNK) return _mm512_set1_ps(absmax[first]);
+    __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m512i index = _mm512_srli_epi32(lane, blocksize == 32 ? 2 : 3);
+    int64_t here = min64(CHUNK / blocksize, blocks - first);
+    return _mm512_permutexvar_ps(index, _mm512_maskz_loadu_ps((__mmask16)((1u << here) - 1), absmax + first));
+}
+
+/* A row's scales as fp32: where they lie, or undone from double quantisation into `space`. */
+static inline const float *row_scales(const Weight *w, int64_t row, int64_t blocks, float *space) {
+    if (w->absmax) return w->absmax + row * blocks;
+    for (int64_t b = 0; b < blocks; b++) space[b] = block_scale(w, row * blocks + b);
+    return space;
+}
+
+/* The mask of bytes of a chunk that belong to the row: all 64, fewer at its end. */
+static inline __mmask64 chunk_mask(int64_t K, int64_t chunk) {
+    int64_t bytes = min64(64, K / 2 - chunk * 64);
+    return bytes == 64 ? ~(__mmask64)0 : ((__mmask64)1 << bytes) - 1;
+}
+
+static void gemv_avx512_rows(void *context, int64_t item, int thread) {
+    const GemvPlan *plan = context;
+    const Product *p = plan->p;
+    int64_t blocks = p->K / p->weight.blocksize, chunks = ceil_div(p->K, CHUNK), rows = min64(ROWS, p->N - item * ROWS);
+    const float *absmax[ROWS];
+    const uint8_t *bytes[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        int64_t row = item * ROWS + min64(r, rows - 1); /* a missing row repeats the last one and is not written */
+        bytes[r] = p->weight.packed + row * (p->K / 2);
+        absmax[r] = row_scales(&p->weight, row, blocks, plan->scales + (thread * ROWS + r) * blocks);
+    }
+    __m512 table = _mm512_loadu_ps(plan->table), total[ROWS];
+    for (int r = 0; r < ROWS; r++) total[r] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < chunks; c++) {
+        const float *x = (const float *)plan->x + c * CHUNK;
+        __mmask64 mask = chunk_mask(p->K, c);
+        _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) {
+            __m512i codes = _mm512_maskz_loadu_epi8(mask, bytes[r] + c * 64);
+            __m512 sum = _mm512_setzero_ps();
+            _Pragma("GCC unroll 8") for (int s = 0; s < 8; s++)
+                sum = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * s), table),
+                                      _mm512_load_ps(x + 16 * s), sum);
+            total[r] = _mm512_fmadd_ps(sum, lane_scales(absmax[r], c, blocks, p->weight.blocksize), total[r]);
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        int64_t n = item * ROWS + r;
+        float sum = _mm512_reduce_add_ps(total[r]) * plan->undo_scale;
+        store_from_fp32(p->y, p->dtype, n, p->bias ? sum + load_as_fp32(p->bias, p->dtype, n) : sum);
+    }
+}
+
+/* Frees x. */
+static int run_gemv(WorkFn rows, GemvPlan *plan, void *x) {
+    const Product *p = plan->p;
+    int64_t blocks = p->K / p->weight.blocksize;
+    plan->scales = scratch(p->weight.absmax ? 0 : (size_t)(p->threads * ROWS * blocks) * 4);
+    if (plan->scales) run_parallel(rows, plan, ceil_div(p->N, ROWS), p->N * p->K > 1 << 17 ? p->threads : 1);
+    int ok = plan->scales != NULL;
+    free(plan->scales);
+    free(x);
+    return ok;
+}
+
+static int gemv_2_avx512(const Product *p) {
+    int64_t chunks = ceil_div(p->K, CHUNK);
+    float *x = scratch((size_t)(chunks * CHUNK) * 4);
+    if (!x) return 0;
+    for (int64_t c = 0; c < chunks; c++)
+        for (int s = 0; s < 8; s++)
+            for (int lane = 0; lane < 16; lane++) {
+                int64_t k = c * CHUNK + 8 * lane + (s ^ 1);
+                x[c * CHUNK + 16 * s + lane] = k < p->K ? load_as_fp32(p->x, p->dtype, k) : 0;
+            }
+    GemvPlan plan = {p, x, p->weight.code, 1, NULL};
+    return run_gemv(gemv_avx512_rows, &plan, x);
+}

@@ -1,0 +1,116 @@
+/* One tier as a library: includes what this tier's flags can compile, and exports what Python calls.
+ *
+ *     REFQ4_TIER    0 plain C    1 AVX2    2 AVX-512    3 AVX-512 with BF16
+ *
+ * Kernels have numbers, their places in the table below; refq4_cpu/kernels.py holds the same list with what each one
+ * asks for. A kernel that a tier does not have, or can't run this call, answers with a negative status.
+ */
+#include "refq4.h"
+#include "tiles.h"
+#include "threads.c"
+#include "gemv_4bit_1_scalar.c"
+#include "gemm_4bit_1_scalar.c"
+#if REFQ4_TIER >= 1
+#include "gemm_4bit_2_avx2.c"
+#endif
+#if REFQ4_TIER >= 2
+#include "gemm_4bit_3_avx512.c"
+#include "gemv_4bit_2_avx512.c"
+#include "quantize_2_avx512.c"
+#include "dequantize_2_avx512.c"
+#else
+#include "quantize_1_scalar.c"
+#include "dequantize_1_scalar.c"
+#endif
+#if REFQ4_TIER >= 3
+#include "gemm_4bit_4_avx512_bf16.c"
+#include "gemv_4bit_3_avx512_bf16.c"
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum { OK = 0, OUT_OF_MEMORY = -1, NO_SUCH_KERNEL = -2 };
+
+typedef int (*ProductFn)(const Product *);
+static const ProductFn product_kernels[] = {
+    gemv_1_scalar,
+    gemm_1_scalar,
+#if REFQ4_TIER >= 1
+    gemm_2_avx2,
+#endif
+#if REFQ4_TIER >= 2
+    gemm_3_avx512, gemv_2_avx512,
+#endif
+#if REFQ4_TIER >= 3
+    gemm_4_avx512_bf16, gemv_3_avx512_bf16,
+#endif
+};
+
+EXPORT int refq4_product(int kernel, const void *x, const void *bias, void *y, int dtype, int64_t M, int64_t N, int64_t K,
+                         const uint8_t *tiles, const uint8_t *packed, const float *code, int64_t blocksize,
+                         const float *absmax, const uint8_t *q, const float *nested_absmax, const float *nested_code,
+                         const float *nested_offset, int64_t nested_blocksize, int threads) {
+    if (kernel < 0 || kernel >= (int)(sizeof product_kernels / sizeof *product_kernels)) return NO_SUCH_KERNEL;
+    Product p = {x, bias, y, (enum dtype)dtype, M, N, K,
+                 {packed, code, blocksize, absmax, q, nested_absmax, nested_code, nested_offset, nested_blocksize},
+                 tiles, threads};
+    return product_kernels[kernel](&p) ? OK : OUT_OF_MEMORY;
+}
+
+EXPORT void refq4_quantize(const void *x, int dtype, int64_t numel, int64_t blocksize, const float *thresholds,
+                           const uint8_t *order, int code_length, int pad_code, float *absmax, uint8_t *out, int pack,
+                           int simple, int threads) {
+    Quantize q = {x, (enum dtype)dtype, numel, blocksize, thresholds, order, code_length, pad_code, absmax, out, pack, threads};
+#if REFQ4_TIER >= 2
+    if (!simple) { quantize_2_avx512(&q); return; }
+#endif
+    (void)simple;
+    quantize_1_scalar(&q);
+}
+
+EXPORT void refq4_dequantize(const uint8_t *packed, int bits, int64_t numel, const float *code, int64_t blocksize,
+                             const float *absmax, const uint8_t *q, const float *nested_absmax, const float *nested_code,
+                             const float *nested_offset, int64_t nested_blocksize, void *out, int dtype, int simple,
+                             int threads) {
+    Dequantize d = {{packed, code, blocksize, absmax, q, nested_absmax, nested_code, nested_offset, nested_blocksize},
+                    numel, (enum dtype)dtype, out, bits, threads};
+#if REFQ4_TIER >= 2
+    if (!simple) { dequantize_2_avx512(&d); return; }
+#endif
+    (void)simple;
+    dequantize_1_scalar(&d);
+}
+
+typedef struct {
+    const Weight *weight;
+    int64_t N, K;
+    uint8_t *tiles, *packed;
+    float *absmax;
+} Rearrange;
+
+static void tile_item(void *context, int64_t panel, int thread) {
+    (void)thread;
+    const Rearrange *r = context;
+    tile_panel(r->weight, r->N, r->K, panel, r->tiles + panel * panel_bytes(r->K, r->weight->blocksize));
+}
+
+static void untile_item(void *context, int64_t panel, int thread) {
+    (void)thread;
+    const Rearrange *r = context;
+    untile_panel(r->tiles, r->N, r->K, r->weight->blocksize, panel, r->packed, r->absmax);
+}
+
+EXPORT void refq4_tile(const uint8_t *packed, int64_t N, int64_t K, int64_t blocksize, const float *absmax,
+                       const uint8_t *q, const float *nested_absmax, const float *nested_code,
+                       const float *nested_offset, int64_t nested_blocksize, uint8_t *tiles, int threads) {
+    Weight w = {packed, NULL, blocksize, absmax, q, nested_absmax, nested_code, nested_offset, nested_blocksize};
+    Rearrange r = {&w, N, K, tiles, NULL, NULL};
+    run_parallel(tile_item, &r, ceil_div(N, PANEL), threads);
+}
+
+EXPORT void refq4_untile(const uint8_t *tiles, int64_t N, int64_t K, int64_t blocksize, uint8_t *packed, float *absmax,
+                         int threads) {
+    Weight w = {.blocksize = blocksize};
+    Rearrange r = {&w, N, K, (uint8_t *)tiles, packed, absmax};
+    run_parallel(untile_item, &r, ceil_div(N, PANEL), threads);
+}

@@ -1,0 +1,137 @@
+/* The thread pool: the caller works, helpers join if they come in time, nobody waits for a helper that has not begun.
+ *
+ *     caller      publish job, open = 1 ──┬─ take items ... none left ── open = 0 ── wait until inside == 0
+ *     helper      inside += 1, open?  ────┴─ take items ... none left ── inside -= 1
+ *
+ * Items are handed out by one atomic counter, so a core that the rest of the system takes away costs little. Which
+ * thread computes an item never changes its result: each output is one item's, summed in one order.
+ *
+ * A second caller (another Python thread, a parallel region of torch's) finds the pool busy and works alone, so the
+ * machine is never asked for more than one pool's threads. After fork() the child starts with an empty pool.
+ *
+ * Not OpenMP: a second OpenMP runtime beside torch's own would spin on the same cores.
+ */
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <time.h>
+#include "refq4.h"
+
+#define MAX_HELPERS 255
+#define SPIN_NANOSECONDS 50000 /* a helper looks for the next job this long before it sleeps */
+
+static struct {
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+    atomic_int busy, open, inside, sleeping;
+    atomic_uint generation;
+    int helpers; /* threads started so far */
+    WorkFn fn;
+    void *context;
+    int64_t items;
+    int threads;
+    atomic_llong next;
+} pool = {.mutex = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+static void take_items(int thread) {
+    for (;;) {
+        int64_t item = atomic_fetch_add_explicit(&pool.next, 1, memory_order_relaxed);
+        if (item >= pool.items) return;
+        pool.fn(pool.context, item, thread);
+    }
+}
+
+static inline void relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
+static int64_t nanoseconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+/* Returns once pool.generation is no longer `seen`: spins first, then sleeps. */
+static void wait_for_job(unsigned seen) {
+    int64_t until = nanoseconds() + SPIN_NANOSECONDS;
+    while (atomic_load(&pool.generation) == seen) {
+        for (int i = 0; i < 32; i++) relax();
+        if (nanoseconds() < until) continue;
+        pthread_mutex_lock(&pool.mutex);
+        atomic_fetch_add(&pool.sleeping, 1);
+        while (atomic_load(&pool.generation) == seen) pthread_cond_wait(&pool.wake, &pool.mutex);
+        atomic_fetch_sub(&pool.sleeping, 1);
+        pthread_mutex_unlock(&pool.mutex);
+    }
+}
+
+static void *helper(void *argument) {
+    int index = (int)(intptr_t)argument;
+    unsigned seen = 0;
+    for (;;) {
+        wait_for_job(seen);
+        seen = atomic_load(&pool.generation);
+        atomic_fetch_add(&pool.inside, 1);
+        if (atomic_load(&pool.open) && index < pool.threads) take_items(index);
+        atomic_fetch_sub(&pool.inside, 1);
+    }
+    return NULL;
+}
+
+/* Helpers take no signals: Ctrl-C belongs to the interpreter's threads. */
+static void start_helpers(int wanted) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (pool.helpers < wanted && pool.helpers < MAX_HELPERS) {
+        pthread_t id;
+        if (pthread_create(&id, NULL, helper, (void *)(intptr_t)(pool.helpers + 1))) break; /* fewer, then */
+        pthread_detach(id);
+        pool.helpers++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+/* The child of a fork has this thread only: whatever the pool was doing, it starts afresh. */
+static void forget_helpers(void) {
+    pthread_mutex_init(&pool.mutex, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+    pool.helpers = 0;
+    atomic_store(&pool.busy, 0);
+    atomic_store(&pool.open, 0);
+    atomic_store(&pool.inside, 0);
+    atomic_store(&pool.sleeping, 0);
+    atomic_store(&pool.generation, 0);
+}
+
+__attribute__((constructor)) static void prepare_for_fork(void) { pthread_atfork(NULL, NULL, forget_helpers); }
+
+static void run_parallel(WorkFn fn, void *context, int64_t items, int threads) {
+    int idle = 0;
+    if (threads <= 1 || items <= 1 || !atomic_compare_exchange_strong(&pool.busy, &idle, 1)) {
+        for (int64_t item = 0; item < items; item++) fn(context, item, 0);
+        return;
+    }
+    start_helpers((int)min64(threads, items) - 1);
+    pool.fn = fn;
+    pool.context = context;
+    pool.items = items;
+    pool.threads = threads;
+    atomic_store(&pool.next, 0);
+    atomic_store(&pool.open, 1);
+    atomic_fetch_add(&pool.generation, 1);
+    if (atomic_load(&pool.sleeping)) {
+        pthread_mutex_lock(&pool.mutex);
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.mutex);
+    }
+    take_items(0);
+    atomic_store(&pool.open, 0);
+    for (int spins = 0; atomic_load(&pool.inside); spins++) {
+        if (spins < 2000) relax();
+        else sched_yield(); /* the helper we wait for may need this core */
+    }
+    atomic_store(&pool.busy, 0);
+}
