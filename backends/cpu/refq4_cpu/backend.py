@@ -34,6 +34,7 @@ from .calibrate import K as CALIBRATION_K
 from .calibrate import MEASURED_M, Winners, calibrated
 from .calibrate import N as CALIBRATION_N
 from .kernels import DTYPES, TILES, ProductKernel, can_tile, candidates, forced
+from .threads import borrow_torch_threads
 
 __all__ = ["CpuBackend"]
 
@@ -50,6 +51,7 @@ class CpuBackend(Backend):
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._library: build.Library | None = None
+        self._threads = ""
         self._winners: Winners | None = None
         self._chosen: dict[tuple[Any, ...], ProductKernel] = {}
 
@@ -93,7 +95,7 @@ class CpuBackend(Backend):
             "compiler": library.compiler.version,
             "library": str(library.path),
             "calibration": self._calibration(),
-            "threads": torch.get_num_threads(),
+            "threads": f"{torch.get_num_threads()} ({self._threads}'s pool)",
         }
 
     def library(self) -> build.Library:
@@ -107,9 +109,10 @@ class CpuBackend(Backend):
                 if self._library is None:
                     try:
                         library = build.load()
-                    except (build.BuildError, CacheError, OSError) as error:
+                    except (build.BuildError, CacheError, OSError, ValueError) as error:
                         raise BackendUnavailableError(f"backend 'cpu': {error}") from error
                     _declare(library)
+                    self._threads = borrow_torch_threads(library.functions)
                     self._library = library
         return self._library
 

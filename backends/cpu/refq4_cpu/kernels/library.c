@@ -31,6 +31,10 @@
 
 enum { OK = 0, OUT_OF_MEMORY = -1, NO_SUCH_KERNEL = -2 };
 
+EXPORT void refq4_use_torch_threads(void *gomp_parallel) {
+    pool.torch_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))gomp_parallel;
+}
+
 typedef int (*ProductFn)(const Product *);
 static const ProductFn product_kernels[] = {
     gemv_1_scalar,

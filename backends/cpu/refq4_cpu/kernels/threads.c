@@ -1,15 +1,23 @@
-/* The thread pool: the caller works, helpers join if they come in time, nobody waits for a helper that has not begun.
- *
- *     caller      publish job, open = 1 ──┬─ take items ... none left ── open = 0 ── wait until inside == 0
- *     helper      inside += 1, open?  ────┴─ take items ... none left ── inside -= 1
+/* Who runs the work items: torch's own threads where they can be had, else a pool of ours.
  *
  * Items are handed out by one atomic counter, so a core that the rest of the system takes away costs little. Which
  * thread computes an item never changes its result: each output is one item's, summed in one order.
  *
- * A second caller (another Python thread, a parallel region of torch's) finds the pool busy and works alone, so the
- * machine is never asked for more than one pool's threads. After fork() the child starts with an empty pool.
+ * 1. Torch's threads. A PyTorch built with OpenMP keeps its helpers spinning for some milliseconds after each parallel
+ *    operation, ready for the next one. A second pool would share the cores with those spinners and run at half speed
+ *    (measured: a product between two torch operations took twice as long). So Python hands us the address of the
+ *    runtime's GOMP_parallel (the entry behind "#pragma omp parallel" in gcc's ABI, which LLVM's and Intel's runtimes
+ *    export too), and torch's helpers do our work. Inside a parallel region of torch's it runs on one thread.
  *
- * Not OpenMP: a second OpenMP runtime beside torch's own would spin on the same cores.
+ * 2. Our pool, where there is no such runtime, and after fork(), which OpenMP helpers don't survive:
+ *
+ *     caller      publish job, open = 1 ──┬─ take items ... none left ── open = 0 ── wait until inside == 0
+ *     helper      inside += 1, open?  ────┴─ take items ... none left ── inside -= 1
+ *
+ *    The caller waits for nobody who has not begun: a helper that wakes too late finds the job closed.
+ *
+ * A second caller at the same time (another Python thread) finds the pool busy and works alone, so the machine is
+ * never asked for more threads than one caller's.
  */
 #include <pthread.h>
 #include <sched.h>
@@ -31,6 +39,8 @@ static struct {
     int64_t items;
     int threads;
     atomic_llong next;
+    atomic_int joined;                                             /* torch's threads: the next one's number */
+    void (*torch_parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel, or NULL */
 } pool = {.mutex = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
 static void take_items(int thread) {
@@ -39,6 +49,12 @@ static void take_items(int thread) {
         if (item >= pool.items) return;
         pool.fn(pool.context, item, thread);
     }
+}
+
+/* One of torch's threads, this one included. */
+static void torch_thread(void *unused) {
+    (void)unused;
+    take_items(atomic_fetch_add(&pool.joined, 1));
 }
 
 static inline void relax(void) {
@@ -99,6 +115,7 @@ static void forget_helpers(void) {
     pthread_mutex_init(&pool.mutex, NULL);
     pthread_cond_init(&pool.wake, NULL);
     pool.helpers = 0;
+    pool.torch_parallel = NULL;
     atomic_store(&pool.busy, 0);
     atomic_store(&pool.open, 0);
     atomic_store(&pool.inside, 0);
@@ -108,18 +125,8 @@ static void forget_helpers(void) {
 
 __attribute__((constructor)) static void prepare_for_fork(void) { pthread_atfork(NULL, NULL, forget_helpers); }
 
-static void run_parallel(WorkFn fn, void *context, int64_t items, int threads) {
-    int idle = 0;
-    if (threads <= 1 || items <= 1 || !atomic_compare_exchange_strong(&pool.busy, &idle, 1)) {
-        for (int64_t item = 0; item < items; item++) fn(context, item, 0);
-        return;
-    }
-    start_helpers((int)min64(threads, items) - 1);
-    pool.fn = fn;
-    pool.context = context;
-    pool.items = items;
-    pool.threads = threads;
-    atomic_store(&pool.next, 0);
+static void run_on_own_threads(void) {
+    start_helpers((int)min64(pool.threads, pool.items) - 1);
     atomic_store(&pool.open, 1);
     atomic_fetch_add(&pool.generation, 1);
     if (atomic_load(&pool.sleeping)) {
@@ -133,5 +140,21 @@ static void run_parallel(WorkFn fn, void *context, int64_t items, int threads) {
         if (spins < 2000) relax();
         else sched_yield(); /* the helper we wait for may need this core */
     }
+}
+
+static void run_parallel(WorkFn fn, void *context, int64_t items, int threads) {
+    int idle = 0;
+    if (threads <= 1 || items <= 1 || !atomic_compare_exchange_strong(&pool.busy, &idle, 1)) {
+        for (int64_t item = 0; item < items; item++) fn(context, item, 0);
+        return;
+    }
+    pool.fn = fn;
+    pool.context = context;
+    pool.items = items;
+    pool.threads = threads;
+    atomic_store(&pool.next, 0);
+    atomic_store(&pool.joined, 0);
+    if (pool.torch_parallel) pool.torch_parallel(torch_thread, NULL, (unsigned)threads, 0);
+    else run_on_own_threads();
     atomic_store(&pool.busy, 0);
 }
