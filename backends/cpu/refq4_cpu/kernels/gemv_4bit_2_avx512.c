@@ -26,14 +26,21 @@ typedef struct {
     float *scales; /* with double quantisation: room for ROWS rows' scales per thread */
 } GemvPlan;
 
-/* The scales of one chunk, one per lane: lane i lies in block (first element + 8i) / blocksize of its row. */
-static inline __m512 lane_scales(const float *absmax, int64_t chunk, int64_t blocks, int64_t blocksize) {
-    int64_t first = chunk * CHUNK / blocksize;
-    if (blocksize >= CHUNK) return _mm512_set1_ps(absmax[first]);
-    __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    __m512i index = _mm512_srli_epi32(lane, blocksize == 32 ? 2 : 3);
-    int64_t here = min64(CHUNK / blocksize, blocks - first);
-    return _mm512_permutexvar_ps(index, _mm512_maskz_loadu_ps((__mmask16)((1u << here) - 1), absmax + first));
+/* The scales of one chunk, one per lane: lane i lies in block (first element + 8i) / blocksize of its row.
+ *
+ *     blocksize >= 128   one scale       64   lanes 0-7, 8-15       32   lanes 0-3, 4-7, 8-11, 12-15
+ *
+ * Blocks past the row's end are not read; their codes are zeroed by the mask, their x is zero. */
+static inline __attribute__((always_inline)) __m512 lane_scales(const float *absmax, int64_t chunk, int64_t blocks,
+                                                                int64_t blocksize) {
+    const float *scale = absmax + chunk * CHUNK / blocksize;
+    __m512 lanes = _mm512_set1_ps(scale[0]);
+    if (blocksize >= CHUNK) return lanes;
+    int64_t here = min64(CHUNK / blocksize, blocks - chunk * CHUNK / blocksize);
+    int width = (int)blocksize / 8;
+    for (int i = 1; i < here; i++)
+        lanes = _mm512_mask_mov_ps(lanes, (__mmask16)(0xFFFFu << (i * width)), _mm512_set1_ps(scale[i]));
+    return lanes;
 }
 
 /* A row's scales as fp32: where they lie, or undone from double quantisation into `space`. */

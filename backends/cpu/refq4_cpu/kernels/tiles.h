@@ -27,19 +27,21 @@ enum { PANEL = 16 };
 static inline int64_t record_bytes(int64_t blocksize) { return 64 + 8 * blocksize; }
 static inline int64_t panel_bytes(int64_t K, int64_t blocksize) { return K / blocksize * record_bytes(blocksize); }
 
-/* Rows 16*panel .. of the canonical weight -> one panel of tiles. */
+/* Rows 16*panel .. of the canonical weight -> one panel of tiles. Sixteen read streams, one write stream. */
 static void tile_panel(const Weight *w, int64_t N, int64_t K, int64_t panel, uint8_t *out) {
     int64_t blocks = K / w->blocksize, groups = w->blocksize / 8, record = record_bytes(w->blocksize);
     int64_t first = panel * PANEL, rows = min64(PANEL, N - first);
     if (rows < PANEL) memset(out, 0, (size_t)panel_bytes(K, w->blocksize));
-    for (int64_t b = 0; b < blocks; b++) {
-        float *scales = (float *)(out + b * record);
-        uint32_t *dwords = (uint32_t *)(out + b * record + 64);
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t block = (first + r) * blocks + b;
-            const uint8_t *bytes = w->packed + block * (w->blocksize / 2);
-            scales[r] = block_scale(w, block);
-            for (int64_t g = 0; g < groups; g++) memcpy(dwords + g * PANEL + r, bytes + 4 * g, 4);
+    for (int64_t b = 0; b < blocks; b++, out += record) {
+        for (int64_t r = 0; r < rows; r++) ((float *)out)[r] = block_scale(w, (first + r) * blocks + b);
+        const uint8_t *bytes = w->packed + (first * K + b * w->blocksize) / 2;
+        uint32_t *dwords = (uint32_t *)(out + 64);
+        for (int64_t g = 0; g < groups; g++, bytes += 4, dwords += PANEL) {
+            if (rows == PANEL) { /* a constant count unrolls */
+                for (int r = 0; r < PANEL; r++) memcpy(dwords + r, bytes + r * (K / 2), 4);
+            } else {
+                for (int64_t r = 0; r < rows; r++) memcpy(dwords + r, bytes + r * (K / 2), 4);
+            }
         }
     }
 }

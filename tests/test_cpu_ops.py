@@ -1,0 +1,347 @@
+"""The CPU backend against the reference, tier by tier: bit for bit where that is promised, within the budget elsewhere.
+
+The budget (refq4's rule for products): measured against an fp64 oracle made from the dequantised weight, a backend
+may err by at most twice what the reference errs in the same dtypes, plus one unit in the last place of the output.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from refq4.backend import BackendUnsupportedError, Call, Nested, PackedWeight
+from refq4.codebooks import Code, code_from_values, codebook_names, create_dynamic_map, get_codebook
+from refq4.reference import ReferenceBackend
+
+pytest.importorskip("refq4_cpu", reason="the package refq4_cpu is not installed")
+from refq4_cpu import CpuBackend, build
+from refq4_cpu.kernels import PRODUCT_KERNELS
+
+REFERENCE = ReferenceBackend()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+if (reason := CpuBackend().available()) is not None:
+    pytest.skip(f"the CPU backend is not available: {reason}", allow_module_level=True)
+
+
+@pytest.fixture(params=list(build.TIERS))
+def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuBackend:
+    if request.param not in build.supported_tiers():
+        pytest.skip(f"this processor can't run the tier {request.param}")
+    monkeypatch.setenv(build.TIER_VARIABLE, request.param)
+    backend = CpuBackend()
+    assert backend.info()["tier"] == request.param
+    return backend
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal bit for bit, except that any NaN equals any other."""
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    assert torch.equal(got.isnan(), expected.isnan())
+    integer = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[got.element_size()]
+    there = ~expected.isnan()
+    assert torch.equal(got[there].view(integer), expected[there].view(integer))
+
+
+def random_weight(
+    n: int, k: int, blocksize: int = 64, name: str = "nf4", nested: bool = False, seed: int = 0
+) -> PackedWeight:
+    W = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * 0.05
+    code = get_codebook(name).on("cpu")
+    packed, absmax = REFERENCE.quantize_4bit(W, code, blocksize)
+    weight = PackedWeight(packed, absmax, code.values, blocksize, (n, k), name)
+    if not nested:
+        return weight
+    offset, dynamic = absmax.mean(), code_from_values(create_dynamic_map())
+    q, absmax2 = REFERENCE.quantize_blockwise(absmax - offset, dynamic, 256)
+    return weight._replace(absmax=q, nested=Nested(absmax2, dynamic.values, offset, 256))
+
+
+def assert_within_budget(y: torch.Tensor, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> None:
+    """See the head of this file. Fails closed: a NaN on either side fails."""
+    exact = x.double() @ REFERENCE.dequantize_4bit(weight, torch.float32).double().T
+    if bias is not None:
+        exact = exact + bias.double()
+    allowed = 2 * (REFERENCE.gemm_4bit(x, weight, bias).double() - exact).abs().max()
+    allowed = allowed + torch.finfo(x.dtype).eps * exact.abs().max()
+    error = (y.double() - exact).abs().max()
+    assert y.dtype == x.dtype
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+
+# --- bit for bit --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", codebook_names())
+def test_every_codebook_quantises_and_dequantises_to_the_references_bits(
+    cpu: CpuBackend, name: str, dtype: torch.dtype
+) -> None:
+    code = get_codebook(name).on("cpu")
+    A = (torch.randn(37, 161, generator=torch.Generator().manual_seed(1)) * 0.1).to(dtype)
+    packed, absmax = cpu.quantize_4bit(A, code, 64)
+    expected = REFERENCE.quantize_4bit(A, code, 64)
+    assert torch.equal(packed, expected[0])
+    assert_same_bits(absmax, expected[1])
+    weight = PackedWeight(packed, absmax, code.values, 64, tuple(A.shape), name)
+    for out in DTYPES:
+        assert_same_bits(cpu.dequantize_4bit(weight, out), REFERENCE.dequantize_4bit(weight, out))
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 1024, 4096, 48, 7])
+@pytest.mark.parametrize("numel", [1, 2, 31, 33, 64, 4097, 20_001])
+def test_tails_and_odd_lengths_match_bit_for_bit(cpu: CpuBackend, blocksize: int, numel: int) -> None:
+    A = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+    code = get_codebook("fp4").on("cpu")
+    packed, absmax = cpu.quantize_4bit(A, code, blocksize)
+    expected = REFERENCE.quantize_4bit(A, code, blocksize)
+    assert torch.equal(packed, expected[0])
+    assert_same_bits(absmax, expected[1])
+    weight = PackedWeight(packed, absmax, code.values, blocksize, (numel,), "fp4")
+    for out in DTYPES:
+        assert_same_bits(cpu.dequantize_4bit(weight, out), REFERENCE.dequantize_4bit(weight, out))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_subnormals_infinities_and_nans_match_bit_for_bit(cpu: CpuBackend, dtype: torch.dtype) -> None:
+    rows = [torch.full((64,), v) for v in (0.0, -0.0, 1e-45, 3e-39, 1e-38, 6e-8, float("inf"), float("nan"), 3e38)]
+    mixed = torch.linspace(-1, 1, 64)
+    specials = []
+    for v in (float("nan"), float("inf"), float("-inf"), 1e-42):
+        row = mixed.clone()
+        row[17] = v
+        specials.append(row)
+    A = torch.stack([*rows, *specials, mixed * 1e-40, mixed * 1e-38, mixed]).to(dtype)
+    for name in ("nf4", "fp4"):
+        code = get_codebook(name).on("cpu")
+        packed, absmax = cpu.quantize_4bit(A, code, 64)
+        expected = REFERENCE.quantize_4bit(A, code, 64)
+        assert_same_bits(absmax, expected[1])
+        assert torch.equal(packed, expected[0])
+        weight = PackedWeight(packed, absmax, code.values, 64, tuple(A.shape), name)
+        for out in DTYPES:
+            assert_same_bits(cpu.dequantize_4bit(weight, out), REFERENCE.dequantize_4bit(weight, out))
+
+
+def test_values_at_and_beside_every_threshold_fall_on_the_references_side(cpu: CpuBackend) -> None:
+    for name in codebook_names():
+        code = get_codebook(name).on("cpu")
+        t = code.thresholds
+        near = torch.cat([t, torch.nextafter(t, t + 1), torch.nextafter(t, t - 1), torch.tensor([0.0, -0.0, 1.0])])
+        A = torch.cat([near, torch.ones(64 - near.numel() % 64)])
+        assert torch.equal(cpu.quantize_4bit(A, code, 64)[0], REFERENCE.quantize_4bit(A, code, 64)[0]), name
+
+
+@pytest.mark.parametrize("blocksize", [64, 256, 4096])
+def test_the_eight_bit_stage_matches_bit_for_bit(cpu: CpuBackend, blocksize: int) -> None:
+    code = code_from_values(create_dynamic_map())
+    short = Code(code.values[:100], code.thresholds[:99], code.order[:100])
+    A = torch.randn(3, 1111, generator=torch.Generator().manual_seed(2))
+    for c in (code, short):
+        got, expected = cpu.quantize_blockwise(A, c, blocksize), REFERENCE.quantize_blockwise(A, c, blocksize)
+        assert torch.equal(got[0], expected[0])
+        assert_same_bits(got[1], expected[1])
+    q, absmax = REFERENCE.quantize_blockwise(A, code, blocksize)
+    for out in DTYPES:
+        assert_same_bits(
+            cpu.dequantize_blockwise(q, absmax, code.values, blocksize, out),
+            REFERENCE.dequantize_blockwise(q, absmax, code.values, blocksize, out),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_doubly_quantised_weight_dequantises_to_the_references_bits(cpu: CpuBackend, dtype: torch.dtype) -> None:
+    weight = random_weight(67, 192, nested=True)
+    assert_same_bits(cpu.dequantize_4bit(weight, dtype), REFERENCE.dequantize_4bit(weight, dtype))
+
+
+def test_large_results_written_past_the_caches_match_bit_for_bit(cpu: CpuBackend) -> None:
+    weight = random_weight(1500, 2048)
+    for dtype in DTYPES:
+        assert_same_bits(cpu.dequantize_4bit(weight, dtype), REFERENCE.dequantize_4bit(weight, dtype))
+
+
+def test_every_bf16_and_fp16_number_is_read_as_the_reference_reads_it(cpu: CpuBackend) -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    code = get_codebook("nf4").on("cpu")
+    for dtype in (torch.bfloat16, torch.float16):
+        A = bits.view(dtype)
+        got, expected = cpu.quantize_4bit(A, code, 32), REFERENCE.quantize_4bit(A, code, 32)
+        assert torch.equal(got[0], expected[0])
+        assert_same_bits(got[1], expected[1])
+
+
+# --- the tile layout ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize(("n", "k", "blocksize"), [(16, 64, 64), (33, 128, 32), (7, 4096, 4096), (130, 512, 256)])
+def test_tiles_restore_to_the_same_bytes(cpu: CpuBackend, n: int, k: int, blocksize: int, nested: bool) -> None:
+    weight = random_weight(n, k, blocksize, nested=nested)
+    prepared = cpu.prepare_weight(weight)
+    if cpu.library().tier == "c":
+        assert prepared is None
+        return
+    assert prepared is not None
+    back = cpu.restore_weight(prepared)
+    assert torch.equal(back.packed, weight.packed)
+    assert torch.equal(back.absmax, weight.absmax)
+    assert back._replace(packed=weight.packed, absmax=weight.absmax, nested=None) == weight._replace(nested=None)
+    if nested:
+        assert back.nested is not None
+        assert weight.nested is not None
+        assert back.nested.blocksize == weight.nested.blocksize
+        assert all(a is b for a, b in zip(back.nested[:3], weight.nested[:3], strict=True))
+
+
+@pytest.mark.parametrize(("n", "k", "blocksize"), [(16, 96, 64), (16, 65, 32), (16, 48, 48)])
+def test_rows_that_blocks_straddle_stay_canonical(cpu: CpuBackend, n: int, k: int, blocksize: int) -> None:
+    assert cpu.prepare_weight(random_weight(n, k, blocksize)) is None
+
+
+# --- products -----------------------------------------------------------------------------------------------------
+
+SHAPES = [(64, 64, 64), (100, 128, 32), (33, 256, 256), (129, 1024, 64), (5, 4096, 4096), (1, 32, 32), (17, 8192, 128)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize(("n", "k", "blocksize"), SHAPES)
+def test_products_keep_the_error_budget(
+    cpu: CpuBackend, n: int, k: int, blocksize: int, nested: bool, dtype: torch.dtype
+) -> None:
+    weight = random_weight(n, k, blocksize, nested=nested)
+    prepared = cpu.prepare_weight(weight)
+    bias = torch.randn(n).to(dtype)
+    for m in (1, 2, 3, 5, 8, 9, 31):
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+        op = cpu.gemv_4bit if m == 1 else cpu.gemm_4bit
+        assert_within_budget(op(x, weight, bias), x, weight, bias)
+        assert_within_budget(op(x, weight, None), x, weight, None)
+        if prepared is not None:
+            assert_within_budget(op(x, prepared, bias), x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k", "blocksize"), [(7, 77, 64), (16, 96, 64), (3, 1, 32), (9, 131, 4096), (6, 100, 48)])
+def test_blocks_that_straddle_rows_and_odd_rows_keep_the_error_budget(
+    cpu: CpuBackend, n: int, k: int, blocksize: int, dtype: torch.dtype
+) -> None:
+    for nested in (False, True):
+        weight = random_weight(n, k, blocksize, nested=nested)
+        for m in (1, 4):
+            x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+            assert_within_budget(cpu.gemm_4bit(x, weight, None), x, weight, None)
+
+
+@pytest.mark.parametrize("name", codebook_names())
+def test_every_codebook_multiplies_within_the_budget(cpu: CpuBackend, name: str) -> None:
+    weight = random_weight(48, 256, name=name)
+    for dtype in DTYPES:
+        for m in (1, 6):
+            x = torch.randn(m, 256, generator=torch.Generator().manual_seed(m)).to(dtype)
+            for w in (weight, cpu.prepare_weight(weight)):
+                if w is not None:
+                    assert_within_budget(cpu.gemm_4bit(x, w, None), x, weight, None)
+
+
+@pytest.mark.parametrize("kernel", PRODUCT_KERNELS, ids=lambda kernel: kernel.name)
+def test_every_rung_serves_when_it_is_named_and_keeps_the_budget(
+    kernel: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = kernel.name  # type: ignore[attr-defined]
+    monkeypatch.setenv("REFQ4_CPU_KERNEL", name)
+    backend, weight, ran = CpuBackend(), random_weight(80, 512), 0
+    for dtype in DTYPES:
+        for m in (1, 7):
+            call = Call("gemm_4bit", "cpu", dtype, m, 80, 512, 64, "nf4")
+            x = torch.randn(m, 512).to(dtype)
+            if (reason := backend.can_run(call)) is not None:
+                assert name in reason
+                with pytest.raises(BackendUnsupportedError, match=name):
+                    backend.gemm_4bit(x, weight, None)
+                continue
+            assert backend.kernel(call) == name
+            assert_within_budget(backend.gemm_4bit(x, weight, None), x, weight, None)
+            ran += 1
+    tier = build.TIERS[backend.library().tier][0]
+    assert ran > 0 or tier < kernel.tier  # type: ignore[attr-defined]
+
+
+def test_a_token_has_the_same_bits_alone_and_in_a_batch(cpu: CpuBackend) -> None:
+    weight = random_weight(100, 1024)
+    prepared = cpu.prepare_weight(weight)
+    if prepared is None:
+        prepared = weight  # type: ignore[assignment]
+    for dtype in DTYPES:
+        x = torch.randn(21, 1024).to(dtype)
+        together = cpu.gemm_4bit(x, prepared, None)
+        assert torch.equal(torch.cat([cpu.gemm_4bit(row[None], prepared, None) for row in x]), together)
+
+
+def test_any_thread_count_gives_the_same_bits(cpu: CpuBackend) -> None:
+    weight = random_weight(300, 1024)
+    x = torch.randn(19, 1024).bfloat16()
+    results = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        for w in (weight, cpu.prepare_weight(weight)):
+            if w is not None:
+                results.append(cpu.gemm_4bit(x, w, None))
+    assert all(torch.equal(results[0], r) for r in results)
+
+
+def test_strided_activations_are_made_contiguous(cpu: CpuBackend) -> None:
+    weight = random_weight(40, 128)
+    x = torch.randn(128, 5).T
+    assert not x.is_contiguous()
+    assert torch.equal(cpu.gemm_4bit(x, weight, None), cpu.gemm_4bit(x.contiguous(), weight, None))
+
+
+def test_infinite_and_nan_activations_come_out_as_the_reference_has_them(cpu: CpuBackend) -> None:
+    weight = random_weight(40, 128)
+    for dtype in DTYPES:
+        x = torch.randn(3, 128).to(dtype)
+        x[1, 5], x[2, 7] = float("nan"), float("inf")
+        expected = REFERENCE.gemm_4bit(x, weight, None)
+        for w in (weight, cpu.prepare_weight(weight)):
+            if w is not None:
+                y = cpu.gemm_4bit(x, w, None)
+                assert torch.equal(y.isnan(), expected.isnan())
+                assert torch.equal(y.isposinf(), expected.isposinf())
+
+
+def test_no_tokens_give_no_rows(cpu: CpuBackend) -> None:
+    assert cpu.gemm_4bit(torch.empty(0, 128), random_weight(40, 128), None).shape == (0, 40)
+
+
+def test_what_it_does_not_take_is_refused_with_the_reason() -> None:
+    call = Call("gemm_4bit", "cpu", torch.float64, 4, 40, 128, 64, "nf4")
+    assert CpuBackend().can_run(call) == "it takes fp32, fp16 and bf16, not torch.float64"
+    assert "not on" not in (CpuBackend().can_run(call) or "")
+    call = Call("gemm_4bit", "cuda", torch.float32, 4, 40, 128, 64, "nf4")
+    assert CpuBackend().can_run(call) == "it computes on cpu, and the tensors are on cuda"
+
+
+def test_it_imports_nothing_of_refq4_but_the_contract() -> None:
+    import ast
+
+    allowed = {"refq4.backend", "refq4.buildcache", "refq4.codebooks", "refq4.layout"}
+    for path in sorted(build.kernel_directory().parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules.append(node.module or "")
+            assert {m for m in modules if m.split(".")[0] == "refq4"} <= allowed, path.name
+    assert "refq4_cuda" not in sys.modules
