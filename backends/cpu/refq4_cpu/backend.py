@@ -109,10 +109,10 @@ class CpuBackend(Backend):
                 if self._library is None:
                     try:
                         library = build.load()
+                        self._threads = borrow_torch_threads(library.functions)
                     except (build.BuildError, CacheError, OSError, ValueError) as error:
                         raise BackendUnavailableError(f"backend 'cpu': {error}") from error
                     _declare(library)
-                    self._threads = borrow_torch_threads(library.functions)
                     self._library = library
         return self._library
 

@@ -32,6 +32,7 @@
 enum { OK = 0, OUT_OF_MEMORY = -1, NO_SUCH_KERNEL = -2 };
 
 EXPORT void refq4_use_torch_threads(void *gomp_parallel) {
+    if (pool.forked) return; /* its helpers stayed behind in the parent */
     pool.torch_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))gomp_parallel;
 }
 

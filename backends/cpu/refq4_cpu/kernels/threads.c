@@ -34,6 +34,7 @@ static struct {
     atomic_int busy, open, inside, sleeping;
     atomic_uint generation;
     int helpers; /* threads started so far */
+    int forked;  /* this is the child of a process that had the library loaded */
     WorkFn fn;
     void *context;
     int64_t items;
@@ -116,6 +117,7 @@ static void forget_helpers(void) {
     pthread_cond_init(&pool.wake, NULL);
     pool.helpers = 0;
     pool.torch_parallel = NULL;
+    pool.forked = 1;
     atomic_store(&pool.busy, 0);
     atomic_store(&pool.open, 0);
     atomic_store(&pool.inside, 0);

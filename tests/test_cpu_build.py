@@ -1,0 +1,234 @@
+"""The build cache and the compiler search, by what goes wrong: shared directories, damaged files, races, no compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refq4.buildcache import CacheError, cache_directory, cache_key, cached
+
+pytest.importorskip("refq4_cpu", reason="the package refq4_cpu is not installed")
+from refq4_cpu import CpuBackend, build
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("REFQ4_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# --- refq4/buildcache.py --------------------------------------------------------------------------------------------
+
+
+def test_the_directory_is_made_private(empty_cache: Path) -> None:
+    assert cache_directory("cpu") == empty_cache / "cpu"
+    assert (empty_cache / "cpu").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_a_directory_that_others_can_write_to_is_refused(empty_cache: Path, mode: int) -> None:
+    empty_cache.mkdir()
+    empty_cache.chmod(mode)
+    with pytest.raises(CacheError, match=r"writable by others.*chmod go-w"):
+        cache_directory("cpu")
+
+
+def test_what_cannot_be_made_names_the_variable(empty_cache: Path) -> None:
+    empty_cache.write_text("a file where the directory should be")
+    with pytest.raises(CacheError, match="REFQ4_CACHE_DIR"):
+        cache_directory("cpu")
+
+
+def test_a_file_is_built_once_and_a_damaged_one_again(empty_cache: Path) -> None:
+    directory, builds = cache_directory("cpu"), []
+
+    def build_it(target: Path) -> None:
+        builds.append(target)
+        target.write_bytes(b"0123456789")
+
+    path = cached(directory, "a.bin", build_it)
+    assert cached(directory, "a.bin", build_it).read_bytes() == b"0123456789"
+    assert len(builds) == 1
+    path.write_bytes(b"01234")
+    assert cached(directory, "a.bin", build_it).read_bytes() == b"0123456789"
+    assert len(builds) == 2
+
+
+def test_a_failed_build_leaves_nothing_behind(empty_cache: Path) -> None:
+    directory = cache_directory("cpu")
+
+    def fail(target: Path) -> None:
+        target.write_text("half")
+        raise ValueError("the compiler said no")
+
+    with pytest.raises(ValueError, match="said no"):
+        cached(directory, "a.bin", fail)
+    assert [p.name for p in directory.iterdir() if not p.name.endswith(".lock")] == []
+
+
+def test_a_key_depends_on_every_part_and_its_borders() -> None:
+    keys = {cache_key("ab", "c"), cache_key("a", "bc"), cache_key("abc"), cache_key("ab", "c", ""), cache_key(b"ab", "d")}
+    assert len(keys) == 5
+
+
+# --- compiling ------------------------------------------------------------------------------------------------------
+
+_needs_compiler = pytest.mark.skipif(
+    CpuBackend().available() is not None, reason=f"the CPU backend is not available: {CpuBackend().available()}"
+)
+
+MULTIPLY = """
+import torch
+from refq4.codebooks import get_codebook
+from refq4_cpu import CpuBackend
+code = get_codebook("nf4").on("cpu")
+packed, absmax = CpuBackend().quantize_4bit(torch.linspace(-1, 1, 4096), code, 64)
+print(int(packed.sum()))
+"""
+
+
+def _start(**environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", MULTIPLY], env={**os.environ, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@_needs_compiler
+def test_two_processes_at_once_compile_one_library(empty_cache: Path) -> None:
+    both = [_start(REFQ4_CPU_TIER="c"), _start(REFQ4_CPU_TIER="c")]
+    (out_a, err_a), (out_b, err_b) = (process.communicate(timeout=120) for process in both)
+    assert [process.returncode for process in both] == [0, 0], err_a + err_b
+    assert out_a == out_b
+    assert (err_a + err_b).count("compiling the c kernels") == 1
+    assert len(list((empty_cache / "cpu").glob("refq4_cpu-c-*.so"))) == 1
+
+
+@_needs_compiler
+def test_a_truncated_library_is_compiled_again(empty_cache: Path) -> None:
+    first = _start(REFQ4_CPU_TIER="c").communicate(timeout=120)
+    (library,) = (empty_cache / "cpu").glob("refq4_cpu-c-*.so")
+    library.write_bytes(library.read_bytes()[:4096])
+    second = _start(REFQ4_CPU_TIER="c").communicate(timeout=120)
+    third = _start(REFQ4_CPU_TIER="c").communicate(timeout=120)
+    assert first[0] == second[0] == third[0]
+    assert "compiling" in second[1]
+    assert "compiling" not in third[1]
+
+
+def test_without_a_compiler_the_backend_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build, "_zig", list)
+    build._cpu_features.cache_clear()
+    reason = CpuBackend().available()
+    build._cpu_features.cache_clear()
+    assert reason is not None
+    assert reason.startswith("there is no C compiler (looked for $CC, cc, gcc, clang)")
+    assert "apt install gcc" in reason
+
+
+def test_a_wrong_cc_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler -m64")
+    reason = CpuBackend().available()
+    assert reason == "the environment variable CC='no-such-compiler -m64' names no C compiler that starts"
+
+
+@_needs_compiler
+def test_a_compiler_error_is_shown_with_the_command(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFQ4_CPU_CFLAGS", "-Dmin64=syntax(error")
+    build._load.cache_clear()
+    with pytest.raises(build.BuildError, match=r"(?s)compiling the CPU kernels failed.*error.*The command was.*library\.c"):
+        build.load("c")
+
+
+@_needs_compiler
+def test_unknown_tiers_kernels_and_pools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFQ4_CPU_TIER", "avx1024")
+    assert "REFQ4_CPU_TIER='avx1024' is no tier; known: avx512_bf16" in (CpuBackend().available() or "")
+    monkeypatch.setenv("REFQ4_CPU_TIER", "c")
+    monkeypatch.setenv("REFQ4_CPU_KERNEL", "gemm_9")
+    assert "REFQ4_CPU_KERNEL='gemm_9' is no kernel; known: gemv_4bit_1_scalar" in (CpuBackend().available() or "")
+    monkeypatch.delenv("REFQ4_CPU_KERNEL")
+    monkeypatch.setenv("REFQ4_CPU_THREADS", "many")
+    with pytest.raises(RuntimeError, match="REFQ4_CPU_THREADS='many'"):
+        CpuBackend().library()
+
+
+@_needs_compiler
+def test_the_processors_bits_agree_with_what_the_system_reports() -> None:
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        pytest.skip("this system has no /proc/cpuinfo to compare with")
+    has = {"avx2": "avx2" in flags, "avx512": "avx512vl" in flags, "avx512_bf16": "avx512_bf16" in flags, "c": True}
+    assert build.supported_tiers() == [tier for tier in build.TIERS if has[tier]]
+
+
+# --- threads --------------------------------------------------------------------------------------------------------
+
+THREADS = """
+import os, threading
+import torch
+from refq4.backend import PackedWeight
+from refq4.codebooks import get_codebook
+from refq4_cpu import CpuBackend
+
+torch.set_num_threads(2)
+backend, code = CpuBackend(), get_codebook("nf4").on("cpu")
+packed, absmax = backend.quantize_4bit(torch.randn(512, 512), code, 64)
+weight = PackedWeight(packed, absmax, code.values, 64, (512, 512), "nf4")
+x = torch.randn(16, 512)
+expected = backend.gemm_4bit(x, weight, None)
+
+wrong = []
+def work():
+    for _ in range(50):
+        if not torch.equal(backend.gemm_4bit(x, weight, None), expected):
+            wrong.append(1)
+crowd = [threading.Thread(target=work) for _ in range(6)]
+[t.start() for t in crowd]; [t.join() for t in crowd]
+assert not wrong, "concurrent callers disagree"
+
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(backend.gemm_4bit(x, weight, None), expected) else 3)
+assert os.waitpid(child, 0)[1] == 0, "the child of a fork can't multiply"
+assert torch.equal(backend.gemm_4bit(x, weight, None), expected)
+print("clean")
+"""
+
+
+@_needs_compiler
+@pytest.mark.parametrize("pool", ["torch", "own"])
+def test_concurrent_callers_and_a_forked_child_get_the_same_bits(pool: str) -> None:
+    environment = {**os.environ, "REFQ4_CPU_THREADS": pool}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", THREADS], env=environment, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "clean"
+
+
+@_needs_compiler
+def test_both_pools_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from refq4.backend import PackedWeight
+    from refq4.codebooks import get_codebook
+
+    code, results = get_codebook("nf4").on("cpu"), []
+    A, x = torch.randn(300, 256), torch.randn(20, 256).bfloat16()
+    for pool in ("torch", "own", "torch"):
+        monkeypatch.setenv("REFQ4_CPU_THREADS", pool)
+        backend = CpuBackend()
+        assert pool in backend.info()["threads"] or pool == "torch"
+        packed, absmax = backend.quantize_4bit(A, code, 64)
+        results.append(backend.gemm_4bit(x, PackedWeight(packed, absmax, code.values, 64, (300, 256), "nf4"), None))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
