@@ -1,4 +1,4 @@
-"""The build cache and the compiler search, by what goes wrong: shared directories, damaged files, races, no compiler."""
+"""The build cache and the compiler search, by what goes wrong: shared directories, damaged files, no compiler."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_a_failed_build_leaves_nothing_behind(empty_cache: Path) -> None:
 
 
 def test_a_key_depends_on_every_part_and_its_borders() -> None:
-    keys = {cache_key("ab", "c"), cache_key("a", "bc"), cache_key("abc"), cache_key("ab", "c", ""), cache_key(b"ab", "d")}
-    assert len(keys) == 5
+    parts = [("ab", "c"), ("a", "bc"), ("abc",), ("ab", "c", ""), ("ab", "d")]
+    assert len({cache_key(*p) for p in parts}) == 5
 
 
 # --- compiling ------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_a_wrong_cc_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_compiler_error_is_shown_with_the_command(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFQ4_CPU_CFLAGS", "-Dmin64=syntax(error")
     build._load.cache_clear()
-    with pytest.raises(build.BuildError, match=r"(?s)compiling the CPU kernels failed.*error.*The command was.*library\.c"):
+    with pytest.raises(build.BuildError, match=r"(?s)CPU kernels failed.*error.*The command was.*library\.c"):
         build.load("c")
 
 

@@ -1,6 +1,6 @@
 """Nothing outside an operand is read or written: operands laid against pages that fault, at every tail.
 
-    | ... pages ... [operand] | page without rights |        and        | page without rights | [operand] ... pages ... |
+    | ... pages ... [operand] | page without rights |     and     | page without rights | [operand] ... pages ... |
 
 Results lie against such pages too: ``torch.empty`` is replaced while the kernels run. A fault kills the process, so
 each tier runs in its own, and the test reads its exit status. To run the same under AddressSanitizer and UBSan:
@@ -33,6 +33,8 @@ from refq4_cpu import CpuBackend
 
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
+SHAPES = [(1, 32, 32), (5, 96, 32), (17, 64, 64), (35, 192, 64), (3, 256, 256), (66, 160, 32), (7, 77, 64), (3, 33, 32),
+          (2, 100, 48)]
 AT_END = True
 kept = []
 plain_empty = torch.empty
@@ -51,7 +53,7 @@ def guarded_empty(*shape, dtype=torch.float32):
     if size.numel() == 0:
         return plain_empty(size, dtype=dtype)
     out = torch.frombuffer(room(size.numel() * dtype.itemsize), dtype=dtype).view(size)
-    return out.view(torch.uint8 if dtype is torch.uint8 else dtype).fill_(0x7F if dtype is torch.uint8 else float("nan"))
+    return out.fill_(0x7F if dtype is torch.uint8 else float("nan"))
 
 def g(t):
     if t.dim() == 0:
@@ -67,7 +69,7 @@ backend.kernel  # compiled before torch.empty changes
 backend.info()
 for AT_END in (True, False):
     torch.empty = guarded_empty
-    for n, k, bs in [(1, 32, 32), (5, 96, 32), (17, 64, 64), (35, 192, 64), (3, 256, 256), (66, 160, 32), (7, 77, 64), (3, 33, 32), (2, 100, 48)]:
+    for n, k, bs in SHAPES:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             A = g(torch.randn(n, k).to(dtype))
             packed, absmax = backend.quantize_4bit(A, book, bs)

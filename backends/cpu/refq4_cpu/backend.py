@@ -7,9 +7,10 @@ kernel files. Each op is one C call, which runs without the interpreter's lock o
 from __future__ import annotations
 
 import os
+import statistics
 import sys
 import threading
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import c_double, c_int, c_int64, c_void_p
 from typing import Any, NoReturn
 
 import torch
@@ -30,8 +31,8 @@ from refq4.layout import block_count, packed_bytes
 
 from . import build
 from .calibrate import BLOCKSIZE as CALIBRATION_BLOCKSIZE
-from .calibrate import K as CALIBRATION_K
 from .calibrate import MEASURED_M, Winners, calibrated
+from .calibrate import K as CALIBRATION_K
 from .calibrate import N as CALIBRATION_N
 from .kernels import DTYPES, TILES, ProductKernel, can_tile, candidates, forced
 from .threads import borrow_torch_threads
@@ -96,6 +97,21 @@ class CpuBackend(Backend):
             "library": str(library.path),
             "calibration": self._calibration(),
             "threads": f"{torch.get_num_threads()} ({self._threads}'s pool)",
+        }
+
+    def limits(self, repeats: int = 7) -> dict[str, float]:
+        """What this machine does at best with torch's thread count (``kernels/limits.c``): medians.
+
+        Returns:
+            ``read_gb_s`` from main memory, ``fma_gflop_s`` in fp32, ``dot_gflop_s`` in bf16; 0 without the instruction.
+        """
+        buffer = torch.ones(256 << 20, dtype=torch.uint8)
+        arguments = buffer.data_ptr(), buffer.numel(), torch.get_num_threads()
+        measure = self.library().functions.refq4_limit
+        names = ("read_gb_s", "fma_gflop_s", "dot_gflop_s")
+        return {
+            name: statistics.median(measure(what, *arguments) for _ in range(repeats))
+            for what, name in enumerate(names)
         }
 
     def library(self) -> build.Library:
@@ -302,5 +318,7 @@ def _declare(library: build.Library) -> None:
     f.refq4_dequantize.argtypes = [pointer, c_int, c_int64, pointer, c_int64, *scales, pointer, c_int, c_int, c_int]
     f.refq4_tile.argtypes = [pointer, *[c_int64] * 3, *scales, pointer, c_int]
     f.refq4_untile.argtypes = [pointer, *[c_int64] * 3, pointer, pointer, c_int]
+    f.refq4_limit.argtypes = [c_int, pointer, c_int64, c_int]
+    f.refq4_limit.restype = c_double
     for function in (f.refq4_quantize, f.refq4_dequantize, f.refq4_tile, f.refq4_untile):
         function.restype = None

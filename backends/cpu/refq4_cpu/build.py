@@ -188,7 +188,7 @@ def _compiled(name: str, command: list[str], what: str) -> Path:
 def _failure(command: list[str], stderr: str) -> str:
     lines = [line for line in stderr.splitlines() if "error" in line] or stderr.splitlines()
     shown = "\n  ".join(lines[:5])
-    return f"compiling the CPU kernels failed:\n  {shown}\nThe command was: {shlex.join(command)}\nSet CC to another one"
+    return f"compiling the CPU kernels failed:\n  {shown}\nThe command was: {shlex.join(command)}\nSet CC to another."
 
 
 def extra_flags() -> list[str]:

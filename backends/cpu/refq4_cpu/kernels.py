@@ -46,7 +46,7 @@ class ProductKernel:
         if self.one_token and m != 1:
             return f"{self.name} takes one token, not {m}"
         if not self.any_shape and not can_tile(k, blocksize):
-            return f"{self.name} needs a power of two from 32 on as blocksize and K a multiple of it (K={k}, {blocksize})"
+            return f"{self.name} needs a blocksize of 32, 64, 128, ... that divides K (K={k}, blocksize {blocksize})"
         return None
 
 
@@ -82,9 +82,7 @@ def forced() -> ProductKernel | None:
     raise ValueError(f"the environment variable {KERNEL_VARIABLE}={asked!r} is no kernel; known: {known}")
 
 
-def candidates(
-    tier: int, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str
-) -> tuple[ProductKernel, ...]:
+def candidates(tier: int, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str) -> tuple[ProductKernel, ...]:
     """The kernels worth timing for a call, the one expected to be fastest first.
 
     A rung for older processors is no candidate where a newer one can serve, with one exception that is measured and

@@ -27,6 +27,8 @@
 #include "gemv_4bit_3_avx512_bf16.c"
 #endif
 
+#include "limits.c"
+
 #define EXPORT __attribute__((visibility("default")))
 
 enum { OK = 0, OUT_OF_MEMORY = -1, NO_SUCH_KERNEL = -2 };
@@ -34,6 +36,10 @@ enum { OK = 0, OUT_OF_MEMORY = -1, NO_SUCH_KERNEL = -2 };
 EXPORT void refq4_use_torch_threads(void *gomp_parallel) {
     if (pool.forked) return; /* its helpers stayed behind in the parent */
     pool.torch_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))gomp_parallel;
+}
+
+EXPORT double refq4_limit(int what, const uint8_t *buffer, int64_t bytes, int threads) {
+    return measure_limit(what, buffer, bytes, threads);
 }
 
 typedef int (*ProductFn)(const Product *);
