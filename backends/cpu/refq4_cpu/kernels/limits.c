@@ -1,7 +1,7 @@
 /* What the machine can do at best, measured the way the kernels use it: the roof of every roofline in the docs.
  *
  *     READ    bytes of main memory read, in GB/s           (a buffer much larger than the last-level cache)
- *     FMA     fp32 multiply-adds, in GFLOP/s               (12 independent sums hide the latency)
+ *     FMA     fp32 multiply-adds, in GFLOP/s               (12 different sums: equal ones would be merged)
  *     DOT     bf16 pairs with vdpbf16ps, in GFLOP/s
  *
  * Each thread takes pieces of the work like any product's; 0 where the tier has no such instruction.
@@ -46,7 +46,7 @@ static void fma_piece(void *context, int64_t item, int thread) {
     Limit *l = context;
     VECTOR sum[SUMS], a = SET1(1), b = SET1(1e-9f);
     __asm__ volatile("" : "+v"(a), "+v"(b));
-    _Pragma("GCC unroll 16") for (int j = 0; j < SUMS; j++) sum[j] = SET1((float)item);
+    _Pragma("GCC unroll 16") for (int j = 0; j < SUMS; j++) sum[j] = SET1((float)(item + j));
     for (int i = 0; i < STEPS; i++)
         _Pragma("GCC unroll 16") for (int j = 0; j < SUMS; j++) sum[j] = MULTIPLY_ADD(a, b, sum[j]);
     _Pragma("GCC unroll 16") for (int j = 1; j < SUMS; j++) sum[0] += sum[j];
@@ -61,7 +61,7 @@ static void dot_piece(void *context, int64_t item, int thread) {
     __m512 sum[SUMS];
     __m512i a = _mm512_set1_epi16(0x3F80), b = _mm512_set1_epi16(0x3C00);
     __asm__ volatile("" : "+v"(a), "+v"(b));
-    _Pragma("GCC unroll 16") for (int j = 0; j < SUMS; j++) sum[j] = _mm512_set1_ps((float)item);
+    _Pragma("GCC unroll 16") for (int j = 0; j < SUMS; j++) sum[j] = _mm512_set1_ps((float)(item + j));
     for (int i = 0; i < STEPS; i++)
         _Pragma("GCC unroll 16") for (int j = 0; j < SUMS; j++)
             sum[j] = _mm512_dpbf16_ps(sum[j], (__m512bh)a, (__m512bh)b);
