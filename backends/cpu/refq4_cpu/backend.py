@@ -176,15 +176,20 @@ class CpuBackend(Backend):
     # --- products ---------------------------------------------------------------------------------------------
 
     def gemv_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
-        return self._product(x, weight, bias, None)
+        return self._product(x, weight, bias)
 
     def gemm_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
-        return self._product(x, weight, bias, None)
+        return self._product(x, weight, bias)
 
     def _product(
-        self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, kernel: ProductKernel | None
+        self,
+        x: Tensor,
+        weight: PackedWeight | PreparedWeight,
+        bias: Tensor | None,
+        kernel: ProductKernel | None = None,
+        threads: int = 0,
     ) -> Tensor:
-        """One product, with the kernel named or the one that :meth:`_kernel_for` chooses."""
+        """One product, with the kernel named or the one that :meth:`_kernel_for` chooses; torch's threads if 0."""
         n, k = weight.shape
         m, dtype = x.shape[0], x.dtype
         y = torch.empty((m, n), dtype=dtype)
@@ -204,7 +209,7 @@ class CpuBackend(Backend):
                         *_scale_pointers(weight.absmax, weight.nested))  # fmt: skip
         status = self.library().functions.refq4_product(
             kernel.index, x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), DTYPES[dtype], m, n, k,
-            *pointers, torch.get_num_threads(),
+            *pointers, threads or torch.get_num_threads(),
         )  # fmt: skip
         if status != 0:
             _raise(status, kernel, m, n, k)
@@ -243,7 +248,7 @@ class CpuBackend(Backend):
                         weights["canonical"] = canonical = _calibration_weight()
                         prepared = self.prepare_weight(canonical)
                         weights[TILES] = canonical if prepared is None else prepared
-                    return self._product(x, weights[layout], None, kernel)
+                    return self._product(x, weights[layout], None, kernel, threads=1)
 
                 self._winners = calibrated(library.path, build.TIERS[library.tier][0], multiply)
         return self._winners

@@ -3,7 +3,7 @@
 On some processors vdpbf16ps does twice the work of an fp32 multiply-add, on others half of it, so no table written
 here would be right everywhere. The first product therefore times the candidates on a small weight (a megabyte, so
 that arithmetic shows and not the memory) at a few M; a call takes the winner of the largest M not above its own.
-It takes about a tenth of a second, once per library and processor.
+On one thread, so that a busy machine disturbs it little; a fifth of a second, once per library and processor.
 """
 
 from __future__ import annotations

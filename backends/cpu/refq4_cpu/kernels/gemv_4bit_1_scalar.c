@@ -10,14 +10,14 @@ static void gemv_scalar_row(void *context, int64_t n, int thread) {
     const Product *p = context;
     const Weight *w = &p->weight;
     for (int64_t m = 0; m < p->M; m++) {
-        float sum = 0;
+        double sum = 0; /* one long chain: in fp32 it would round thousands of times at the size of the whole sum */
         for (int64_t k = 0; k < p->K; k++) {
             int64_t i = n * p->K + k;
             float value = w->code[nibble(w->packed, i)] * block_scale(w, i / w->blocksize);
-            sum += value * load_as_fp32(p->x, p->dtype, m * p->K + k);
+            sum += (double)value * load_as_fp32(p->x, p->dtype, m * p->K + k);
         }
         if (p->bias) sum += load_as_fp32(p->bias, p->dtype, n);
-        store_from_fp32(p->y, p->dtype, m * p->N + n, sum);
+        store_from_fp32(p->y, p->dtype, m * p->N + n, (float)sum);
     }
 }
 
