@@ -34,21 +34,19 @@ __all__ = ["TIERS", "TIER_VARIABLE", "BuildError", "Compiler", "Library", "find_
 
 TIER_VARIABLE = "REFQ4_CPU_TIER"
 
-# The AVX-512 files say in intrinsics what they want; at -O3 gcc 12 rearranges their loops, and one token takes half as
-# long again (0.69 ms for 0.46, one thread, 4096 x 4096). The other tiers count on the compiler's vectoriser.
-_AVX2 = ("-O3", "-mavx2", "-mfma", "-mf16c")
-_AVX512 = ("-O2", *_AVX2[1:], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 # name -> (REFQ4_TIER, the bit of cpu_features.c that it needs or None, flags); best first
 TIERS: dict[str, tuple[int, int | None, tuple[str, ...]]] = {
     "avx512_bf16": (3, 2, (*_AVX512, "-mavx512bf16")),
     "avx512": (2, 1, _AVX512),
     "avx2": (1, 0, _AVX2),
-    "c": (0, None, ("-O3",)),
+    "c": (0, None, ()),
 }
 
 # -ffp-contract=off: a fused multiply-add where the definition rounds twice would change bits (block_scale).
 # -fno-strict-aliasing: records hold scales and codes in one stream, read through pointers of both types.
-_FLAGS = ("-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread")
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread")
 
 
 class BuildError(RuntimeError):

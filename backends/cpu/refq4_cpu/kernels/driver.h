@@ -17,6 +17,12 @@
 #define DRIVER_H
 #include "refq4.h"
 #include "tiles.h"
+#if REFQ4_TIER >= 2
+#include "tiles_2_avx512.h"
+#define MAKE_TILES tile_panel_avx512
+#else
+#define MAKE_TILES tile_panel
+#endif
 
 enum { MAX_TOKENS = 8, MAX_PANELS = 4 };
 
@@ -38,7 +44,7 @@ typedef struct {
     const Product *p;
     const Engine *engine;
     uint8_t *x_tiles, *canonical; /* packed x; scratch for tiles, `run_bytes` per thread, if the weight is canonical */
-    int64_t token_tiles, panels, run, run_bytes, tile_tokens, token_chunks;
+    int64_t token_tiles, panels, run, run_bytes, token_chunks;
     float undo_scale;
     _Alignas(64) uint8_t table[64];
 } Plan;
@@ -103,7 +109,7 @@ static void multiply_run(void *context, int64_t item, int thread) {
     const uint8_t *tiles = p->tiles + first * stride;
     if (!p->tiles) {
         tiles = plan->canonical + thread * plan->run_bytes;
-        for (int64_t i = first; i < last; i++) tile_panel(w, p->N, p->K, i, (uint8_t *)tiles + (i - first) * stride);
+        for (int64_t i = first; i < last; i++) MAKE_TILES(w, p->N, p->K, i, (uint8_t *)tiles + (i - first) * stride);
     }
     _Alignas(64) float sums[MAX_TOKENS * PANEL * MAX_PANELS];
     for (int64_t t = plan->token_tiles * chunk / plan->token_chunks; t < tile_end; t++) {
@@ -120,25 +126,33 @@ static void multiply_run(void *context, int64_t item, int thread) {
     }
 }
 
-enum { RUN_BYTES = 256 << 10 }; /* of packed weight: leaves most of a 1 MB L2 to x */
+enum { RUN_BYTES = 256 << 10 }; /* of packed weight: leaves most of a 1 MB L2 to x; half or twice is as fast */
+
+/* How many panels an item takes: what fits the cache, but several items per thread, so that a thread that the system
+ * holds up can be helped out; and whole widest kernels where there are panels enough. */
+static int64_t choose_run(const Plan *plan, int64_t stride) {
+    const Product *p = plan->p;
+    int64_t fit = p->M <= MAX_TOKENS && p->tiles ? MAX_PANELS : min64(RUN_BYTES / stride, 16); /* or nothing is reused */
+    int64_t run = min64(fit, plan->panels / (4 * p->threads)) / MAX_PANELS * MAX_PANELS;
+    if (run) return run;
+    if (p->M <= MAX_TOKENS / 2 && plan->panels >= MAX_PANELS * p->threads) return MAX_PANELS;
+    return plan->panels >= 2 * p->threads ? 2 : 1;
+}
 
 static int tile_product(const Engine *engine, const Product *p) {
     int64_t stride = panel_bytes(p->K, p->weight.blocksize), max_tokens = MAX_TOKENS;
     while (!engine->kernel[max_tokens][0]) max_tokens--;
     Plan plan = {.p = p, .engine = engine, .token_tiles = ceil_div(p->M, max_tokens), .panels = ceil_div(p->N, PANEL)};
     plan.undo_scale = engine->make_table(p->weight.code, plan.table);
-    /* A few runs per thread at least, so that a slow thread can be helped out; whole widest kernels at best. */
-    int64_t fit = p->M <= MAX_TOKENS && p->tiles ? MAX_PANELS : min64(RUN_BYTES / stride, 16), fair = plan.panels / (4 * p->threads);
-    plan.run = min64(fit, fair) / MAX_PANELS * MAX_PANELS;
-    if (plan.run < MAX_PANELS) plan.run = plan.panels >= 2 * p->threads ? 2 : 1;
-    if (p->M <= MAX_TOKENS / 2 && plan.run < MAX_PANELS && plan.panels >= MAX_PANELS * p->threads) plan.run = MAX_PANELS;
+    plan.run = choose_run(&plan, stride);
     int64_t runs = ceil_div(plan.panels, plan.run);
-    plan.token_chunks = p->tiles ? min64(plan.token_tiles, ceil_div(4 * p->threads, runs)) : 1;
-    if (p->threads == 1) plan.token_chunks = 1;
+    /* Few runs: the tokens are split as well. Not for a canonical weight: each chunk would tile its run again. */
+    if (p->tiles && p->threads > 1) plan.token_chunks = min64(plan.token_tiles, ceil_div(4 * p->threads, runs));
+    else plan.token_chunks = 1;
     plan.run_bytes = plan.run * stride;
     plan.x_tiles = scratch((size_t)x_bytes(&plan, p->M));
-    plan.canonical = p->tiles ? NULL : scratch((size_t)(plan.run_bytes * p->threads));
-    int ok = plan.x_tiles && (p->tiles || plan.canonical);
+    plan.canonical = scratch(p->tiles ? 0 : (size_t)(plan.run_bytes * p->threads));
+    int ok = plan.x_tiles && plan.canonical;
     if (ok) {
         run_parallel(pack_tile, &plan, plan.token_tiles, p->M * p->K > 1 << 16 ? p->threads : 1);
         run_parallel(multiply_run, &plan, runs * plan.token_chunks, p->M * p->N * p->K > 1 << 17 ? p->threads : 1);

@@ -6,7 +6,7 @@
  * asks for. A kernel that a tier does not have, or can't run this call, answers with a negative status.
  */
 #include "refq4.h"
-#include "tiles.h"
+#include "driver.h"
 #include "threads.c"
 #include "gemv_4bit_1_scalar.c"
 #include "gemm_4bit_1_scalar.c"
@@ -102,7 +102,7 @@ typedef struct {
 static void tile_item(void *context, int64_t panel, int thread) {
     (void)thread;
     const Rearrange *r = context;
-    tile_panel(r->weight, r->N, r->K, panel, r->tiles + panel * panel_bytes(r->K, r->weight->blocksize));
+    MAKE_TILES(r->weight, r->N, r->K, panel, r->tiles + panel * panel_bytes(r->K, r->weight->blocksize));
 }
 
 static void untile_item(void *context, int64_t panel, int thread) {
