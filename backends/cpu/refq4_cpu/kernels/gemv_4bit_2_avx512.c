@@ -30,16 +30,12 @@ typedef struct {
  *
  *     blocksize >= 128   one scale       64   lanes 0-7, 8-15       32   lanes 0-3, 4-7, 8-11, 12-15
  *
- * Blocks past the row's end are not read; their codes are zeroed by the mask, their x is zero. */
-static inline __attribute__((always_inline)) __m512 lane_scales(const float *absmax, int64_t chunk, int64_t blocks,
-                                                                int64_t blocksize) {
-    const float *scale = absmax + chunk * CHUNK / blocksize;
+ * `here` is how many blocks of the row the chunk has: those past the end are not read. */
+static inline __attribute__((always_inline)) __m512 lane_scales(const float *scale, int64_t here, const int per_chunk) {
     __m512 lanes = _mm512_set1_ps(scale[0]);
-    if (blocksize >= CHUNK) return lanes;
-    int64_t here = min64(CHUNK / blocksize, blocks - chunk * CHUNK / blocksize);
-    int width = (int)blocksize / 8;
-    for (int i = 1; i < here; i++)
-        lanes = _mm512_mask_mov_ps(lanes, (__mmask16)(0xFFFFu << (i * width)), _mm512_set1_ps(scale[i]));
+    _Pragma("GCC unroll 4") for (int i = 1; i < per_chunk; i++)
+        if (i < here)
+            lanes = _mm512_mask_mov_ps(lanes, (__mmask16)(0xFFFFu << (i * 16 / per_chunk)), _mm512_set1_ps(scale[i]));
     return lanes;
 }
 
@@ -50,37 +46,27 @@ static inline const float *row_scales(const Weight *w, int64_t row, int64_t bloc
     return space;
 }
 
-/* The mask of bytes of a chunk that belong to the row: all 64, fewer at its end. */
-static inline __mmask64 chunk_mask(int64_t K, int64_t chunk) {
-    int64_t bytes = min64(64, K / 2 - chunk * 64);
-    return bytes == 64 ? ~(__mmask64)0 : ((__mmask64)1 << bytes) - 1;
-}
-
-static void gemv_avx512_rows(void *context, int64_t item, int thread) {
-    const GemvPlan *plan = context;
-    const Product *p = plan->p;
-    int64_t blocks = p->K / p->weight.blocksize, chunks = ceil_div(p->K, CHUNK), rows = min64(ROWS, p->N - item * ROWS);
+/* What four rows of a product need before their first chunk. */
+typedef struct {
     const float *absmax[ROWS];
     const uint8_t *bytes[ROWS];
+    int64_t rows; /* fewer at the end: a missing row repeats the last one and is not written */
+} RowSet;
+
+static RowSet row_set(const GemvPlan *plan, int64_t item, int thread) {
+    const Product *p = plan->p;
+    int64_t blocks = p->K / p->weight.blocksize;
+    RowSet set = {.rows = min64(ROWS, p->N - item * ROWS)};
     for (int r = 0; r < ROWS; r++) {
-        int64_t row = item * ROWS + min64(r, rows - 1); /* a missing row repeats the last one and is not written */
-        bytes[r] = p->weight.packed + row * (p->K / 2);
-        absmax[r] = row_scales(&p->weight, row, blocks, plan->scales + (thread * ROWS + r) * blocks);
+        int64_t row = item * ROWS + min64(r, set.rows - 1);
+        set.bytes[r] = p->weight.packed + row * (p->K / 2);
+        set.absmax[r] = row_scales(&p->weight, row, blocks, plan->scales + (thread * ROWS + r) * blocks);
     }
-    __m512 table = _mm512_loadu_ps(plan->table), total[ROWS];
-    for (int r = 0; r < ROWS; r++) total[r] = _mm512_setzero_ps();
-    for (int64_t c = 0; c < chunks; c++) {
-        const float *x = (const float *)plan->x + c * CHUNK;
-        __mmask64 mask = chunk_mask(p->K, c);
-        _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) {
-            __m512i codes = _mm512_maskz_loadu_epi8(mask, bytes[r] + c * 64);
-            __m512 sum = _mm512_setzero_ps();
-            _Pragma("GCC unroll 8") for (int s = 0; s < 8; s++)
-                sum = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * s), table),
-                                      _mm512_load_ps(x + 16 * s), sum);
-            total[r] = _mm512_fmadd_ps(sum, lane_scales(absmax[r], c, blocks, p->weight.blocksize), total[r]);
-        }
-    }
+    return set;
+}
+
+static void write_rows(const GemvPlan *plan, int64_t item, int64_t rows, const __m512 *total) {
+    const Product *p = plan->p;
     for (int r = 0; r < rows; r++) {
         int64_t n = item * ROWS + r;
         float sum = _mm512_reduce_add_ps(total[r]) * plan->undo_scale;
@@ -88,9 +74,26 @@ static void gemv_avx512_rows(void *context, int64_t item, int thread) {
     }
 }
 
+static inline __attribute__((always_inline)) __m512 fp32_chunk(__m512i codes, const void *x_order, const void *table) {
+    const float *x = x_order;
+    __m512 code = _mm512_loadu_ps(table), sum = _mm512_setzero_ps();
+    _Pragma("GCC unroll 8") for (int s = 0; s < 8; s++)
+        sum = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * s), code), _mm512_load_ps(x + 16 * s), sum);
+    return sum;
+}
+
+/* The loop that both GEMV rungs share: CHUNK_SUM multiplies 128 codes of a row with x. Whole chunks without a mask,
+ * then the row's end with one. PER is blocks in a chunk. */
+#define GEMV_ROWS(NAME, CHUNK_SUM, X_BYTES, PER)                                                                            static void NAME##_##PER(void *context, int64_t item, int thread) {                                                         const GemvPlan *plan = context;                                                                                         int64_t K = plan->p->K, bs = plan->p->weight.blocksize;                                                                 RowSet set = row_set(plan, item, thread);                                                                               __m512 total[ROWS];                                                                                                     for (int r = 0; r < ROWS; r++) total[r] = _mm512_setzero_ps();                                                          for (int64_t c = 0; c < K / CHUNK; c++)                                                                                     _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) {                                                                    __m512 scales = lane_scales(set.absmax[r] + c * CHUNK / bs, PER, PER);                                                  __m512i codes = _mm512_loadu_si512(set.bytes[r] + c * 64);                                                              total[r] = _mm512_fmadd_ps(CHUNK_SUM(codes, (const uint8_t *)plan->x + c * X_BYTES, plan->table),                                                  scales, total[r]);                                                                       }                                                                                                                   int64_t c = K / CHUNK, left = K % CHUNK;                                                                                for (int r = 0; left && r < ROWS; r++) {                                                                                    __m512i codes = _mm512_maskz_loadu_epi8(((__mmask64)1 << left / 2) - 1, set.bytes[r] + c * 64);                         __m512 scales = lane_scales(set.absmax[r] + c * CHUNK / bs, left / bs, PER);                                            total[r] = _mm512_fmadd_ps(CHUNK_SUM(codes, (const uint8_t *)plan->x + c * X_BYTES, plan->table),                                                  scales, total[r]);                                                                       }                                                                                                                       write_rows(plan, item, set.rows, total);                                                                            }
+/* K is a multiple of the blocksize, so a row has an end of part of a chunk only if blocks are shorter than one. */
+GEMV_ROWS(fp32_rows, fp32_chunk, 512, 1)
+GEMV_ROWS(fp32_rows, fp32_chunk, 512, 2)
+GEMV_ROWS(fp32_rows, fp32_chunk, 512, 4)
+
 /* Frees x. */
-static int run_gemv(WorkFn rows, GemvPlan *plan, void *x) {
+static int run_gemv(WorkFn per_1, WorkFn per_2, WorkFn per_4, GemvPlan *plan, void *x) {
     const Product *p = plan->p;
+    WorkFn rows = p->weight.blocksize >= CHUNK ? per_1 : p->weight.blocksize == 64 ? per_2 : per_4;
     int64_t blocks = p->K / p->weight.blocksize;
     plan->scales = scratch(p->weight.absmax ? 0 : (size_t)(p->threads * ROWS * blocks) * 4);
     if (plan->scales) run_parallel(rows, plan, ceil_div(p->N, ROWS), p->N * p->K > 1 << 17 ? p->threads : 1);
@@ -111,5 +114,5 @@ static int gemv_2_avx512(const Product *p) {
                 x[c * CHUNK + 16 * s + lane] = k < p->K ? load_as_fp32(p->x, p->dtype, k) : 0;
             }
     GemvPlan plan = {p, x, p->weight.code, 1, NULL};
-    return run_gemv(gemv_avx512_rows, &plan, x);
+    return run_gemv(fp32_rows_1, fp32_rows_2, fp32_rows_4, &plan, x);
 }

@@ -9,38 +9,19 @@
  * helpers are gemv_4bit_2_avx512.c's; library.c includes both before this file.
  */
 
-static void gemv_bf16_rows(void *context, int64_t item, int thread) {
-    const GemvPlan *plan = context;
-    const Product *p = plan->p;
-    int64_t blocks = p->K / p->weight.blocksize, chunks = ceil_div(p->K, CHUNK), rows = min64(ROWS, p->N - item * ROWS);
-    const float *absmax[ROWS];
-    const uint8_t *bytes[ROWS];
-    for (int r = 0; r < ROWS; r++) {
-        int64_t row = item * ROWS + min64(r, rows - 1);
-        bytes[r] = p->weight.packed + row * (p->K / 2);
-        absmax[r] = row_scales(&p->weight, row, blocks, plan->scales + (thread * ROWS + r) * blocks);
-    }
-    __m512i table = _mm512_loadu_si512(plan->table);
-    __m512 total[ROWS];
-    for (int r = 0; r < ROWS; r++) total[r] = _mm512_setzero_ps();
-    for (int64_t c = 0; c < chunks; c++) {
-        const uint32_t *x = (const uint32_t *)plan->x + c * (CHUNK / 2);
-        __mmask64 mask = chunk_mask(p->K, c);
-        _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) {
-            __m512i codes = _mm512_maskz_loadu_epi8(mask, bytes[r] + c * 64);
-            __m512 sum = _mm512_setzero_ps();
-            _Pragma("GCC unroll 4") for (int s = 0; s < 4; s++)
-                sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * s), table),
-                                       (__m512bh)_mm512_load_si512(x + 16 * s));
-            total[r] = _mm512_fmadd_ps(sum, lane_scales(absmax[r], c, blocks, p->weight.blocksize), total[r]);
-        }
-    }
-    for (int r = 0; r < rows; r++) {
-        int64_t n = item * ROWS + r;
-        float sum = _mm512_reduce_add_ps(total[r]) * plan->undo_scale;
-        store_from_fp32(p->y, p->dtype, n, p->bias ? sum + load_as_fp32(p->bias, p->dtype, n) : sum);
-    }
+static inline __attribute__((always_inline)) __m512 bf16_chunk(__m512i codes, const void *x_order, const void *table) {
+    const uint32_t *x = x_order;
+    __m512i values = _mm512_loadu_si512(table);
+    __m512 sum = _mm512_setzero_ps();
+    _Pragma("GCC unroll 4") for (int s = 0; s < 4; s++)
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * s), values),
+                               (__m512bh)_mm512_load_si512(x + 16 * s));
+    return sum;
 }
+
+GEMV_ROWS(bf16_rows, bf16_chunk, 256, 1)
+GEMV_ROWS(bf16_rows, bf16_chunk, 256, 2)
+GEMV_ROWS(bf16_rows, bf16_chunk, 256, 4)
 
 static int gemv_3_avx512_bf16(const Product *p) {
     int64_t chunks = ceil_div(p->K, CHUNK);
@@ -55,5 +36,5 @@ static int gemv_3_avx512_bf16(const Product *p) {
             }
     _Alignas(64) uint8_t table[64];
     GemvPlan plan = {p, order, table, bf16_table(p->weight.code, table), NULL};
-    return run_gemv(gemv_bf16_rows, &plan, order);
+    return run_gemv(bf16_rows_1, bf16_rows_2, bf16_rows_4, &plan, order);
 }

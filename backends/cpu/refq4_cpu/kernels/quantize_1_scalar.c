@@ -50,13 +50,37 @@ static unsigned scalar_code(const Quantize *q, float x, float inverse) {
     return q->order[rank];
 }
 
+enum { STRETCH = 64 };
+
+/* The ranks of a stretch, for short codes: compare with every threshold. More comparisons than a binary search, but
+ * in loops that a compiler turns into vector instructions. */
+static void stretch_codes(const Quantize *q, int64_t first, int64_t count, float inverse, uint8_t *codes) {
+    float scaled[STRETCH] = {0};
+    int rank[STRETCH] = {0};
+    for (int64_t i = 0; i < count; i++) scaled[i] = load_as_fp32(q->x, q->dtype, first + i) * inverse;
+    for (int i = 0; i < STRETCH; i++) scaled[i] = scaled[i] < -1 ? -1 : scaled[i] > 1 ? 1 : scaled[i];
+    for (int t = 0; t < q->code_length - 1; t++) {
+        float threshold = q->thresholds[t];
+        for (int i = 0; i < STRETCH; i++) rank[i] += scaled[i] > threshold;
+    }
+    for (int i = 0; i < STRETCH; i++) codes[i] = q->order[rank[i]];
+}
+
 /* Blocks of even length begin at a whole byte; for the others the caller keeps to one thread. */
 static void scalar_quantize_block(const Quantize *q, int64_t block) {
     int64_t first = block * q->blocksize, count = min64(q->blocksize, q->numel - first);
     float absmax = scalar_absmax(q, first, count), inverse = finite_inverse(absmax);
     q->absmax[block] = absmax;
+    uint8_t codes[STRETCH];
     for (int64_t i = first; i < first + count; i++) {
-        unsigned code = scalar_code(q, load_as_fp32(q->x, q->dtype, i), inverse);
+        unsigned code;
+        if (q->code_length <= 16) {
+            int64_t at = (i - first) % STRETCH;
+            if (at == 0) stretch_codes(q, i, min64(STRETCH, first + count - i), inverse, codes);
+            code = codes[at];
+        } else {
+            code = scalar_code(q, load_as_fp32(q->x, q->dtype, i), inverse);
+        }
         if (!q->pack) q->out[i] = (uint8_t)code;
         else if (i & 1) q->out[i >> 1] |= (uint8_t)code;
         else q->out[i >> 1] = (uint8_t)(code << 4 | (i + 1 == q->numel ? q->pad_code : 0));
