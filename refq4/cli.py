@@ -3,6 +3,7 @@
 tour     real pretrained weights through every step of the 4-bit layer
 info     what this machine offers: each backend, and why it is or isn't available
 verify   one backend against another: where they differ, on which smallest input, by how much
+bench    a backend against what people use today, and against the machine's limits
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__
+from . import __version__, bench
 from .backend import BackendError
 from .codebooks import codebook_names, get_codebook
 from .registry import ENVIRONMENT_VARIABLE, backend_info, get_backend, list_backends
@@ -33,6 +34,7 @@ examples:
   python -m refq4 tour --backend reference   on one backend, strictly
   python -m refq4 info --json                for scripts
   python -m refq4 verify --backend cpu       does this backend compute the 4-bit layer?
+  python -m refq4 bench --quick              how fast is it, next to bitsandbytes and torch?
 """
 
 
@@ -72,6 +74,10 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--check", action="append", metavar="NAME", help="only this check (repeatable)")
     command.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
     command.set_defaults(run=_verify, depth="normal")
+
+    command = commands.add_parser("bench", help="a backend against what people use today, and the machine's limits")
+    bench.add_arguments(command)
+    command.set_defaults(run=bench.bench)
 
     arguments = parser.parse_args(argv)
     try:

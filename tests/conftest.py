@@ -1,4 +1,4 @@
-"""What several test files share: options, seeds, a clean choice of backend, and bitsandbytes as a fixture."""
+"""What several test files share: options, seeds, and bitsandbytes as a fixture."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 import hypothesis
 import pytest
 import torch
-
-from refq4 import registry
 
 PEER = "0.50.2"
 
@@ -34,16 +31,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail, instead of skipping, the tests that compare with bitsandbytes where it is not installed",
     )
-
-
-@pytest.fixture(autouse=True)
-def the_same_start_for_every_test(backend_name: str) -> Iterator[None]:
-    """Seeded, on the backend under test (the reference without --backend), and what a test registers or chooses is
-    undone."""
-    torch.manual_seed(0)
-    with registry.isolated_registry():
-        registry.set_backend(backend_name)
-        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

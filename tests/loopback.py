@@ -20,7 +20,7 @@ SWAPPED = "nibbles swapped"
 
 class Loopback(ReferenceBackend):
     name = "loopback"
-    priority = 5
+    priority = 50
     description = "counts what reaches it"
 
     def __init__(self, own_layout: bool = False) -> None:

@@ -44,6 +44,7 @@ def test_gradients_pass_gradcheck_to_second_order_on_the_exact_path(packed, shap
     torch.autograd.gradgradcheck(product, args)
 
 
+@pytest.mark.reference_only("it compares bits with torch's own linear")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{len(s)}-D input")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_equal_those_of_a_plain_linear_on_the_decoded_weight(packed, shape, dtype):
@@ -101,6 +102,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
     assert_same_bits(*grads)
 
 
+@pytest.mark.reference_only("it compares bits with torch's own linear")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_computes_in_its_dtype_like_a_plain_linear(packed, dtype):
     B, state = packed

@@ -12,14 +12,8 @@ from torch import nn
 
 import refq4
 import refq4.functional as F
-from refq4 import matmul, pipeline, registry
+from refq4 import matmul, pipeline
 from refq4.testing import assert_same_bits, assert_within_budget
-
-
-@pytest.fixture(autouse=True)
-def isolated():
-    with registry.isolated_registry():
-        yield
 
 
 def layer_of(n: int = 8, k: int = 64, **settings) -> refq4.nn.Linear4bit:
@@ -79,6 +73,7 @@ def test_step_1_says_how_to_quantise_a_layer_that_is_not():
 
 def test_step_2_prepares_the_backends_layout_once_for_inference():
     backend = refq4.register_backend(Loopback(own_layout=True))
+    refq4.set_backend("loopback")
     layer, x = layer_of(), torch.randn(3, 64)
     wanted = F.matmul_4bit(x, layer.weight, layer.quant_state, bias=layer.bias, backend="reference")
     with torch.no_grad():
@@ -138,6 +133,7 @@ def test_step_2_prepares_again_when_backend_state_or_bytes_change():
 
 def test_a_copy_does_not_carry_the_prepared_layout():
     refq4.register_backend(Loopback(own_layout=True))
+    refq4.set_backend("loopback")
     layer, x = layer_of(), torch.randn(3, 64)
     with torch.no_grad():
         layer(x)
@@ -204,6 +200,7 @@ def test_step_4_does_not_warn_of_fp16_input_under_fp16_compute():
         layer_of(compute_dtype=torch.float16)(torch.randn(1, 64, dtype=torch.float16))
 
 
+@pytest.mark.reference_only("it compares bits with torch's own linear")
 def test_computing_in_fp32_stays_fp32_for_a_half_precision_weight():
     layer = refq4.nn.Linear4bit(64, 8, quant_type="nf4", compress_statistics=False).to(torch.bfloat16).to("cpu")
     x = torch.randn(3, 64)
@@ -219,6 +216,7 @@ def test_computing_in_fp32_stays_fp32_for_a_half_precision_weight():
 # --- 5 and 7 ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.reference_only("it compares bits with torch's own linear")
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.filterwarnings("ignore:Linear4bit got float16")
@@ -237,6 +235,7 @@ def test_steps_5_and_7_compute_in_the_compute_dtype_and_answer_in_the_inputs(x_d
 # --- 6 ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.reference_only("a layout of the backend's own has one path")
 def test_step_6_takes_gemv_for_one_token_and_matmul4bit_for_the_rest():
     layer, x = layer_of(), torch.randn(1, 64)
     assert steps_of(layer, x)[6] == "gemv_4bit"

@@ -33,7 +33,7 @@ from ..quantization import dequantize_4bit, quantize_4bit
 from ..registry import check_usable, use_backend
 from ..state import QuantState
 from ..trace import Trace, trace
-from .budget import Budget, assert_same_bits, error_budget, oracle, ulp
+from .budget import Budget, assert_same_bits, error_budget, ulp
 from .cases import Case
 from .diagnose import diagnose_product, diagnose_quantised
 
@@ -249,8 +249,8 @@ def _forward(asked: _Asked) -> None:
             got = layer(asked.x)
     asked.ran_here(t)
     _same_decisions(t, expected)
-    exact = oracle(asked.x, layer.weight, layer.weight.quant_state, layer.bias)
-    budget = Budget.of(exact, reference, asked.case.torch_dtype)
+    budget = error_budget(asked.x, layer.weight.data, layer.weight.quant_state, layer.bias, backend=asked.against)
+    assert_same_bits(reference, budget.reference, "the judge's layer and its product")
     hint = lambda: diagnose_product(got, asked.x, layer.weight.data, layer.weight.quant_state, layer.bias)  # noqa: E731
     asked.product_within(budget, got, "layer's output", hint)
     assert_same_bits(asked.x.contiguous(), x.contiguous(), "the caller's activations afterwards")

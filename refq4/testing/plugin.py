@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from .. import registry
 from ..backend import BackendUnavailableError, BackendUnsupportedError, UnknownBackendError
@@ -79,6 +80,15 @@ def backend_name(request: pytest.FixtureRequest) -> str:
     except BackendUnavailableError as error:
         pytest.skip(str(error))
     return name
+
+
+@pytest.fixture(autouse=True)
+def _the_same_start_for_every_test(backend_name: str) -> Iterator[None]:
+    """Seeded, on the backend under test, and what a test registers or chooses is undone."""
+    torch.manual_seed(0)
+    with registry.isolated_registry():
+        registry.set_backend(backend_name)
+        yield
 
 
 @pytest.fixture(autouse=True)

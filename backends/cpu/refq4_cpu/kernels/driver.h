@@ -26,9 +26,9 @@
 
 enum { MAX_TOKENS = 8, MAX_PANELS = 4 };
 
-/* Groups summed before the sum is scaled and added to the total: 64 elements. In one chain over a block of 4096, each
- * addition would round at the size of the whole sum. */
-enum { PART_GROUPS = 8 };
+/* Groups summed before the sum is scaled and added to the total: 32 elements in fp32, 64 where x is bf16 and its own
+ * rounding is larger. In one chain over a block of 4096, each addition would round at the size of the whole sum. */
+enum { PART_GROUPS_FP32 = 4, PART_GROUPS_BF16 = 8 };
 
 /* x_tile: see pack_tile. tiles: the first of NP panels, `stride` bytes apart. sums: [MT][16*MAX_PANELS]. */
 typedef void (*TileKernel)(const void *x_tile, const uint8_t *tiles, int64_t stride, int64_t blocks, int64_t groups,

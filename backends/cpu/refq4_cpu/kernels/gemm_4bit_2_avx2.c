@@ -21,7 +21,7 @@ static inline __attribute__((always_inline)) void avx2_tile(const float *x, cons
                                                             const int MT) {
     __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8), total[4][2];
     UNROLL_AVX2 for (int m = 0; m < MT; m++) total[m][0] = total[m][1] = _mm256_setzero_ps();
-    int64_t part = min64(groups, PART_GROUPS);
+    int64_t part = min64(groups, PART_GROUPS_FP32);
     const uint8_t *absmax = tiles;
     for (int64_t i = 0, first = 0; i < blocks * (groups / part); i++) {
         if (first == 0) { /* a new record */

@@ -28,7 +28,7 @@ static inline __attribute__((always_inline)) void bf16_tile(const uint32_t *x, c
                                                             const int MT, const int NP) {
     __m512 total[MAX_TOKENS][MAX_PANELS];
     UNROLL for (int m = 0; m < MT; m++) UNROLL for (int p = 0; p < NP; p++) total[m][p] = _mm512_setzero_ps();
-    int64_t record = 64 + 64 * groups, part = min64(groups, PART_GROUPS);
+    int64_t record = 64 + 64 * groups, part = min64(groups, PART_GROUPS_BF16);
     for (int64_t i = 0, first = 0; i < blocks * (groups / part); i++) {
         __m512 block[MAX_TOKENS][MAX_PANELS];
         UNROLL for (int m = 0; m < MT; m++) UNROLL for (int p = 0; p < NP; p++) block[m][p] = _mm512_setzero_ps();

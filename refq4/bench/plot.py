@@ -12,7 +12,7 @@ def roofline(report: dict[str, Any], path: Path) -> None:
     """Draw every peer's products under the machine's limits.
 
     Args:
-        report: what ``python -m refq4.bench --json`` writes.
+        report: what ``python -m refq4 bench --json`` writes; limits that were not measured are not drawn.
         path: the picture; its suffix chooses the format.
 
     Raises:
@@ -26,7 +26,7 @@ def roofline(report: dict[str, Any], path: Path) -> None:
     limits, rows = report["limits"], report["products"]
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     intensity = [2.0**i for i in range(1, 13)]  # FLOP per byte of packed weight
-    for name, peak in (("bf16 dot product", limits["dot_gflop_s"]), ("fp32 FMA", limits["fma_gflop_s"])):
+    for name, peak in (("bf16 dot product", limits.get("dot_gflop_s")), ("fp32 FMA", limits.get("fma_gflop_s"))):
         if peak:
             roof = [min(peak, i * limits["read_gb_s"]) for i in intensity]
             axes.plot(intensity, roof, label=f"limit: memory read and {name}", linewidth=1.2, color="0.4")

@@ -1,0 +1,99 @@
+"""The arguments of ``python -m refq4 bench``, and the run from the first measurement to the files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..registry import check_usable, use_backend
+from .measure import limits, machine, ops, products
+from .peers import DEVICE_DTYPES, PEERS
+from .show import describe, ops_table, product_table
+
+__all__ = ["add_arguments", "bench"]
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the subcommand."""
+    parser.add_argument("--backend", default="cpu", help="the backend to time (%(default)s)")
+    parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES, metavar="NxK", help="e.g. 4096x11008")
+    parser.add_argument("--m", nargs="+", type=int, default=TOKENS, help="tokens per call")
+    parser.add_argument("--dtype", choices=DEVICE_DTYPES, default="bf16", help="of the activations (%(default)s)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
+    parser.add_argument("--rounds", type=int, default=48, help="per peer at small M; never fewer than 15")
+    parser.add_argument("--layers", type=int, default=8, help="weights to rotate through (%(default)s)")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=[p.name for p in PEERS],
+        default=[p.name for p in PEERS if p.usual],
+        metavar="NAME",
+        help=f"who is measured: {', '.join(p.name for p in PEERS)}",
+    )
+    parser.add_argument("--ops", action=argparse.BooleanOptionalAction, default=True, help="the other ops as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here ('-': standard output)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the roofline here (needs matplotlib)")
+    parser.add_argument("--quick", action="store_true", help="the first shape, fewer M and rounds: about 20 s")
+
+
+def bench(asked: argparse.Namespace) -> int:
+    """Measure, print tables, write what was asked for; returns the exit status."""
+    if asked.quick:
+        asked.shapes, asked.m, asked.rounds = asked.shapes[:1], [1, 4, 16, 128], 15
+    logging.disable(logging.WARNING)  # peers announce missing extras on import
+    threads = torch.get_num_threads()
+    torch.set_num_threads(asked.threads)
+    try:
+        with use_backend(asked.backend):
+            report = _measured(asked, _console(to_stderr=asked.json == Path("-")))
+    finally:
+        torch.set_num_threads(threads)
+        logging.disable(logging.NOTSET)
+    if asked.json is not None:
+        text = json.dumps(report, indent=1) + "\n"
+        sys.stdout.write(text) if asked.json == Path("-") else asked.json.write_text(text)
+    if asked.png is not None:
+        from .plot import roofline
+
+        roofline(report, asked.png)
+    return 0
+
+
+def _measured(asked: argparse.Namespace, console: Console) -> dict[str, Any]:
+    backend = check_usable(asked.backend)
+    if backend is None:
+        raise ValueError("--backend auto: name the backend to time")
+    report: dict[str, Any] = {"machine": machine(backend), "limits": limits(backend), "products": []}
+    console.print(describe(report))
+    for n, k in asked.shapes:
+        report["products"] += products(
+            backend, n, k, asked.m, DEVICE_DTYPES[asked.dtype], asked.rounds, asked.peers, asked.layers
+        )
+        console.print(product_table(report["products"], n, k, report["limits"]))
+    if asked.ops:
+        report["ops"] = ops(backend, asked.rounds)
+        console.print(ops_table(report["ops"]))
+    return report
+
+
+def _console(to_stderr: bool) -> Console:
+    console = Console(stderr=to_stderr)
+    return console if console.is_terminal else Console(stderr=to_stderr, width=160)  # a file has no width
+
+
+def _shape(text: str) -> tuple[int, int]:
+    n, x, k = text.partition("x")
+    if not (x and n.isdigit() and k.isdigit()):
+        raise argparse.ArgumentTypeError(f"a shape is NxK, for example 4096x11008, got {text!r}")
+    return int(n), int(k)

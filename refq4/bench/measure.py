@@ -1,0 +1,135 @@
+"""Timing: what is called, how often, in which order."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from ..backend import Backend, PackedWeight
+from ..codebooks import get_codebook
+from .peers import PEERS, Peer, Product, peer_quantiser, peer_rearranger, random_weights
+
+__all__ = ["interleaved", "limits", "machine", "ops", "products"]
+
+Run = Callable[[int], object]
+
+
+def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, float]:
+    """Medians in seconds: each round calls each run once, after one unmeasured call each."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run(0)
+    for i in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run(i)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def limits(backend: Backend) -> dict[str, float]:
+    """The machine's limits where the backend can measure them, else nothing."""
+    measure = getattr(backend, "limits", None)
+    return dict(measure()) if measure is not None else {}
+
+
+def machine(backend: Backend) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "backend": backend.name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **{key: value for key, value in backend.info().items() if key in ("tier", "processor", "compiler")},
+    }
+
+
+def products(
+    backend: Backend,
+    n: int,
+    k: int,
+    tokens: Sequence[int],
+    dtype: torch.dtype,
+    rounds: int,
+    peers: Sequence[str],
+    layers: int = 8,
+) -> list[dict[str, Any]]:
+    """One row per M: medians of every peer on ``layers`` weights [n, k], at least 15 rounds.
+
+    Returns:
+        Dicts with ``n k m dtype ms`` (peer to milliseconds) and ``missing`` (peer to the reason).
+    """
+    weights = random_weights(n, k, layers)
+    made: dict[str, Product] = {}
+    missing: dict[str, str] = {}
+    for peer in PEERS:
+        if peer.name in peers:
+            _make(peer, backend, weights, dtype, made, missing)
+    del weights
+    rows = []
+    with torch.inference_mode():
+        for m in track(tokens, description=f"{n} x {k}", transient=True, console=Console(stderr=True)):
+            x = torch.randn(m, k).to(dtype)
+            runs: dict[str, Run] = {name: partial(_call, call, x, layers) for name, call in made.items()}
+            medians = interleaved(runs, max(15, rounds // max(1, m // 32)))
+            ms = {name: 1e3 * seconds for name, seconds in medians.items()}
+            rows.append({"n": n, "k": k, "m": m, "dtype": str(dtype), "ms": ms, "missing": missing})
+    return rows
+
+
+def _make(
+    peer: Peer,
+    backend: Backend,
+    weights: list[Tensor],
+    dtype: torch.dtype,
+    made: dict[str, Product],
+    missing: dict[str, str],
+) -> None:
+    try:
+        made[peer.name] = peer.make(backend.name, weights, dtype)
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        missing[peer.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def ops(backend: Backend, rounds: int, n: int = 4096, k: int = 4096) -> dict[str, dict[str, float]]:
+    """Milliseconds of the ops around the product, on a weight [n, k]: {op: {who: ms}}."""
+    code, A = get_codebook("nf4").on("cpu"), torch.randn(n, k)
+    packed, absmax = backend.quantize_4bit(A, code, 64)
+    weight = PackedWeight(packed, absmax, code.values, 64, (n, k), "nf4")
+    rounds = max(15, rounds // 4)
+    out: dict[str, dict[str, float]] = {}
+    out["quantise fp32"] = interleaved(
+        {"refq4": lambda _: backend.quantize_4bit(A, code, 64)} | peer_quantiser(A), rounds
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        # A fresh result costs page faults; a clone has the same, so it is the fair yardstick for the memory's speed.
+        dequantise: dict[str, Run] = {
+            "refq4": partial(_ignore, partial(backend.dequantize_4bit, weight, dtype)),
+            "clone of it": partial(_ignore, A.to(dtype).clone),
+        }
+        out[f"dequantise to {str(dtype).removeprefix('torch.')}"] = interleaved(dequantise, rounds)
+    if backend.prepare_weight(weight) is not None:
+        rearrange: dict[str, Run] = {"refq4": lambda _: backend.prepare_weight(weight)}
+        out["rearrange"] = interleaved(rearrange | peer_rearranger(A), rounds)
+    small = products(
+        backend, 64, 64, [1], torch.bfloat16, 400, ["refq4", "bitsandbytes packed", "torch bf16"], layers=1
+    )
+    out["a layer of 64 x 64, one token"] = {name: ms / 1e3 for name, ms in small[0]["ms"].items()}
+    return {op: {who: 1e3 * seconds for who, seconds in row.items()} for op, row in out.items()}
+
+
+def _call(product: Product, x: Tensor, layers: int, i: int) -> object:
+    return product(x, i % layers)
+
+
+def _ignore(run: Callable[[], object], _: int) -> object:
+    return run()

@@ -1,0 +1,164 @@
+"""Who refq4 is measured against: each peer turns the same weights into a function of (x, layer).
+
+refq4                   Linear4bit in eval mode: the whole layer, on the backend's own layout if it has one
+refq4 canonical         Linear4bit in training mode: the stored layout, as in training
+bitsandbytes packed     Linear4bit in eval mode, its fastest CPU path
+bitsandbytes plain      Linear4bit in training mode: dequantise, then multiply
+torch bf16, torch fp32  nn.functional.linear on the unquantised weight
+torch int4              torch._weight_int4pack_mm_for_cpu, groups of 64
+onnxruntime             MatMulNBits, 4 bits, blocks of 64, its fp32 kernel (x is cast): needs onnxruntime and onnx
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nn import Linear4bit
+from ..registry import use_backend
+
+__all__ = ["DEVICE_DTYPES", "PEERS", "Peer", "Product", "peer_quantiser", "peer_rearranger", "random_weights"]
+
+DEVICE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BLOCKSIZE = 64
+Product = Callable[[Tensor, int], object]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A name, and what makes its product from a backend's name, the weights and a dtype.
+
+    ``usual`` ones are measured unless others are named.
+    """
+
+    name: str
+    make: Callable[[str, list[Tensor], torch.dtype], Product]
+    usual: bool = True
+
+
+def random_weights(n: int, k: int, layers: int) -> list[Tensor]:
+    """``layers`` bf16 weights [n, k], normal like trained ones."""
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(n, k, generator=generator) * k**-0.5).bfloat16() for _ in range(layers)]
+
+
+def _refq4(train: bool) -> Callable[[str, list[Tensor], torch.dtype], Product]:
+    def make(backend: str, weights: list[Tensor], dtype: torch.dtype) -> Product:
+        settings = {"compute_dtype": dtype, "quant_type": "nf4", "compress_statistics": False}
+        layers = []
+        with use_backend(backend):
+            for weight in weights:
+                n, k = weight.shape
+                layer = Linear4bit(k, n, bias=False, **settings)  # type: ignore[arg-type]
+                layer.weight.data = weight
+                layers.append(layer.to("cpu").train(train))
+        return lambda x, i: layers[i](x)
+
+    return make
+
+
+def _bitsandbytes(train: bool) -> Callable[[str, list[Tensor], torch.dtype], Product]:
+    def make(backend: str, weights: list[Tensor], dtype: torch.dtype) -> Product:
+        import bitsandbytes as bnb
+
+        layers: list[Any] = []
+        for weight in weights:
+            n, k = weight.shape
+            layer = bnb.nn.Linear4bit(
+                k, n, bias=False, compute_dtype=dtype, quant_type="nf4", compress_statistics=False
+            )
+            layer.load_state_dict({"weight": weight})
+            layers.append(layer.to("cpu").train(train))
+        return lambda x, i: layers[i](x)
+
+    return make
+
+
+def _torch_linear(dtype: torch.dtype) -> Callable[[str, list[Tensor], torch.dtype], Product]:
+    def make(backend: str, weights: list[Tensor], _: torch.dtype) -> Product:
+        layers = [weight.to(dtype) for weight in weights]
+        return lambda x, i: torch.nn.functional.linear(x.to(dtype), layers[i])
+
+    return make
+
+
+def _torch_int4(backend: str, weights: list[Tensor], dtype: torch.dtype) -> Product:
+    n, k = weights[0].shape
+    codes = [torch.randint(0, 15, (n, k), dtype=torch.int32) for _ in weights]
+    layers = [torch._convert_weight_to_int4pack_for_cpu(code, 1) for code in codes]
+    scales = torch.rand(k // BLOCKSIZE, n, 2, dtype=dtype)
+    return lambda x, i: torch._weight_int4pack_mm_for_cpu(x, layers[i], BLOCKSIZE, scales)
+
+
+def _onnxruntime(backend: str, weights: list[Tensor], dtype: torch.dtype) -> Product:
+    import numpy as np
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    n, k = weights[0].shape
+    sessions = []
+    for _ in weights:
+        codes = np.random.randint(0, 256, (n, k // BLOCKSIZE, BLOCKSIZE // 2), dtype=np.uint8)
+        scales = np.random.rand(n * k // BLOCKSIZE).astype(np.float32)
+        node = helper.make_node(
+            "MatMulNBits", ["x", "B", "scales"], ["y"], domain="com.microsoft", N=n, K=k, bits=4, block_size=BLOCKSIZE
+        )
+        graph = helper.make_graph(
+            [node],
+            "product",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", k])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["M", n])],
+            [numpy_helper.from_array(codes, "B"), numpy_helper.from_array(scales, "scales")],
+        )
+        imports = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=imports, ir_version=8)
+        sessions.append(onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"]))
+    return lambda x, i: sessions[i].run(None, {"x": x.float().numpy()})
+
+
+PEERS = (
+    Peer("refq4", _refq4(train=False)),
+    Peer("refq4 canonical", _refq4(train=True)),
+    Peer("bitsandbytes packed", _bitsandbytes(train=False)),
+    Peer("bitsandbytes plain", _bitsandbytes(train=True), usual=False),
+    Peer("torch bf16", _torch_linear(torch.bfloat16)),
+    Peer("torch fp32", _torch_linear(torch.float32), usual=False),
+    Peer("torch int4", _torch_int4),
+    Peer("onnxruntime", _onnxruntime, usual=False),
+)
+
+
+# --- the ops around the product; empty where bitsandbytes is not installed ------------------------------------------
+
+
+def peer_quantiser(A: Tensor) -> dict[str, Callable[[int], object]]:
+    """bitsandbytes' quantiser on A [N, K]."""
+    try:
+        import bitsandbytes.functional as bnb
+    except ImportError:
+        return {}
+    return {"bitsandbytes": lambda _: bnb.quantize_4bit(A, quant_type="nf4")}
+
+
+def peer_rearranger(A: Tensor) -> dict[str, Callable[[int], object]]:
+    """bitsandbytes' packing for its CPU kernel, of A [N, K] quantised."""
+    try:
+        import bitsandbytes.functional as bnb
+
+        pack = bnb._convert_weight_packed_for_cpu
+    except (ImportError, AttributeError):
+        return {}
+    packed, state = bnb.quantize_4bit(A.bfloat16(), quant_type="nf4")
+
+    def run(_: int) -> object:
+        import copy
+
+        return pack(packed.clone(), copy.deepcopy(state))
+
+    return {"bitsandbytes": run}

@@ -1,0 +1,67 @@
+"""A bench report as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+__all__ = ["describe", "ops_table", "product_table", "weight_bytes"]
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The machine and its limits, in two lines."""
+    about, limit = report["machine"], report["limits"]
+    line = ", ".join(f"{key} {value}" for key, value in about.items())
+    if limit:
+        line += (
+            f"\nlimits: memory read {limit['read_gb_s']:.1f} GB/s, fp32 FMA {limit['fma_gflop_s']:.0f} GFLOP/s, "
+            f"bf16 dot {limit['dot_gflop_s']:.0f} GFLOP/s"
+        )
+    return line
+
+
+def product_table(rows: list[dict[str, Any]], n: int, k: int, limit: dict[str, float]) -> Table:
+    """The rows of one shape: refq4's figures, then how many times as long each peer takes."""
+    rows = [row for row in rows if (row["n"], row["k"]) == (n, k)]
+    table = Table(title=f"N x K = {n} x {k}, {rows[0]['dtype']}", title_justify="left")
+    others = [name for name in rows[0]["ms"] if name != "refq4"]
+    for heading in ("M", "refq4 ms", "GB/s", "GFLOP/s", "of limits", *(f"{name} ms (x)" for name in others)):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        ours = row["ms"]["refq4"]
+        gb_s, gflop_s = weight_bytes(n, k) / ours / 1e6, 2e-6 * row["m"] * n * k / ours
+        peers = [f"{row['ms'][name]:.3f} ({row['ms'][name] / ours:.2f})" for name in others]
+        table.add_row(
+            str(row["m"]), f"{ours:.3f}", f"{gb_s:.1f}", f"{gflop_s:.0f}", _share(gb_s, gflop_s, row, limit), *peers
+        )
+    missing = [f"{name}: {reason}" for name, reason in rows[0]["missing"].items()]
+    if missing:
+        table.caption, table.caption_justify = "\n".join(missing), "left"
+    return table
+
+
+def weight_bytes(n: int, k: int, blocksize: int = 64) -> float:
+    """What a product must read of the weight: packed codes and fp32 scales."""
+    return n * k / 2 + 4 * n * k / blocksize
+
+
+def _share(gb_s: float, gflop_s: float, row: dict[str, Any], limit: dict[str, float]) -> str:
+    if not limit:
+        return ""
+    peak = max(limit["dot_gflop_s"] if "bfloat16" in row["dtype"] else 0, limit["fma_gflop_s"]) or float("inf")
+    memory, arithmetic = gb_s / limit["read_gb_s"], gflop_s / peak
+    return f"{memory:.0%} read" if memory > arithmetic else f"{arithmetic:.0%} peak"
+
+
+def ops_table(rows: dict[str, dict[str, float]]) -> Table:
+    """One line per op."""
+    table = Table(title="ops on 4096 x 4096", title_justify="left")
+    table.caption, table.caption_justify = "milliseconds; a copy of the result shows what the memory allows", "left"
+    table.add_column("op")
+    table.add_column("refq4", justify="right")
+    table.add_column("others")
+    for op, row in rows.items():
+        others = [f"{who} {ms:.3f} ({ms / row['refq4']:.2f}x)" for who, ms in row.items() if who != "refq4"]
+        table.add_row(op, f"{row['refq4']:.3f}", ", ".join(others))
+    return table
