@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,14 @@ class _Holds4bitWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_prepared": None}  # another process or copy makes its own
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; a layer that is to be trained has its stored bytes at home."""
+        if mode and isinstance(self.weight, Params4bit):
+            self._prepared = None
+            self.weight.come_home()
+        super().train(mode)
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moving the module: the weight keeps its identity, and its quant state goes where the bytes go.
@@ -105,7 +113,17 @@ class _Holds4bitWeight(nn.Module):
     # --- state dicts ------------------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # weight (and bias): the canonical bytes
+        weight = self.weight
+        if isinstance(weight, Params4bit) and weight.lent:
+            # A copy of the bytes for the state dict; the live layer goes on as it is.
+            destination[f"{prefix}weight"] = weight if keep_vars else weight.stored()
+            self._parameters["weight"] = None
+            try:
+                super()._save_to_state_dict(destination, prefix, keep_vars)
+            finally:
+                self._parameters["weight"] = weight
+        else:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
         state = getattr(self.weight, "quant_state", None) or self.quant_state
         if state is not None:
             for key, value in state.as_dict(packed=True).items():

@@ -93,11 +93,29 @@ def matmul(op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backen
 
 
 def matmul_prepared(A: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:
-    """The same on a backend's own layout, by the backend that made it: gemv_4bit for one token, gemm_4bit for more."""
+    """The same on a backend's own layout, by the backend that made it: gemv_4bit for one token, gemm_4bit for more.
+
+    The way through torch's dispatcher costs as much as the product of a small layer. Where nothing there would act
+    on the call (no compiler, no transform, no mode, an ordinary tensor), it goes straight to the backend.
+    """
+    if _nothing_intercepts(A):
+        return _product_prepared(A, weight, bias)
     out: Tensor = torch.ops.refq4.matmul_prepared.default(
         A, list(weight.tensors), weight.layout, weight.shape, weight.blocksize, weight.quant_type, bias, weight.backend
     )
     return out
+
+
+def _nothing_intercepts(A: Tensor) -> bool:
+    return (
+        type(A) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._functorch.maybe_current_level() is None
+        and not torch._C._get_tracing_state()
+        and not torch.autograd.profiler._is_profiler_enabled
+    )
 
 
 def _flatten(weight: PackedWeight) -> tuple[Any, ...]:
@@ -225,14 +243,19 @@ def _matmul_prepared(
     backend: str,
 ) -> Tensor:
     n, k = shape
+    prepared = PreparedWeight(backend, layout_name, tuple(tensors), (n, k), blocksize, quant_type)
+    return _product_prepared(A, prepared, bias)
+
+
+def _product_prepared(A: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:
+    n, k = weight.shape
     if A.numel() == 0 or n == 0:
         return _nothing_to_sum(A, n, bias)
-    x = A.reshape(-1, k).contiguous()
+    x = (A if A.dim() == 2 else A.reshape(-1, k)).contiguous()
     op = "gemv_4bit" if x.shape[0] == 1 else "gemm_4bit"
-    prepared = PreparedWeight(backend, layout_name, tuple(tensors), (n, k), blocksize, quant_type)
-    call = Call(op, A.device.type, A.dtype, x.shape[0], n, k, blocksize, quant_type, layout=layout_name)
-    result: Tensor = _run(call, backend, lambda b: getattr(b, op)(x, prepared, bias)).view(*A.shape[:-1], n)
-    return result
+    call = Call(op, A.device.type, A.dtype, x.shape[0], n, k, weight.blocksize, weight.quant_type, layout=weight.layout)
+    result: Tensor = _run(call, weight.backend, lambda b: getattr(b, op)(x, weight, bias))
+    return result if A.dim() == 2 else result.view(*A.shape[:-1], n)
 
 
 def _nothing_to_sum(A: Tensor, n: int, bias: Tensor | None) -> Tensor:

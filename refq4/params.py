@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .lending import LentBytes
 from .quantization import DEFAULT_BLOCKSIZE, quantize_4bit, slice_state
 from .state import QuantState
 
 __all__ = ["Params4bit"]
 
 
-class Params4bit(nn.Parameter):
+class Params4bit(LentBytes, nn.Parameter):
     """A weight that is quantised the first time it is moved to a device (the CPU counts). Frozen.
 
     Before: ``data`` is the full-precision weight. After: ``data`` is the packed column [b, 1] in ``quant_storage``,
@@ -78,6 +79,7 @@ class Params4bit(nn.Parameter):
         self.quant_state = quant_state
         self.bnb_quantized = bnb_quantized
         self.module = module
+        self._restore, self._read_by_others = None, False
         return self
 
     @classmethod
@@ -177,7 +179,7 @@ class Params4bit(nn.Parameter):
         if device is None or device == self.device:
             return self
         state = None if self.quant_state is None else self.quant_state.copy().to(device)
-        return self._like(self.data.to(device, non_blocking=non_blocking), state)
+        return self._like(self.stored().to(device, non_blocking=non_blocking), state)
 
     def _like(self, data: Tensor, state: QuantState | None) -> Params4bit:
         """The same settings around other data."""
@@ -212,24 +214,25 @@ class Params4bit(nn.Parameter):
     # --- copies and pieces ------------------------------------------------------------------------------------------
 
     def __copy__(self) -> Params4bit:
-        return self._like(self.data, self.quant_state)
+        return self._like(self.stored(), self.quant_state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
         if id(self) not in memo:
-            new = self._like(copy.deepcopy(self.data, memo), copy.deepcopy(self.quant_state, memo))
+            new = self._like(copy.deepcopy(self.stored(), memo), copy.deepcopy(self.quant_state, memo))
             new.module = memo.get(id(self.module)) if self.module is not None else None
             memo[id(self)] = new
         found: Params4bit = memo[id(self)]
         return found
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        settings = {k: v for k, v in self.__dict__.items() if k != "_module"}
-        return _rebuild_params4bit, (self.data, self.requires_grad, settings)
+        settings = {k: v for k, v in self.__dict__.items() if k not in ("_module", "_restore", "_read_by_others")}
+        return _rebuild_params4bit, (self.stored(), self.requires_grad, settings)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        cls._prepare_for(func, args, kwargs or {})
         result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if func in _SPLITTERS and isinstance(args[0], Params4bit):
             return tuple(args[0]._piece(part) for part in result)

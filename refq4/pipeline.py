@@ -18,14 +18,15 @@ a forward remembers, the compute dtype inferred from the first input, is written
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from . import registry
-from .backend import Call, PackedWeight, PreparedWeight
+from . import layout, registry
+from .backend import Backend, Call, PackedWeight, PreparedWeight
 from .checks import ACTIVATION_DTYPES, check_floats, warn_caller
+from .lending import LentBytes
 from .matmul import matmul_4bit
 from .quantization import decode_scales, dequantize_4bit
 from .state import QuantState
@@ -86,7 +87,8 @@ def linear_4bit(layer: Linear4bit, x: Tensor) -> Tensor:
         if listener is not None:
             listener.step(5, "cast the operands", decision, a)
 
-        y = matmul_4bit(a, layer.weight, state, bias=bias, prepared=prepared)  # tells the trace itself
+        stored = layer.weight if prepared is not None else stored_weight(layer)
+        y = matmul_4bit(a, stored, state, bias=bias, prepared=prepared)  # tells the trace itself
 
         y, decision = cast_back(y, x.dtype)
         if listener is not None:
@@ -133,19 +135,25 @@ LAYOUT_NONE = Decision("canonical", "the backend computes on the stored layout")
 
 
 class PreparedCache(NamedTuple):
-    """A prepared weight and what it was made from: stale as soon as one of these differs."""
+    """A prepared weight, what it was made from, and who asked: stale as soon as one of these differs.
 
-    made_from: tuple[object, ...]
+    ``asked`` holds the choice of backend, the registry's count of changes, and the dtype and number of tokens of the
+    call: while these stay, the backend that answers stays, and need not be looked up again.
+    """
+
+    asked: tuple[object, ...]
+    backend: str
+    state: QuantState
+    versions: tuple[object, ...]
     prepared: PreparedWeight | None
 
 
 def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[PreparedWeight | None, Decision]:
     """Step 2: ask the backend whether it wants the weight in a layout of its own (a CPU backend repacks it, say).
 
-    Only for inference, as in bitsandbytes: training decodes the canonical bytes in backward anyway. The weight, and so
-    the state dict, stays canonical; the prepared form lives beside it and is dropped when weight, quant state or
-    backend change. (Bytes changed in place through ``weight.data`` go unseen, because torch does not count those:
-    change the weight itself under ``torch.no_grad()``.)
+    Only for inference, as in bitsandbytes: training decodes the canonical bytes in backward anyway. The weight lends
+    its bytes to the prepared form (``refq4/lending.py``), so that there is one copy, and state dicts stay canonical.
+    The prepared form is dropped when weight, quant state or backend change, or when the stored bytes are wanted.
     """
     if layer.training:
         return None, LAYOUT_TRAINING
@@ -154,13 +162,41 @@ def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[Prep
     if torch.compiler.is_compiling():
         cache = layer._prepared
         return (cache.prepared, LAYOUT_OWN) if cache and cache.prepared else (None, LAYOUT_COMPILING)
-    backend, _ = registry.resolve(_layout_call(layer, state, x), registry.requested_backend(None))
-    made_from = (backend.name, state, *map(_version, (layer.weight, state.absmax)))
+    requested = registry.requested_backend(None)
+    asked = (requested, registry.changes(), layer.compute_dtype or x.dtype, x.numel())
+    versions = _versions(layer.weight, state.absmax)
     cache = layer._prepared
-    if cache is None or not _identical(cache.made_from, made_from):
-        cache = PreparedCache(made_from, backend.prepare_weight(state.packed_weight(layer.weight)))
-        layer._prepared = cache
+    # "is" for the state: comparing it would read tensors
+    same = cache is not None and cache.state is state and cache.versions == versions
+    if cache is None or not same or cache.asked != asked:
+        backend, _ = registry.resolve(_layout_call(layer, state, x), requested)
+        if cache is not None and same and cache.backend == backend.name:
+            prepared = cache.prepared
+        else:
+            layer._prepared = None  # the old one goes before the new one comes: never three copies
+            prepared = _prepare(layer.weight, state, backend)
+            versions = _versions(layer.weight, state.absmax)
+        layer._prepared = cache = PreparedCache(asked, backend.name, state, versions, prepared)
     return cache.prepared, LAYOUT_OWN if cache.prepared else LAYOUT_NONE
+
+
+def _prepare(weight: Tensor, state: QuantState, backend: Backend) -> PreparedWeight | None:
+    prepared = backend.prepare_weight(state.packed_weight(weight))
+    if prepared is not None and isinstance(weight, LentBytes):
+        dtype = weight.dtype
+        weight.lend(lambda: layout.to_storage(backend.restore_weight(prepared).packed, dtype))
+    return prepared
+
+
+def stored_weight(layer: Linear4bit) -> Tensor:
+    """The canonical bytes of a layer's weight, home again if a prepared form had them: what training reads."""
+    weight = layer.weight
+    if torch.compiler.is_compiling() or not isinstance(weight, LentBytes):
+        return cast(Tensor, weight)
+    if not weight.lent:
+        return weight.stored()
+    layer._prepared = None
+    return weight.come_home()
 
 
 def _layout_call(layer: Linear4bit, state: QuantState, x: Tensor) -> Call:
@@ -171,13 +207,10 @@ def _layout_call(layer: Linear4bit, state: QuantState, x: Tensor) -> Call:
     return Call(op, x.device.type, dtype, tokens, n, k, blocksize, state.quant_type or "custom", state.nested)
 
 
-def _version(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-def _identical(old: tuple[object, ...], new: tuple[object, ...]) -> bool:
-    """Same backend, same state object, same memory unchanged (``is`` for the state: comparing it reads tensors)."""
-    return old[0] == new[0] and old[1] is new[1] and old[2:] == new[2:]
+def _versions(*tensors: Tensor) -> tuple[object, ...]:
+    """What changes when a tensor's memory or contents do."""
+    with torch._C.DisableTorchFunctionSubclass():  # a Params4bit would take its detour for each of these
+        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 # --- 3 --------------------------------------------------------------------------------------------------------------

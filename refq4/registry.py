@@ -83,9 +83,15 @@ _lock = threading.RLock()
 _entries: dict[str, _Entry] | None = None
 _ordered: list[_Entry] | None = None  # _by_priority, until the registry changes
 _chosen: str | None = None  # set_backend
+_changes = 0  # how often a backend was added or removed
 _scoped: ContextVar[str | None] = ContextVar("refq4_backend", default=None)  # use_backend
 # Dynamo can't trace ContextVar.get, so the choice in effect is mirrored here and read only while compiling.
 _while_compiling: str = AUTO
+
+
+def changes() -> int:
+    """How often a backend was added or removed: who remembers what :func:`resolve` said compares this."""
+    return _changes
 
 
 def _registry() -> dict[str, _Entry]:
@@ -289,7 +295,7 @@ def register_backend(backend: Backend, *, replace: bool = False) -> Backend:
         True
         >>> refq4.unregister_backend("mine")
     """
-    global _ordered
+    global _ordered, _changes
     if not isinstance(backend, Backend):
         raise TypeError(f"register_backend wants an instance of refq4.backend.Backend, got {backend!r}")
     if not backend.name or backend.name == AUTO:
@@ -300,16 +306,18 @@ def register_backend(backend: Backend, *, replace: bool = False) -> Backend:
         where = f"{type(backend).__module__}.{type(backend).__qualname__}"
         _registry()[backend.name] = _Entry(backend.name, f"register_backend({where})", backend=backend)
         _ordered = None
+        _changes += 1
     return backend
 
 
 def unregister_backend(name: str) -> None:
     """Forget a backend. Raises UnknownBackendError if there is none of that name."""
-    global _ordered
+    global _ordered, _changes
     with _lock:
         if _registry().pop(name, None) is None:
             raise UnknownBackendError(f"unknown backend {name!r}; known: {', '.join(sorted(_registry()))}")
         _ordered = None
+        _changes += 1
 
 
 def list_backends() -> list[str]:
@@ -364,7 +372,7 @@ def backend_info(name: str) -> dict[str, Any]:
 @contextmanager
 def isolated_registry() -> Iterator[None]:
     """For tests: no choice is in effect inside at first, and what is registered or chosen is undone at the end."""
-    global _entries, _chosen, _ordered
+    global _entries, _chosen, _ordered, _changes
     with _lock:
         saved = dict(_registry()), _chosen
         _chosen = None
@@ -374,4 +382,5 @@ def isolated_registry() -> Iterator[None]:
     finally:
         with _lock:
             (_entries, _chosen), _ordered = saved, None
+            _changes += 1
         _mirror()

@@ -27,6 +27,7 @@ from torch import Tensor
 from . import layout
 from .backend import Nested, PackedWeight
 from .codebooks import codebook_names, create_dynamic_map, get_codebook
+from .lending import LentBytes
 
 __all__ = ["BLOCKSIZES", "NESTED_BLOCKSIZE", "WEIGHT_DTYPES", "QuantState"]
 
@@ -170,6 +171,8 @@ class QuantState:
             ValueError: its size does not fit the state's shape, or the state is no 4-bit state.
         """
         shape, blocksize = self.geometry()
+        if isinstance(stored, LentBytes):
+            stored = stored.readable()
         self.check_packed(stored)
         if self.code is None:
             raise ValueError("this QuantState has no code: make it with quantize_4bit or from_dict")

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..quantization import dequantize_4bit
 from ..state import QuantState
 
 FEW, ORDERS = 1024, 8
@@ -86,7 +85,7 @@ def oracle(x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None) 
     """
     plain = state.copy()
     plain.dtype = torch.float32
-    weight = dequantize_4bit(B.reshape(-1, 1), plain, backend="reference").double()
+    weight = ops.dequantize_4bit(plain.packed_weight(B), torch.float32, "reference").double()
     return torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
 
 

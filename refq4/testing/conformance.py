@@ -249,9 +249,9 @@ def _forward(asked: _Asked) -> None:
             got = layer(asked.x)
     asked.ran_here(t)
     _same_decisions(t, expected)
-    budget = error_budget(asked.x, layer.weight.data, layer.weight.quant_state, layer.bias, backend=asked.against)
+    budget = error_budget(asked.x, layer.weight.stored(), layer.weight.quant_state, layer.bias, backend=asked.against)
     assert_same_bits(reference, budget.reference, "the judge's layer and its product")
-    hint = lambda: diagnose_product(got, asked.x, layer.weight.data, layer.weight.quant_state, layer.bias)  # noqa: E731
+    hint = lambda: diagnose_product(got, asked.x, layer.weight.stored(), layer.weight.quant_state, layer.bias)  # noqa: E731
     asked.product_within(budget, got, "layer's output", hint)
     assert_same_bits(asked.x.contiguous(), x.contiguous(), "the caller's activations afterwards")
     for key, value in layer.state_dict().items():

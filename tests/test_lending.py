@@ -1,0 +1,310 @@
+"""While a backend's own layout serves inference there is one copy of a weight, and only the memory shows it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from loopback import Loopback
+from torch import nn
+
+import refq4
+import refq4.functional as F
+from refq4.lending import WORTH_LENDING
+from refq4.testing import assert_same_bits
+
+pytestmark = pytest.mark.reference_only("it registers a backend with a layout of its own")
+STORAGES = pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+N, K = 128, 192
+
+
+@pytest.fixture(autouse=True)
+def lender():
+    backend = refq4.register_backend(Loopback(own_layout=True))
+    refq4.set_backend("loopback")
+    return backend
+
+
+def layer_of(**settings) -> refq4.nn.Linear4bit:
+    return refq4.nn.Linear4bit(K, N, quant_type="nf4", **settings).to("cpu").eval()
+
+
+def lent(**settings) -> tuple[refq4.nn.Linear4bit, torch.Tensor]:
+    """A layer whose bytes are lent, and the bytes."""
+    layer = layer_of(**settings)
+    stored = layer.weight.detach().clone()
+    infer(layer)
+    assert layer.weight.lent
+    return layer, stored
+
+
+def infer(layer: nn.Module, tokens: int = 2) -> torch.Tensor:
+    x = torch.randn(tokens, K, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return layer(x)
+
+
+def bytes_held(tensor: torch.Tensor) -> int:
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.untyped_storage().nbytes()
+
+
+@STORAGES
+def test_after_the_first_inference_the_bytes_are_with_the_backend_only(storage):
+    layer, stored = lent(quant_storage=storage)
+    assert bytes_held(layer.weight) <= 4
+    assert (layer.weight.shape, layer.weight.dtype, layer.weight.device) == (stored.shape, storage, stored.device)
+    assert layer.weight.lent, "shape, dtype and device don't disturb the loan"
+    assert_same_bits(layer.weight.stored(), stored)
+    assert layer.weight.lent
+
+
+@STORAGES
+def test_results_and_state_dicts_are_those_of_a_layer_that_lends_nothing(storage):
+    torch.manual_seed(3)
+    layer, stored = lent(quant_storage=storage, bias=True)
+    saved = layer.state_dict()
+    assert layer.weight.lent, "saving leaves the live layer as it is"
+    assert_same_bits(saved["weight"], stored)
+    assert next(iter(saved)) == "weight"
+    fresh = refq4.nn.Linear4bit(K, N, quant_type="nf4", quant_storage=storage, bias=True)
+    fresh.load_state_dict(saved)
+    assert list(fresh.state_dict()) == list(saved)
+    assert_same_bits(infer(fresh), infer(layer))
+
+
+def test_a_state_dict_taken_before_inference_keeps_its_bytes():
+    layer = layer_of()
+    saved = layer.state_dict()
+    before = saved["weight"].clone()
+    infer(layer)
+    assert layer.weight.lent
+    assert_same_bits(saved["weight"], before)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: w.detach().clone(),
+        lambda w: w.data.clone(),
+        lambda w: torch.cat([w, w])[: w.shape[0]].detach(),
+        lambda w: w.cpu().detach().clone() if w.data is not None else None,
+        lambda w: torch.from_numpy(w.numpy()).clone(),
+        lambda w: torch.tensor(w.tolist(), dtype=w.dtype),
+    ],
+    ids=["detach", "data", "cat", "cpu", "numpy", "tolist"],
+)
+def test_whoever_reads_the_parameter_gets_the_bytes_and_they_stay(read):
+    layer, stored = lent()
+    assert_same_bits(read(layer.weight), stored)
+    assert not layer.weight.lent
+    wanted = infer(layer)
+    assert not layer.weight.lent, "read by others: they stay at home"
+    assert_same_bits(infer(layer), wanted)
+
+
+def test_writing_into_the_parameter_is_seen_by_the_next_inference():
+    layer, stored = lent()
+    with torch.no_grad():
+        layer.weight.zero_()
+    other = refq4.nn.Linear4bit(K, N, quant_type="nf4")
+    other.load_state_dict(layer.state_dict())
+    assert_same_bits(infer(layer), infer(other))
+    layer.weight.data = stored
+    assert_same_bits(layer.weight.stored(), stored)
+
+
+def test_setting_data_replaces_what_was_lent():
+    layer, stored = lent()
+    layer.weight.data = stored.flip(0)
+    assert not layer.weight.lent
+    assert_same_bits(layer.weight.stored(), stored.flip(0))
+
+
+def test_training_brings_the_bytes_home_and_inference_lends_them_again():
+    layer, stored = lent()
+    layer.train()
+    assert layer._prepared is None
+    assert not layer.weight.lent
+    assert_same_bits(layer.weight.stored(), stored)
+    layer.eval()
+    infer(layer)
+    assert layer.weight.lent
+
+
+def test_a_wanted_gradient_reads_the_stored_bytes():
+    layer, _ = lent(bias=False)
+    x = torch.randn(3, K, requires_grad=True)
+    layer(x).sum().backward()
+    wanted = F.dequantize_4bit(layer.weight, layer.quant_state).sum(0).expand(3, K)
+    torch.testing.assert_close(x.grad, wanted)
+    assert not layer.weight.lent
+    infer(layer)
+    assert layer.weight.lent
+
+
+@pytest.mark.parametrize(
+    "twin",
+    [
+        copy.deepcopy,
+        lambda layer: pickle.loads(pickle.dumps(layer)),
+        lambda layer: torch.load(io.BytesIO(saved(layer)), weights_only=False),
+    ],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_copies_of_a_layer_have_the_bytes(twin):
+    layer, stored = lent()
+    wanted = infer(layer)
+    other = twin(layer)
+    assert layer.weight.lent
+    assert not other.weight.lent
+    assert_same_bits(other.weight.stored(), stored)
+    assert_same_bits(infer(other), wanted)
+    del layer
+    gc.collect()
+    assert_same_bits(infer(other), wanted)
+
+
+def saved(layer: nn.Module) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    return buffer.getvalue()
+
+
+def test_functions_of_refq4_read_a_lent_weight_without_ending_the_loan():
+    layer, stored = lent()
+    assert_same_bits(F.dequantize_4bit(layer.weight, layer.quant_state), F.dequantize_4bit(stored, layer.quant_state))
+    F.matmul_4bit(torch.randn(2, K), layer.weight, layer.quant_state)
+    refq4.explain(layer, torch.randn(2, K))
+    assert layer.weight.lent
+
+
+def test_another_backend_gets_the_bytes_and_the_first_ones_form_goes(lender):
+    layer, stored = lent()
+    wanted = F.matmul_4bit(torch.eye(K), stored, layer.quant_state, bias=layer.bias, backend="reference").detach()
+    with refq4.use_backend("reference"), torch.no_grad():
+        assert_same_bits(layer(torch.eye(K)), wanted)
+    assert_same_bits(layer.weight.stored(), stored)
+    infer(layer)
+    assert lender.seen["prepare_weight"] == 2
+
+
+def test_a_backend_that_is_gone_still_gives_the_bytes_back():
+    layer, stored = lent()
+    refq4.set_backend("reference")
+    refq4.unregister_backend("loopback")
+    assert_same_bits(layer.state_dict()["weight"], stored)
+    infer(layer)
+    assert_same_bits(layer.weight.stored(), stored)
+
+
+def test_compiled_code_reads_the_bytes_whether_they_were_lent_before_or_after_it_was_compiled():
+    layer = layer_of(bias=False)
+    x = torch.randn(2, K)
+    wanted = layer_of_same(layer)(x.clone().requires_grad_())
+    run = torch.compile(lambda a: layer(a), fullgraph=True)
+    decode = torch.compile(lambda: F.dequantize_4bit(layer.weight, layer.quant_state), fullgraph=True)
+    decoded = F.dequantize_4bit(layer.weight, layer.quant_state)
+    for _ in range(2):
+        torch.testing.assert_close(run(x.clone().requires_grad_()), wanted)
+        assert_same_bits(decode(), decoded)
+        infer(layer)  # eager: lends the bytes where it may
+        with torch.no_grad():
+            torch.testing.assert_close(run(x), wanted.detach())
+
+
+def test_graphs_compiled_before_the_loan_do_not_read_the_placeholder():
+    layer = layer_of(bias=False)
+    decoded = F.dequantize_4bit(layer.weight, layer.quant_state)
+    decode = torch.compile(lambda: F.dequantize_4bit(layer.weight, layer.quant_state), fullgraph=True)
+    decode()
+    layer.weight._read_by_others = False  # tracing counts as reading: as if it had not
+    infer(layer)
+    assert layer.weight.lent
+    assert_same_bits(decode(), decoded)
+
+
+def layer_of_same(layer: nn.Module) -> nn.Module:
+    twin = refq4.nn.Linear4bit(K, N, bias=layer.bias is not None, quant_type="nf4")
+    twin.load_state_dict(layer.state_dict())
+    return twin.eval()
+
+
+def test_a_tied_embedding_and_its_linear_both_read_right():
+    linear = layer_of(bias=False)
+    table = refq4.nn.Embedding4bit(N, K, quant_type="nf4").to("cpu")
+    table.weight, table.quant_state = linear.weight, linear.quant_state
+    wanted = F.dequantize_4bit(linear.weight.stored(), linear.quant_state)
+    for _ in range(3):
+        infer(linear)
+        assert_same_bits(table(torch.arange(N)), wanted)
+
+
+def test_small_weights_are_not_worth_lending():
+    layer = refq4.nn.Linear4bit(64, WORTH_LENDING * 2 // 64 - 1, quant_type="nf4").to("cpu").eval()
+    with torch.no_grad():
+        layer(torch.randn(1, 64))
+    assert not layer.weight.lent
+
+
+def test_threads_that_infer_save_and_differentiate_at_once_all_read_right():
+    layer, stored = lent(bias=False)
+    wanted = infer(layer)
+    x = torch.randn(2, K, generator=torch.Generator().manual_seed(1))
+    wrong: list[str] = []
+
+    def work(kind: int) -> None:
+        with refq4.use_backend("loopback"):
+            for _ in range(60):
+                if kind == 0 and not torch.equal(infer(layer), wanted):
+                    wrong.append("inference")
+                if kind == 1 and not torch.equal(layer.state_dict()["weight"], stored):
+                    wrong.append("state dict")
+                if kind == 2 and not torch.allclose(layer(x.clone().requires_grad_()), wanted, atol=1e-5):
+                    wrong.append("gradient")
+
+    threads = [threading.Thread(target=work, args=(i % 3,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+PROBE = """
+import torch, refq4
+torch.set_num_threads(1)
+refq4.set_backend("cpu")
+rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+layers = []
+x = torch.randn(1, 4096)
+one = refq4.nn.LinearNF4(4096, 64, bias=False).to("cpu").eval()
+with torch.no_grad():
+    one(x)
+    for _ in range(6):
+        layer = refq4.nn.LinearNF4(4096, 4096, bias=False, compute_dtype=torch.float32)
+        layers.append(layer.to("cpu").eval())
+    start = rss()
+    for layer in layers:
+        layer(x)
+print(all(layer.weight.lent for layer in layers), (rss() - start) / (6 * 4096 * 4096 / 2))
+"""
+
+
+def test_a_model_on_the_cpu_backend_takes_the_memory_of_one_copy():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("resident memory is read from /proc; run this on Linux")
+    if not refq4.backend_info("cpu")["available"]:
+        pytest.skip(refq4.backend_info("cpu")["reason"])
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    all_lent, more_copies = done.stdout.split()
+    assert all_lent == "True"
+    assert float(more_copies) < 0.5, "a second copy of the packed bytes would be 1.0"
