@@ -105,7 +105,9 @@ class CpuBackend(Backend):
         Returns:
             ``read_gb_s`` from main memory, ``fma_gflop_s`` in fp32, ``dot_gflop_s`` in bf16; 0 without the instruction.
         """
-        buffer = torch.ones(256 << 20, dtype=torch.uint8)
+        buffer = torch.empty(256 << 20, dtype=torch.uint8)
+        self.library().functions.refq4_ask_for_large_pages(buffer.data_ptr(), buffer.numel())  # as under tiles
+        buffer.fill_(1)
         arguments = buffer.data_ptr(), buffer.numel(), torch.get_num_threads()
         measure = self.library().functions.refq4_limit
         names = ("read_gb_s", "fma_gflop_s", "dot_gflop_s")
@@ -325,5 +327,6 @@ def _declare(library: build.Library) -> None:
     f.refq4_untile.argtypes = [pointer, *[c_int64] * 3, pointer, pointer, c_int]
     f.refq4_limit.argtypes = [c_int, pointer, c_int64, c_int]
     f.refq4_limit.restype = c_double
-    for function in (f.refq4_quantize, f.refq4_dequantize, f.refq4_tile, f.refq4_untile):
+    f.refq4_ask_for_large_pages.argtypes = [pointer, c_int64]
+    for function in (f.refq4_ask_for_large_pages, f.refq4_quantize, f.refq4_dequantize, f.refq4_tile, f.refq4_untile):
         function.restype = None

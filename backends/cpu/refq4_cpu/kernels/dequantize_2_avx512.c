@@ -20,17 +20,18 @@ static inline void store64(void *at, __m512i v, int stream) {
 }
 
 static inline __m512i finished_table(const Dequantize *d, float scale) {
-    _Alignas(64) uint16_t table[32];
     __m512 values = _mm512_mul_ps(_mm512_loadu_ps(d->weight.code), _mm512_set1_ps(scale));
     if (d->dtype == FP32) return _mm512_castps_si512(values);
     if (d->dtype == FP16) {
         __m256i half = _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         return _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
     }
-    float plain[16];
-    _mm512_storeu_ps(plain, values);
-    for (int i = 0; i < 16; i++) table[i] = table[i + 16] = fp32_to_bf16(plain[i]);
-    return _mm512_load_si512(table);
+    /* fp32_to_bf16 of refq4.h, sixteen at a time (vcvtneps2bf16 would lose subnormals) */
+    __m512i u = _mm512_castps_si512(values), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7FFF)), odd), 16);
+    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC0));
+    __m256i half = _mm512_cvtepi32_epi16(rounded);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
 }
 
 static inline void avx512_dequantize_block(const Dequantize *d, int64_t block, int stream) {

@@ -38,6 +38,8 @@ EXPORT void refq4_use_torch_threads(void *gomp_parallel) {
     pool.torch_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))gomp_parallel;
 }
 
+EXPORT void refq4_ask_for_large_pages(void *at, int64_t bytes) { ask_for_large_pages(at, bytes); }
+
 EXPORT double refq4_limit(int what, const uint8_t *buffer, int64_t bytes, int threads) {
     return measure_limit(what, buffer, bytes, threads);
 }
@@ -85,6 +87,7 @@ EXPORT void refq4_dequantize(const uint8_t *packed, int bits, int64_t numel, con
                              int threads) {
     Dequantize d = {{packed, code, blocksize, absmax, q, nested_absmax, nested_code, nested_offset, nested_blocksize},
                     numel, (enum dtype)dtype, out, bits, threads};
+    ask_for_large_pages(out, numel * (dtype == FP32 ? 4 : 2));
 #if REFQ4_TIER >= 2
     if (!simple) { dequantize_2_avx512(&d); return; }
 #endif
@@ -116,6 +119,7 @@ EXPORT void refq4_tile(const uint8_t *packed, int64_t N, int64_t K, int64_t bloc
                        const float *nested_offset, int64_t nested_blocksize, uint8_t *tiles, int threads) {
     Weight w = {packed, NULL, blocksize, absmax, q, nested_absmax, nested_code, nested_offset, nested_blocksize};
     Rearrange r = {&w, N, K, tiles, NULL, NULL};
+    ask_for_large_pages(tiles, ceil_div(N, PANEL) * panel_bytes(K, blocksize));
     run_parallel(tile_item, &r, ceil_div(N, PANEL), threads);
 }
 
