@@ -1,8 +1,9 @@
 """python -m refq4 bench: how fast, next to what people use today, and how far from what the machine can do.
 
-Peers are interleaved: each round calls each of them once, on the next of several layers whose weights together don't
-fit the last-level cache, and the medians of many rounds are compared. So a slow moment of the machine hits all of
-them, and no one is timed on a cached weight. The Python call is included; that is what users wait for.
+Peers are interleaved: each round takes each of them once through several layers whose weights together don't fit the
+last-level cache, one after the other as in a model, and the medians of many rounds are compared. So a slow moment of
+the machine hits all of them, and no one is timed on a cached weight. The Python calls are included; users wait for
+them, too.
 
     limits      main memory read, fp32 multiply-add, bf16 dot product: measured first, in the same process
     products    shape x M: milliseconds and how many times faster a refq4 layer is than each peer

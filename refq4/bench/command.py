@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--m", nargs="+", type=int, default=TOKENS, help="tokens per call")
     parser.add_argument("--dtype", choices=DEVICE_DTYPES, default="bf16", help="of the activations (%(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
-    parser.add_argument("--rounds", type=int, default=48, help="per peer at small M; never fewer than 15")
+    parser.add_argument("--rounds", type=int, default=30, help="passes over the layers at small M; never fewer than 15")
     parser.add_argument("--layers", type=int, default=8, help="weights to rotate through (%(default)s)")
     parser.add_argument(
         "--peers",

@@ -23,16 +23,24 @@ __all__ = ["interleaved", "limits", "machine", "ops", "products"]
 Run = Callable[[int], object]
 
 
-def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Medians in seconds: each round calls each run once, after one unmeasured call each."""
+def interleaved(runs: dict[str, Run], rounds: int, layers: int = 1, at_a_time: int | None = None) -> dict[str, float]:
+    """Median seconds of a call: each round takes each run through the layers, as a model's forward pass does.
+
+    A pass over all layers comes first, unmeasured. A pass is timed as a whole: its first call, which finds the caches
+    full of the peer before it, counts as much as any other. Where calls are long, ``at_a_time`` layers make a pass, and
+    the next round goes on with the next ones.
+    """
+    at_a_time = at_a_time or layers
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
-        run(0)
+        for layer in range(layers):
+            run(layer)
     for i in range(rounds):
         for name, run in runs.items():
             start = time.perf_counter()
-            run(i)
-            times[name].append(time.perf_counter() - start)
+            for j in range(at_a_time):
+                run((i * at_a_time + j) % layers)
+            times[name].append((time.perf_counter() - start) / at_a_time)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -79,8 +87,8 @@ def products(
     with torch.inference_mode():
         for m in track(tokens, description=f"{n} x {k}", transient=True, console=Console(stderr=True)):
             x = torch.randn(m, k).to(dtype)
-            runs: dict[str, Run] = {name: partial(_call, call, x, layers) for name, call in made.items()}
-            medians = interleaved(runs, max(15, rounds // max(1, m // 32)))
+            runs: dict[str, Run] = {name: partial(call, x) for name, call in made.items()}
+            medians = interleaved(runs, max(15, rounds // max(1, m // 4)), layers, layers if m < 32 else 1)
             ms = {name: 1e3 * seconds for name, seconds in medians.items()}
             rows.append({"n": n, "k": k, "m": m, "dtype": str(dtype), "ms": ms, "missing": missing})
     return rows
@@ -125,10 +133,6 @@ def ops(backend: Backend, rounds: int, n: int = 4096, k: int = 4096) -> dict[str
     )
     out["a layer of 64 x 64, one token"] = {name: ms / 1e3 for name, ms in small[0]["ms"].items()}
     return {op: {who: 1e3 * seconds for who, seconds in row.items()} for op, row in out.items()}
-
-
-def _call(product: Product, x: Tensor, layers: int, i: int) -> object:
-    return product(x, i % layers)
 
 
 def _ignore(run: Callable[[], object], _: int) -> object:

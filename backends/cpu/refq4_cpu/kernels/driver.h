@@ -24,7 +24,7 @@
 #define MAKE_TILES tile_panel
 #endif
 
-enum { MAX_TOKENS = 16, MAX_PANELS = 4 };
+enum { MAX_TOKENS = 8, MAX_PANELS = 4 };
 
 /* Groups summed before the sum is scaled and added to the total: 32 elements in fp32, 64 where x is bf16 and its own
  * rounding is larger. In one chain over a block of 4096, each addition would round at the size of the whole sum. */
@@ -49,7 +49,7 @@ typedef struct {
     _Alignas(64) uint8_t table[64];
 } Plan;
 
-/* Tokens are split evenly: 17 tokens are 9 + 8, not 16 + 1. */
+/* Tokens are split evenly: 9 tokens are 5 + 4, not 8 + 1. */
 static inline int64_t tile_start(const Plan *plan, int64_t tile) { return plan->p->M * tile / plan->token_tiles; }
 
 static inline int64_t x_bytes(const Plan *plan, int64_t tokens) {

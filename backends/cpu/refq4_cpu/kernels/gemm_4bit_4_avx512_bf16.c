@@ -69,12 +69,10 @@ static inline __attribute__((always_inline)) void bf16_tile(const uint32_t *x, c
                                       int64_t groups, const void *table, float *sums) {                                 \
         bf16_tile(x, tiles, stride, blocks, groups, _mm512_loadu_si512(table), sums, MT, NP);                           \
     }
-/* More panels at few tokens, fewer at many: 4 to 16 independent sums hide the latency, more would spill. From 9 tokens
- * on a look-up serves twice as many multiply-adds as with 8 tokens and two panels: 3 % at M = 16. */
+/* More panels at few tokens, fewer at many: 4 to 16 independent sums hide the latency, more would spill. */
 KERNEL(1, 1) KERNEL(1, 2) KERNEL(1, 4) KERNEL(2, 1) KERNEL(2, 2) KERNEL(2, 4) KERNEL(3, 1) KERNEL(3, 2) KERNEL(3, 4)
 KERNEL(4, 1) KERNEL(4, 2) KERNEL(4, 4) KERNEL(5, 1) KERNEL(5, 2) KERNEL(6, 1) KERNEL(6, 2) KERNEL(7, 1) KERNEL(7, 2)
-KERNEL(8, 1) KERNEL(8, 2) KERNEL(9, 1) KERNEL(10, 1) KERNEL(11, 1) KERNEL(12, 1) KERNEL(13, 1) KERNEL(14, 1)
-KERNEL(15, 1) KERNEL(16, 1)
+KERNEL(8, 1) KERNEL(8, 2)
 #undef KERNEL
 
 /* The squared error that rounding c*code to bf16 makes, relative to c. */
@@ -115,8 +113,7 @@ static const Engine bf16_engine = {
                {bf16_tile_1x1, bf16_tile_1x2, bf16_tile_1x4}, {bf16_tile_2x1, bf16_tile_2x2, bf16_tile_2x4},
                {bf16_tile_3x1, bf16_tile_3x2, bf16_tile_3x4}, {bf16_tile_4x1, bf16_tile_4x2, bf16_tile_4x4},
                {bf16_tile_5x1, bf16_tile_5x2}, {bf16_tile_6x1, bf16_tile_6x2}, {bf16_tile_7x1, bf16_tile_7x2},
-               {bf16_tile_8x1, bf16_tile_8x2}, {bf16_tile_9x1}, {bf16_tile_10x1}, {bf16_tile_11x1}, {bf16_tile_12x1},
-               {bf16_tile_13x1}, {bf16_tile_14x1}, {bf16_tile_15x1}, {bf16_tile_16x1}},
+               {bf16_tile_8x1, bf16_tile_8x2}},
 };
 
 static int gemm_4_avx512_bf16(const Product *p) { return tile_product(&bf16_engine, p); }
