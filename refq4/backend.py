@@ -132,7 +132,7 @@ class Backend:
 
     Class attributes a subclass sets:
         name: what users pass to ``set_backend``.
-        priority: the larger is tried first by "auto"; the reference has 0.
+        priority: the larger is tried first by "auto"; the reference has 0. A negative one is taken by name only.
         devices: device types it computes on.
         description: one line for ``info``.
     """

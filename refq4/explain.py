@@ -13,7 +13,7 @@ from torch import Tensor
 from .backend import BackendError
 from .nn import Linear4bit
 from .pipeline import recover_quant_state
-from .registry import backend_info, list_backends, use_backend
+from .registry import automatic_backends, backend_info, use_backend
 from .testing.budget import error_budget
 from .trace import Shown, StepRecord, Trace, trace
 
@@ -176,7 +176,7 @@ def compare(fn: Callable[..., Any], *args: Any, backends: Iterable[str] | None =
 
     Args:
         fn: a layer, a model, or any function that ends in refq4 calls; called as ``fn(*args)`` under each backend.
-        backends: names; by default "reference" and every other available one. The first is what others are held to.
+        backends: names; by default "reference" and every available one that "auto" may take. The first is what others are held to.
 
     Returns:
         A :class:`Comparison`; a backend that can't run the call is listed with its reason.
@@ -192,7 +192,7 @@ def compare(fn: Callable[..., Any], *args: Any, backends: Iterable[str] | None =
         ['reference', 'auto']
     """
     if backends is None:
-        others = [name for name in list_backends() if name != "reference" and backend_info(name)["available"]]
+        others = [name for name in automatic_backends() if name != "reference" and backend_info(name)["available"]]
         backends = ["reference", *others]
     comparison = Comparison(list(backends))
     for name in comparison.backends:

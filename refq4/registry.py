@@ -5,7 +5,9 @@ The choice goes through five places; the first that says something wins:
     backend="cpu" on the call  >  with use_backend("cpu")  >  set_backend("cpu")  >  REFQ4_BACKEND=cpu  >  "auto"
 
 A backend chosen by name is strict: what it can't do raises. "auto" asks each available backend in order of priority
-whether it can run the call and takes the first that can; the reference stands last and can run everything.
+whether it can run the call and takes the first that can; the reference stands last and can run everything. A backend
+of negative priority is for those who name it: auto never asks it. Whether a backend is available is asked when it is
+needed and not before: listing backends, or a call on the CPU, starts no driver of another device.
 
 Backends are found through the entry-point group ``refq4.backends`` (and :func:`register_backend`). One that fails
 to import is listed with its error and disturbs nothing else.
@@ -35,6 +37,7 @@ from .backend import (
 )
 
 __all__ = [
+    "automatic_backends",
     "backend_info",
     "get_backend",
     "list_backends",
@@ -61,16 +64,26 @@ class _Entry:
     problem: str | None = None
     checked: bool = field(default=False)
 
+    @property
+    def only_by_name(self) -> bool:
+        """Whether "auto" leaves it alone."""
+        return self.backend is not None and self.backend.priority < 0
+
+    def imported(self) -> Backend | None:
+        """The instance, not yet asked whether it is available; None (with ``problem`` set) if importing it failed."""
+        if self.backend is None and self.problem is None and self.entry_point is not None:
+            try:
+                self.backend = self.entry_point.load()()
+            except Exception as error:
+                self.problem = f"importing it failed: {type(error).__name__}: {error}"
+        return self.backend
+
     def load(self) -> Backend | None:
         """The instance, imported and asked for availability once; None (with ``problem`` set) if that failed."""
         if self.checked:
             return None if self.problem else self.backend
-        try:
-            if self.backend is None and self.entry_point is not None:
-                self.backend = self.entry_point.load()()
-        except Exception as error:
-            self.problem = f"importing it failed: {type(error).__name__}: {error}"
-        if self.backend is not None:
+        if self.imported() is not None:
+            assert self.backend is not None
             try:
                 self.problem = self.backend.available()
             except Exception as error:
@@ -224,14 +237,24 @@ def resolve(call: Call, requested: str) -> tuple[Backend, list[tuple[str, str]]]
         return backend, []
     passed_over: list[tuple[str, str]] = []
     for entry in _by_priority():
-        backend = entry.load()
-        reason = entry.problem if backend is None else backend.can_run(call)
+        if entry.only_by_name:
+            continue
+        backend, reason = _for_call(entry, call)
         if backend is not None and reason is None:
             return backend, passed_over
         passed_over.append((entry.name, str(reason)))
     if not _registry():
         raise BackendUnavailableError(_NOT_INSTALLED)
     raise BackendUnsupportedError(f"no backend can run {call}: " + "; ".join(f"{n}: {r}" for n, r in passed_over))
+
+
+def _for_call(entry: _Entry, call: Call) -> tuple[Backend | None, str | None]:
+    """The backend and why it can't run the call; the device first, since asking for availability may start a driver."""
+    backend = entry.imported()
+    if backend is not None and (reason := backend.wrong_device(call)) is not None:
+        return backend, reason
+    backend = entry.load()
+    return backend, entry.problem if backend is None else backend.can_run(call)
 
 
 def check_usable(name: str) -> Backend | None:
@@ -263,7 +286,7 @@ def _by_priority() -> list[_Entry]:
     global _ordered
     if _ordered is None:
         for entry in _registry().values():
-            entry.load()
+            entry.imported()
         _ordered = sorted(_registry().values(), key=lambda e: (-(e.backend.priority if e.backend else 1), e.name))
     return _ordered
 
@@ -323,12 +346,19 @@ def unregister_backend(name: str) -> None:
 def list_backends() -> list[str]:
     """The names of all backends, available or not, the one "auto" tries first at the front.
 
+    Those that "auto" never takes (negative priority) come last, after the reference.
+
     Example:
         >>> import refq4
-        >>> refq4.list_backends()[-1]
-        'reference'
+        >>> "reference" in refq4.list_backends()
+        True
     """
     return [entry.name for entry in _by_priority()]
+
+
+def automatic_backends() -> list[str]:
+    """Of those, the ones that "auto" may take, available or not: what "all backends" means where each costs time."""
+    return [entry.name for entry in _by_priority() if not entry.only_by_name]
 
 
 def backend_info(name: str) -> dict[str, Any]:

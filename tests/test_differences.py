@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bitsandbytes import FP4_INTERVALS, fp4_codes, peer_dequantize
+from test_bitsandbytes import FP4_INTERVALS, fp4_codes, peer_dequantize, peer_keeps_minus_zero
 from torch import Tensor
 
 import refq4
@@ -240,6 +240,15 @@ def test_fp4_decodes_to_exact_twelfths_at_every_blocksize(bnb, blocksize):
     assert_same_bits(F.dequantize_4bit(packed, state), wanted)
     theirs, their_state = bnb.functional.quantize_4bit(wanted, quant_type="fp4", blocksize=blocksize)
     assert_same_bits(peer_dequantize(bnb, theirs, their_state), wanted)
+
+
+def test_fp4_has_one_zero(bnb):
+    packed, state = F.quantize_4bit(torch.ones(2, 64), quant_type="fp4")
+    decoded = F.dequantize_4bit(torch.full_like(packed, 0x88), state)
+    assert_same_bits(decoded, torch.zeros(2, 64))
+    _, their_state = bnb.functional.quantize_4bit(torch.ones(2, 64), quant_type="fp4")
+    theirs = peer_dequantize(bnb, torch.full_like(packed, 0x88), their_state)
+    assert_same_bits(theirs, torch.full((2, 64), -0.0 if peer_keeps_minus_zero(bnb) else 0.0))
 
 
 def test_one_dimensional_tensors_keep_their_shape(bnb):

@@ -2,7 +2,7 @@
 
     pytest --backend cpu                         this project's suite, on the CPU backend
     pytest --backend cpu --backend reference     on both, one after the other
-    pytest --backend all                         on every backend that is available here
+    pytest --backend all                         on every available backend that "auto" may take
     pytest --pyargs refq4.testing --backend x    the conformance tests, for an installed backend of your own
 
 A test that a backend can't take (``BackendUnsupportedError``, with its reason) is skipped with that reason. A backend
@@ -67,7 +67,7 @@ def chosen(config: pytest.Config) -> list[str]:
     """The names after ``--backend``, "all" written out."""
     names: list[str] = []
     for name in config.getoption("--backend"):
-        names += registry.list_backends() if name == "all" else [name]
+        names += registry.automatic_backends() if name == "all" else [name]
     return list(dict.fromkeys(names))
 
 

@@ -216,4 +216,4 @@ def _ptxas_errors(file: str, arch: int, options: tuple[str, ...], log: str) -> l
     as_ptx = tuple(o for o in options if not o.startswith(("--gpu-architecture", "--ptxas-options")))
     text, _ = _compile(file, arch, (f"--gpu-architecture=compute_{arch}", *as_ptx), "ptx")
     ptx = text.decode().splitlines()
-    return [line for number, message in found for line in (f"PTX line {number}: {message}", f"  {ptx[int(number) - 1]}")]
+    return [f"PTX line {number}: {message}\n    {ptx[int(number) - 1].strip()}" for number, message in found]
