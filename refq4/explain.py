@@ -176,7 +176,8 @@ def compare(fn: Callable[..., Any], *args: Any, backends: Iterable[str] | None =
 
     Args:
         fn: a layer, a model, or any function that ends in refq4 calls; called as ``fn(*args)`` under each backend.
-        backends: names; by default "reference" and every available one that "auto" may take. The first is what others are held to.
+        backends: names; by default "reference" and every available one that "auto" may take. The first is what others
+            are held to.
 
     Returns:
         A :class:`Comparison`; a backend that can't run the call is listed with its reason.
