@@ -1,0 +1,200 @@
+"""From an op and its tensors to a kernel launch: variant, grid, block, shared memory, and the bytes of its argument.
+
+    tensors, sizes  --->  geometry.py: which kernel, how cut up  --->  Launch  --->  driver.py (a GPU) or the emulator
+
+Nothing of CUDA is imported here, and no tensor's values are read: a launch can be planned for any architecture on any
+machine, from tensors on any device. The emulator is fed the same bytes as a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refq4.backend import Nested, PackedWeight
+from refq4.codebooks import Code
+
+from .arguments import DequantizeArguments, ProductArguments, QuantizeArguments, packer
+from .geometry import THREADS, Shape, Variant, ceil_div, log2, plan, product_variants
+from .operands import rounded_table, workspace
+
+__all__ = ["Launch", "Variant", "all_variants", "dequantize_4bit", "dequantize_blockwise", "product", "quantize"]
+
+DTYPES = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
+_MOST_CTAS = 4096  # enough to fill any device several times; the kernels loop over what is left
+
+_pack_quantize = packer(QuantizeArguments)
+_pack_dequantize = packer(DequantizeArguments)
+_pack_product = packer(ProductArguments)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        variant: what to compile.
+        grid: CTAs in x, y, z.
+        block: threads of a CTA.
+        shared: dynamic shared memory in bytes.
+        arguments: the packed struct, exactly what ``cuLaunchKernel`` gets as its argument buffer.
+        buffers: every tensor whose address stands in ``arguments``.
+    """
+
+    variant: Variant
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    arguments: bytes
+    buffers: tuple[Tensor, ...]
+
+
+def all_variants(arch: int) -> list[Variant]:
+    """Everything that can be launched on an architecture."""
+    made = [_dequantize_variant(dtype, bits) for dtype in DTYPES for bits in (4, 8)]
+    made += [_quantize_variant(dtype) for dtype in DTYPES]
+    made += [
+        variant
+        for dtype in DTYPES
+        for packs in (False, True)
+        for variant in (_absmax_variant(dtype), _codes_variant(dtype, packs))
+    ]
+    return list(dict.fromkeys(made)) + product_variants(arch)
+
+
+# --- quantising -----------------------------------------------------------------------------------------------------
+
+
+def quantize(
+    A: Tensor, code: Code, blocksize: int, packs: bool, out: Tensor, absmax: Tensor, arch: int
+) -> list[Launch]:
+    """A [any shape] -> ``out`` (two codes a byte if ``packs``) and ``absmax`` fp32 [blocks].
+
+    One launch where the vectorised kernel serves, else two: scales, then codes.
+    """
+    numel = A.numel()
+    if numel == 0:
+        return []
+    length = code.order.numel()
+    pad = code.zero_code() if packs and numel % 2 else 0
+    arguments = _pack_quantize(
+        A.data_ptr(), numel, blocksize, code.thresholds.data_ptr(), code.order.data_ptr(), length, pad,
+        absmax.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    buffers = (A, code.thresholds, code.order, absmax, out)
+    if packs and length <= 16 and log2(blocksize) >= 3 and A.data_ptr() % 16 == 0 and out.data_ptr() % 4 == 0:
+        warps = ceil_div(numel, max(blocksize, THREADS))
+        return [_launch(_quantize_variant(A.dtype), ceil_div(warps, THREADS // 32), arguments, buffers)]
+    blocks, items = ceil_div(numel, blocksize), ceil_div(numel, 2) if packs else numel
+    return [
+        _launch(_absmax_variant(A.dtype), ceil_div(blocks, THREADS // 32), arguments, buffers),
+        _launch(_codes_variant(A.dtype, packs), ceil_div(items, THREADS), arguments, buffers),
+    ]
+
+
+def _quantize_variant(dtype: torch.dtype) -> Variant:
+    return Variant("quantize_2_vectorised.cu", "quantize_4bit", (f"T_{DTYPES[dtype]}",))
+
+
+def _absmax_variant(dtype: torch.dtype) -> Variant:
+    return Variant("quantize_1_naive.cu", "block_absmax", (f"T_{DTYPES[dtype]}",))
+
+
+def _codes_variant(dtype: torch.dtype, packs: bool) -> Variant:
+    return Variant("quantize_1_naive.cu", "block_codes", (*["PACKED"][: int(packs)], f"T_{DTYPES[dtype]}"))
+
+
+# --- dequantising ---------------------------------------------------------------------------------------------------
+
+
+def dequantize_4bit(weight: PackedWeight, out: Tensor, arch: int) -> list[Launch]:
+    """The weight -> ``out``, its dtype one of the three, its elements the weight's in order."""
+    return _dequantize(weight.packed, weight.code, weight.blocksize, weight.absmax, weight.nested, out, 4)
+
+
+def dequantize_blockwise(
+    q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, out: Tensor, arch: int
+) -> list[Launch]:
+    """q uint8 [any shape], code fp32 [256] -> ``out`` [same shape]."""
+    return _dequantize(q, code, blocksize, absmax, None, out, 8)
+
+
+def _dequantize(
+    codes: Tensor, code: Tensor, blocksize: int, absmax: Tensor, nested: Nested | None, out: Tensor, bits: int
+) -> list[Launch]:
+    if out.numel() == 0:
+        return []
+    scales, buffers = _scales(absmax, nested, blocksize)
+    aligned = log2(blocksize) >= 3 and codes.data_ptr() % bits == 0 and out.data_ptr() % 16 == 0
+    arguments = _pack_dequantize(codes.data_ptr(), code.data_ptr(), *scales, out.data_ptr(), out.numel(), aligned)
+    groups = ceil_div(out.numel(), 8 if aligned else 1)
+    variant = _dequantize_variant(out.dtype, bits)
+    return [_launch(variant, ceil_div(groups, THREADS), arguments, (codes, code, *buffers, out))]
+
+
+def _dequantize_variant(dtype: torch.dtype, bits: int) -> Variant:
+    return Variant("dequantize.cu", "dequantize", (*["EIGHT_BIT"][: int(bits == 8)], f"T_{DTYPES[dtype]}"))
+
+
+# --- products -------------------------------------------------------------------------------------------------------
+
+
+def product(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    y: Tensor,
+    arch: int,
+    multiprocessors: int,
+    rung: str | None = None,
+) -> list[Launch] | None:
+    """x [M, K] times the transpose of weight [N, K], plus bias [N] -> ``y`` [M, N], all in x's dtype.
+
+    Args:
+        multiprocessors: how many the device has; decides how far K is split.
+        rung: one of ``geometry.RUNGS`` instead of the best one.
+
+    Returns:
+        None above the cross-over: dequantise and call ``torch.matmul``.
+    """
+    m, k = x.shape
+    n = weight.shape[0]
+    if m == 0 or n == 0:
+        return []
+    packed, nested = weight.packed, weight.nested
+    nested_blocksize = 0 if nested is None else nested.blocksize
+    aligned = (x.data_ptr() | packed.data_ptr()) % 16 == 0
+    shape = Shape(DTYPES[x.dtype], m, n, k, weight.blocksize, nested_blocksize, aligned)
+    chosen = plan(shape, arch, multiprocessors, rung)
+    if chosen is None:
+        return None
+    code = rounded_table(weight.code, x.dtype) if chosen.rounded else weight.code
+    scales, scale_buffers = _scales(weight.absmax, nested, weight.blocksize)
+    room = workspace(x.device, chosen.sums, chosen.tiles) if chosen.sums else ()
+    arguments = _pack_product(
+        x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), m, n, k, packed.data_ptr(), code.data_ptr(),
+        *scales, *(room[0].data_ptr(), room[1].data_ptr()) if room else (0, 0), chosen.row_warps, chosen.splits,
+    )  # fmt: skip
+    buffers = (x, y, packed, code, *scale_buffers, *room, *(() if bias is None else (bias,)))
+    return [Launch(chosen.variant, chosen.grid, (THREADS, 1, 1), chosen.shared, arguments, buffers)]
+
+
+# --- what all of them share -----------------------------------------------------------------------------------------
+
+
+def _scales(absmax: Tensor, nested: Nested | None, blocksize: int) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+    """The fields of ``Scales`` in order, and the tensors they point to."""
+    shift = log2(blocksize)
+    if nested is None:
+        return (absmax.data_ptr(), 0, 0, 0, blocksize, 1, shift, 0), (absmax,)
+    fields = (
+        nested.absmax.data_ptr(), absmax.data_ptr(), nested.code.data_ptr(), nested.offset.data_ptr(),
+        blocksize, nested.blocksize, shift, log2(nested.blocksize),
+    )  # fmt: skip
+    return fields, (absmax, nested.absmax, nested.code, nested.offset)
+
+
+def _launch(variant: Variant, ctas: int, arguments: bytes, buffers: tuple[Tensor, ...]) -> Launch:
+    return Launch(variant, (min(ctas, _MOST_CTAS), 1, 1), (THREADS, 1, 1), 0, arguments, buffers)
