@@ -17,7 +17,6 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
@@ -25,12 +24,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from refq4.buildcache import cache_directory, cache_key, cached
 
-from .bindings import CudaError, nvrtc_bindings
+from .bindings import CudaError, dotted, nvrtc_bindings, nvrtc_version
 
 if TYPE_CHECKING:
     from .launch import Variant
 
-__all__ = ["FLAGS_VARIABLE", "CompileError", "Compiled", "Form", "compile_variant", "kernel_directory", "nvrtc_version"]
+__all__ = ["FLAGS_VARIABLE", "CompileError", "Compiled", "Form", "compile_variant", "kernel_directory"]
 
 Form = Literal["cubin", "ptx"]
 FLAGS_VARIABLE = "REFQ4_CUDA_FLAGS"
@@ -68,7 +67,7 @@ def compile_variant(variant: Variant, arch: int, form: Form = "cubin") -> Compil
         CacheError: the cache directory can't be used.
     """
     options = compile_options(variant, arch, form)
-    key = cache_key(variant.file, variant.entry, *_sources(variant.file), *options, nvrtc_version())
+    key = cache_key(variant.file, variant.entry, *_sources(variant.file), *options, dotted(nvrtc_version()))
     stem = f"{Path(variant.file).stem}-sm{arch}-{key}"
     directory = cache_directory("cuda")
     made: dict[str, bytes] = {}  # one compilation gives both files
@@ -93,15 +92,6 @@ def compile_options(variant: Variant, arch: int, form: Form) -> tuple[str, ...]:
     defines = (f"-D{define}" for define in variant.defines)
     extra = shlex.split(os.environ.get(FLAGS_VARIABLE, ""))
     return (target, *_OPTIONS, *(_CUBIN_OPTIONS if form == "cubin" else ()), *defines, *extra)
-
-
-@cache
-def nvrtc_version() -> str:
-    """The version of the NVRTC that compiles here, such as "13.0"."""
-    status, major, minor = nvrtc_bindings().nvrtcVersion()
-    if int(status) != 0:
-        raise CudaError(f"NVRTC does not tell its version (status {int(status)})")
-    return f"{major}.{minor}"
 
 
 def kernel_directory() -> Path:
@@ -131,8 +121,8 @@ def _compile(file: str, arch: int, options: tuple[str, ...], form: Form) -> tupl
     known = nvrtc.nvrtcGetSupportedArchs()[1]
     if arch not in known:
         raise CompileError(
-            f"NVRTC {nvrtc_version()} does not compile for sm_{arch}, only for {', '.join(map(str, known))}: install "
-            f"the NVRTC of another CUDA version, for example pip install -U nvidia-cuda-nvrtc"
+            f"NVRTC {dotted(nvrtc_version())} does not compile for sm_{arch}, only for {', '.join(map(str, known))}: "
+            f"install the NVRTC of another CUDA version, for example pip install -U nvidia-cuda-nvrtc"
         )
     source, *header_texts = _sources(file)
     headers = [path.name.encode() for path in _headers()]
@@ -163,7 +153,7 @@ def _read(nvrtc: ModuleType, what: str, program: Any) -> bytes:
 def _check(nvrtc: ModuleType, status: Any, function: str) -> None:
     if int(status) != 0:
         text = nvrtc.nvrtcGetErrorString(status)[1].decode()
-        raise CudaError(f"{function} failed: {text}. The NVRTC in use is {nvrtc_version()}")
+        raise CudaError(f"{function} failed: {text}. The NVRTC in use is {dotted(nvrtc_version())}")
 
 
 def _headers() -> list[Path]:
@@ -192,7 +182,7 @@ def _failure(file: str, arch: int, options: tuple[str, ...], form: Form, log: st
         f"compiling {file} for sm_{arch} failed:\n  {lines}\n"
         f"The options were: {shlex.join(options)}\n"
         f"The sources are in {kernel_directory()}. Where they are as installed, check {FLAGS_VARIABLE}, or install "
-        f"another NVRTC (this one is {nvrtc_version()})."
+        f"another NVRTC (this one is {dotted(nvrtc_version())})."
     )
 
 

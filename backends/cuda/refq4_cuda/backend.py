@@ -1,0 +1,207 @@
+"""The CUDA backend, and the same backend without a GPU: two classes that differ in where a launch goes.
+
+    tensors  --->  launch.py: a plan  --->  CudaBackend          driver.py: a cubin, on torch's stream
+                   (variant, grid,    '-->  CudaEmulatorBackend  emulator: PTX from the same source, read line by line,
+                    argument bytes)                              on CPU tensors, fed the same argument bytes
+
+This file allocates the results and asks for plans; what is computed is said in ``refq4/backend.py``, how, in the
+kernel files, and which kernel with which grid, in ``launch.py``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from refq4.backend import Backend, BackendUnsupportedError, Call, Nested, PackedWeight, PreparedWeight
+from refq4.buildcache import CacheError, cache_directory
+from refq4.codebooks import Code, get_codebook
+from refq4.layout import block_count, packed_bytes
+
+from . import driver, emulated, launch
+from .bindings import CudaError, dotted, driver_version, nvrtc_version, why_no_gpu
+
+__all__ = ["CudaBackend", "CudaEmulatorBackend"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Processor(Protocol):
+    """What runs launches: a GPU (``driver.Device``) or the emulator (``emulated.Emulated``)."""
+
+    @property
+    def arch(self) -> int:
+        """Compute capability as an int, such as 90."""
+
+    @property
+    def multiprocessors(self) -> int:
+        """How many it has: a plan spreads a product over them."""
+
+    def run(self, launches: list[launch.Launch]) -> None:
+        """Run kernels, one after the other."""
+
+
+class PlannedBackend(Backend):
+    """All ops, on a processor that the subclass names."""
+
+    def processor(self, device: torch.device) -> Processor:
+        """Where tensors on ``device`` are computed with."""
+        raise NotImplementedError
+
+    def can_run(self, call: Call) -> str | None:
+        if (reason := super().can_run(call)) is not None:
+            return reason
+        if call.dtype not in _DTYPES:
+            return f"it takes fp32, fp16 and bf16, not {call.dtype}"
+        if call.layout != "canonical":
+            return f"it reads the layout canonical only, not {call.layout}"
+        return None
+
+    # --- quantising and dequantising ----------------------------------------------------------------------------------
+
+    def quantize_4bit(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
+        out = torch.empty(packed_bytes(A.numel()), dtype=torch.uint8, device=A.device)
+        return out, self._quantize(A, code, blocksize, out, packs=True)
+
+    def quantize_blockwise(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
+        out = torch.empty(A.shape, dtype=torch.uint8, device=A.device)
+        return out, self._quantize(A, code, blocksize, out, packs=False)
+
+    def _quantize(self, A: Tensor, code: Code, blocksize: int, out: Tensor, packs: bool) -> Tensor:
+        absmax = torch.empty(block_count(A.numel(), blocksize), dtype=torch.float32, device=A.device)
+        if A.numel():
+            processor = self.processor(A.device)
+            processor.run(launch.quantize(A.contiguous(), code, blocksize, packs, out, absmax, processor.arch))
+        return absmax
+
+    def dequantize_4bit(self, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
+        if out.numel():
+            processor = self.processor(out.device)
+            processor.run(launch.dequantize_4bit(weight, out, processor.arch))
+        return out
+
+    def dequantize_blockwise(
+        self, q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+    ) -> Tensor:
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
+        if out.numel():
+            processor = self.processor(out.device)
+            processor.run(launch.dequantize_blockwise(q, absmax, code, blocksize, out, processor.arch))
+        return out
+
+    # --- products -----------------------------------------------------------------------------------------------------
+
+    def gemv_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
+        return self.gemm_4bit(x, weight, bias)
+
+    def gemm_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
+        if isinstance(weight, PreparedWeight):
+            raise BackendUnsupportedError(f"backend {self.name!r} reads the canonical layout, not {weight.layout!r}")
+        y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+        if x.numel() == 0 or y.numel() == 0:
+            return y.zero_() if bias is None else y.copy_(bias)
+        processor = self.processor(x.device)
+        x = x.contiguous()
+        plan = launch.product(x, weight, bias, y, processor.arch, processor.multiprocessors)
+        if plan is None:
+            return self._dequantize_and_multiply(x, weight, bias, y)
+        processor.run(plan)
+        return y
+
+    def _dequantize_and_multiply(self, x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> Tensor:
+        """Many tokens: decode once, and let torch multiply.
+
+        The workspace is torch's to reuse. One kept here would be shared by streams that run at the same time, and
+        would be freed or grown under a CUDA graph that remembers its address.
+        """
+        decoded = self.dequantize_4bit(weight, x.dtype).t()
+        if bias is None:
+            return torch.mm(x, decoded, out=y)
+        return torch.addmm(bias, x, decoded, out=y)
+
+    # --- what the trace shows -----------------------------------------------------------------------------------------
+
+    def kernel(self, call: Call) -> str:
+        plan = _plan_without_data(call, self.processor(torch.device(call.device)))
+        if plan is None:
+            return "dequantize + torch.matmul"
+        return " + ".join(dict.fromkeys(Path(one.variant.file).stem for one in plan))
+
+
+def _plan_without_data(call: Call, processor: Processor) -> list[launch.Launch] | None:
+    """The plan of a call, from meta tensors: those have sizes, and addresses that pass for aligned."""
+    empty = partial(torch.empty, device="meta")
+    codes, scales = empty(packed_bytes(call.n * call.k), dtype=torch.uint8), empty(0, dtype=torch.float32)
+    A, code, arch = empty(call.k, dtype=call.dtype), get_codebook("nf4").on("cpu"), processor.arch
+    nested = Nested(scales, scales, scales, 256) if call.nested else None
+    weight = PackedWeight(codes, scales, code.values, call.blocksize, (call.n, call.k), call.code, nested)
+    match call.op:
+        case "quantize_4bit" | "quantize_blockwise":
+            return launch.quantize(A, code, call.blocksize, call.op == "quantize_4bit", codes, scales, arch)
+        case "dequantize_4bit":
+            return launch.dequantize_4bit(weight, A, arch)
+        case "dequantize_blockwise":
+            return launch.dequantize_blockwise(codes, scales, scales, call.blocksize, A, arch)
+        case _:
+            x, y = empty(call.m, call.k, dtype=call.dtype), empty(call.m, call.n, dtype=call.dtype)
+            return launch.product(x, weight, None, y, arch, processor.multiprocessors)
+
+
+class CudaBackend(PlannedBackend):
+    """CUDA C++ kernels on torch's CUDA tensors."""
+
+    name = "cuda"
+    priority = 10
+    devices = ("cuda",)
+    description = "CUDA C++ kernels compiled on first use by NVRTC, for Turing and newer"
+
+    def available(self) -> str | None:
+        try:
+            cache_directory("cuda")
+        except CacheError as error:
+            return str(error)
+        return why_no_gpu()
+
+    def processor(self, device: torch.device) -> Processor:
+        return driver.device(torch.cuda.current_device() if device.index is None else device.index)
+
+    def info(self) -> dict[str, Any]:
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        return {
+            "gpus": [f"{gpu.name} (sm_{gpu.major}{gpu.minor})" for gpu in gpus],
+            "driver": f"CUDA {dotted(driver_version())}",
+            **_tools(),
+        }
+
+
+class CudaEmulatorBackend(PlannedBackend):
+    """The same kernels on CPU tensors, in the emulator: slow, checked at every access, and never chosen by "auto"."""
+
+    name = "cuda-emulator"
+    priority = -1
+    devices = ("cpu",)
+    description = "the CUDA kernels' PTX, interpreted and checked; slow, and taken by name only"
+
+    def available(self) -> str | None:
+        try:
+            cache_directory("cuda")
+            nvrtc_version()
+            emulated.processor()
+        except (CudaError, CacheError, ValueError) as error:
+            return str(error)
+        return None
+
+    def processor(self, device: torch.device) -> Processor:
+        return emulated.processor()
+
+    def info(self) -> dict[str, Any]:
+        return {"architecture": f"sm_{emulated.processor().arch}", **_tools()}
+
+
+def _tools() -> dict[str, Any]:
+    return {"nvrtc": dotted(nvrtc_version()), "cache": str(cache_directory("cuda"))}

@@ -1,0 +1,173 @@
+"""Launching kernels on a GPU: torch's context, torch's stream, one packed argument buffer per launch.
+
+    Launch (variant, grid, block, shared, arguments)
+      |   variant    --->  a cubin (nvrtc.py)  --->  a module and a function, loaded once per device
+      '-  arguments  --->  one buffer: cuLaunchKernel copies it as it is, however many arguments are in it
+
+Nothing here allocates device memory or waits for the device: what a plan needs, it has taken from torch, whose
+allocator knows streams and CUDA graphs. The primary context is the one that torch computes in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .bindings import CudaError, driver_bindings
+from .nvrtc import compile_variant
+
+if TYPE_CHECKING:
+    from .launch import Launch, Variant
+
+__all__ = ["Device", "device"]
+
+_WITHOUT_ASKING = 48 * 1024  # bytes of dynamic shared memory that a kernel gets without cuFuncSetAttribute
+
+
+@cache
+def device(index: int) -> Device:
+    """The GPU that torch calls ``cuda:index``."""
+    return Device(index)
+
+
+class Device:
+    """One GPU: what plans need to know of it, and the kernels loaded on it.
+
+    Attributes:
+        index: torch's number, which is the driver's.
+        arch: compute capability as an int, such as 90.
+        multiprocessors: how many it has.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self._driver = driver_bindings()
+        self._handle = self._ask("cuDeviceGet", index)
+        attribute = self._driver.CUdevice_attribute
+        major = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
+        minor = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
+        self.arch = 10 * major + minor
+        self.multiprocessors = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+        self._context = self._ask("cuDevicePrimaryCtxRetain", self._handle)
+        self._functions: dict[Variant, _Function] = {}
+        self._lock = threading.Lock()
+
+    def run(self, launches: list[Launch]) -> None:
+        """Put kernels on torch's current stream of this device, one after the other.
+
+        Raises:
+            CudaError: a launch was refused, or an earlier kernel went wrong; the message says which was being launched.
+            CompileError: a kernel is met for the first time and does not compile.
+        """
+        # What torch.cuda.current_stream(index).cuda_stream gives, without making the Stream object on the way.
+        stream = torch._C._cuda_getCurrentRawStream(self.index)
+        elsewhere = self._enter()
+        try:
+            for launch in launches:
+                self._launch(launch, stream)
+        finally:
+            if elsewhere:
+                self._ask("cuCtxPopCurrent")
+
+    def _enter(self) -> bool:
+        """Make this device's context current if this thread is in another, or in none yet; tell whether it was."""
+        if int(self._ask("cuCtxGetCurrent")) == int(self._context):
+            return False
+        self._ask("cuCtxPushCurrent", self._context)
+        return True
+
+    def _launch(self, launch: Launch, stream: int) -> None:
+        function = self._functions.get(launch.variant) or self._load(launch.variant)
+        if launch.shared > function.shared:
+            self._allow(function, launch.shared)
+        (status,) = self._driver.cuLaunchKernel(
+            function.handle, *launch.grid, *launch.block, launch.shared, stream, 0, _scratch.holding(launch.arguments)
+        )
+        if status:
+            raise CudaError(
+                f"launching {_named(launch.variant)} on cuda:{self.index} (sm_{self.arch}) failed: "
+                f"{self._text(status)}; grid {launch.grid}, block {launch.block}, {launch.shared} bytes of shared "
+                f"memory. Kernels run asynchronously, so the fault may lie in one launched before: repeat with "
+                f"CUDA_LAUNCH_BLOCKING=1, or under compute-sanitizer"
+            )
+
+    # --- loading ------------------------------------------------------------------------------------------------------
+
+    def _load(self, variant: Variant) -> _Function:
+        with self._lock:
+            if variant not in self._functions:
+                if torch.cuda.is_current_stream_capturing():
+                    raise CudaError(
+                        f"{_named(variant)} is not loaded on cuda:{self.index} yet, and can't be while a CUDA graph is "
+                        f"captured: run the same call once before the capture"
+                    )
+                # The module stays loaded as long as the process: a captured graph may hold its functions.
+                module = self._ask("cuModuleLoadData", compile_variant(variant, self.arch).data)
+                handle = self._ask("cuModuleGetFunction", module, variant.entry.encode())
+                self._functions[variant] = _Function(handle, _WITHOUT_ASKING)
+            return self._functions[variant]
+
+    def _allow(self, function: _Function, shared: int) -> None:
+        limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._ask("cuFuncSetAttribute", function.handle, limit, shared)
+        function.shared = shared
+
+    # --- asking the driver --------------------------------------------------------------------------------------------
+
+    def _attribute(self, attribute: Any) -> int:
+        return int(self._ask("cuDeviceGetAttribute", attribute, self._handle))
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        """Call a driver function; its result if it has one."""
+        status, *result = getattr(self._driver, name)(*arguments)
+        if status:
+            raise CudaError(f"{name} failed on cuda:{self.index}: {self._text(status)}")
+        return result[0] if result else None
+
+    def _text(self, status: Any) -> str:
+        text = self._driver.cuGetErrorString(status)[1]
+        return f"{text.decode() if text else 'unknown error'} ({getattr(status, 'name', int(status))})"
+
+
+@dataclass
+class _Function:
+    """A kernel on a device, and the dynamic shared memory that it may use so far."""
+
+    handle: Any
+    shared: int
+
+
+class _Scratch(threading.local):
+    """The argument buffer and the list that tells cuLaunchKernel where it is; per thread, and used again at once.
+
+    extra:  CU_LAUNCH_PARAM_BUFFER_POINTER, &buffer, CU_LAUNCH_PARAM_BUFFER_SIZE, &size, CU_LAUNCH_PARAM_END
+    """
+
+    CAPACITY = 4096  # bytes that a kernel's parameters can take
+
+    def __init__(self) -> None:
+        self._buffer = ctypes.create_string_buffer(self.CAPACITY)
+        self._size = ctypes.c_size_t(0)
+        address, size = ctypes.addressof(self._buffer), ctypes.addressof(self._size)
+        self._extra = (ctypes.c_void_p * 5)(1, address, 2, size, 0)
+        self._address = ctypes.addressof(self._extra)
+
+    def holding(self, arguments: bytes) -> int:
+        """The address of ``extra`` for these argument bytes; valid until this thread's next launch."""
+        if len(arguments) > self.CAPACITY:
+            raise CudaError(f"{len(arguments)} bytes of arguments: a kernel takes {self.CAPACITY} at most")
+        ctypes.memmove(self._buffer, arguments, len(arguments))
+        self._size.value = len(arguments)
+        return self._address
+
+
+_scratch = _Scratch()
+
+
+def _named(variant: Variant) -> str:
+    return f"{variant.entry} of {variant.file}" + (f" ({', '.join(variant.defines)})" if variant.defines else "")
