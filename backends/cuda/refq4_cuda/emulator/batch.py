@@ -1,0 +1,103 @@
+"""Some blocks of a grid, run together: one lane per thread, one row per register.
+
+    lane      0 ... 31 | 32 ... 63 | ... |             warps of the first block, then those of the second, ...
+    threads   numbers of the lanes in the whole grid   a block of 48 threads has two warps, the second half empty
+
+A selection of lanes is a slice where the lanes follow one another (all of them, as a rule), and an index array where
+they do not: a slice costs numpy no copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .memory import GlobalMemory, unsigned
+from .program import Program
+from .shared import Shared
+
+__all__ = ["WARP", "Batch"]
+
+WARP = 32
+
+
+class Batch:
+    """The state of some blocks of one launch.
+
+    Attributes:
+        rows: (unsigned, signed, floating) views of the rows, by slot; a predicate's row is bool in all three.
+        existing, live: which lanes are threads at all, and which of them have not returned yet.
+        block, warp: of each lane, counted in this batch.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        grid: tuple[int, int, int],
+        shape: tuple[int, int, int],
+        blocks: np.ndarray,
+        shared: int,
+        arguments: bytes,
+        memory: GlobalMemory,
+        checks: bool,
+    ) -> None:
+        self.program, self.arguments, self.memory, self.checks = program, arguments, memory, checks
+        self.grid, self.shape, self.blocks = grid, shape, blocks
+        in_block = shape[0] * shape[1] * shape[2]
+        self.padded = -(-in_block // WARP) * WARP
+        self.count = count = len(blocks) * self.padded
+        self.lanes = np.arange(count)
+        self.thread = self.lanes % self.padded
+        self.block, self.warp = self.lanes // self.padded, self.lanes // WARP
+        self.existing = self.thread < in_block
+        self.live = self.existing.copy()
+        self.threads = (blocks[self.block] * in_block + self.thread).astype(np.int32)
+        self.shared = Shared(len(blocks), self.padded, program.static_shared + shared, program.grain, checks)
+        none: list[Any] = [None] * len(program.slots)
+        self.rows: tuple[list[np.ndarray], ...] = (none, none.copy(), none.copy())
+        self._make_rows()
+        self.written = {slot: np.zeros(count, bool) for slot in program.watched}
+
+    def selection(self, index: np.ndarray) -> Any:
+        """Sorted lanes as a slice where they follow one another, else as they are."""
+        first, last = int(index[0]), int(index[-1])
+        return slice(first, last + 1) if last - first + 1 == len(index) else index
+
+    def where(self, lane: int) -> tuple[tuple[int, int, int], int]:
+        """The block (x, y, z) and the thread of a lane."""
+        number = int(self.blocks[lane // self.padded])
+        x, y, _ = self.grid
+        return (number % x, number // x % y, number // (x * y)), lane % self.padded
+
+    def _make_rows(self) -> None:
+        """Registers of one width lie in one array; constants are one element that numpy repeats."""
+        for width, slots in self.program.owned.items():
+            store = np.empty((len(slots), self.count), unsigned[width] if width else bool)
+            for bank, view in zip(self.rows, _views(store, width), strict=True):
+                for slot, row in zip(slots, view, strict=True):
+                    bank[slot] = row
+        for slot, one in self.program.constants.items():
+            width = self.program.slots[slot]
+            for bank, view in zip(self.rows, _views(one, width), strict=True):
+                bank[slot] = np.ndarray(self.count, view.dtype, view, strides=(0,))
+        for name, slot in self.program.specials.items():
+            self.rows[0][slot][:] = self._special(name)
+
+    def _special(self, name: str) -> Any:
+        if name == "%laneid":
+            return self.lanes % WARP
+        what, axis = name[1:].split(".")
+        index = "xyz".index(axis)
+        if what in ("ntid", "nctaid"):
+            return (self.shape if what == "ntid" else self.grid)[index]
+        sizes = self.shape if what == "tid" else self.grid
+        number = self.thread if what == "tid" else self.blocks[self.block]
+        return number // int(np.prod(sizes[:index], dtype=np.int64)) % sizes[index]
+
+
+def _views(row: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same bits as unsigned, signed and floating-point numbers."""
+    if width == 0:
+        return row, row, row
+    return row, row.view(f"i{width}"), row.view(f"f{width}") if width > 1 else row

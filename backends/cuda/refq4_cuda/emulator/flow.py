@@ -1,0 +1,122 @@
+"""What can be known about a kernel before it runs: where control goes, and which registers are surely written.
+
+A register that every path writes before it is read needs no check while the kernel runs, and nearly all are of that
+kind. The few others (written under a predicate, or on one path only) are watched lane by lane.
+"""
+
+from __future__ import annotations
+
+from .parse import Address, Instruction, Kernel, Vector
+
+__all__ = [
+    "block_ends",
+    "is_branch",
+    "is_exit",
+    "read_registers",
+    "smallest_shared_access",
+    "watched",
+    "written_registers",
+]
+
+_STORES = ("st", "bra", "ret", "exit", "bar", "cp", "membar", "fence", "red")
+
+
+def is_branch(instruction: Instruction) -> bool:
+    """A jump."""
+    return instruction.opcode in ("bra", "bra.uni")
+
+
+def is_exit(instruction: Instruction) -> bool:
+    """The end of a thread."""
+    return instruction.opcode in ("ret", "exit")
+
+
+def written_registers(instruction: Instruction) -> list[str]:
+    """The registers that an instruction writes: the first operand, and the predicate behind ``|``."""
+    family = instruction.opcode.split(".")[0]
+    if family in _STORES or not instruction.operands:
+        return []
+    first = instruction.operands[0]
+    names = list(first.parts) if isinstance(first, Vector) else [first] if isinstance(first, str) else []
+    if family in ("shfl", "setp") and "|" in instruction.text:
+        names.append(str(instruction.operands[1]))
+    return [name for name in names if name != "_"]
+
+
+def read_registers(instruction: Instruction) -> list[str]:
+    """Every other name among the operands, and the guard."""
+    skip = 0 if instruction.opcode.split(".")[0] in _STORES else 1
+    if instruction.opcode.startswith(("shfl", "setp")) and "|" in instruction.text:
+        skip = 2
+    names = [instruction.guard] if instruction.guard else []
+    for operand in instruction.operands[skip:]:
+        if isinstance(operand, Vector):
+            names += operand.parts
+        else:
+            names.append(operand.base if isinstance(operand, Address) else operand)
+    return names
+
+
+def block_ends(kernel: Kernel) -> list[int]:
+    """For each instruction, the index just after its basic block: the next label's, or after the next jump."""
+    starts = set(kernel.labels.values())
+    ends = [0] * len(kernel.code)
+    end = len(kernel.code)
+    for pc in reversed(range(len(kernel.code))):
+        if is_branch(kernel.code[pc]) or is_exit(kernel.code[pc]) or pc + 1 in starts:
+            end = pc + 1
+        ends[pc] = end
+    return ends
+
+
+def watched(kernel: Kernel) -> set[str]:
+    """The registers that some path may read before it has written them (a forward dataflow over basic blocks)."""
+    bit = {name: 1 << i for i, name in enumerate(kernel.registers)}
+    reads = [_mask(read_registers(i), bit) for i in kernel.code]
+    writes = [0 if i.guard else _mask(written_registers(i), bit) for i in kernel.code]
+    ends = block_ends(kernel)
+    everything = (1 << len(bit)) - 1
+    known: dict[int, int] = {0: 0}  # block start -> registers surely written on entry
+    work = [0]
+    while work:
+        start = work.pop()
+        sure = known[start]
+        for pc in range(start, ends[start]):
+            sure |= writes[pc]
+        for successor in _successors(kernel, ends[start]):
+            before = known.get(successor, everything)
+            if successor not in known or before & sure != before:
+                known[successor] = before & sure
+                work.append(successor)
+    doubtful = 0
+    for start, sure in known.items():
+        for pc in range(start, ends[start]):
+            doubtful |= reads[pc] & ~sure
+            sure |= writes[pc]
+    return {name for name, mask in bit.items() if doubtful & mask}
+
+
+def smallest_shared_access(kernel: Kernel) -> int:
+    """The finest grain in which shared memory is read or written, in bytes: what the race check counts in."""
+    sizes = [16]
+    for instruction in kernel.code:
+        parts = instruction.opcode.split(".")
+        if parts[0] in ("ld", "st", "atom", "red") and not {"param", "global", "local"} & set(parts):
+            sizes.append(int("".join(filter(str.isdigit, parts[-1]))) // 8)
+        elif parts[0] == "cp" and instruction.opcode.startswith("cp.async.c") and len(instruction.operands) > 2:
+            sizes.append(int(str(instruction.operands[2])))
+    return min(sizes)
+
+
+def _mask(names: list[str], bit: dict[str, int]) -> int:
+    mask = 0
+    for name in names:
+        mask |= bit.get(name, 0)
+    return mask
+
+
+def _successors(kernel: Kernel, end: int) -> list[int]:
+    last = kernel.code[end - 1]
+    targets = [kernel.labels[str(last.operands[0])]] if is_branch(last) else []
+    falls_through = not (is_branch(last) or is_exit(last)) or last.guard is not None
+    return targets + ([end] if falls_through and end < len(kernel.code) else [])

@@ -1,0 +1,149 @@
+"""Integers, bits, predicates and moves: wrap-around arithmetic, clamped shifts, comparisons, conversions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .semantics import dtype_of, pure
+
+__all__ = ["COMPARISONS"]
+
+Row = Any  # a numpy row, one element per lane
+SIZES = ("16", "32", "64")
+
+
+def each(family: str, kinds: str, function: Callable[..., Row], signature: str = "{t} = {t} {t}") -> None:
+    """One function for all sizes of some kinds: ``add`` for ``s u`` enters add.s16 ... add.u64."""
+    for kind in kinds.split():
+        for size in SIZES:
+            pure(f"{family}.{kind}{size}", signature.format(t=kind.replace("b", "u") + size))(function)
+
+
+each("add", "s u", np.add)
+each("sub", "s u", np.subtract)
+each("mul.lo", "s u", np.multiply)
+each("mad.lo", "s u", lambda a, b, c: a * b + c, "{t} = {t} {t} {t}")
+each("min", "s u", np.minimum)
+each("max", "s u", np.maximum)
+each("neg", "s", np.negative, "{t} = {t}")
+each("and", "b", np.bitwise_and)
+each("or", "b", np.bitwise_or)
+each("xor", "b", np.bitwise_xor)
+each("not", "b", np.invert, "{t} = {t}")
+each("selp", "b s u", lambda a, b, p: np.where(p, a, b), "{t} = {t} {t} pred")
+each("mov", "b s u", lambda a: a, "{t} = {t}")
+for name, function in {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}.items():
+    pure(f"{name}.pred", "pred = pred pred")(function)
+pure("not.pred", "pred = pred")(np.logical_not)
+pure("mov.pred", "pred = pred")(lambda a: a)
+pure("selp.f32", "u32 = u32 u32 pred")(lambda a, b, p: np.where(p, a, b))
+pure("mov.f32", "u32 = u32")(lambda a: a)
+pure("cvta.to.global.u64", "u64 = u64")(lambda a: a)  # global addresses are generic addresses
+
+
+def _widening(wide: Any) -> Callable[..., Row]:
+    return lambda a, b: a.astype(wide) * b.astype(wide)
+
+
+for narrow, wide in (("u32", "u64"), ("s32", "s64"), ("u16", "u32"), ("s16", "s32")):
+    pure(f"mul.wide.{narrow}", f"{wide} = {narrow} {narrow}")(_widening(dtype_of(wide)))
+
+
+# --- division: towards zero -------------------------------------------------------------------------------------------
+
+
+def divide(a: Row, b: Row) -> Row:
+    """By zero it gives all ones. numpy rounds down, so a negative quotient with a remainder goes up by one."""
+    quotient = a // np.where(b == 0, b.dtype.type(1), b)
+    up = (quotient < 0) & (quotient * b != a)
+    quotient = np.where(up, quotient + quotient.dtype.type(1), quotient)
+    return np.where(b == 0, ~(a ^ a), quotient)
+
+
+each("div", "s u", divide)
+each("rem", "s u", lambda a, b: a - divide(a, b) * b)
+
+
+# --- shifts, fields, bytes --------------------------------------------------------------------------------------------
+
+
+def shift_left(a: Row, by: Row) -> Row:
+    """PTX clamps the amount: past the width nothing is left."""
+    bits = a.itemsize * 8
+    return np.where(by < bits, a << np.minimum(by, bits - 1).astype(a.dtype), a.dtype.type(0))
+
+
+def shift_right(a: Row, by: Row) -> Row:
+    """As to the left; a signed number fills up with its sign."""
+    bits = a.itemsize * 8
+    shifted = a >> np.minimum(by, bits - 1).astype(a.dtype)
+    return shifted if a.dtype.kind == "i" else np.where(by < bits, shifted, a.dtype.type(0))
+
+
+each("shl", "b", shift_left, "{t} = {t} u32")
+each("shr", "s u", shift_right, "{t} = {t} u32")
+
+
+@pure("bfi.b32", "u32 = u32 u32 u32 u32")
+def _(field: Row, into: Row, position: Row, length: Row) -> Row:
+    """The lowest ``length`` bits of the field, put into bits ``position`` and up; what sticks out is lost."""
+    position, length = position & 255, length & 255
+    ones = shift_left(np.ones(length.shape, np.uint64), length) - np.uint64(1)
+    mask = shift_left(ones.astype(np.uint32), position)
+    return (shift_left(field, position) & mask) | (into & ~mask)
+
+
+@pure("prmt.b32", "u32 = u32 u32 u32")
+def _(a: Row, b: Row, selector: Row) -> Row:
+    """Each nibble of the selector picks one of the eight bytes of (b, a); its top bit asks for that byte's sign."""
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros(both.shape, np.uint32)
+    for i in range(4):
+        nibble = selector >> np.uint32(4 * i)
+        byte = (both >> ((nibble & 7) << 3).astype(np.uint64)).astype(np.uint32) & 255
+        if (nibble & 8).any():
+            byte = np.where(nibble & 8, (byte >> 7) * np.uint32(255), byte)
+        result |= byte << np.uint32(8 * i)
+    return result
+
+
+@pure("clz.b32", "u32 = u32")
+def leading_zeros(a: Row) -> Row:
+    """The exponent that frexp finds is exact: 32 bits fit into a double."""
+    return 32 - np.frexp(a.astype(np.float64))[1]
+
+
+@pure("clz.b64", "u32 = u64")
+def _(a: Row) -> Row:
+    high = (a >> np.uint64(32)).astype(np.uint32)
+    return np.where(high != 0, leading_zeros(high), 32 + leading_zeros(a.astype(np.uint32)))
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+COMPARISONS = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
+for name, compare in COMPARISONS.items():
+    each(f"setp.{name}", "b s u", compare, "pred = {t} {t}")
+
+
+# --- conversions ------------------------------------------------------------------------------------------------------
+
+
+def _converting(target: Any) -> Callable[[Row], Row]:
+    return lambda a: a.astype(target)
+
+
+_INTEGERS = [f"{kind}{size}" for kind in "us" for size in ("8", *SIZES)]
+for source in _INTEGERS:
+    for target in _INTEGERS:
+        pure(f"cvt.{target}.{source}", f"{target} = {source}")(_converting(dtype_of(target)))

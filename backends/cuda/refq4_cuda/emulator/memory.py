@@ -1,0 +1,157 @@
+"""Global memory: the tensors of a launch, at the addresses that stand in the kernel's argument bytes.
+
+                base                          base + nbytes
+    ... nothing |  x                          | nothing ... | packed         | nothing ...
+                ^ an address is inside one buffer, or it is an error
+
+Each buffer keeps numpy views of its bytes, one per access size. A view starts at the aligned address at or below the
+buffer, so that an aligned access is one element of it whatever the buffer's own alignment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .errors import AccessError, Fault, RaceError
+
+__all__ = ["GlobalMemory", "unsigned"]
+
+unsigned: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+NOBODY = -1
+
+
+class Buffer:
+    """One tensor's bytes, and for each written byte the thread that wrote it in this launch."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.base, self.nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        self.what = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        self.start = self.base & ~15
+        self._views: dict[tuple[int, int], np.ndarray] = {}
+        self.writers: np.ndarray | None = None
+
+    def view(self, element: int, count: int) -> np.ndarray:
+        """The memory as rows of ``count`` elements (or as elements, for one)."""
+        found = self._views.get((element, count))
+        if found is None:
+            row = element * count
+            rows = (self.base + self.nbytes - self.start) // row
+            memory = (ctypes.c_uint8 * (rows * row)).from_address(self.start)
+            flat = np.frombuffer(memoryview(memory), unsigned[element])
+            found = self._views[element, count] = flat.reshape(-1, count) if count > 1 else flat
+        return found
+
+    def record(self, first: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray | None:
+        """Note who writes ``size`` bytes from ``first`` on, and say where another thread does too (None: nowhere)."""
+        if self.writers is None:
+            self.writers = np.full(self.nbytes, NOBODY, np.int32)
+        clash = None
+        for byte in range(size):
+            at = first + byte
+            before = self.writers[at]
+            self.writers[at] = threads
+            wrong = ((before != NOBODY) & (before != threads)) | (self.writers[at] != threads)
+            clash = wrong if clash is None else clash | wrong
+        return clash if clash is not None and clash.any() else None
+
+
+class GlobalMemory:
+    """All buffers of a launch."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        seen = {(t.data_ptr(), t.numel() * t.element_size()): t for t in tensors if t.numel()}
+        self.buffers = [Buffer(seen[key]) for key in sorted(seen)]
+        self.bases = [buffer.base for buffer in self.buffers]
+
+    def read(self, address: np.ndarray, lanes: np.ndarray, element: int, count: int) -> np.ndarray:
+        """The values at ``address`` (uint64, one per lane): [lanes] for one element, [lanes, count] for a vector."""
+        buffer, offset = self._one(address, element * count)
+        if buffer is not None:
+            return buffer.view(element, count).take(offset // (element * count), axis=0)
+        result = np.empty((len(address), count) if count > 1 else len(address), unsigned[element])
+        for buffer, at, offset in self._each(address, lanes, element * count, "reads"):
+            result[at] = buffer.view(element, count)[offset // (element * count)]
+        return result
+
+    def write(self, address: np.ndarray, lanes: np.ndarray, threads: np.ndarray | None, values: np.ndarray) -> None:
+        """Store ``values`` [lanes] or [lanes, count].
+
+        ``threads`` are the lanes' numbers in the whole grid; None for an atomic, which may meet others.
+        """
+        element, count = values.itemsize, values.shape[1] if values.ndim > 1 else 1
+        for buffer, at, offset in self._each(address, lanes, element * count, "writes"):
+            first = offset - (buffer.base - buffer.start)
+            clash = None if threads is None else buffer.record(first, element * count, threads[at])
+            if clash is not None:
+                raise Fault(
+                    RaceError,
+                    lanes[at][clash],
+                    f"writes byte {int(first[clash][0])} of {buffer.what}, which another thread writes too",
+                    "look for two blocks or lanes that own the same output, or a missing tail mask",
+                )
+            buffer.view(element, count)[offset // (element * count)] = values[at]
+
+    def _one(self, address: np.ndarray, size: int) -> tuple[Buffer | None, np.ndarray]:
+        """The usual case, quickly: all lanes in one buffer, in bounds, aligned. The offset is from the view's start."""
+        k = bisect_right(self.bases, int(address[0])) - 1
+        if k < 0:
+            return None, address
+        buffer = self.buffers[k]
+        offset = address - np.uint64(buffer.start)
+        shift = buffer.base - buffer.start
+        inside = int(offset.max()) <= buffer.nbytes + shift - size and (shift == 0 or int(offset.min()) >= shift)
+        if not inside or int(np.bitwise_or.reduce(offset)) & (size - 1):
+            return None, address
+        return buffer, offset.view(np.int64)
+
+    def _each(
+        self, address: np.ndarray, lanes: np.ndarray, size: int, does: str
+    ) -> list[tuple[Buffer, Any, np.ndarray]]:
+        """The lanes sorted by buffer, every check made."""
+        buffer, offset = self._one(address, size)
+        if buffer is not None:
+            return [(buffer, slice(None), offset)]
+        self.require_aligned(address, lanes, size, does)
+        which = np.searchsorted(np.array(self.bases, np.uint64), address, "right") - 1
+        found: list[tuple[Buffer, Any, np.ndarray]] = []
+        for k in np.unique(which):
+            at = np.nonzero(which == k)[0]
+            buffer = self.buffers[max(k, 0)]
+            inside = address[at] - np.uint64(buffer.base) <= np.uint64(max(buffer.nbytes - size, 0))
+            outside = np.ones(len(at), bool) if k < 0 or size > buffer.nbytes else ~inside
+            if outside.any():
+                raise Fault(
+                    AccessError,
+                    lanes[at][outside],
+                    f"{does} {size} bytes at {self._name(int(address[at][outside][0]))}, outside every buffer",
+                    "look for a missing tail mask, a wrong row stride, or an index that wraps in 32 bits",
+                )
+            found.append((buffer, at, (address[at] - np.uint64(buffer.start)).view(np.int64)))
+        return found
+
+    def require_aligned(self, address: np.ndarray, lanes: np.ndarray, size: int, does: str = "reads") -> None:
+        """Raise unless every address is a multiple of the access's size."""
+        misaligned = address & np.uint64(size - 1) != 0
+        if misaligned.any():
+            at = int(address[misaligned][0])
+            raise Fault(
+                AccessError,
+                lanes[misaligned],
+                f"{does} {size} bytes at {self._name(at)}: address {at:#x} is no multiple of {size}",
+                "look for a vector access on a row whose start is not aligned, or a missing check at launch",
+            )
+
+    def _name(self, address: int) -> str:
+        """An address in terms of the nearest buffer below (or the first one)."""
+        if not self.buffers:
+            return f"address {address:#x} (the launch has no buffers)"
+        below = self.buffers[max(bisect_right(self.bases, address) - 1, 0)]
+        gap = min(self.buffers, key=lambda b: min(abs(address - b.base), abs(address - b.base - b.nbytes)))
+        near = below if below.base <= address < below.base + below.nbytes else gap
+        return f"byte {address - near.base} of {near.what} ({near.nbytes} bytes)"
