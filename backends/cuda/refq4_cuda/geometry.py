@@ -99,6 +99,8 @@ def refuses(rung: str, shape: Shape, arch: int) -> str | None:
         return f"has no tensor cores for {shape.dtype} on sm_{arch}"
     if rung == "ring" and arch < 80:
         return f"needs cp.async, which sm_{arch} lacks"
+    if rung == "ring" and (shape.k >= 1 << 30 or shape.n * shape.k // shape.blocksize >= 1 << 31):
+        return "counts K and blocks in 32 bits, and this weight has too many"
     return None
 
 
@@ -116,6 +118,7 @@ def ceil_div(a: int, b: int) -> int:
 
 _VECTOR_TOKENS = (1, 4)
 _TENSOR_TOKENS = (8, 32)
+_RING_ROW_TILES = {8: 2, 16: 2, 32: 4, 64: 2}  # tokens at a time: row tiles of 16 per warp
 
 
 def naive_variant(dtype: str) -> Variant:
@@ -133,6 +136,26 @@ def tensor_core_variant(dtype: str, tokens: int) -> Variant:
     return Variant("gemm_4bit_3_tensor_core.cu", "gemm_tensor_core", (f"TOKENS={tokens}", f"T_{dtype}"))
 
 
+def ring_variant(arch: int, dtype: str, tokens: int) -> Variant:
+    """The ring GEMM for a dtype and so many tokens at a time."""
+    defines = (
+        f"ROW_TILES={_RING_ROW_TILES[tokens]}",
+        f"STAGES={_ring_stages(arch, tokens)}",
+        f"TOKENS={tokens}",
+        f"T_{dtype}",
+    )
+    return Variant("gemm_4bit_4_ring.cu", "gemm_ring", defines)
+
+
+def _ring_stages(arch: int, tokens: int) -> int:
+    """As many stages as the architecture's shared memory holds beside the CTAs that registers allow."""
+    if arch in (86, 89, 120):  # 100 KB a multiprocessor
+        return 2
+    if tokens <= 16:
+        return 2 if tokens == 8 or arch == 80 else 3
+    return 4
+
+
 def product_variants(arch: int) -> list[Variant]:
     """Every product kernel that can be launched on the architecture."""
     dtypes = ("FP32", "FP16", "BF16")
@@ -140,6 +163,8 @@ def product_variants(arch: int) -> list[Variant]:
     made = [naive_variant(dtype) for dtype in dtypes]
     made += [vectorised_variant(dtype, tokens) for dtype in dtypes for tokens in _VECTOR_TOKENS]
     made += [tensor_core_variant(dtype, tokens) for dtype in tensor for tokens in _TENSOR_TOKENS]
+    if arch >= 80:
+        made += [ring_variant(arch, dtype, tokens) for dtype in tensor for tokens in _RING_ROW_TILES]
     return made
 
 
@@ -160,7 +185,34 @@ def _tensor_core(shape: Shape, arch: int, multiprocessors: int) -> Plan:
 
 
 def _ring(shape: Shape, arch: int, multiprocessors: int) -> Plan:
-    return _tensor_core(shape, arch, multiprocessors)
+    tokens = next(t for t in _RING_ROW_TILES if t >= min(shape.m, 64))
+    row_tiles, stages = _RING_ROW_TILES[tokens], _ring_stages(arch, tokens)
+    groups = ceil_div(shape.m, tokens)
+    # x is read once per CTA: warps side by side share it, and the more tokens, the more that matters.
+    row_warps = 1 if shape.m <= 2 else 2 if shape.m <= 4 else 4
+    rows = row_warps * 16 * row_tiles
+    tiles = ceil_div(shape.n, rows) * groups
+    splits = _splits(tiles, shape.k // (8 // row_warps * 64 * (4 // row_tiles)), multiprocessors)
+    return Plan(
+        ring_variant(arch, shape.dtype, tokens),
+        (tiles, splits, 1),
+        shared=max(256, 8 * stages * 16) * 256 + 8 * stages * 64 * 4,
+        rounded=True,
+        row_warps=row_warps,
+        splits=splits,
+        sums=tiles * splits * rows * tokens if splits > 1 else 0,
+        tiles=tiles if splits > 1 else 0,
+    )
+
+
+def _splits(tiles: int, steps: int, multiprocessors: int) -> int:
+    """How many CTAs share K, so that all multiprocessors have about the same to do.
+
+    The busiest has ceil(tiles * s / multiprocessors) CTAs of 1/s of the work each; adding up costs a little for every s.
+    At least two steps are left to each warp.
+    """
+    most = max(1, min(8, steps // 2))
+    return min(range(1, most + 1), key=lambda s: (ceil_div(tiles * s, multiprocessors) / s * (1 + 0.03 * (s - 1)), s))
 
 
 _PLANNERS = {"ring": _ring, "tensor_core": _tensor_core, "vectorised": _vectorised, "naive": _naive}
