@@ -66,9 +66,10 @@ static int set_attribute(uintptr_t function, int attribute, int value) {
 static int launch(uintptr_t function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                   unsigned shared, uintptr_t stream, void **parameters, void **extra) {
     int whole = extra && extra[0] == (void *)1 && extra[2] == (void *)2 && !extra[4] && !parameters && function;
-    told("launch %u,%u,%u %u,%u,%u %u stream %lx in %lx ", gx, gy, gz, bx, by, bz, shared, (long)stream, (long)current);
-    for (size_t i = 0; whole && i < *(size_t *)extra[3]; i++) told("%02x", ((unsigned char *)extra[1])[i]);
-    told("\n");
+    char hex[2 * 4096 + 1] = "not one buffer";
+    for (size_t i = 0; whole && i < *(size_t *)extra[3]; i++) sprintf(hex + 2 * i, "%02x", ((unsigned char *)extra[1])[i]);
+    told("launch %u,%u,%u %u,%u,%u %u stream %lx in %lx %s\n", gx, gy, gz, bx, by, bz, shared, (long)stream,
+         (long)current, hex);
     return from_environment("FAKE_CUDA_LAUNCH", 0);
 }
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
+from rich.console import Console
 
 from refq4 import cli
+from refq4.bench import gpu
 from refq4.bench.measure import interleaved
-from refq4.bench.show import weight_bytes
+from refq4.bench.plot import speedups
+from refq4.bench.show import gpu_ops_table, gpu_table, weight_bytes
+from refq4.registry import check_usable
 
 pytestmark = pytest.mark.reference_only("it names its backends itself")
 
@@ -76,3 +81,69 @@ def test_a_shape_that_is_none_is_a_usage_error(shape, capsys):
         cli.main(["bench", "--shapes", shape])
     assert stop.value.code == 2
     assert "a shape is NxK" in capsys.readouterr().err
+
+
+# --- on a GPU: the same code on CPU tensors, with a clock on the wall for the events of a device ----------------------
+
+
+def wall_clock(run):
+    def once() -> float:
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+
+    return once
+
+
+TIMERS = {"plain": wall_clock, "graph": wall_clock}
+GPU_PEERS = ["refq4", "torch bf16", "dequantize + torch"]
+
+
+def printed(table) -> str:
+    console = Console(width=300)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_the_gpus_rows_hold_every_peer_by_every_timer_and_show_as_table_and_picture(tmp_path):
+    reference = check_usable("reference")
+    rows = gpu.products(reference, 64, 128, [1, 3], torch.bfloat16, 2, GPU_PEERS, 2, "cpu", TIMERS)
+    assert [(row["m"], row["layers"]) for row in rows] == [(1, 2), (3, 2)]
+    for row in rows:
+        assert {timer: set(ms) for timer, ms in row["ms"].items()} == {"plain": set(GPU_PEERS), "graph": set(GPU_PEERS)}
+        assert all(ms > 0 for times in row["ms"].values() for ms in times.values())
+    text = printed(gpu_table(rows, 64, 128, {"copy_gb_s": 10.0}))
+    for heading in ("graph: refq4 µs", "plain: dequantize + torch µs", "of a copy's", "2 weights in turn"):
+        assert heading in text
+    report = {"machine": {"gpu": "none"}, "products": rows}
+    speedups(report, tmp_path / "speedups.png")
+    assert (tmp_path / "speedups.png").read_bytes().startswith(b"\x89PNG")
+    del rows[0]["ms"]["plain"]["torch bf16"]
+    with pytest.raises(ValueError, match="add it to --peers"):
+        speedups(report, tmp_path / "none.png")
+
+
+def test_the_gpus_ops_tell_the_bytes_that_must_move():
+    rows = gpu.ops(check_usable("reference"), 2, 64, 64, "cpu", TIMERS)
+    assert rows["copy bf16"]["bytes"] == 2 * 2 * 64 * 64
+    assert rows["quantise bf16"]["bytes"] == rows["dequantise to bf16"]["bytes"] == 64 * 64 * 2 + weight_bytes(64, 64)
+    assert "dequantise to bf16" in printed(gpu_ops_table(rows, {"copy_gb_s": 10.0}))
+
+
+def test_the_weights_that_take_turns_are_larger_than_the_cache():
+    for n, k in ((4096, 4096), (28672, 8192)):
+        layers = gpu.layers_to_rotate(n, k, 50 << 20)
+        assert (layers - 1) * n * k / 2 < 3 * (50 << 20) <= layers * n * k / 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_command_says_what_is_missing(capsys):
+    assert cli.main(["bench", "--device", "cuda"]) == 1
+    assert "backend 'cuda' is not available: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "peer"), [("cuda", "torch int4"), ("cpu", "dequantize + torch")])
+def test_a_peer_of_the_other_device_is_refused_with_those_there_are(device, peer, capsys):
+    assert cli.main(["bench", "--device", device, "--peers", peer]) == 1
+    assert f"--peers {peer!r}: on {device} there are refq4, " in capsys.readouterr().err

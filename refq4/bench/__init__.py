@@ -9,7 +9,9 @@ them, too.
     products    shape x M: milliseconds and how many times faster a refq4 layer is than each peer
     ops         quantise, dequantise, rearrange; a call on a 64 x 64 layer
 
-Files: ``peers`` (who is measured), ``measure`` (how), ``show`` (tables), ``plot`` (the roofline), ``command``.
+With ``--device cuda`` the same on a GPU, by its own clock, launched from Python and replayed from a CUDA graph.
+
+Files: ``peers`` (who is measured), ``measure`` and ``gpu`` (how), ``show`` (tables), ``plot`` (pictures), ``command``.
 Not here: correctness, which is ``python -m refq4 verify``.
 """
 

@@ -14,41 +14,51 @@ import torch
 from rich.console import Console
 
 from ..registry import check_usable, use_backend
+from . import gpu
 from .measure import limits, machine, ops, products
-from .peers import DEVICE_DTYPES, PEERS
+from .peers import DEVICE_DTYPES, GPU_PEERS, PEERS, Peer
 from .show import describe, ops_table, product_table
 
 __all__ = ["add_arguments", "bench"]
 
-SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
+SHAPES = {
+    "cpu": ((4096, 4096), (11008, 4096), (4096, 11008)),
+    "cuda": ((4096, 4096), (8192, 8192), (28672, 8192)),
+}
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the subcommand."""
-    parser.add_argument("--backend", default="cpu", help="the backend to time (%(default)s)")
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES, metavar="NxK", help="e.g. 4096x11008")
+    parser.add_argument("--device", choices=SHAPES, default="cpu", help="where the tensors are (%(default)s)")
+    parser.add_argument("--backend", help="the backend to time (default: the one named like the device)")
+    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="NxK", help="e.g. 4096x11008")
     parser.add_argument("--m", nargs="+", type=int, default=TOKENS, help="tokens per call")
     parser.add_argument("--dtype", choices=DEVICE_DTYPES, default="bf16", help="of the activations (%(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
     parser.add_argument("--rounds", type=int, default=30, help="passes over the layers at small M; never fewer than 15")
-    parser.add_argument("--layers", type=int, default=8, help="weights to rotate through (%(default)s)")
+    parser.add_argument("--layers", type=int, default=8, help="weights to rotate through, at least (%(default)s)")
     parser.add_argument(
         "--peers",
         nargs="+",
-        choices=[p.name for p in PEERS],
-        default=[p.name for p in PEERS if p.usual],
+        choices=sorted({p.name for p in (*PEERS, *GPU_PEERS)}),
         metavar="NAME",
-        help=f"who is measured: {', '.join(p.name for p in PEERS)}",
+        help=f"who is measured: {_names(PEERS)}; on a GPU {_names(GPU_PEERS)}",
     )
     parser.add_argument("--ops", action=argparse.BooleanOptionalAction, default=True, help="the other ops as well")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here ('-': standard output)")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the roofline here (needs matplotlib)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the picture here (needs matplotlib)")
     parser.add_argument("--quick", action="store_true", help="the first shape, fewer M and rounds: about 20 s")
 
 
 def bench(asked: argparse.Namespace) -> int:
     """Measure, print tables, write what was asked for; returns the exit status."""
+    peers = GPU_PEERS if asked.device == "cuda" else PEERS
+    asked.backend = asked.backend or asked.device
+    asked.shapes = asked.shapes or SHAPES[asked.device]
+    asked.peers = asked.peers or [p.name for p in peers if p.usual]
+    if unknown := [name for name in asked.peers if name not in [p.name for p in peers]]:
+        raise ValueError(f"--peers {unknown[0]!r}: on {asked.device} there are {_names(peers)}")
     if asked.quick:
         asked.shapes, asked.m, asked.rounds = asked.shapes[:1], [1, 4, 16, 128], 15
     logging.disable(logging.WARNING)  # peers announce missing extras on import
@@ -64,9 +74,9 @@ def bench(asked: argparse.Namespace) -> int:
         text = json.dumps(report, indent=1) + "\n"
         sys.stdout.write(text) if asked.json == Path("-") else asked.json.write_text(text)
     if asked.png is not None:
-        from .plot import roofline
+        from .plot import roofline, speedups
 
-        roofline(report, asked.png)
+        (speedups if asked.device == "cuda" else roofline)(report, asked.png)
     return 0
 
 
@@ -74,6 +84,8 @@ def _measured(asked: argparse.Namespace, console: Console) -> dict[str, Any]:
     backend = check_usable(asked.backend)
     if backend is None:
         raise ValueError("--backend auto: name the backend to time")
+    if asked.device == "cuda":
+        return gpu.measured(backend, asked, console)
     report: dict[str, Any] = {"machine": machine(backend), "limits": limits(backend), "products": []}
     console.print(describe(report))
     for n, k in asked.shapes:
@@ -90,6 +102,10 @@ def _measured(asked: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _console(to_stderr: bool) -> Console:
     console = Console(stderr=to_stderr)
     return console if console.is_terminal else Console(stderr=to_stderr, width=160)  # a file has no width
+
+
+def _names(peers: tuple[Peer, ...]) -> str:
+    return ", ".join(peer.name for peer in peers)
 
 
 def _shape(text: str) -> tuple[int, int]:

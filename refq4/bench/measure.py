@@ -18,9 +18,10 @@ from ..backend import Backend, PackedWeight
 from ..codebooks import get_codebook
 from .peers import PEERS, Peer, Product, peer_quantiser, peer_rearranger, random_weights
 
-__all__ = ["interleaved", "limits", "machine", "ops", "products"]
+__all__ = ["interleaved", "limits", "machine", "make", "ops", "products"]
 
 Run = Callable[[int], object]
+_TELLING = ("tier", "processor", "compiler", "driver", "nvrtc")  # of a backend's info, what speed depends on
 
 
 def interleaved(runs: dict[str, Run], rounds: int, layers: int = 1, at_a_time: int | None = None) -> dict[str, float]:
@@ -57,7 +58,7 @@ def machine(backend: Backend) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        **{key: value for key, value in backend.info().items() if key in ("tier", "processor", "compiler")},
+        **{key: value for key, value in backend.info().items() if key in _TELLING},
     }
 
 
@@ -81,7 +82,7 @@ def products(
     missing: dict[str, str] = {}
     for peer in PEERS:
         if peer.name in peers:
-            _make(peer, backend, weights, dtype, made, missing)
+            make(peer, backend, weights, dtype, made, missing)
     del weights
     rows = []
     with torch.inference_mode():
@@ -94,7 +95,7 @@ def products(
     return rows
 
 
-def _make(
+def make(
     peer: Peer,
     backend: Backend,
     weights: list[Tensor],
@@ -102,6 +103,7 @@ def _make(
     made: dict[str, Product],
     missing: dict[str, str],
 ) -> None:
+    """Put the peer's product into ``made``, or the reason why it can't be had into ``missing``."""
     try:
         made[peer.name] = peer.make(backend.name, weights, dtype)
     except (ImportError, NotImplementedError, RuntimeError) as error:

@@ -1,4 +1,6 @@
-"""Who refq4 is measured against: each peer turns the same weights into a function of (x, layer).
+"""Who refq4 is measured against: each peer turns the same weights into a function of (x, layer), where they are.
+
+on the CPU
 
 refq4                   Linear4bit in eval mode: the whole layer, on the backend's own layout if it has one
 refq4 canonical         Linear4bit in training mode: the stored layout, as in training
@@ -7,6 +9,13 @@ bitsandbytes plain      Linear4bit in training mode: dequantise, then multiply
 torch bf16, torch fp32  nn.functional.linear on the unquantised weight
 torch int4              torch._weight_int4pack_mm_for_cpu, groups of 64
 onnxruntime             MatMulNBits, 4 bits, blocks of 64, its fp32 kernel (x is cast): needs onnxruntime and onnx
+
+on a GPU
+
+refq4                   Linear4bit in eval mode
+bitsandbytes            Linear4bit in eval mode
+torch bf16              nn.functional.linear on the unquantised weight: cuBLAS
+dequantize + torch      refq4's dequantise of the whole weight, then torch.mm
 """
 
 from __future__ import annotations
@@ -19,9 +28,19 @@ import torch
 from torch import Tensor
 
 from ..nn import Linear4bit
+from ..quantization import dequantize_4bit, quantize_4bit
 from ..registry import use_backend
 
-__all__ = ["DEVICE_DTYPES", "PEERS", "Peer", "Product", "peer_quantiser", "peer_rearranger", "random_weights"]
+__all__ = [
+    "DEVICE_DTYPES",
+    "GPU_PEERS",
+    "PEERS",
+    "Peer",
+    "Product",
+    "peer_quantiser",
+    "peer_rearranger",
+    "random_weights",
+]
 
 DEVICE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BLOCKSIZE = 64
@@ -40,10 +59,10 @@ class Peer:
     usual: bool = True
 
 
-def random_weights(n: int, k: int, layers: int) -> list[Tensor]:
+def random_weights(n: int, k: int, layers: int, device: str = "cpu") -> list[Tensor]:
     """``layers`` bf16 weights [n, k], normal like trained ones."""
-    generator = torch.Generator().manual_seed(0)
-    return [(torch.randn(n, k, generator=generator) * k**-0.5).bfloat16() for _ in range(layers)]
+    generator = torch.Generator(device).manual_seed(0)
+    return [(torch.randn(n, k, generator=generator, device=device) * k**-0.5).bfloat16() for _ in range(layers)]
 
 
 def _refq4(train: bool) -> Callable[[str, list[Tensor], torch.dtype], Product]:
@@ -55,7 +74,7 @@ def _refq4(train: bool) -> Callable[[str, list[Tensor], torch.dtype], Product]:
                 n, k = weight.shape
                 layer = Linear4bit(k, n, bias=False, **settings)  # type: ignore[arg-type]
                 layer.weight.data = weight
-                layers.append(layer.to("cpu").train(train))
+                layers.append(layer.to(weight.device).train(train))
         return lambda x, i: layers[i](x)
 
     return make
@@ -72,7 +91,7 @@ def _bitsandbytes(train: bool) -> Callable[[str, list[Tensor], torch.dtype], Pro
                 k, n, bias=False, compute_dtype=dtype, quant_type="nf4", compress_statistics=False
             )
             layer.load_state_dict({"weight": weight})
-            layers.append(layer.to("cpu").train(train))
+            layers.append(layer.to(weight.device).train(train))
         return lambda x, i: layers[i](x)
 
     return make
@@ -84,6 +103,15 @@ def _torch_linear(dtype: torch.dtype) -> Callable[[str, list[Tensor], torch.dtyp
         return lambda x, i: torch.nn.functional.linear(x.to(dtype), layers[i])
 
     return make
+
+
+def _dequantize_and_multiply(backend: str, weights: list[Tensor], dtype: torch.dtype) -> Product:
+    packed = [quantize_4bit(weight, quant_type="nf4", backend=backend) for weight in weights]
+
+    def run(x: Tensor, i: int) -> Tensor:
+        return torch.mm(x, dequantize_4bit(*packed[i], backend=backend).to(x.dtype).t())
+
+    return run
 
 
 def _torch_int4(backend: str, weights: list[Tensor], dtype: torch.dtype) -> Product:
@@ -131,6 +159,12 @@ PEERS = (
     Peer("torch fp32", _torch_linear(torch.float32), usual=False),
     Peer("torch int4", _torch_int4),
     Peer("onnxruntime", _onnxruntime, usual=False),
+)
+GPU_PEERS = (
+    Peer("refq4", _refq4(train=False)),
+    Peer("bitsandbytes", _bitsandbytes(train=False)),
+    Peer("torch bf16", _torch_linear(torch.bfloat16)),
+    Peer("dequantize + torch", _dequantize_and_multiply),
 )
 
 

@@ -1,11 +1,11 @@
-"""The roofline picture of a bench report: how much arithmetic a byte of weight gets, and what the machine allows."""
+"""Pictures of a bench report: the CPU's roofline, and how many times faster than cuBLAS on a GPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-__all__ = ["roofline"]
+__all__ = ["roofline", "speedups"]
 
 
 def roofline(report: dict[str, Any], path: Path) -> None:
@@ -18,11 +18,7 @@ def roofline(report: dict[str, Any], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     limits, rows = report["limits"], report["products"]
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     intensity = [2.0**i for i in range(1, 13)]  # FLOP per byte of packed weight
@@ -39,3 +35,45 @@ def roofline(report: dict[str, Any], path: Path) -> None:
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def speedups(report: dict[str, Any], path: Path) -> None:
+    """Draw, for each shape of a GPU report, how many times faster than ``torch bf16`` each peer is, over M.
+
+    Args:
+        report: what ``python -m refq4 bench --device cuda --json`` writes.
+        path: the picture; its suffix chooses the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: ``torch bf16`` was not measured.
+    """
+    plt = _pyplot()
+    if any("torch bf16" not in row["ms"]["plain"] for row in report["products"]):
+        raise ValueError("the picture compares with 'torch bf16', which was not measured: add it to --peers")
+    shapes = list(dict.fromkeys((row["n"], row["k"]) for row in report["products"]))
+    figure, panels = plt.subplots(1, len(shapes), figsize=(4.5 * len(shapes), 4), layout="constrained", squeeze=False)
+    for axes, (n, k) in zip(panels[0], shapes, strict=True):
+        rows = [row for row in report["products"] if (row["n"], row["k"]) == (n, k)]
+        times = [row["ms"].get("graph", row["ms"]["plain"]) for row in rows]
+        for peer in times[0]:
+            faster = [time["torch bf16"] / time[peer] for time in times]
+            axes.plot([row["m"] for row in rows], faster, "o-", markersize=4, label=peer)
+        axes.set(xlabel="M (tokens)", title=f"N x K = {n} x {k}")
+        axes.set_xscale("log", base=2)
+        axes.grid(True, linewidth=0.3)
+    panels[0][0].set_ylabel("times as fast as cuBLAS bf16")
+    panels[0][0].legend(fontsize=8)
+    about = report["machine"]
+    figure.suptitle(f"{about.get('gpu', 'no GPU')}, {about.get('date', '')}", fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["describe", "ops_table", "product_table", "weight_bytes"]
+__all__ = ["describe", "gpu_ops_table", "gpu_table", "ops_table", "product_table", "weight_bytes"]
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -64,4 +64,48 @@ def ops_table(rows: dict[str, dict[str, float]]) -> Table:
     for op, row in rows.items():
         others = [f"{who} {ms:.3f} ({ms / row['refq4']:.2f}x)" for who, ms in row.items() if who != "refq4"]
         table.add_row(op, f"{row['refq4']:.3f}", ", ".join(others))
+    return table
+
+
+def gpu_table(rows: list[dict[str, Any]], n: int, k: int, limit: dict[str, float]) -> Table:
+    """The rows of one shape on a GPU: replayed from a graph, then launched from Python."""
+    rows = [row for row in rows if (row["n"], row["k"]) == (n, k)]
+    title = f"N x K = {n} x {k}, {rows[0]['dtype']}, {rows[0]['layers']} weights in turn"
+    table = Table(title=title, title_justify="left")
+    timers = list(rows[0]["ms"])
+    others = [name for name in rows[0]["ms"][timers[0]] if name != "refq4"]
+    table.add_column("M", justify="right")
+    for timer in reversed(timers):
+        for heading in ("refq4", *others):
+            table.add_column(f"{timer}: {heading} µs", justify="right")
+        table.add_column("GB/s, of a copy's", justify="right")
+    for row in rows:
+        cells = [str(row["m"])]
+        for timer in reversed(timers):
+            ours = row["ms"][timer]["refq4"]
+            gb_s = weight_bytes(n, k) / ours / 1e6
+            cells += [f"{1e3 * ours:.1f}"]
+            cells += [f"{1e3 * row['ms'][timer][name]:.1f} ({row['ms'][timer][name] / ours:.2f}x)" for name in others]
+            cells += [f"{gb_s:.0f}, {gb_s / limit['copy_gb_s']:.0%}"]
+        table.add_row(*cells)
+    missing = [f"{name}: {reason}" for name, reason in rows[0]["missing"].items()]
+    if missing:
+        table.caption, table.caption_justify = "\n".join(missing), "left"
+    return table
+
+
+def gpu_ops_table(rows: dict[str, dict[str, float]], limit: dict[str, float]) -> Table:
+    """One line per op on a GPU: time, and the bytes it must move against what a copy moves."""
+    table = Table(title="ops on 8192 x 8192", title_justify="left")
+    timers = [key for key in next(iter(rows.values())) if key != "bytes"]
+    table.add_column("op")
+    for timer in timers:
+        table.add_column(f"{timer} µs", justify="right")
+        table.add_column("GB/s, of a copy's", justify="right")
+    for op, row in rows.items():
+        cells = [op]
+        for timer in timers:
+            gb_s = row["bytes"] / row[timer] / 1e6
+            cells += [f"{1e3 * row[timer]:.1f}", f"{gb_s:.0f}, {gb_s / limit['copy_gb_s']:.0%}"]
+        table.add_row(*cells)
     return table

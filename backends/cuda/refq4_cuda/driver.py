@@ -54,6 +54,7 @@ class Device:
         self.arch = 10 * major + minor
         self.multiprocessors = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
         self._context = self._ask("cuDevicePrimaryCtxRetain", self._handle)
+        self._address = int(self._context)
         self._functions: dict[Variant, _Function] = {}
         self._lock = threading.Lock()
 
@@ -76,7 +77,8 @@ class Device:
 
     def _enter(self) -> bool:
         """Make this device's context current if this thread is in another, or in none yet; tell whether it was."""
-        if int(self._ask("cuCtxGetCurrent")) == int(self._context):
+        status, current = self._driver.cuCtxGetCurrent()
+        if not status and int(current) == self._address:
             return False
         self._ask("cuCtxPushCurrent", self._context)
         return True
@@ -151,18 +153,20 @@ class _Scratch(threading.local):
     CAPACITY = 4096  # bytes that a kernel's parameters can take
 
     def __init__(self) -> None:
-        self._buffer = ctypes.create_string_buffer(self.CAPACITY)
+        buffer = (ctypes.c_ubyte * self.CAPACITY)()
+        self._bytes = memoryview(buffer).cast("B")
         self._size = ctypes.c_size_t(0)
-        address, size = ctypes.addressof(self._buffer), ctypes.addressof(self._size)
+        address, size = ctypes.addressof(buffer), ctypes.addressof(self._size)
         self._extra = (ctypes.c_void_p * 5)(1, address, 2, size, 0)
         self._address = ctypes.addressof(self._extra)
 
     def holding(self, arguments: bytes) -> int:
         """The address of ``extra`` for these argument bytes; valid until this thread's next launch."""
-        if len(arguments) > self.CAPACITY:
-            raise CudaError(f"{len(arguments)} bytes of arguments: a kernel takes {self.CAPACITY} at most")
-        ctypes.memmove(self._buffer, arguments, len(arguments))
-        self._size.value = len(arguments)
+        size = len(arguments)
+        if size > self.CAPACITY:
+            raise CudaError(f"{size} bytes of arguments: a kernel takes {self.CAPACITY} at most")
+        self._bytes[:size] = arguments
+        self._size.value = size
         return self._address
 
 
