@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import site
 import subprocess
@@ -19,13 +20,17 @@ import torch
 
 import refq4
 from refq4 import registry
-from refq4.backend import OPS, Call
+from refq4.backend import OPS, Call, PackedWeight, PreparedWeight
 from refq4.buildcache import CacheError
+from refq4.codebooks import get_codebook
 
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
 from refq4_cuda import CudaBackend, CudaEmulatorBackend, emulated, launch, nvrtc
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-python is not installed: pip install -e '.[test]'")
+
+pytestmark = pytest.mark.reference_only("it names its backends itself")
+CODE = get_codebook("nf4").on("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +192,6 @@ def test_without_a_driver_the_remedy_is_a_driver_or_the_emulator(tmp_path):
     ids=["an old driver", "an old driver and no GPU", "no GPU", "a broken driver"],
 )
 def test_a_driver_that_will_not_do_is_named_with_the_remedy(fake_driver, machine, says):
-    import re
-
     assert re.search(says, reason(LD_LIBRARY_PATH=str(fake_driver), **machine))
 
 
@@ -435,3 +438,117 @@ def test_more_arguments_than_a_kernel_takes_are_refused_before_they_are_copied()
 
     with pytest.raises(RuntimeError, match="5000 bytes of arguments: a kernel takes 4096 at most"):
         _Scratch().holding(bytes(5000))
+
+
+# --- the backend, end to end, on the emulator -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "dtype", "nested", "kernel"),
+    [
+        (1, 16, 128, torch.float32, False, "gemv_4bit_2_vectorised"),
+        (1, 16, 128, torch.bfloat16, True, "gemm_4bit_4_ring"),
+        (9, 33, 256, torch.float16, True, "gemm_4bit_4_ring"),
+        (2, 5, 65, torch.float32, True, "gemv_4bit_1_naive"),
+        (129, 7, 128, torch.bfloat16, True, "dequantize + torch.matmul"),
+    ],
+    ids=[
+        "one token, fp32",
+        "one token, bf16",
+        "nine tokens, fp16",
+        "blocks that straddle rows",
+        "above the cross-over",
+    ],
+)
+def test_a_layer_on_the_emulator_is_the_references_and_the_trace_says_who_ran(m, n, k, dtype, nested, kernel):
+    refq4.set_backend("cuda-emulator")
+    layer = refq4.nn.Linear4bit(k, n, compute_dtype=dtype, quant_type="nf4", compress_statistics=nested)
+    layer = layer.to("cpu").eval()
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(4)).to(dtype)
+    with refq4.trace() as t, torch.no_grad():
+        y = layer(x)
+    ran = [(op.backend, op.kernel) for call in t.calls for step in call.steps for op in step.ops]
+    assert ran == [("cuda-emulator", kernel)]
+    with refq4.use_backend("reference"), torch.no_grad():
+        wanted = layer(x)
+    # Sums in another order: a few roundings of the largest result. The catalogue below has the exact budget.
+    torch.testing.assert_close(y, wanted, rtol=0, atol=4 * torch.finfo(dtype).eps * float(wanted.abs().max()))
+
+
+def test_the_emulated_backend_answers_the_quick_catalogue_as_the_reference_does():
+    report = refq4.testing.verify("cuda-emulator", depth="quick", progress=False)
+    assert report.agrees, str(report)
+    for check in report.checks:
+        assert not check.refused
+        assert check.same == (0 if check.name == "own layout" else 40), check.name
+
+
+def test_gpu_and_emulator_share_every_op():
+    for backend in (CudaBackend, CudaEmulatorBackend):
+        assert not {*OPS, "can_run", "kernel"} & set(vars(backend))
+        assert backend().missing_op(_call(OPS[0], "cpu")) is None
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 8, 64), (3, 8, 0), (3, 0, 64)], ids=["no token", "no K", "no N"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_a_product_of_nothing_launches_nothing_and_gives_the_bias(m, n, k, bias):
+    weight = PackedWeight(torch.empty(0, dtype=torch.uint8), torch.empty(0), CODE.values, 64, (n, k), "nf4")
+    b = torch.arange(n, dtype=torch.float32) if bias else None
+    y = CudaEmulatorBackend().gemm_4bit(torch.ones(m, k), weight, b)
+    assert torch.equal(y, torch.zeros(m, n) if b is None else b.expand(m, n))
+
+
+def test_a_code_of_fewer_than_256_values_is_enough_for_the_8_bit_stage():
+    q = torch.arange(16, dtype=torch.uint8).repeat(5)
+    decoded = CudaEmulatorBackend().dequantize_blockwise(q, torch.tensor([2.0, 3.0]), CODE.values, 64, torch.float32)
+    assert torch.equal(decoded, CODE.values[q.int()] * torch.tensor([2.0, 3.0]).repeat_interleave(64)[:80])
+
+
+def test_tensors_of_nothing_are_quantised_and_decoded_to_nothing():
+    backend = CudaEmulatorBackend()
+    packed, absmax = backend.quantize_4bit(torch.empty(0), CODE, 64)
+    q, _ = backend.quantize_blockwise(torch.empty(0, 3), CODE, 64)
+    weight = PackedWeight(packed, absmax, CODE.values, 64, (0, 64), "nf4")
+    assert (packed.numel(), absmax.numel(), q.shape) == (0, 0, (0, 3))
+    assert backend.dequantize_4bit(weight, torch.float16).shape == (0, 64)
+    assert backend.dequantize_blockwise(q, absmax, CODE.values, 64, torch.float32).shape == (0, 3)
+
+
+@pytest.mark.parametrize("blocksize", [64, 100])
+@pytest.mark.parametrize("op", OPS)
+def test_the_kernel_that_the_trace_names_is_the_one_that_runs(op, blocksize, monkeypatch):
+    ran: list[str] = []
+    run = emulated.Emulated.run
+    monkeypatch.setattr(
+        emulated.Emulated,
+        "run",
+        lambda self, plan: (ran.extend(Path(p.variant.file).stem for p in plan), run(self, plan)),
+    )
+    backend, A, q = CudaEmulatorBackend(), torch.randn(4, 200).half(), torch.zeros(4, 200, dtype=torch.uint8)
+    packed, absmax = backend.quantize_4bit(A, CODE, blocksize)
+    weight, m = PackedWeight(packed, absmax, CODE.values, blocksize, (4, 200), "nf4"), 1 if op == "gemv_4bit" else 3
+    ran.clear()
+    {
+        "quantize_4bit": lambda: backend.quantize_4bit(A, CODE, blocksize),
+        "dequantize_4bit": lambda: backend.dequantize_4bit(weight, A.dtype),
+        "quantize_blockwise": lambda: backend.quantize_blockwise(A, CODE, blocksize),
+        "dequantize_blockwise": lambda: backend.dequantize_blockwise(q, absmax, CODE.values, blocksize, A.dtype),
+        "gemv_4bit": lambda: backend.gemv_4bit(A[:m], weight, None),
+        "gemm_4bit": lambda: backend.gemm_4bit(A[:m], weight, None),
+    }[op]()
+    product = op in ("gemv_4bit", "gemm_4bit")
+    sizes = {"m": m, "n": 4, "k": 200} if product else {"m": 1, "n": 1, "k": 800}
+    assert backend.kernel(_call(op, "cpu", blocksize=blocksize, **sizes)) == " + ".join(dict.fromkeys(ran))
+
+
+def test_what_the_backend_does_not_take_it_says():
+    backend = CudaEmulatorBackend()
+    assert backend.can_run(_call("gemv_4bit", "cpu")) is None
+    assert "fp32, fp16 and bf16, not torch.float64" in str(
+        backend.can_run(_call("gemv_4bit", "cpu", dtype=torch.float64))
+    )
+    assert "canonical only, not tiles16" in str(backend.can_run(_call("gemv_4bit", "cpu", layout="tiles16")))
+    assert "computes on cpu, and the tensors are on cuda" in str(backend.can_run(_call("gemv_4bit", "cuda")))
+    prepared = PreparedWeight("cpu", "tiles16", (), (8, 64), 64, "nf4")
+    with pytest.raises(refq4.BackendUnsupportedError, match="reads the canonical layout, not 'tiles16'"):
+        backend.gemm_4bit(torch.ones(2, 64), prepared, None)
