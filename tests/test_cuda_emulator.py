@@ -19,9 +19,9 @@ from ptx import run
 
 RNG = np.random.default_rng(0)
 SPECIAL_F32 = np.array(
-    "0 -0 1 -1 1.5 1e-45 -1e-45 1.1754942e-38 3.4e38 -3.4e38 65504 65520 5.96e-8 2.98e-8 inf -inf nan 0.1 16777216".split(),
-    np.float32,
-)
+    [0.0, -0.0, 1.0, -1.0, 1.5, 0.1, 1e-45, -1e-45, 1.1754942e-38, 3.4e38, -3.4e38, 65504.0, 65520.0, 5.96e-8, 2.98e-8,
+     np.inf, -np.inf, np.nan, 16777216.0], np.float32
+)  # fmt: skip
 SPECIAL_U32 = np.array([0, 1, 2, 7, 31, 32, 33, 63, 64, 255, 256, 0x7FFFFFFF, 0x80000000, 0xDEADBEEF, 0xFFFFFFFF], "u4")
 
 
