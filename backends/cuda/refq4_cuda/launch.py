@@ -127,7 +127,8 @@ def _dequantize(
     if out.numel() == 0:
         return []
     scales, buffers = _scales(absmax, nested, blocksize)
-    aligned = log2(blocksize) >= 3 and codes.data_ptr() % bits == 0 and out.data_ptr() % 16 == 0
+    shifted = log2(blocksize) >= 3 and (nested is None or log2(nested.blocksize) >= 0)
+    aligned = shifted and codes.data_ptr() % bits == 0 and out.data_ptr() % 16 == 0
     arguments = _pack_dequantize(codes.data_ptr(), code.data_ptr(), *scales, out.data_ptr(), out.numel(), aligned)
     groups = ceil_div(out.numel(), 8 if aligned else 1)
     variant = _dequantize_variant(out.dtype, bits)

@@ -66,7 +66,7 @@ KERNEL(dequantize, THREADS)(DequantizeArguments p) {
             u32 c[GROUP];
             float v[GROUP];
             load_codes(p.weight.packed, i, c);
-            float scale = scale_of_block(scales, i * GROUP >> scales.shift);
+            float scale = scale_of_shifted_block(scales, i * GROUP >> scales.shift);
 #pragma unroll
             for (int k = 0; k < GROUP; k++) v[k] = __fmul_rn(mine[c[k] * COPIES], scale);
             store8(out + i * GROUP, v);

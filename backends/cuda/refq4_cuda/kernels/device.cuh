@@ -50,7 +50,7 @@ struct DequantizeArguments {
     Weight weight;
     void *out;
     i64 numel;
-    int aligned; /* groups of eight elements lie in one block, and all addresses allow 16-byte accesses */
+    int aligned; /* sizes are powers of two, eight elements lie in one block, addresses allow 16-byte accesses */
 };
 
 struct ProductArguments {
@@ -206,6 +206,12 @@ DEVICE float nested_scale(const Scales &s, u32 q, float absmax) {
 DEVICE float scale_of_block(const Scales &s, i64 block) {
     if (!s.q) return __ldg(s.absmax + block);
     return nested_scale(s, __ldg(s.q + block), __ldg(s.absmax + divide(block, s.nested_blocksize, s.nested_shift)));
+}
+
+/* The same where all sizes are powers of two: no division, which takes a hundred instructions. */
+DEVICE float scale_of_shifted_block(const Scales &s, i64 block) {
+    if (!s.q) return __ldg(s.absmax + block);
+    return nested_scale(s, __ldg(s.q + block), __ldg(s.absmax + (block >> s.nested_shift)));
 }
 
 DEVICE u32 nibble(const u8 *packed, i64 element) {

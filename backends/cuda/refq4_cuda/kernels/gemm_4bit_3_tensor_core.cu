@@ -62,8 +62,8 @@ KERNEL(gemm_tensor_core, WARPS * 32)(ProductArguments p) {
     for (i64 k = warp * DEPTH; k < p.K; k += WARPS * DEPTH) {
         u32 low_word = __ldg((const u32 *)(p.weight.packed + (low + k) / 2) + t);
         u32 high_word = __ldg((const u32 *)(p.weight.packed + (high + k) / 2) + t);
-        float low_scale = scale_of_block(scales, low + k >> scales.shift);
-        float high_scale = scale_of_block(scales, high + k >> scales.shift);
+        float low_scale = scale_of_shifted_block(scales, low + k >> scales.shift);
+        float high_scale = scale_of_shifted_block(scales, high + k >> scales.shift);
         u32 a[2][4];
 #pragma unroll
         for (int j = 0; j < 2; j++) {

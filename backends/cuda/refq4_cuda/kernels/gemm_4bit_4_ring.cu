@@ -54,7 +54,7 @@
 #define STRIDE 256              /* from one entry, or row of the ring, to the next */
 #define STAGE_BYTES (16 * STRIDE)
 #define RING_ROWS (WARPS * STAGES * 16 > 256 ? WARPS * STAGES * 16 : 256)
-#define RESIDENT (TOKENS == 8 ? 3 : TOKENS == 16 ? 2 : 1)
+#define RESIDENT (TOKENS <= 16 ? 2 : 1)
 
 #include "sums.cuh"
 
@@ -146,10 +146,10 @@ KERNEL_RESIDENT(gemm_ring, WARPS * 32, RESIDENT)(ProductArguments p) {
     make_table(shared, p.weight.code);
     __syncthreads();
 
-    const T *x = (const T *)p.x + t * 16;
-    u32 token_at[TILES];
+    const T *x = (const T *)p.x + first_token * K + t * 16;
+    u32 last_token = (u32)(p.M - 1 - first_token), token_at[TILES];
 #pragma unroll
-    for (int n = 0; n < TILES; n++) token_at[n] = (u32)min(first_token + 8 * n + g, p.M - 1) * K;
+    for (int n = 0; n < TILES; n++) token_at[n] = min(8 * n + g, last_token) * K;
     u32 piece0 = g * PIECES; /* its first piece's number in the stage */
     u32 mine = ring + piece0 / 4 * STRIDE + ((piece0 % 4) ^ (piece0 / 4 % PIECES)) * 32 + t * 8, lane4 = lane * 4;
     float sum[SUMS] = {};

@@ -20,7 +20,7 @@
 #define WARPS 8
 #define VECTOR 32 /* weights in 16 bytes */
 
-KERNEL(gemv_vectorised, WARPS * 32)(ProductArguments p) {
+KERNEL_RESIDENT(gemv_vectorised, WARPS * 32, 2)(ProductArguments p) {
     __shared__ float values[16 * 32]; /* one copy per bank: see dequantize.cu */
     for (int i = threadIdx.x; i < 16 * 32; i += WARPS * 32) values[i] = __ldg(p.weight.code + i / 32);
     __syncthreads();
@@ -36,7 +36,7 @@ KERNEL(gemv_vectorised, WARPS * 32)(ProductArguments p) {
     float sum[TOKENS] = {};
     for (i64 k = lane * VECTOR; k < p.K; k += 32 * VECTOR) {
         uint4 vector = load_once16(packed + k / 2);
-        float scale = scale_of_block(p.weight.scales, row * p.K + k >> p.weight.scales.shift);
+        float scale = scale_of_shifted_block(p.weight.scales, row * p.K + k >> p.weight.scales.shift);
         u32 words[4] = {vector.x, vector.y, vector.z, vector.w};
         float part[TOKENS] = {};
 #pragma unroll

@@ -16,7 +16,7 @@
  *     ----|--------t--------|-----------------|---------t-------|----        t: a threshold (+infinity if none)
  *           below    above      below             below   above
  *
- * A cell with several thresholds (FP4 has three near zero) says so, and its elements count them one by one. The clamp
+ * A cell with several thresholds (FP4 has three near zero) says so, and its elements count on from the first. The clamp
  * to [-1, 1] costs nothing: a threshold of 1 or more becomes +infinity, one below -1 becomes -infinity.
  */
 #include "device.cuh"
@@ -27,41 +27,50 @@
 #define CELLS 65
 #define SLOTS 128  /* a cell's number is seven bits; only a NaN can reach the last slots */
 #define COPIES 16  /* a cell is 8 bytes: one copy per pair of banks */
+#define LONGEST 16
 #define INFINITE __uint_as_float(0x7F800000u)
 
 struct alignas(8) Cell {
     float threshold;
-    u32 codes; /* below | above << 8 | several << 31 */
+    u32 codes; /* below | above << 8 | rank of below << 16 | several << 31 */
+};
+
+struct Tables {
+    Cell cells[SLOTS * COPIES];
+    float thresholds[LONGEST]; /* clamped; infinity after the last */
+    u32 order[LONGEST];
 };
 
 /* 1.5 * 2**23 + 32: adding it rounds to an integer and leaves that in the lowest bits. */
 DEVICE u32 cell_of(float scaled) { return __float_as_uint(__fmaf_rn(scaled, 32.0f, 12582944.0f)) & (SLOTS - 1); }
 
-DEVICE float clamped_threshold(const QuantizeArguments &p, int i) {
-    float t = __ldg(p.thresholds + i);
-    return t >= 1.0f ? INFINITE : t < -1.0f ? -INFINITE : t;
-}
-
-DEVICE Cell make_cell(const QuantizeArguments &p, u32 slot) {
+DEVICE Cell make_cell(const Tables &tables, int length, u32 slot) {
     int rank = 0, inside = 0;
-    float threshold = INFINITE;
-    for (int i = 0; i < p.code_length - 1; i++) {
-        float t = clamped_threshold(p, i);
-        u32 its_cell = cell_of(fminf(fmaxf(t, -1.0f), 1.0f));
+    for (int i = 0; i < length - 1; i++) {
+        u32 its_cell = cell_of(fminf(fmaxf(tables.thresholds[i], -1.0f), 1.0f));
         rank += its_cell < slot;
-        if (its_cell == slot && inside++ == 0) threshold = t;
+        inside += its_cell == slot;
     }
-    if (slot >= CELLS) rank = 0, threshold = INFINITE; /* a NaN is above no threshold */
+    if (slot >= CELLS) rank = 0; /* a NaN is above no threshold */
     Cell cell;
-    cell.threshold = threshold;
-    cell.codes = __ldg(p.order + rank) | (inside ? __ldg(p.order + rank + 1) << 8 : 0) | (inside > 1 ? 1u << 31 : 0);
+    cell.threshold = inside ? tables.thresholds[rank] : INFINITE;
+    cell.codes = tables.order[rank] | tables.order[inside ? rank + 1 : rank] << 8 | rank << 16 | (inside > 1 ? 1u << 31 : 0);
     return cell;
 }
 
-DEVICE u32 counted_code(const QuantizeArguments &p, float scaled) {
-    int rank = 0;
-    while (rank < p.code_length - 1 && scaled > clamped_threshold(p, rank)) rank++;
-    return __ldg(p.order + rank);
+DEVICE void make_tables(const QuantizeArguments &p, Tables &tables) {
+    u32 i = threadIdx.x;
+    if (i < LONGEST) {
+        float t = i < p.code_length - 1 ? __ldg(p.thresholds + i) : INFINITE;
+        tables.thresholds[i] = t >= 1.0f ? INFINITE : t < -1.0f ? -INFINITE : t;
+        tables.order[i] = i < p.code_length ? __ldg(p.order + i) : 0;
+    }
+    __syncthreads();
+    if (i < SLOTS) {
+        Cell cell = make_cell(tables, p.code_length, i);
+        for (int copy = 0; copy < COPIES; copy++) tables.cells[i * COPIES + (copy + i) % COPIES] = cell;
+    }
+    __syncthreads();
 }
 
 /* The 8 elements from `first` on; zeros beyond the end, where only the last threads get to. */
@@ -85,14 +94,19 @@ DEVICE void store_group(const QuantizeArguments &p, i64 first, u32 word) {
     }
 }
 
-DEVICE u32 quantize_group(const QuantizeArguments &p, const Cell *cells, const float (&v)[GROUP], float inverse) {
+DEVICE u32 quantize_group(const Tables &tables, const float (&v)[GROUP], float inverse) {
+    const Cell *cells = tables.cells + threadIdx.x % COPIES;
     u32 word = 0;
 #pragma unroll
     for (int k = 0; k < GROUP; k++) {
         float scaled = __fmul_rn(v[k], inverse);
         Cell cell = cells[cell_of(scaled) * COPIES];
         u32 code = (scaled > cell.threshold ? cell.codes >> 8 : cell.codes) & 15u;
-        if ((int)cell.codes < 0) code = counted_code(p, scaled);
+        if ((int)cell.codes < 0) {
+            u32 rank = cell.codes >> 16 & 15u;
+            while (scaled > tables.thresholds[rank]) rank++;
+            code = tables.order[rank];
+        }
         word |= code << (8 * (k / 2) + (k % 2 ? 0 : 4));
     }
     return word;
@@ -105,13 +119,8 @@ DEVICE u32 largest(const float (&v)[GROUP], u32 most) {
 }
 
 KERNEL(quantize_4bit, THREADS)(QuantizeArguments p) {
-    __shared__ Cell cells[SLOTS * COPIES];
-    if (threadIdx.x < SLOTS) {
-        Cell cell = make_cell(p, threadIdx.x);
-        for (int i = 0; i < COPIES; i++) cells[threadIdx.x * COPIES + (i + threadIdx.x) % COPIES] = cell;
-    }
-    __syncthreads();
-    const Cell *mine = cells + threadIdx.x % COPIES;
+    __shared__ Tables tables;
+    make_tables(p, tables);
     int lane = threadIdx.x % 32, shift = 63 - __clzll(p.blocksize);
     int sharers = (int)(p.blocksize < PIECE ? p.blocksize : PIECE) / GROUP; /* lanes that share a block */
     i64 span = p.blocksize < PIECE ? PIECE : p.blocksize, step = (i64)gridDim.x * (THREADS / 32) * span;
@@ -131,7 +140,7 @@ KERNEL(quantize_4bit, THREADS)(QuantizeArguments p) {
         if (lane % sharers == 0 && at < p.numel) p.absmax[at >> shift] = absmax;
         for (i64 i = 0; i < span; i += PIECE) {
             if (span > PIECE) load_group(p, at + i, v);
-            store_group(p, at + i, quantize_group(p, mine, v, inverse));
+            store_group(p, at + i, quantize_group(tables, v, inverse));
         }
     }
 }

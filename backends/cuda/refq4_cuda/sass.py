@@ -1,0 +1,260 @@
+"""Reading machine code instead of a clock: registers, spills, and what the hot loop costs per weight.
+
+    variant --NVRTC--> cubin --cuobjdump--> SASS --> the loop in which the work is done --> instructions per weight
+
+A GPU is not needed, so a test can hold a kernel's hot loop to the budget in the kernel's header on any machine. What is
+counted is the code as it stands: both sides of a branch, and no stall. It says what a kernel asks of each part of a
+multiprocessor, and so which part it will wait for; it is no measurement.
+
+    python -m refq4_cuda.sass                         the product kernels on sm_90
+    python -m refq4_cuda.sass --arch 80 --all         every kernel of an architecture
+    python -m refq4_cuda.sass --json                  the same as data
+    python -m refq4_cuda.sass --predict               the roofline of docs/cuda-kernels.md (roofline.py)
+
+The columns per weight (and lane: 32 lanes do this for 32 weights at a time):
+
+    instr     issued instructions                 4 a clock and multiprocessor, for 32 lanes each
+    alu       integer and logic ones among them   64 lanes a clock
+    l1        wavefronts of shared memory and L1 for 32 weights: one a clock, 128 bytes at most
+    bytes     read from global memory by the lane: packed weights, scales and x, cached or not
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from .geometry import ARCHITECTURES, Variant, product_variants
+from .launch import all_variants
+from .nvrtc import compile_variant, kernel_directory
+
+__all__ = ["Count", "Instruction", "Resources", "budgets", "count", "disassemble", "hot_loop", "resources"]
+
+_ALU = re.compile(
+    r"(LOP|PLOP|SHF|PRMT|IADD|VIADD|LEA|ISETP|FSETP|SEL|FSEL|[FIV]+MNMX|VIADDMNMX|VABS|P2R|R2P|FMNMX|IABS|BMSK|SGXT)"
+)
+_WIDTH = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+
+class ToolMissingError(RuntimeError):
+    """cuobjdump or nvdisasm is not installed; the message says how to get them."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One machine instruction; ``opcode`` with its suffixes, such as LDG.E.128.CONSTANT."""
+
+    address: int
+    opcode: str
+    operands: str
+
+    @property
+    def name(self) -> str:
+        """The opcode without suffixes."""
+        return self.opcode.split(".")[0]
+
+    @property
+    def width(self) -> int:
+        """Bytes that a memory instruction moves per lane."""
+        return next((_WIDTH[part] for part in self.opcode.split(".") if part in _WIDTH), 4)
+
+    @property
+    def jumps_to(self) -> int | None:
+        """Where a branch goes."""
+        found = re.search(r"0x([0-9a-f]+)", self.operands) if self.name == "BRA" else None
+        return int(found[1], 16) if found else None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says of one kernel."""
+
+    registers: int
+    stack: int
+    spills: int
+
+
+@dataclass(frozen=True)
+class Count:
+    """A kernel's resources and its hot loop, per weight; the latter None for kernels that have no such loop."""
+
+    file: str
+    entry: str
+    defines: tuple[str, ...]
+    arch: int
+    resources: Resources
+    size: int
+    loop: int
+    weights: float
+    instructions: float | None
+    alu: float | None
+    l1: float | None
+    bytes: float | None
+
+
+def count(variant: Variant, arch: int) -> Count:
+    """Compile (or find in the cache), disassemble, find the hot loop, count."""
+    compiled = compile_variant(variant, arch)
+    code = disassemble(compiled.path)[variant.entry]
+    loop, weights = hot_loop(code, variant)
+    per = (lambda n: round(n / weights, 3)) if weights else (lambda n: None)
+    return Count(
+        variant.file, variant.entry, variant.defines, arch, resources(compiled.log)[variant.entry],
+        size=len(code),
+        loop=len(loop),
+        weights=weights,
+        instructions=per(len(loop)),
+        alu=per(sum(bool(_ALU.match(i.opcode)) for i in loop)),
+        l1=per(sum(map(_wavefronts, loop))),
+        bytes=per(sum(i.width for i in loop if i.name in ("LDG", "LDGSTS"))),
+    )  # fmt: skip
+
+
+def resources(log: str) -> dict[str, Resources]:
+    """From ptxas' log (``--ptxas-options=-v``): kernel name to what it uses."""
+    pattern = (
+        r"function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers"
+    )
+    return {
+        name: Resources(int(registers), int(stack), int(stores) + int(loads))
+        for name, stack, stores, loads, registers in re.findall(pattern, log, re.DOTALL)
+    }
+
+
+def budgets(file: str) -> dict[int, tuple[float, float]]:
+    """The budget in a kernel's header: tokens to (instructions, ALU operations) per weight."""
+    text = (kernel_directory() / file).read_text()
+    found = re.findall(r"TOKENS=(\d+)\s+instructions ([\d.]+)\s+alu ([\d.]+)", text)
+    return {int(tokens): (float(instructions), float(alu)) for tokens, instructions, alu in found}
+
+
+# --- from cubin to instructions -------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def disassemble(cubin: Path) -> dict[str, list[Instruction]]:
+    """Kernel name to its instructions in order."""
+    tool, path = _tools()
+    made = subprocess.run(
+        [tool, "-sass", str(cubin)], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
+    )
+    kernels: dict[str, list[Instruction]] = {}
+    for part in re.split(r"Function : ", made.stdout)[1:]:
+        rows = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", part)
+        kernels[part.split()[0]] = [Instruction(int(at, 16), opcode, rest) for at, opcode, rest in rows]
+    return kernels
+
+
+@lru_cache(maxsize=1)
+def _tools() -> tuple[str, str]:
+    """cuobjdump, and a PATH on which it finds nvdisasm: from NVIDIA's wheels, or from an installed toolkit."""
+    wheels = [str(p) for entry in sys.path if entry for p in Path(entry).glob("nvidia/*/bin") if p.is_dir()]
+    path = os.pathsep.join([*wheels, os.environ.get("PATH", "")])
+    tool = shutil.which("cuobjdump", path=path)
+    if tool is None or shutil.which("nvdisasm", path=path) is None:
+        raise ToolMissingError(
+            "reading machine code needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+        )
+    return tool, path
+
+
+# --- the hot loop ---------------------------------------------------------------------------------------------------
+
+
+def hot_loop(code: list[Instruction], variant: Variant) -> tuple[list[Instruction], float]:
+    """The loop that does the work, and how many weights a lane gets through in one pass of it."""
+    work, weights_of_one = _work(code, variant)
+    if not work:
+        return [], 0
+    loops = list(_loops(code))
+    if not loops:
+        return [], 0
+    best = max(loops, key=lambda loop: (sum(map(work.match_opcode, loop)), -len(loop)))
+    return best, sum(map(work.match_opcode, best)) * weights_of_one
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The instruction that a kernel exists to issue."""
+
+    opcode: str
+
+    def match_opcode(self, instruction: Instruction) -> bool:
+        return re.match(self.opcode, instruction.opcode) is not None
+
+
+def _work(code: list[Instruction], variant: Variant) -> tuple[_Work | None, float]:
+    """What counts the weights: an mma's A operand holds 16 x 16 (16 x 8 on Turing) of them, for all lanes together."""
+    tokens = next((int(d.removeprefix("TOKENS=")) for d in variant.defines if d.startswith("TOKENS=")), 1)
+    if variant.file.startswith("gemm"):
+        deep = any(i.opcode.startswith("HMMA.16816") for i in code)
+        return _Work("HMMA"), (8 if deep else 4) / (tokens / 8)
+    if variant.file.startswith("gemv"):
+        return _Work("FFMA"), 1 / tokens
+    if variant.file == "dequantize.cu":
+        return _Work(r"STG\.E\.128"), 4 if "T_FP32" in variant.defines else 8
+    return None, 0
+
+
+def _loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
+    for instruction in code:
+        target = instruction.jumps_to
+        if target is not None and target < instruction.address:
+            yield [i for i in code if target <= i.address <= instruction.address]
+
+
+def _wavefronts(instruction: Instruction) -> int:
+    """Of 32 lanes at best: 128 bytes in one."""
+    if instruction.name not in ("LDS", "STS", "LDG", "STG", "LDGSTS"):
+        return 0
+    return max(1, instruction.width // 4)
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The table at the top of the file."""
+    parser = argparse.ArgumentParser(prog="python -m refq4_cuda.sass", description="What the kernels cost per weight.")
+    parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ARCHITECTURES)
+    parser.add_argument("--all", action="store_true", help="quantising and dequantising too")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--predict", action="store_true", help="the roofline of an H200")
+    chosen = parser.parse_args(arguments)
+    if chosen.predict:
+        from .roofline import show  # which imports this module
+
+        show()
+        return
+    listed = all_variants if chosen.all else product_variants
+    counts = [count(variant, arch) for arch in chosen.arch for variant in listed(arch)]
+    if chosen.json:
+        print(json.dumps([asdict(c) for c in counts], indent=1))
+        return
+    print(
+        f"{'kernel':26}{'macros':44}{'sm':>4}{'regs':>6}{'spill':>6}{'loop':>6}{'instr':>7}{'alu':>7}{'l1':>7}{'bytes':>7}"
+    )
+    for c in counts:
+        print(_row(c))
+
+
+def _row(c: Count) -> str:
+    figures = (c.instructions, c.alu, c.l1, c.bytes)
+    shown = "".join(f"{'-' if figure is None else format(figure, '.2f'):>7}" for figure in figures)
+    spills = c.resources.spills + c.resources.stack
+    named = f"{c.file.removesuffix('.cu'):26}{' '.join(c.defines):44}"
+    return f"{named}{c.arch:4}{c.resources.registers:6}{spills:6}{c.loop:6}{shown}"
+
+
+if __name__ == "__main__":
+    main()
