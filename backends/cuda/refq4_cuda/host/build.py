@@ -28,9 +28,9 @@ __all__ = ["MODES", "HostError", "compile_program", "find_compiler", "kernel_sou
 # mode -> flags of the kernel, the macro by which sanitizers.h knows it
 MODES: dict[str, tuple[tuple[str, ...], str]] = {
     "plain": (("-O1",), ""),
-    "thread": (("-O1", "-g", "-fsanitize=thread"), "-DHOST_THREAD_SANITIZER"),
+    "thread": (("-O1", "-g1", "-fsanitize=thread"), "-DHOST_THREAD_SANITIZER"),
     "address": (
-        ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+        ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
         "-DHOST_ADDRESS_SANITIZER",
     ),
     "debug": (("-O0", "-g3"), ""),
@@ -135,7 +135,7 @@ def _until_exit() -> Path:
 
 def _runtime_objects(mode: str) -> list[Path]:
     compiler, directory = find_compiler(), Path(__file__).parent
-    flags = [*_FLAGS, "-O1", "-g", "-c", "-Iinclude", *filter(None, [MODES[mode][1]])]
+    flags = [*_FLAGS, "-O1", "-g1", "-c", "-Iinclude", *filter(None, [MODES[mode][1]])]
     key = cache_key(*_own_texts(), *compiler, _version(compiler), *flags)
 
     def build_from(source: str, target: Path) -> None:

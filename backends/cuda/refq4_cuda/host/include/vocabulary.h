@@ -1,13 +1,13 @@
 // CUDA's own words, as far as the kernels use them, in C++: what nvcc would know without any #include.
 #pragma once
-#include <math.h>
-#include <string.h>
-
 #include "fibers.h"
 #include "warp.h"
 
 // One block at a time, so one copy; in a section of its own, so that each block can find it full of 0xff.
 #define __shared__ static __attribute__((section("host_shared")))
+
+// The C library's. In C++ <math.h> brings templates that take longer to compile than all of a kernel.
+extern "C" float fmaf(float, float, float), fabsf(float), fminf(float, float), fmaxf(float, float);
 
 // The alignment is the GPU's: UBSan reports the access that breaks it.
 struct alignas(8) uint2 {
@@ -43,13 +43,13 @@ static inline u32 atomicAdd(u32 *p, u32 value) { return __atomic_fetch_add(p, va
 
 static inline float __uint_as_float(u32 bits) {
     float value;
-    memcpy(&value, &bits, 4);
+    __builtin_memcpy(&value, &bits, 4);
     return value;
 }
 
 static inline u32 __float_as_uint(float value) {
     u32 bits;
-    memcpy(&bits, &value, 4);
+    __builtin_memcpy(&bits, &value, 4);
     return bits;
 }
 
