@@ -493,7 +493,9 @@ def test_a_layer_on_the_emulator_is_the_references_and_the_trace_says_who_ran(m,
     torch.testing.assert_close(y, wanted, rtol=0, atol=4 * torch.finfo(dtype).eps * float(wanted.abs().max()))
 
 
-def test_the_emulated_backend_answers_the_quick_catalogue_as_the_reference_does():
+@pytest.mark.parametrize("arch", [75, 80, 90, 100], ids="sm_{}".format)
+def test_the_emulated_backend_answers_the_quick_catalogue_as_the_reference_does(arch, monkeypatch):
+    monkeypatch.setenv(emulated.ARCH_VARIABLE, str(arch))
     report = refq4.testing.verify("cuda-emulator", depth="quick", progress=False)
     assert report.agrees, str(report)
     for check in report.checks:

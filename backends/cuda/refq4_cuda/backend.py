@@ -104,7 +104,7 @@ class PlannedBackend(Backend):
     def gemm_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
         if isinstance(weight, PreparedWeight):
             raise BackendUnsupportedError(f"backend {self.name!r} reads the canonical layout, not {weight.layout!r}")
-        y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+        y = x.new_empty((x.shape[0], weight.shape[0]))
         if x.numel() == 0 or y.numel() == 0:
             return y.zero_() if bias is None else y.copy_(bias)
         processor = self.processor(x.device)
