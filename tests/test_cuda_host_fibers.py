@@ -190,6 +190,29 @@ def test_without_a_compiler_it_says_how_to_get_one(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("array", "said"),
+    [("__shared__ float s[64]", "global-buffer-overflow"), ("DYNAMIC_SHARED(s)", "heap-buffer-overflow")],
+    ids=["static", "dynamic"],
+)
+def test_the_address_sanitizer_knows_the_end_of_a_shared_array(array, said):
+    if (missing := unavailable("address")) is not None:
+        pytest.skip(missing)
+    body = f"{array}; ((float *)s)[tid] = 0; float *volatile at = (float *)s; *(float *)p.out = at[64];"
+    with pytest.raises(HostError, match=said):
+        run_own(body, NOTHING, torch.zeros(4), shared=256, mode="address")
+
+
+def test_a_compiler_that_makes_no_programs_is_named_with_its_first_error(monkeypatch):
+    monkeypatch.setenv("CXX", "g++ --no-such-option")
+    unavailable.cache_clear()
+    said = unavailable("thread")
+    unavailable.cache_clear()
+    assert said is not None
+    assert said.startswith("g++ --no-such-option -O1 -g1 -fsanitize=thread makes no programs here")
+    assert "unrecognized command-line option" in said
+
+
+@pytest.mark.parametrize(
     ("barrier", "races"),
     [("__syncwarp();", False), ("__shfl_sync(0xFFFFFFFFu, tid, 0);", True), ("__syncthreads();", False)],
 )

@@ -47,7 +47,7 @@ def main(words: list[str] | None = None) -> int:
     if not options.all and options.op is None:
         _parser().error("name an op, or ask for --all")
     mode = "debug" if options.gdb else options.sanitize
-    fibers = Fibers(options.arch, options.seed, mode, verbose=not options.all)
+    fibers = Fibers(options.arch, options.seed, mode, multiprocessors=options.multiprocessors, verbose=not options.all)
     with isolated_registry():
         refq4.register_backend(HostBackend(fibers))
         return _sweep(fibers) if options.all else _ask(_case(options), fibers)
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bias", action="store_true", help="add a bias to the product")
     parser.add_argument("--data", type=int, default=0, help="seed of the numbers (0)")
     parser.add_argument("--seed", type=int, default=0, help="schedule: 0 ascending, 1 descending, else random (0)")
+    parser.add_argument("--multiprocessors", type=int, default=132, help="of that GPU: how far K is split (132)")
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=80, help="as which GPU (80)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--sanitize", choices=("thread", "address"), default="plain", help="races; bounds and alignment")

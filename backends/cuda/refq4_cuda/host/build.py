@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from functools import cache, partial
@@ -25,7 +26,7 @@ from ..geometry import Variant
 
 __all__ = ["MODES", "HostError", "compile_program", "find_compiler", "kernel_sources", "unavailable"]
 
-# mode -> flags of the kernel, the macro by which sanitizers.h knows it
+# mode -> flags of the kernel, and the macro by which our headers know it
 MODES: dict[str, tuple[tuple[str, ...], str]] = {
     "plain": (("-O1",), ""),
     "thread": (("-O1", "-g1", "-fsanitize=thread"), "-DHOST_THREAD_SANITIZER"),
@@ -61,7 +62,7 @@ def compile_program(variant: Variant, arch: int, mode: str, sources: Mapping[str
     kept = sources is None  # experiments would only fill the cache
     sources = kernel_sources() if sources is None else sources
     flags = [*_FLAGS, *MODES[mode][0], *(f"-D{define}" for define in variant.defines)]
-    flags += ["-DREFQ4_HOST", f"-D__CUDA_ARCH__={arch}0", f"-DHOST_ENTRY={variant.entry}"]
+    flags += ["-DREFQ4_HOST", f"-D__CUDA_ARCH__={arch}0", f"-DHOST_ENTRY={variant.entry}", *_macro(mode)]
     compiler = find_compiler()
     texts = [part for item in sorted(sources.items()) for part in item]
     key = cache_key(*_own_texts(), *texts, *compiler, _version(compiler), *flags)
@@ -102,6 +103,8 @@ def find_compiler() -> tuple[str, ...]:
 @cache
 def unavailable(mode: str) -> str | None:
     """None if programs of that mode can be built and run here, else one sentence: what is missing, how to get it."""
+    if sys.platform != "linux":
+        return f"the kernels as host C++ need Linux (ELF sections, ucontext), and this is {sys.platform}"
     try:
         compiler = find_compiler()
     except HostError as error:
@@ -109,18 +112,18 @@ def unavailable(mode: str) -> str | None:
     with tempfile.TemporaryDirectory(prefix="refq4-host-") as scratch:
         source, program = Path(scratch) / "empty.cpp", Path(scratch) / "empty"
         source.write_text("int main() { return 0; }\n")
-        command = [*compiler, *MODES[mode][0], "-o", str(program), str(source)]
-        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        flags = MODES[mode][0]
+        built = _run([*compiler, *flags, "-o", str(program), str(source)], Path(scratch))
         if built.returncode:
             return (
-                f"{compiler[0]} can't link programs with {' '.join(MODES[mode][0])}: its sanitizer libraries are "
-                "missing (libtsan, libasan, libubsan: part of g++ on Debian and Ubuntu; elsewhere install them by name)"
+                f"{shlex.join([*compiler, *flags])} makes no programs here ({_first_errors(built.stderr, 1)}); "
+                "sanitizers need libtsan, libasan and libubsan, which are part of g++ on Debian and Ubuntu"
             )
-        ran = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+        ran = _run([str(program)], Path(scratch))
         if ran.returncode:
             return (
-                f"a program with {' '.join(MODES[mode][0])} doesn't start here ({ran.stderr.strip()[:200]}); where the "
-                "message is about memory mappings: sudo sysctl vm.mmap_rnd_bits=28"
+                f"programs with {shlex.join(flags)} don't start here ({ran.stderr.strip()[:200]}); where the message "
+                "is about memory mappings: sudo sysctl vm.mmap_rnd_bits=28"
             )
     return None
 
@@ -135,7 +138,7 @@ def _until_exit() -> Path:
 
 def _runtime_objects(mode: str) -> list[Path]:
     compiler, directory = find_compiler(), Path(__file__).parent
-    flags = [*_FLAGS, "-O1", "-g1", "-c", "-Iinclude", *filter(None, [MODES[mode][1]])]
+    flags = [*_FLAGS, "-O1", "-g1", "-c", "-Iinclude", *_macro(mode)]
     key = cache_key(*_own_texts(), *compiler, _version(compiler), *flags)
 
     def build_from(source: str, target: Path) -> None:
@@ -143,6 +146,10 @@ def _runtime_objects(mode: str) -> list[Path]:
 
     home = cache_directory("cuda-host")
     return [cached(home, f"{Path(name).stem}-{mode}-{key}.o", partial(build_from, name)) for name in _RUNTIME]
+
+
+def _macro(mode: str) -> list[str]:
+    return [MODES[mode][1]] if MODES[mode][1] else []
 
 
 def _write_sources(scratch: Path, sources: Mapping[str, str], main: str) -> None:
@@ -158,16 +165,23 @@ def _write_sources(scratch: Path, sources: Mapping[str, str], main: str) -> None
 
 
 def _compile(command: list[str], directory: Path, variant: Variant | None) -> None:
-    plain = os.environ | {"LC_ALL": "C"}  # "error" in English, in ASCII
-    done = subprocess.run(command, cwd=directory, env=plain, capture_output=True, text=True, check=False)
+    done = _run(command, directory)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
         what = f"{variant.file} ({' '.join(variant.defines)})" if variant else "the fibers"
         raise HostError(
-            f"compiling {what} as host C++ failed:\n  "
-            + "\n  ".join(lines[:8])
-            + f"\nThe command was: {shlex.join(command)}"
+            f"compiling {what} as host C++ failed:\n  {_first_errors(done.stderr, 8)}\n"
+            f"The command was: {shlex.join(command)}"
         )
+
+
+def _run(command: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
+    plain = os.environ | {"LC_ALL": "C"}  # messages in English, in ASCII
+    return subprocess.run(command, cwd=directory, env=plain, capture_output=True, text=True, check=False)
+
+
+def _first_errors(stderr: str, count: int) -> str:
+    lines = [line for line in stderr.splitlines() if "error" in line] or stderr.splitlines()
+    return "\n  ".join(lines[:count])
 
 
 def _own_texts() -> list[str]:
@@ -177,4 +191,4 @@ def _own_texts() -> list[str]:
 
 @cache
 def _version(compiler: tuple[str, ...]) -> str:
-    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    return _run([*compiler, "--version"], Path()).stdout

@@ -89,8 +89,7 @@ void host::reset_shared(u32 dynamic_bytes) {
     static u32 allocated = 0;
     if (!dynamic_shared || allocated != dynamic_bytes) dynamic_shared = allocate(allocated = dynamic_bytes);
     memset(dynamic_shared, 0xff, dynamic_bytes);
-    // not memset: AddressSanitizer would object to its own guard bytes between the variables
-    for (volatile unsigned char *p = __start_host_shared; p < __stop_host_shared; p++) *p = 0xff;
+    if (__start_host_shared) memset(__start_host_shared, 0xff, __stop_host_shared - __start_host_shared);
 }
 
 int main(int count, char **words) {

@@ -3,8 +3,13 @@
 #include "fibers.h"
 #include "warp.h"
 
-// One block at a time, so one copy; in a section of its own, so that each block can find it full of 0xff.
+// One block at a time, so one copy; in a section of its own, so that each block can find it full of 0xff. But not
+// under AddressSanitizer, which knows the ends of a variable only in the usual section.
+#ifdef HOST_ADDRESS_SANITIZER
+#define __shared__ static
+#else
 #define __shared__ static __attribute__((section("host_shared")))
+#endif
 
 // The C library's. In C++ <math.h> brings templates that take longer to compile than all of a kernel.
 extern "C" float fmaf(float, float, float), fabsf(float), fminf(float, float), fmaxf(float, float);
