@@ -125,7 +125,12 @@ REFUSED = {
     "two threads that write one word of a tensor": (
         emulator.RaceError, "which another thread writes too", "st.global.u32 [%at0], %r0;",
     ),
-    "a barrier that half the block takes": (
+    "a word that another block wrote, with no atomics between": (
+        emulator.RaceError, "which block number 1 writes, with no atomic of both between",
+        "mov.u32 %r2, %ctaid.x; setp.eq.s32 %p1, %r2, 1; setp.eq.s32 %p2, %r0, 64; @%p2 st.global.u32 [%at0], %r0;"
+        "@!%p1 ld.global.u32 %r3, [%at0];",
+    ),
+    "a barrier that half of the threads take": (
         emulator.ConvergenceError, "waits with 15 others of its block",
         "setp.lt.s32 %p1, %r0, 16; @!%p1 bra OUT; bar.sync 0;\nOUT:\n",
     ),
@@ -152,8 +157,9 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_it_refuses(what):
     kind, message, body = REFUSED[what]
+    sizes = {"threads": 32 if kind is emulator.AccessError else 64, "blocks": 1 + ("block" in what)}
     with pytest.raises(kind, match=message) as caught:
-        run(body, torch.zeros(32, dtype=torch.int32), threads=64 if kind is not emulator.AccessError else 32)
+        run(body, torch.zeros(32, dtype=torch.int32), **sizes)
     text = str(caught.value)
     assert "kernel hand, PTX line" in text
     assert "block (0, 0, 0), thread" in text

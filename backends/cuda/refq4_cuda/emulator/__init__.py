@@ -101,7 +101,7 @@ def run(ptx: str, launch: Launch, *, seed: int | None = None, checks: bool = Tru
 def _execute(program: Program, launch: Launch, seed: int | None, checks: bool, watcher: Watcher | None) -> list[int]:
     """Run all blocks; how often each instruction was executed, counted per thread."""
     _check_launch(program, launch)
-    memory = GlobalMemory(launch.buffers)
+    memory = GlobalMemory(launch.buffers, int(np.prod(launch.grid)), int(np.prod(launch.block)))
     threads = -(-int(np.prod(launch.block)) // WARP) * WARP
     counts = [0] * len(program.steps)
     with np.errstate(all="ignore"):

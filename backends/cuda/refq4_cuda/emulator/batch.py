@@ -1,7 +1,7 @@
 """Some blocks of a grid, run together: one lane per thread, one row per register.
 
     lane      0 ... 31 | 32 ... 63 | ... |             warps of the first block, then those of the second, ...
-    threads   numbers of the lanes in the whole grid   a block of 48 threads has two warps, the second half empty
+    thread    its number in the block                  a block of 48 threads has two warps, the second half empty
 
 A selection of lanes is a slice where the lanes follow one another (all of them, as a rule), and an index array where
 they do not: a slice costs numpy no copy.
@@ -52,7 +52,7 @@ class Batch:
         self.block, self.warp = self.lanes // self.padded, self.lanes // WARP
         self.existing = self.thread < in_block
         self.live = self.existing.copy()
-        self.threads = (blocks[self.block] * in_block + self.thread).astype(np.int32)
+        memory.numbers = (blocks[self.block] * in_block + self.thread).astype(np.int32)
         self.shared = Shared(len(blocks), self.padded, program.static_shared + shared, program.grain, checks)
         none: list[Any] = [None] * len(program.slots)
         self.rows: tuple[list[np.ndarray], ...] = (none, none.copy(), none.copy())

@@ -62,9 +62,24 @@ class Buffer:
 
 
 class GlobalMemory:
-    """All buffers of a launch."""
+    """All buffers of a launch, and what orders its blocks: their atomics.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    What one block writes, another may read after the first has counted itself in with an atomic, and the second then
+    with another. Blocks that use none may not read what another wrote: nothing says which of them runs first.
+
+    Args:
+        tensors: the buffers.
+        blocks, threads: of the grid, and of a block.
+
+    Attributes:
+        numbers: for each lane of the batch that is running, its thread's number in the grid.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], blocks: int, threads: int) -> None:
+        self.block_size = threads
+        self.numbers = np.zeros(0, np.int32)
+        self.atomic_clock = 0
+        self.last_atomic = np.zeros(blocks, np.int64)
         seen = {(t.data_ptr(), t.numel() * t.element_size()): t for t in tensors if t.numel()}
         self.buffers = [Buffer(seen[key]) for key in sorted(seen)]
         self.bases = [buffer.base for buffer in self.buffers]
@@ -73,21 +88,22 @@ class GlobalMemory:
         """The values at ``address`` (uint64, one per lane): [lanes] for one element, [lanes, count] for a vector."""
         buffer, offset = self._one(address, element * count)
         if buffer is not None:
+            if buffer.writers is not None:
+                self._check_order(buffer, offset, lanes)
             return buffer.view(element, count).take(offset // (element * count), axis=0)
         result = np.empty((len(address), count) if count > 1 else len(address), unsigned[element])
         for buffer, at, offset in self._each(address, lanes, element * count, "reads"):
+            if buffer.writers is not None:
+                self._check_order(buffer, offset, lanes[at])
             result[at] = buffer.view(element, count)[offset // (element * count)]
         return result
 
-    def write(self, address: np.ndarray, lanes: np.ndarray, threads: np.ndarray | None, values: np.ndarray) -> None:
-        """Store ``values`` [lanes] or [lanes, count].
-
-        ``threads`` are the lanes' numbers in the whole grid; None for an atomic, which may meet others.
-        """
+    def write(self, address: np.ndarray, lanes: np.ndarray, values: np.ndarray) -> None:
+        """Store ``values`` [lanes] or [lanes, count]."""
         element, count = values.itemsize, values.shape[1] if values.ndim > 1 else 1
         for buffer, at, offset in self._each(address, lanes, element * count, "writes"):
             first = offset - (buffer.base - buffer.start)
-            clash = None if threads is None else buffer.record(first, element * count, threads[at])
+            clash = buffer.record(first, element * count, self.numbers[lanes[at]])
             if clash is not None:
                 raise Fault(
                     RaceError,
@@ -96,6 +112,40 @@ class GlobalMemory:
                     "look for two blocks or lanes that own the same output, or a missing tail mask",
                 )
             buffer.view(element, count)[offset // (element * count)] = values[at]
+
+    def add(self, address: np.ndarray, lane: np.ndarray, value: np.ndarray) -> np.ndarray:
+        """An atomic addition of one lane to a uint32; what was there before."""
+        ((buffer, _, offset),) = self._each(address, lane, 4, "adds to")
+        word = buffer.view(4, 1)
+        before: np.ndarray = word[offset // 4]
+        word[offset // 4] = before + value
+        self.atomic_clock += 1
+        self.last_atomic[self.numbers[lane] // self.block_size] = self.atomic_clock
+        return before
+
+    def place(self, address: int) -> str | None:
+        """An address inside a buffer as ``uint8 [128] + 20``, else None."""
+        k = bisect_right(self.bases, address) - 1
+        inside = k >= 0 and address - self.bases[k] < self.buffers[k].nbytes
+        return f"{self.buffers[k].what} + {address - self.bases[k]}" if inside else None
+
+    def _check_order(self, buffer: Buffer, offset: np.ndarray, lanes: np.ndarray) -> None:
+        """Raise if another block wrote here and no atomics stand between."""
+        assert buffer.writers is not None
+        first = offset - (buffer.base - buffer.start)
+        writer = buffer.writers[first]
+        theirs, ours = writer // self.block_size, self.numbers[lanes] // self.block_size
+        counted_in = self.last_atomic[theirs]
+        ordered = (counted_in > 0) & (counted_in < self.last_atomic[ours])
+        wrong = (writer != NOBODY) & (theirs != ours) & ~ordered
+        if wrong.any():
+            raise Fault(
+                RaceError,
+                lanes[wrong],
+                f"reads byte {int(first[wrong][0])} of {buffer.what}, which block number {int(theirs[wrong][0])} "
+                "writes, with no atomic of both between",
+                "look at the counter that says whose sums are complete",
+            )
 
     def _one(self, address: np.ndarray, size: int) -> tuple[Buffer | None, np.ndarray]:
         """The usual case, quickly: all lanes in one buffer, in bounds, aligned. The offset is from the view's start."""

@@ -5,8 +5,8 @@
      PTX  instruction                       reads                       writes
      31   ld.shared.u32 %r7, [%r6+64]       %r6 = 128                   %r7 = 0x3f803f80 = (1, 1)
 
-Values show as the instruction sees them: as floating point where its type is f32, else as an integer; for a warp, the
-32 values in brackets, or one if they agree.
+Values show as the instruction sees them: as floating point where its type is f32, else as an integer; an address as
+tensor + bytes; for a warp, the 32 values in brackets, or one if they agree.
 """
 
 from __future__ import annotations
@@ -178,4 +178,6 @@ def _show(m: Batch, slot: int, lane: int, floating: bool) -> str:
     if floating and width == 4:
         return f"{m.rows[FLOAT][slot][lane]:.6g}"
     signed = int(m.rows[SIGNED][slot][lane])
+    if width == 8 and (place := m.memory.place(signed)) is not None:
+        return place
     return str(signed) if abs(signed) < 1 << 16 else f"{int(m.rows[UNSIGNED][slot][lane]):#x}"

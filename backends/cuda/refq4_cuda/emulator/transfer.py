@@ -126,8 +126,7 @@ def _write(m: Batch, s: Any, space: str, address: np.ndarray, values: np.ndarray
     if space == "shared":
         m.shared.write(address.view(np.int64), s, values)
     else:
-        lanes = m.lanes[s]
-        m.memory.write(address, lanes, m.threads[lanes], values)
+        m.memory.write(address, m.lanes[s], values)
 
 
 # An address of unknown space ("ld.f32") is taken as global: nothing here makes generic addresses of shared memory.
@@ -155,9 +154,8 @@ def _atomic_add(decoder: Decoder, instruction: Instruction) -> Step:
         address, lanes = _address(m, s, base, width, offset), m.lanes[s]
         found = np.empty(len(lanes), np.uint32)
         for i in range(len(lanes)):
-            one, lane = address[i : i + 1], lanes[i : i + 1]
-            found[i] = m.memory.read(one, lane, 4, 1)[0]
-            m.memory.write(one, lane, None, found[i : i + 1] + m.rows[UNSIGNED][addend][lane])
+            lane = lanes[i : i + 1]
+            found[i] = m.memory.add(address[i : i + 1], lane, m.rows[UNSIGNED][addend][lane])[0]
         m.rows[UNSIGNED][to][s] = found
 
     return step
