@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
 from ptx import kernel, run
 from refq4_cuda import emulator
-from refq4_cuda.emulator import program
+from refq4_cuda.emulator import decode
 from refq4_cuda.emulator.parse import parse
 from refq4_cuda.launch import Launch
 
@@ -94,6 +94,10 @@ REFUSED = {
         emulator.UninitialisedError, "reads register %r2, which it has not written",
         "setp.lt.s32 %p1, %r0, 16; @%p1 mov.u32 %r2, 5; add.s32 %r3, %r2, 1;",
     ),
+    "a predicate that one branch did not set": (
+        emulator.UninitialisedError, "reads register %p2, which it has not written",
+        "setp.lt.s32 %p1, %r0, 16; @%p1 setp.eq.s32 %p2, %r0, 3; @%p2 bra OUT;\nOUT:\n",
+    ),
     "a copy that was not waited for": (
         emulator.UninitialisedError, "which cp.async is still filling",
         TO_ROOM + "cvt.u32.u64 %r3, %rd1; setp.eq.s32 %p1, %r0, 0; @%p1 cp.async.cg.shared.global [%r3], [%at0], 16; "
@@ -166,6 +170,15 @@ def test_it_refuses(what):
     assert "ook" in text.splitlines()[-1], "the last line says what to look at"
 
 
+def test_without_checks_it_lets_races_pass_but_not_accesses_outside():
+    race, outside = (
+        REFUSED[what][2] for what in ("a neighbour's word read with no barrier", "a read past the end of a tensor")
+    )
+    emulator.run(*kernel(race, torch.zeros(32, dtype=torch.int32)), checks=False)
+    with pytest.raises(emulator.AccessError):
+        emulator.run(*kernel(outside, torch.zeros(32, dtype=torch.int32)), checks=False)
+
+
 def test_a_loop_without_an_end_is_stopped(monkeypatch):
     monkeypatch.setattr("refq4_cuda.emulator.schedule.LIMIT", 100)
     with pytest.raises(emulator.RunawayError, match="is still running"):
@@ -196,10 +209,10 @@ def test_a_launch_that_does_not_fit_the_kernel_is_refused():
 
 def test_a_kernel_is_prepared_once_per_text():
     text, launch = kernel("add.s32 %r2, %r0, 1;")
-    program.prepare.cache_clear()
+    decode.prepare.cache_clear()
     emulator.run(text, launch)
     emulator.run(text, launch)
-    assert program.prepare.cache_info()[:2] == (1, 1)
+    assert decode.prepare.cache_info()[:2] == (1, 1)
 
 
 # --- the trace --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ It is no model of a GPU: it knows neither caches nor time. It executes the PTX t
 and fragment layouts are exactly those that a device gets; the arguments are the bytes that a device gets, and the
 addresses in them are those of CPU tensors. ``docs/cuda-without-a-gpu.md`` says what it finds and what it can't.
 
-    parse.py -> flow.py -> program.py     text, control flow, one Python function per instruction
+    parse.py -> flow.py -> decode.py      text, control flow, one Python function per instruction (program.py)
     semantics, integer, floating.py       what an instruction computes
     transfer.py, warp.py                  loads, stores, cp.async; barriers, shuffles, mma
     memory.py, shared.py                  the two memories and their checks
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .batch import WARP, Batch
+from .decode import prepare
 from .errors import (
     AccessError,
     ConvergenceError,
@@ -34,7 +35,7 @@ from .errors import (
     UnknownInstructionError,
 )
 from .memory import GlobalMemory
-from .program import Program, prepare
+from .program import Program
 from .schedule import Scheduler, Watcher, batches
 from .tracing import ThreadTrace, trace
 

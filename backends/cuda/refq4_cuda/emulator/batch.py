@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .errors import Fault, UninitialisedError
 from .memory import GlobalMemory, unsigned
 from .program import Program
 from .shared import Shared
@@ -63,6 +64,17 @@ class Batch:
         """Sorted lanes as a slice where they follow one another, else as they are."""
         first, last = int(index[0]), int(index[-1])
         return slice(first, last + 1) if last - first + 1 == len(index) else index
+
+    def require_written(self, slot: int, s: Any) -> None:
+        """Raise if a lane is about to read a register that it has not written."""
+        known = self.written[slot][s]
+        if self.checks and not known.all():
+            raise Fault(
+                UninitialisedError,
+                self.lanes[s][~known],
+                f"reads register {self.program.watched[slot]}, which it has not written",
+                "look for a variable that only one branch sets",
+            )
 
     def where(self, lane: int) -> tuple[tuple[int, int, int], int]:
         """The block (x, y, z) and the thread of a lane."""

@@ -113,6 +113,8 @@ class Scheduler:
         taken, staying = lanes, lanes[:0]
         if pc in self.program.guards:
             slot, negated = self.program.guards[pc]
+            if slot in self.program.watched:
+                self.m.require_written(slot, s)
             holds = self.m.rows[UNSIGNED][slot][s] ^ negated
             taken, staying = (lanes, staying) if holds.all() else (lanes[holds], lanes[~holds])
         if len(staying):

@@ -20,9 +20,10 @@ import numpy as np
 from refq4.trace import Shown
 
 from .batch import WARP, Batch
+from .decode import prepare
 from .flow import read_registers, written_registers
 from .parse import Address, Instruction, Vector
-from .program import FLOAT, SIGNED, UNSIGNED, prepare
+from .program import FLOAT, SIGNED, UNSIGNED
 from .semantics import PURE
 
 if TYPE_CHECKING:

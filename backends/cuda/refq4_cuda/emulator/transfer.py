@@ -10,11 +10,12 @@ import numpy as np
 from .errors import AccessError, Fault
 from .memory import unsigned
 from .parse import Instruction, Operand, Vector
-from .program import UNSIGNED, Decoder, Step
+from .program import UNSIGNED, Step
 from .semantics import dtype_of
 
 if TYPE_CHECKING:
     from .batch import Batch
+    from .decode import Decoder
 
 __all__ = ["TRANSFER", "Transfer", "split_or_join"]
 

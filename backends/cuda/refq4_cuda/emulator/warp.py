@@ -31,10 +31,11 @@ from .batch import WARP
 from .errors import ConvergenceError, Fault
 from .floating import canonical, from_bfloat
 from .parse import Instruction, Operand, Vector
-from .program import FLOAT, UNSIGNED, Decoder, Step
+from .program import FLOAT, UNSIGNED, Step
 
 if TYPE_CHECKING:
     from .batch import Batch
+    from .decode import Decoder
 
 __all__ = ["COMPANY", "Company"]
 
