@@ -6,6 +6,7 @@ there), and launches go through cuda-python to ``fake_cuda.c``, a driver that wr
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -75,6 +76,17 @@ def test_importing_listing_and_a_call_on_the_cpu_touch_no_cuda():
     assert {"cuda", "cuda-emulator"} <= set(names)
     assert (modules, libraries, initialised) == ([], [], False)
     assert "gemv_4bit" in trace
+
+
+def test_only_one_file_opens_the_door_to_cuda():
+    package = Path(emulated.__file__).parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not any(name.split(".")[0] == "cuda" for name in names), f"{path.name} imports {names}"
+    dynamic = [path.name for path in package.rglob("*.py") if "import_module(" in path.read_text()]
+    assert dynamic == ["bindings.py"]
 
 
 def test_auto_never_takes_the_emulator_and_lists_it_last():
@@ -371,7 +383,6 @@ LAUNCH = """
 import json, torch
 torch._C._cuda_getCurrentRawStream = lambda index: 0x55
 torch.cuda.is_current_stream_capturing = lambda: False
-from dataclasses import replace
 from refq4.backend import PackedWeight
 from refq4.codebooks import get_codebook
 from refq4_cuda import bindings, driver, launch
@@ -392,8 +403,8 @@ def launched(fake_driver: Path, tmp_path: Path, code: str, **environment: str) -
 def test_a_launch_is_the_plan_on_torchs_stream_in_the_devices_context(fake_driver, tmp_path):
     code = """
 gpu.run([plan, plan])
-gpu.run([replace(plan, shared=100 << 10)])
-gpu.run([replace(plan, shared=90 << 10)])
+gpu.run([plan._replace(shared=100 << 10)])
+gpu.run([plan._replace(shared=90 << 10)])
 print(json.dumps([plan.arguments.hex(), plan.grid, plan.block, gpu.arch, gpu.multiprocessors]))
 """
     log, out = launched(fake_driver, tmp_path, code)

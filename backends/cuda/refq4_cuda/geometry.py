@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 __all__ = ["ARCHITECTURES", "CROSS_OVER", "RUNGS", "THREADS", "Shape", "Variant", "plan", "product_variants"]
 
@@ -25,8 +26,7 @@ RUNGS = ("ring", "tensor_core", "vectorised", "naive")
 CROSS_OVER = {"ring": 128, "tensor_core": 128, "vectorised": 16, "naive": 16}
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):  # a NamedTuple is made and hashed in a fraction of a dataclass's time; each call needs both
     """One compilation: a file in ``kernels/``, the kernel's name in it, and the macros, sorted."""
 
     file: str
@@ -34,8 +34,7 @@ class Variant:
     defines: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What decides how a product is served. ``dtype`` is "FP32", "FP16" or "BF16"; ``nested`` a blocksize or 0."""
 
     dtype: str

@@ -8,7 +8,7 @@ machine, from tensors on any device. The emulator is fed the same bytes as a GPU
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ _pack_dequantize = packer(DequantizeArguments)
 _pack_product = packer(ProductArguments)
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(NamedTuple):
     """One kernel launch.
 
     Attributes:

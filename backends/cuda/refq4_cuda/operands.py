@@ -62,7 +62,7 @@ def workspace(device: torch.device, sums: int, tiles: int) -> tuple[Tensor, Tens
     if torch.cuda.is_current_stream_capturing():
         return _new_workspace(device, sums, tiles)
     index = torch.cuda.current_device() if device.index is None else device.index
-    key = (index, torch.cuda.current_stream(index).cuda_stream)
+    key = (index, torch._C._cuda_getCurrentRawStream(index))
     known = _workspaces.get(key)
     if known is None or known[0].numel() < sums or known[1].numel() < tiles:
         _workspaces[key] = known = _new_workspace(device, 2 * sums, max(2 * tiles, 1024))
