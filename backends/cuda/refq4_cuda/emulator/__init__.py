@@ -11,8 +11,8 @@ addresses in them are those of CPU tensors. ``docs/cuda-without-a-gpu.md`` says 
     semantics, integer, floating.py       what an instruction computes
     transfer.py, warp.py                  loads, stores, cp.async; barriers, shuffles, mma
     memory.py, shared.py                  the two memories and their checks
-    tracing.py                            what one thread did
     batch.py, schedule.py                 the lanes of some blocks, and who runs next
+    tracing.py                            what one thread did
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ __all__ = [
     "LaunchError",
     "RaceError",
     "Report",
-    "ThreadTrace",
     "RunawayError",
+    "ThreadTrace",
     "UninitialisedError",
     "UnknownInstructionError",
     "run",

@@ -10,7 +10,7 @@ import numpy as np
 from .errors import AccessError, Fault
 from .memory import unsigned
 from .parse import Instruction, Operand, Vector
-from .program import UNSIGNED, Step
+from .program import SIGNED, UNSIGNED, Step
 from .semantics import dtype_of
 
 if TYPE_CHECKING:
@@ -68,25 +68,16 @@ def _load(space: str) -> Callable[[Decoder, Instruction], Step]:
         base, width, offset = decoder.address(instruction.operands[1], instruction)
         names = _registers(instruction.operands[0])
         targets = [decoder.target(name, kind, instruction) for name in names]
-        signed = kind[0] == "s"
+        bank, form = (SIGNED, f"i{size}") if kind[0] == "s" else (UNSIGNED, f"u{size}")  # extended by the sign, or by 0
 
         def step(m: Batch, s: Any) -> None:
-            values = _read(m, s, space, _address(m, s, base, width, offset), size, count)
-            if count == 1:
-                bank, slot = targets[0]
-                m.rows[bank][slot][s] = values.view(f"i{size}") if signed else _as(values, m.rows[bank][slot])
-                return
+            values = _read(m, s, space, _address(m, s, base, width, offset), size, count).view(form)
             for i, (_, slot) in enumerate(targets):
-                m.rows[UNSIGNED][slot][s] = values[:, i]
+                m.rows[bank][slot][s] = values if count == 1 else values[:, i]
 
         return step
 
     return decode
-
-
-def _as(values: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Bits as the row's float type, where it is one."""
-    return values.view(row.dtype) if row.dtype.kind == "f" else values
 
 
 def _store(space: str) -> Callable[[Decoder, Instruction], Step]:
@@ -182,13 +173,13 @@ def _copy(decoder: Decoder, instruction: Instruction) -> Step:
     given = decoder.source(instruction.operands[3], "u32", instruction) if len(instruction.operands) > 3 else None
 
     def step(m: Batch, s: Any) -> None:
-        to, lanes = _address(m, s, *target).view(np.int64), m.lanes[s]
+        to, start, lanes = _address(m, s, *target).view(np.int64), _address(m, s, *source), m.lanes[s]
         read = np.full(len(lanes), size) if given is None else np.minimum(m.rows[UNSIGNED][given[1]][s], size)
         data = np.zeros((len(lanes), size), np.uint8)
         for length in np.unique(read):
             if length:
                 some = read == length
-                data[some, :length] = _bytes(m, lanes[some], _address(m, s, *source)[some], size, int(length))
+                data[some, :length] = _bytes(m, lanes[some], start[some], size, int(length))
         m.shared.copy(to, s, data)
 
     return step
@@ -227,6 +218,8 @@ def split_or_join(decoder: Decoder, instruction: Instruction) -> Step:
     bits = int(whole_kind[1:])
     half_kind, half = f"u{bits // 2}", unsigned[bits // 16]
     target, source = instruction.operands
+    if any(isinstance(operand, Vector) and len(operand.parts) != 2 for operand in (target, source)):
+        raise decoder.unknown(instruction, "with other than two parts")
     if isinstance(source, Vector):
         _, slot = decoder.target(target, whole_kind, instruction)
         low, high = (decoder.source(part, half_kind, instruction)[1] for part in source.parts)
@@ -238,8 +231,7 @@ def split_or_join(decoder: Decoder, instruction: Instruction) -> Step:
 
         return join
     slot = decoder.source(source, whole_kind, instruction)[1]
-    parts = target.parts if isinstance(target, Vector) else ()
-    low_name, high_name = parts
+    low_name, high_name = target.parts if isinstance(target, Vector) else ("_", "_")
 
     def split(m: Batch, s: Any) -> None:
         u = m.rows[UNSIGNED]

@@ -115,9 +115,7 @@ def _barrier(decoder: Decoder, instruction: Instruction) -> Step:
 
 
 def _warp_sync(decoder: Decoder, instruction: Instruction) -> Step:
-    if decoder.source(str(instruction.operands[0]), "u32", instruction) and instruction.operands[0] not in (
-        "-1", "0xffffffff", "4294967295",
-    ):  # fmt: skip
+    if decoder.integer(str(instruction.operands[0])) & _ALL != _ALL:
         raise decoder.unknown(instruction, "__syncwarp() with a mask")
     return lambda m, s: m.shared.warp_sync(s)
 
