@@ -110,8 +110,12 @@ def test_info_tells_each_backend_and_why_it_is_or_isnt_available(capsys):
         assert word in text
     assert cli.main(["info", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
-    assert info["backends"][-1]["name"] == "reference"
-    assert info["backends"][-1]["available"] is True
+    backends = {backend["name"]: backend for backend in info["backends"]}
+    assert backends["reference"]["available"] is True
+    for name in ("cuda", "cuda-emulator"):  # available or not, listed; and if not, with a sentence
+        assert backends[name]["available"] is (backends[name]["reason"] is None)
+        assert backends[name]["reason"] is None or ": " in backends[name]["reason"]
+    assert list(backends)[-1] == "cuda-emulator", "auto never takes it: after the reference"
 
 
 def test_info_works_with_a_wrong_environment_variable():
