@@ -126,7 +126,15 @@ def ops(backend: Backend, rounds: int, n: int = 4096, k: int = 4096) -> dict[str
             "refq4": partial(_ignore, partial(backend.dequantize_4bit, weight, dtype)),
             "clone of it": partial(_ignore, A.to(dtype).clone),
         }
-        out[f"dequantise to {str(dtype).removeprefix('torch.')}"] = interleaved(dequantise, rounds)
+        name = f"dequantise to {str(dtype).removeprefix('torch.')}"
+        out[name] = interleaved(dequantise, rounds)
+        if (into := getattr(backend, "dequantize_into", None)) is not None:
+            here = A.to(dtype)
+            in_place: dict[str, Run] = {
+                "refq4": partial(_ignore, partial(into, weight, here)),
+                "copy of it": partial(_ignore, partial(here.clone().copy_, here)),
+            }
+            out[f"{name}, into memory at hand"] = interleaved(in_place, rounds)
     if backend.prepare_weight(weight) is not None:
         rearrange: dict[str, Run] = {"refq4": lambda _: backend.prepare_weight(weight)}
         out["rearrange"] = interleaved(rearrange | peer_rearranger(A), rounds)

@@ -84,8 +84,8 @@ class CpuBackend(Backend):
         tier = self.library().tier
         if call.op in ("gemv_4bit", "gemm_4bit"):
             return self._kernel_for(call.dtype, call.m, call.k, call.blocksize, call.layout).name
-        wide = call.op in ("quantize_4bit", "dequantize_4bit") and tier.startswith("avx512")
-        return f"{call.op.partition('_')[0]}_{'2_avx512' if wide else '1_scalar'}"
+        rung = {"avx512_bf16": "2_avx512", "avx512": "2_avx512", "avx2": "2_avx2"}.get(tier, "1_scalar")
+        return f"{call.op.partition('_')[0]}_{rung if call.op in ('quantize_4bit', 'dequantize_4bit') else '1_scalar'}"
 
     def info(self) -> dict[str, Any]:
         library = self.library()
@@ -150,14 +150,18 @@ class CpuBackend(Backend):
         pad = code.zero_code() if packs and A.numel() % 2 else 0
         self.library().functions.refq4_quantize(
             A.data_ptr(), DTYPES[A.dtype], A.numel(), blocksize, thresholds.data_ptr(), order.data_ptr(),
-            order.numel(), pad, absmax.data_ptr(), out.data_ptr(), packs, 0, torch.get_num_threads(),
+            order.numel(), pad, absmax.data_ptr(), out.data_ptr(), packs, torch.get_num_threads(),
         )  # fmt: skip
         return absmax
 
     def dequantize_4bit(self, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
         out = torch.empty(weight.shape, dtype=dtype)
-        self._dequantize(weight.packed, 4, weight.code, weight.blocksize, weight.absmax, weight.nested, out)
+        self.dequantize_into(weight, out)
         return out
+
+    def dequantize_into(self, weight: PackedWeight, out: Tensor) -> None:
+        """``dequantize_4bit`` into contiguous memory at hand: the system zeroes each fresh page, which takes longer."""
+        self._dequantize(weight.packed, 4, weight.code, weight.blocksize, weight.absmax, weight.nested, out)
 
     def dequantize_blockwise(
         self, q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
@@ -172,7 +176,7 @@ class CpuBackend(Backend):
         codes, code, absmax = codes.contiguous(), code.contiguous(), absmax.contiguous()
         self.library().functions.refq4_dequantize(
             codes.data_ptr(), bits, out.numel(), code.data_ptr(), blocksize, *_scale_pointers(absmax, nested),
-            out.data_ptr(), DTYPES[out.dtype], 0, torch.get_num_threads(),
+            out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads(),
         )  # fmt: skip
 
     # --- products ---------------------------------------------------------------------------------------------
@@ -321,8 +325,8 @@ def _declare(library: build.Library) -> None:
     f.refq4_product.argtypes = [c_int, *[pointer] * 3, c_int, *[c_int64] * 3, *[pointer] * 3, c_int64, *scales, c_int]
     f.refq4_product.restype = c_int
     f.refq4_quantize.argtypes = [pointer, c_int, c_int64, c_int64, pointer, pointer, c_int, c_int, pointer, pointer,
-                                 c_int, c_int, c_int]  # fmt: skip
-    f.refq4_dequantize.argtypes = [pointer, c_int, c_int64, pointer, c_int64, *scales, pointer, c_int, c_int, c_int]
+                                 c_int, c_int]  # fmt: skip
+    f.refq4_dequantize.argtypes = [pointer, c_int, c_int64, pointer, c_int64, *scales, pointer, c_int, c_int]
     f.refq4_tile.argtypes = [pointer, *[c_int64] * 3, *scales, pointer, c_int]
     f.refq4_untile.argtypes = [pointer, *[c_int64] * 3, pointer, pointer, c_int]
     f.refq4_limit.argtypes = [c_int, pointer, c_int64, c_int]

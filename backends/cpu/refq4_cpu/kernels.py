@@ -54,10 +54,13 @@ PRODUCT_KERNELS = (
     ProductKernel("gemv_4bit_1_scalar", 0, 0, reads_tiles=False, any_shape=True),
     ProductKernel("gemm_4bit_1_scalar", 1, 0, reads_tiles=False, any_shape=True),
     ProductKernel("gemm_4bit_2_avx2", 2, 1),
-    ProductKernel("gemm_4bit_3_avx512", 3, 2),
-    ProductKernel("gemv_4bit_2_avx512", 4, 2, reads_tiles=False, one_token=True),
-    ProductKernel("gemm_4bit_4_avx512_bf16", 5, 3, dtypes=_BF16),
-    ProductKernel("gemv_4bit_3_avx512_bf16", 6, 3, dtypes=_BF16, reads_tiles=False, one_token=True),
+    ProductKernel("gemm_4bit_3_avx2_bytes", 3, 1, dtypes=_BF16),
+    ProductKernel("gemm_4bit_4_avx2_blocked", 4, 1),
+    ProductKernel("gemv_4bit_2_avx2", 5, 1, dtypes=_BF16, reads_tiles=False, one_token=True),
+    ProductKernel("gemm_4bit_3_avx512", 6, 2),
+    ProductKernel("gemv_4bit_2_avx512", 7, 2, reads_tiles=False, one_token=True),
+    ProductKernel("gemm_4bit_4_avx512_bf16", 8, 3, dtypes=_BF16),
+    ProductKernel("gemv_4bit_3_avx512_bf16", 9, 3, dtypes=_BF16, reads_tiles=False, one_token=True),
 )
 
 
@@ -85,8 +88,8 @@ def forced() -> ProductKernel | None:
 def candidates(tier: int, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str) -> tuple[ProductKernel, ...]:
     """The kernels worth timing for a call, the one expected to be fastest first.
 
-    A rung for older processors is no candidate where a newer one can serve, with one exception that is measured and
-    not assumed: fp32 multiply-adds against vdpbf16ps, which of the two is faster depends on the processor.
+    A rung for older processors is no candidate where a newer one can serve. Between the rungs of AVX2 (decode in
+    registers, or once for all tokens), and between fp32 multiply-adds and vdpbf16ps, the processor decides.
     """
     able = [kn for kn in PRODUCT_KERNELS if kn.refuses(tier, dtype, m, k, blocksize, layout) is None]
     # The last ones are the newest; among equals the one-token kernel, which needs no rearranging, goes first.

@@ -20,6 +20,9 @@
 #if REFQ4_TIER >= 2
 #include "tiles_2_avx512.h"
 #define MAKE_TILES tile_panel_avx512
+#elif REFQ4_TIER >= 1
+#include "tiles_2_avx2.h"
+#define MAKE_TILES tile_panel_avx2
 #else
 #define MAKE_TILES tile_panel
 #endif
@@ -34,8 +37,11 @@ enum { PART_GROUPS_FP32 = 4, PART_GROUPS_BF16 = 8 };
 typedef void (*TileKernel)(const void *x_tile, const uint8_t *tiles, int64_t stride, int64_t blocks, int64_t groups,
                            const void *table, float *sums);
 
+/* How a kernel wants x: see pack_tile. */
+enum x_order { ONE_FP32 = 0, BF16_PAIRS, FP32_PAIRS };
+
 typedef struct {
-    int bf16_pairs;                          /* x packed as pairs of bf16 (vdpbf16ps), else as fp32 */
+    enum x_order x_order;
     TileKernel kernel[MAX_TOKENS + 1][3];    /* [MT][log2 NP]; NULL where there is none */
     float (*make_table)(const float *code, void *table); /* 64 bytes; returns what sums are to be multiplied by */
 } Engine;
@@ -53,15 +59,17 @@ typedef struct {
 static inline int64_t tile_start(const Plan *plan, int64_t tile) { return plan->p->M * tile / plan->token_tiles; }
 
 static inline int64_t x_bytes(const Plan *plan, int64_t tokens) {
-    return tokens * plan->p->K * (plan->engine->bf16_pairs ? 2 : 4);
+    return tokens * plan->p->K * (plan->engine->x_order == BF16_PAIRS ? 2 : 4);
 }
 
 /* One tile of x in the order the micro-kernel eats it: the MT tokens' values for one step side by side.
  *
- *     fp32   [K/8 groups][8 shifts][MT]    value of k = 8g + {1 0 3 2 5 4 7 6}[shift]: the order in which shifting a
- *                                          tile's dword by 4*shift brings the codes down (tiles.h)
- *     bf16   [K/8 groups][4 shifts][MT]    pairs k = 8g + {1 0 3 2}[shift] (low half) and that + 4 (high half): the
- *                                          lower and the upper word of the dword, shifted together
+ *     ONE_FP32     [K/8 groups][8 shifts][MT]   value of k = 8g + {1 0 3 2 5 4 7 6}[shift]: the order in which shifting
+ *                                               a tile's dword by 4*shift brings the codes down (tiles.h)
+ *     BF16_PAIRS   [K/8 groups][4 shifts][MT]   pairs k = 8g + {1 0 3 2}[shift] (low half) and that + 4 (high half):
+ *                                               the lower and the upper word of the dword, shifted together
+ *     FP32_PAIRS   [K/8 groups][4 steps][MT]    pairs k = 8g + {0 2 1 3}[step] and that + 4: bytes 0 and 2, then 1 and
+ *                                               3 of the dword, first their high, then their low nibbles
  */
 static void pack_tile(void *context, int64_t tile, int thread) {
     (void)thread;
@@ -70,11 +78,18 @@ static void pack_tile(void *context, int64_t tile, int thread) {
     int64_t first = tile_start(plan, tile), mt = tile_start(plan, tile + 1) - first;
     uint8_t *out = plan->x_tiles + x_bytes(plan, first);
     for (int64_t m = 0; m < mt; m++) {
-        if (plan->engine->bf16_pairs) {
+        if (plan->engine->x_order == BF16_PAIRS) {
             const uint16_t *x = (const uint16_t *)p->x + (first + m) * p->K;
             uint32_t *o = (uint32_t *)out + m;
             for (int64_t k = 0; k < p->K; k += 8)
                 for (int s = 0; s < 4; s++, o += mt) *o = x[k + (s ^ 1)] | (uint32_t)x[k + (s ^ 1) + 4] << 16;
+        } else if (plan->engine->x_order == FP32_PAIRS) {
+            static const int step_k[4] = {0, 2, 1, 3};
+            float *o = (float *)out + 2 * m;
+            for (int64_t k = 0; k < p->K; k += 8)
+                for (int s = 0; s < 4; s++, o += 2 * mt)
+                    for (int half = 0; half < 2; half++)
+                        o[half] = load_as_fp32(p->x, p->dtype, (first + m) * p->K + k + step_k[s] + 4 * half);
         } else {
             float *o = (float *)out + m;
             for (int64_t k = 0; k < p->K; k += 8)
@@ -83,19 +98,16 @@ static void pack_tile(void *context, int64_t tile, int thread) {
     }
 }
 
-static void write_tile(const Plan *plan, const float *sums, int64_t m0, int64_t mt, int64_t n0, int64_t count) {
-    const Product *p = plan->p;
-    for (int64_t m = 0; m < mt; m++) {
-        const float *row = sums + m * PANEL * MAX_PANELS;
-        float out[PANEL * MAX_PANELS];
-        for (int64_t i = 0; i < count; i++) out[i] = row[i] * plan->undo_scale;
-        if (p->bias)
-            for (int64_t i = 0; i < count; i++) out[i] += load_as_fp32(p->bias, p->dtype, n0 + i);
-        int64_t at = (m0 + m) * p->N + n0;
-        if (p->dtype == FP32) memcpy((float *)p->y + at, out, (size_t)count * 4);
-        else if (p->dtype == BF16) for (int64_t i = 0; i < count; i++) ((uint16_t *)p->y)[at + i] = fp32_to_bf16(out[i]);
-        else for (int64_t i = 0; i < count; i++) ((uint16_t *)p->y)[at + i] = fp32_to_fp16(out[i]);
-    }
+/* count <= 64 outputs of token m from n on: sums times a factor, plus bias, rounded once. */
+static void write_outputs(const Product *p, const float *sums, float factor, int64_t m, int64_t n, int64_t count) {
+    float out[PANEL * MAX_PANELS];
+    for (int64_t i = 0; i < count; i++) out[i] = sums[i] * factor;
+    if (p->bias)
+        for (int64_t i = 0; i < count; i++) out[i] += load_as_fp32(p->bias, p->dtype, n + i);
+    int64_t at = m * p->N + n;
+    if (p->dtype == FP32) memcpy((float *)p->y + at, out, (size_t)count * 4);
+    else if (p->dtype == BF16) for (int64_t i = 0; i < count; i++) ((uint16_t *)p->y)[at + i] = fp32_to_bf16(out[i]);
+    else for (int64_t i = 0; i < count; i++) ((uint16_t *)p->y)[at + i] = fp32_to_fp16(out[i]);
 }
 
 /* One work item: a run of panels times a chunk of token tiles. */
@@ -120,7 +132,9 @@ static void multiply_run(void *context, int64_t item, int thread) {
             while (np && (!kernels[np] || panel + (1 << np) > last)) np--;
             kernels[np](plan->x_tiles + x_bytes(plan, m0), tiles + (panel - first) * stride, stride, p->K / w->blocksize,
                         w->blocksize / 8, plan->table, sums);
-            write_tile(plan, sums, m0, mt, panel * PANEL, min64(PANEL << np, p->N - panel * PANEL));
+            int64_t count = min64(PANEL << np, p->N - panel * PANEL);
+            for (int64_t m = 0; m < mt; m++)
+                write_outputs(p, sums + m * PANEL * MAX_PANELS, plan->undo_scale, m0 + m, panel * PANEL, count);
             panel += 1 << np;
         }
     }

@@ -3,7 +3,8 @@
  *     vpermps        reads three index bits: one look-up in code[0..7], one in code[8..15]
  *     vblendvps      takes the second where the code's top bit is set; it reads the sign bit, so the code is shifted up
  *
- * Otherwise it is rung 3 with a panel as two halves of eight rows. Sixteen registers hold few sums: up to four tokens.
+ * Otherwise it is gemm_4bit_3_avx512.c with a panel as two halves of eight rows. Sixteen registers hold few sums: up to
+ * four tokens, and the totals to which each part of a block is added stay in memory, where they cost one load a part.
  */
 #include <immintrin.h>
 #include "driver.h"
@@ -16,11 +17,21 @@ static inline __attribute__((always_inline)) __m256 avx2_lookup(__m256i codes, i
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), top);
 }
 
+static inline void clear_totals(float *totals, int tokens) {
+    for (int m = 0; m < tokens; m++) memset(totals + m * MAX_PANELS * PANEL, 0, PANEL * sizeof(float));
+}
+
+/* totals[m][8 * half ..] += sum * scale */
+static inline __attribute__((always_inline)) void add_scaled(float *totals, int m, int half, __m256 sum, __m256 scale) {
+    float *at = totals + m * MAX_PANELS * PANEL + 8 * half;
+    _mm256_storeu_ps(at, _mm256_fmadd_ps(sum, scale, _mm256_loadu_ps(at)));
+}
+
 static inline __attribute__((always_inline)) void avx2_tile(const float *x, const uint8_t *tiles, int64_t blocks,
                                                             int64_t groups, const float *table, float *sums,
                                                             const int MT) {
-    __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8), total[4][2];
-    UNROLL_AVX2 for (int m = 0; m < MT; m++) total[m][0] = total[m][1] = _mm256_setzero_ps();
+    __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+    clear_totals(sums, MT);
     int64_t part = min64(groups, PART_GROUPS_FP32);
     const uint8_t *absmax = tiles;
     for (int64_t i = 0, first = 0; i < blocks * (groups / part); i++) {
@@ -42,13 +53,10 @@ static inline __attribute__((always_inline)) void avx2_tile(const float *x, cons
         }
         UNROLL_AVX2 for (int half = 0; half < 2; half++) {
             __m256 scale = _mm256_loadu_ps((const float *)absmax + 8 * half);
-            UNROLL_AVX2 for (int m = 0; m < MT; m++) total[m][half] = _mm256_fmadd_ps(block[m][half], scale, total[m][half]);
+            UNROLL_AVX2 for (int m = 0; m < MT; m++) add_scaled(sums, m, half, block[m][half], scale);
         }
         first = first + part == groups ? 0 : first + part;
     }
-    UNROLL_AVX2 for (int m = 0; m < MT; m++)
-        UNROLL_AVX2 for (int half = 0; half < 2; half++)
-            _mm256_storeu_ps(sums + m * MAX_PANELS * PANEL + 8 * half, total[m][half]);
 }
 
 #define KERNEL(MT)                                                                                                      \

@@ -10,15 +10,13 @@
  * vpermw takes five index bits, we have four clean ones: the table holds the sixteen values twice.
  *
  * Scales stay out of the inner loop: codes are multiplied unscaled, and a block's sum times its absmax is added to the
- * total. The sixteen values must be rounded to bf16, and here is room to choose: any factor c on the table can be
- * divided out of the sums in fp32. table_factor looks for the c at which the sixteen round best. For FP4 (c = 12) and
- * the integer codes there is one where nothing is lost; for NF4 the error is well below what rounding each weight to
- * bf16 costs, which is what the reference does.
+ * total. How the sixteen values are rounded to bf16: bf16_table.h.
  *
  * vdpbf16ps treats bf16 subnormals as zero, and its sums are not scaled until a block is complete: |x| beyond about
  * 1e36 can overflow here where scaled weights would not.
  */
 #include <immintrin.h>
+#include "bf16_table.h"
 #include "driver.h"
 
 #define UNROLL _Pragma("GCC unroll 16")
@@ -75,30 +73,6 @@ KERNEL(4, 1) KERNEL(4, 2) KERNEL(4, 4) KERNEL(5, 1) KERNEL(5, 2) KERNEL(6, 1) KE
 KERNEL(8, 1) KERNEL(8, 2)
 #undef KERNEL
 
-/* The squared error that rounding c*code to bf16 makes, relative to c. */
-static float rounding_error(const float *code, float c) {
-    float sum = 0;
-    for (int i = 0; i < 16; i++) {
-        float e = bf16_to_fp32(fp32_to_bf16(code[i] * c)) / c - code[i];
-        sum += e * e;
-    }
-    return sum;
-}
-
-/* The factor in [1, 2) under which the code rounds best; a power of two more changes nothing. Remembered per thread,
- * because a model asks for the same code again and again. */
-static float table_factor(const float *code) {
-    static _Thread_local float known[16], factor = 0;
-    if (factor != 0 && memcmp(known, code, sizeof known) == 0) return factor;
-    float best = 1, least = rounding_error(code, 1);
-    for (int i = 1; i < 1536; i++) { /* steps of 1/1536 meet 12/8 for FP4 and E2M1 exactly; 7/4 for int4, too */
-        float c = 1 + (float)i / 1536, e = rounding_error(code, c);
-        if (e < least) { least = e; best = c; }
-    }
-    memcpy(known, code, sizeof known);
-    return factor = best;
-}
-
 static float bf16_table(const float *code, void *table) {
     float c = table_factor(code);
     uint16_t *t = table;
@@ -107,7 +81,7 @@ static float bf16_table(const float *code, void *table) {
 }
 
 static const Engine bf16_engine = {
-    .bf16_pairs = 1,
+    .x_order = BF16_PAIRS,
     .make_table = bf16_table,
     .kernel = {{0},
                {bf16_tile_1x1, bf16_tile_1x2, bf16_tile_1x4}, {bf16_tile_2x1, bf16_tile_2x2, bf16_tile_2x4},

@@ -12,15 +12,27 @@
 #include "gemm_4bit_1_scalar.c"
 #if REFQ4_TIER >= 1
 #include "gemm_4bit_2_avx2.c"
+#include "gemm_4bit_3_avx2_bytes.c"
+#include "gemm_4bit_4_avx2_blocked.c"
+#include "gemv_4bit_2_avx2.c"
 #endif
 #if REFQ4_TIER >= 2
 #include "gemm_4bit_3_avx512.c"
 #include "gemv_4bit_2_avx512.c"
 #include "quantize_2_avx512.c"
 #include "dequantize_2_avx512.c"
+#define QUANTIZE quantize_2_avx512
+#define DEQUANTIZE dequantize_2_avx512
+#elif REFQ4_TIER >= 1
+#include "quantize_2_avx2.c"
+#include "dequantize_2_avx2.c"
+#define QUANTIZE quantize_2_avx2
+#define DEQUANTIZE dequantize_2_avx2
 #else
 #include "quantize_1_scalar.c"
 #include "dequantize_1_scalar.c"
+#define QUANTIZE quantize_1_scalar
+#define DEQUANTIZE dequantize_1_scalar
 #endif
 #if REFQ4_TIER >= 3
 #include "gemm_4bit_4_avx512_bf16.c"
@@ -49,7 +61,7 @@ static const ProductFn product_kernels[] = {
     gemv_1_scalar,
     gemm_1_scalar,
 #if REFQ4_TIER >= 1
-    gemm_2_avx2,
+    gemm_2_avx2, gemm_3_avx2_bytes, gemm_4_avx2_blocked, gemv_2_avx2,
 #endif
 #if REFQ4_TIER >= 2
     gemm_3_avx512, gemv_2_avx512,
@@ -72,27 +84,18 @@ EXPORT int refq4_product(int kernel, const void *x, const void *bias, void *y, i
 
 EXPORT void refq4_quantize(const void *x, int dtype, int64_t numel, int64_t blocksize, const float *thresholds,
                            const uint8_t *order, int code_length, int pad_code, float *absmax, uint8_t *out, int pack,
-                           int simple, int threads) {
+                           int threads) {
     Quantize q = {x, (enum dtype)dtype, numel, blocksize, thresholds, order, code_length, pad_code, absmax, out, pack, threads};
-#if REFQ4_TIER >= 2
-    if (!simple) { quantize_2_avx512(&q); return; }
-#endif
-    (void)simple;
-    quantize_1_scalar(&q);
+    QUANTIZE(&q);
 }
 
 EXPORT void refq4_dequantize(const uint8_t *packed, int bits, int64_t numel, const float *code, int64_t blocksize,
                              const float *absmax, const uint8_t *q, const float *nested_absmax, const float *nested_code,
-                             const float *nested_offset, int64_t nested_blocksize, void *out, int dtype, int simple,
-                             int threads) {
+                             const float *nested_offset, int64_t nested_blocksize, void *out, int dtype, int threads) {
     Dequantize d = {{packed, code, blocksize, absmax, q, nested_absmax, nested_code, nested_offset, nested_blocksize},
                     numel, (enum dtype)dtype, out, bits, threads};
     ask_for_large_pages(out, numel * (dtype == FP32 ? 4 : 2));
-#if REFQ4_TIER >= 2
-    if (!simple) { dequantize_2_avx512(&d); return; }
-#endif
-    (void)simple;
-    dequantize_1_scalar(&d);
+    DEQUANTIZE(&d);
 }
 
 typedef struct {
