@@ -2,8 +2,10 @@
  *
  * Budget, per weight in the hot loop on sm_90 (python -m refq4_cuda.sass counts, a test compares):
  *
- *     TOKENS=8      instructions 3.3      alu 1.8
- *     TOKENS=32     instructions 5.0      alu 1.8
+ *     TOKENS=8      instructions 2.7      alu 1.2
+ *     TOKENS=16     instructions 3.2      alu 1.3
+ *     TOKENS=32     instructions 3.8      alu 1.3
+ *     TOKENS=64     instructions 4.8      alu 1.3
  *
  * What an mma does with a byte of the weight stands in gemm_4bit_3_tensor_core.cu. New here:
  *

@@ -20,7 +20,7 @@
 #define WARPS 8
 #define VECTOR 32 /* weights in 16 bytes */
 
-KERNEL_RESIDENT(gemv_vectorised, WARPS * 32, 2)(ProductArguments p) {
+KERNEL_RESIDENT(gemv_vectorised, WARPS * 32, 1)(ProductArguments p) {
     __shared__ float values[16 * 32]; /* one copy per bank: see dequantize.cu */
     for (int i = threadIdx.x; i < 16 * 32; i += WARPS * 32) values[i] = __ldg(p.weight.code + i / 32);
     __syncthreads();

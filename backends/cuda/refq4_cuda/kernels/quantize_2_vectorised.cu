@@ -118,7 +118,7 @@ DEVICE u32 largest(const float (&v)[GROUP], u32 most) {
     return most;
 }
 
-KERNEL(quantize_4bit, THREADS)(QuantizeArguments p) {
+KERNEL_RESIDENT(quantize_4bit, THREADS, 4)(QuantizeArguments p) {
     __shared__ Tables tables;
     make_tables(p, tables);
     int lane = threadIdx.x % 32, shift = 63 - __clzll(p.blocksize);
