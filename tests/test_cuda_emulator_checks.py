@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -57,6 +59,12 @@ def test_atomics_of_many_threads_add_up_and_each_sees_another_count():
     assert sorted(out.tolist()) == list(range(256))
 
 
+def test_a_block_reads_what_another_wrote_before_its_barrier_and_its_atomic():
+    memory = torch.zeros(32, dtype=torch.int32)
+    run(COUNTED_IN.format(barrier="bar.sync 0;"), memory, threads=64, blocks=2)
+    assert (memory[0].item(), memory[1].item()) == (2, 1)
+
+
 def test_a_report_counts_instructions_per_thread():
     report = run("add.s32 %r2, %r0, 1;", threads=48, blocks=3)
     assert (report.kernel, report.blocks, report.opcodes["add.s32"]) == ("hand", 3, 144)
@@ -66,6 +74,12 @@ def test_a_report_counts_instructions_per_thread():
 # --- what it refuses --------------------------------------------------------------------------------------------------
 
 STORE = "st.shared.u32 [%rd3], %r0;"
+# thread 1 of block 0 writes, threads 0 of both blocks count them in, and block 1 reads
+COUNTED_IN = (
+    "setp.eq.s32 %p1, %r0, 1; @%p1 st.global.u32 [%at0+64], %r0; {barrier} and.b32 %r2, %r0, 63; "
+    "setp.eq.s32 %p2, %r2, 0; @%p2 atom.global.add.u32 %r3, [%at0], 1; setp.eq.s32 %p3, %r0, 64; "
+    "@%p3 ld.global.u32 %r4, [%at0+64]; @%p3 st.global.u32 [%at0+4], %r4;"
+)
 REFUSED = {
     "a read past the end of a tensor": (
         emulator.AccessError, r"reads 4 bytes at byte 128 of int32 \[32\] \(128 bytes\), outside every buffer",
@@ -134,6 +148,10 @@ REFUSED = {
         "mov.u32 %r2, %ctaid.x; setp.eq.s32 %p1, %r2, 1; setp.eq.s32 %p2, %r0, 64; @%p2 st.global.u32 [%at0], %r0;"
         "@!%p1 ld.global.u32 %r3, [%at0];",
     ),
+    "a word of a block whose other thread counted it in too early": (
+        emulator.RaceError, "which block number 0 writes, with no atomic of both between that speaks for it",
+        COUNTED_IN.format(barrier=""),
+    ),
     "a barrier that half of the threads take": (
         emulator.ConvergenceError, "waits with 15 others of its block",
         "setp.lt.s32 %p1, %r0, 16; @!%p1 bra OUT; bar.sync 0;\nOUT:\n",
@@ -166,7 +184,7 @@ def test_it_refuses(what):
         run(body, torch.zeros(32, dtype=torch.int32), **sizes)
     text = str(caught.value)
     assert "kernel hand, PTX line" in text
-    assert "block (0, 0, 0), thread" in text
+    assert re.search(r"block \([01], 0, 0\), thread \d", text)
     assert "ook" in text.splitlines()[-1], "the last line says what to look at"
 
 

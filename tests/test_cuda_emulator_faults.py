@@ -305,6 +305,14 @@ FAULTS = [
         UNWRITTEN,
     ),
     Fault(
+        "a CTA counts itself in before all its threads have stored their sums",
+        SUMS,
+        "    __threadfence();\n    __syncthreads();\n    if (threadIdx.x == 0) {",
+        "    __threadfence();\n    if (threadIdx.x == 0) {",
+        ring,
+        RACE,
+    ),
+    Fault(
         "the CTA before the last one adds up the splits",
         SUMS,
         "return *word == p.splits - 1;",

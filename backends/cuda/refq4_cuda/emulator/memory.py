@@ -27,7 +27,7 @@ NOBODY = -1
 
 
 class Buffer:
-    """One tensor's bytes, and for each written byte the thread that wrote it in this launch."""
+    """One tensor's bytes, and for each byte written in this launch, which thread did it and when."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.base, self.nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
@@ -35,6 +35,7 @@ class Buffer:
         self.start = self.base & ~15
         self._views: dict[tuple[int, int], np.ndarray] = {}
         self.writers: np.ndarray | None = None
+        self.times = np.zeros(0, np.int64)
 
     def view(self, element: int, count: int) -> np.ndarray:
         """The memory as rows of ``count`` elements (or as elements, for one)."""
@@ -47,15 +48,16 @@ class Buffer:
             found = self._views[element, count] = flat.reshape(-1, count) if count > 1 else flat
         return found
 
-    def record(self, first: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray | None:
+    def record(self, first: np.ndarray, size: int, threads: np.ndarray, clock: int) -> np.ndarray | None:
         """Note who writes ``size`` bytes from ``first`` on, and say where another thread does too (None: nowhere)."""
         if self.writers is None:
-            self.writers = np.full(self.nbytes, NOBODY, np.int32)
+            self.writers, self.times = np.full(self.nbytes, NOBODY, np.int32), np.zeros(self.nbytes, np.int64)
         clash = None
         for byte in range(size):
             at = first + byte
             before = self.writers[at]
             self.writers[at] = threads
+            self.times[at] = clock
             wrong = ((before != NOBODY) & (before != threads)) | (self.writers[at] != threads)
             clash = wrong if clash is None else clash | wrong
         return clash if clash is not None and clash.any() else None
@@ -64,8 +66,12 @@ class Buffer:
 class GlobalMemory:
     """All buffers of a launch, and what orders its blocks: their atomics.
 
-    What one block writes, another may read after the first has counted itself in with an atomic, and the second then
-    with another. Blocks that use none may not read what another wrote: nothing says which of them runs first.
+        block 0    threads write; __syncthreads(); thread 0: atomic
+        block 1                                                       thread 0: atomic; threads read
+
+    What one block writes, another may read if the first has counted itself in with an atomic since, and the second has
+    with a later one. The thread that does it for the first block speaks for itself and for what lies before the block's
+    last barrier.
 
     Args:
         tensors: the buffers.
@@ -78,8 +84,11 @@ class GlobalMemory:
     def __init__(self, tensors: Sequence[Tensor], blocks: int, threads: int) -> None:
         self.block_size = threads
         self.numbers = np.zeros(0, np.int32)
-        self.atomic_clock = 0
+        self.clock = 0
+        self.last_barrier = np.zeros(blocks, np.int64)
         self.last_atomic = np.zeros(blocks, np.int64)
+        self.released = np.zeros(blocks, np.int64)  # the last barrier before the last atomic
+        self.counted_by = np.full(blocks, NOBODY, np.int32)  # the thread that made it
         seen = {(t.data_ptr(), t.numel() * t.element_size()): t for t in tensors if t.numel()}
         self.buffers = [Buffer(seen[key]) for key in sorted(seen)]
         self.bases = [buffer.base for buffer in self.buffers]
@@ -101,9 +110,10 @@ class GlobalMemory:
     def write(self, address: np.ndarray, lanes: np.ndarray, values: np.ndarray) -> None:
         """Store ``values`` [lanes] or [lanes, count]."""
         element, count = values.itemsize, values.shape[1] if values.ndim > 1 else 1
+        self.clock += 1
         for buffer, at, offset in self._each(address, lanes, element * count, "writes"):
             first = offset - (buffer.base - buffer.start)
-            clash = buffer.record(first, element * count, self.numbers[lanes[at]])
+            clash = buffer.record(first, element * count, self.numbers[lanes[at]], self.clock)
             if clash is not None:
                 raise Fault(
                     RaceError,
@@ -119,9 +129,16 @@ class GlobalMemory:
         word = buffer.view(4, 1)
         before: np.ndarray = word[offset // 4]
         word[offset // 4] = before + value
-        self.atomic_clock += 1
-        self.last_atomic[self.numbers[lane] // self.block_size] = self.atomic_clock
+        self.clock += 1
+        block = self.numbers[lane] // self.block_size
+        self.last_atomic[block], self.released[block] = self.clock, self.last_barrier[block]
+        self.counted_by[block] = self.numbers[lane]
         return before
+
+    def barrier(self, lanes: np.ndarray) -> None:
+        """All threads of the blocks of these lanes have met."""
+        self.clock += 1
+        self.last_barrier[self.numbers[lanes] // self.block_size] = self.clock
 
     def place(self, address: int) -> str | None:
         """An address inside a buffer as ``uint8 [128] + 20``, else None."""
@@ -136,15 +153,16 @@ class GlobalMemory:
         writer = buffer.writers[first]
         theirs, ours = writer // self.block_size, self.numbers[lanes] // self.block_size
         counted_in = self.last_atomic[theirs]
-        ordered = (counted_in > 0) & (counted_in < self.last_atomic[ours])
+        spoken_for = (buffer.times[first] <= self.released[theirs]) | (writer == self.counted_by[theirs])
+        ordered = (counted_in > 0) & (counted_in < self.last_atomic[ours]) & spoken_for
         wrong = (writer != NOBODY) & (theirs != ours) & ~ordered
         if wrong.any():
             raise Fault(
                 RaceError,
                 lanes[wrong],
                 f"reads byte {int(first[wrong][0])} of {buffer.what}, which block number {int(theirs[wrong][0])} "
-                "writes, with no atomic of both between",
-                "look at the counter that says whose sums are complete",
+                "writes, with no atomic of both between that speaks for it",
+                "look at the counter that says whose sums are complete, and the __syncthreads() before it is raised",
             )
 
     def _one(self, address: np.ndarray, size: int) -> tuple[Buffer | None, np.ndarray]:

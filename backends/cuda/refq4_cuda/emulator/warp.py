@@ -111,7 +111,12 @@ def _named_are_there(m: Batch, s: Any, mask: Any) -> np.ndarray | None:
 def _barrier(decoder: Decoder, instruction: Instruction) -> Step:
     if [str(o) for o in instruction.operands] != ["0"]:
         raise decoder.unknown(instruction, "a barrier other than __syncthreads()")
-    return lambda m, s: m.shared.barrier(s)
+
+    def step(m: Batch, s: Any) -> None:
+        m.shared.barrier(s)
+        m.memory.barrier(m.lanes[s])
+
+    return step
 
 
 def _warp_sync(decoder: Decoder, instruction: Instruction) -> Step:
