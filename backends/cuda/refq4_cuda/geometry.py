@@ -88,7 +88,7 @@ def refuses(rung: str, shape: Shape, arch: int) -> str | None:
     if rung == "naive":
         return None
     smallest = 64 if rung == "ring" else 32
-    if not (shape.aligned and log2(shape.blocksize) >= 0 and shape.k % shape.blocksize == 0):
+    if not (shape.aligned and log2(shape.blocksize) >= 0 and shape.k > 0 and shape.k % shape.blocksize == 0):
         return "wants a blocksize that is a power of two and divides K, and 16-byte aligned tensors"
     if shape.blocksize < smallest:
         return f"wants blocks of {smallest} or more, not {shape.blocksize}"
@@ -98,8 +98,9 @@ def refuses(rung: str, shape: Shape, arch: int) -> str | None:
         return f"has no tensor cores for {shape.dtype} on sm_{arch}"
     if rung == "ring" and arch < 80:
         return f"needs cp.async, which sm_{arch} lacks"
-    if rung == "ring" and (shape.k >= 1 << 30 or shape.n * shape.k // shape.blocksize >= 1 << 31):
-        return "counts K and blocks in 32 bits, and this weight has too many"
+    # 64 tokens of x, and all blocks, are counted in 32 bits there.
+    if rung == "ring" and (shape.k >= 1 << 26 or shape.n * shape.k // shape.blocksize >= 1 << 31):
+        return "counts elements of x and blocks in 32 bits, and this product has too many"
     return None
 
 

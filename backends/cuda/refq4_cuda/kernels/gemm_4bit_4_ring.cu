@@ -42,7 +42,7 @@
  *
  * 6. Scales are fetched a step ahead of their use and handed round through shared memory, 64 for a stage.
  *
- * Wants: blocks of 64 or more (a power of two that divides K), 16-byte addresses, K < 2**30, cp.async (sm_80).
+ * Wants: blocks of 64 or more (a power of two that divides K), 16-byte addresses, K < 2**26, cp.async (sm_80).
  */
 #include "device.cuh"
 
