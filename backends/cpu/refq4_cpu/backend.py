@@ -222,7 +222,7 @@ class CpuBackend(Backend):
         return y
 
     def _kernel_for(self, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str) -> ProductKernel:
-        key = (dtype, m if m < 128 else 128, can_tile(k, blocksize), layout)
+        key = (dtype, min(m, MEASURED_M[-1]), can_tile(k, blocksize), layout)
         kernel = self._chosen.get(key)
         if kernel is None:
             self._chosen[key] = kernel = self._choose(dtype, m, k, blocksize, layout)

@@ -3,13 +3,12 @@
 On some processors vdpbf16ps does twice the work of an fp32 multiply-add, on others half of it, so no table written
 here would be right everywhere. The first product therefore times the candidates on a small weight (a megabyte, so
 that arithmetic shows and not the memory) at a few M; a call takes the winner of the largest M not above its own.
-On one thread, so that a busy machine disturbs it little; a fifth of a second, once per library and processor.
+On one thread, so that a busy machine disturbs it little; half a second, once per library and processor.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from refq4.buildcache import cached
+from refq4.buildcache import cache_key, cached
 
 from .kernels import TILES, ProductKernel, candidates
 
 __all__ = ["MEASURED_M", "Winners", "calibrated"]
 
-MEASURED_M = (1, 2, 4, 8, 32, 128)
+MEASURED_M = (1, 2, 4, 8, 16, 32)
 N, K, BLOCKSIZE = 512, 4096, 64
 REPEATS = 5
 
@@ -45,7 +44,8 @@ def calibrated(path: Path, tier: int, multiply: Multiply) -> Winners:
     def build(target: Path) -> None:
         target.write_text(json.dumps(_measure(tier, multiply), indent=1))
 
-    winners: Winners = json.loads(cached(path.parent, path.stem + ".calibration.json", build).read_text())
+    name = f"{path.stem}-{cache_key(str((MEASURED_M, N, K, BLOCKSIZE, REPEATS)))[:8]}.calibration.json"
+    winners: Winners = json.loads(cached(path.parent, name, build).read_text())
     return winners
 
 
@@ -65,11 +65,11 @@ def _measure(tier: int, multiply: Multiply) -> Winners:
 
 
 def _fastest(able: tuple[ProductKernel, ...], x: Tensor, layout: str, multiply: Multiply) -> ProductKernel:
-    """Interleaved, so that a slow moment of the machine hits all alike."""
+    """Interleaved, so that a slow moment of the machine hits all alike; the shortest time, the one least disturbed."""
     times: dict[str, list[float]] = {kernel.name: [] for kernel in able}
     for _ in range(REPEATS + 1):
         for kernel in able:
             start = time.perf_counter()
             multiply(kernel, x, layout)
             times[kernel.name].append(time.perf_counter() - start)
-    return min(able, key=lambda kernel: statistics.median(times[kernel.name][1:]))
+    return min(able, key=lambda kernel: min(times[kernel.name]))
