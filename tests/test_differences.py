@@ -175,6 +175,27 @@ def test_nan_and_infinity_are_refused_unless_allowed(bnb, bad, nested):
     assert torch.equal(theirs.isnan().any(1), mine.isnan().any(1))
 
 
+def test_scales_below_1e_38_are_used_as_they_are(bnb):
+    x = torch.tensor([4e-39] + [2e-39] * 63)
+    (mine, _), (theirs, _) = (
+        quantize(x, quant_type="nf4") for quantize in (F.quantize_4bit, bnb.functional.quantize_4bit)
+    )
+    assert codes(mine, 64)[:2] == get_codebook("nf4").encode([1.0, 0.5])
+    assert codes(theirs, 64)[:2] == get_codebook("nf4").encode([0.4, 0.2])
+    short = torch.zeros(10)
+    assert F.quantize_4bit(short, quant_type="nf4")[1].absmax.tolist() == [0.0]
+    assert_same_bits(bnb.functional.quantize_4bit(short, quant_type="nf4")[1].absmax, torch.tensor([1e-38]))
+
+
+def test_a_nan_spoils_the_scale_of_its_block_in_the_8_bit_stage_too(bnb):
+    x = randn(128)
+    x[3] = float("nan")
+    _, mine = F.quantize_blockwise(x, blocksize=64)
+    _, theirs = bnb.functional.quantize_blockwise(x, blocksize=64)
+    assert mine.absmax.isnan().tolist() == [True, False]
+    assert_same_bits(theirs.absmax[0], x[:64].nan_to_num().abs().max(), "the peer's scale")
+
+
 def test_an_empty_tensor_has_an_offset_of_zero(bnb):
     _, state = F.quantize_4bit(torch.empty(0, 64), compress_statistics=True)
     assert state.offset == 0

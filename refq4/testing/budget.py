@@ -74,8 +74,8 @@ class Budget:
         return ~torch.eq(got.isnan(), like.isnan()) | (~like.isfinite() & ~got.isnan() & (got != like))
 
 
-def oracle(x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
-    """The exact product: fp64 [..., N], from the fp32 dequantised weight [N, K].
+def oracle(x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None, backend: str = "reference") -> Tensor:
+    """The exact product: fp64 [..., N], from the fp32 dequantised weight [N, K], as ``backend`` decodes it.
 
     Example:
         >>> from refq4.functional import quantize_4bit
@@ -85,7 +85,7 @@ def oracle(x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None) 
     """
     plain = state.copy()
     plain.dtype = torch.float32
-    weight = ops.dequantize_4bit(plain.packed_weight(B), torch.float32, "reference").double()
+    weight = ops.dequantize_4bit(plain.packed_weight(B), torch.float32, backend).double()
     return torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
 
 
@@ -106,10 +106,10 @@ def error_budget(
 ) -> Budget:
     """The budget for one product of x [..., K] with the packed weight B of shape [N, K]; see the top of the file.
 
-    ``backend`` names the engine whose error sets the allowance.
+    ``backend`` names the engine that decodes the weight for the oracle, and whose error sets the allowance.
     """
     with torch.no_grad():
-        exact = oracle(x, B, state, bias)
+        exact = oracle(x, B, state, bias, backend)
         cast = None if bias is None else bias.to(x.dtype)
         reference = ops.matmul("gemm_4bit", x, state.packed_weight(B), cast, backend)
         budget = Budget.of(exact, reference, x.dtype)
