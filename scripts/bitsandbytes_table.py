@@ -45,7 +45,7 @@ def page(report: Report) -> str:
     lines += ["", "| difference | cases | in |", "| --- | --- | --- |"]
     for name in ENTRIES:
         where = {check: times for (entry, check), times in known.items() if entry == name}
-        lines.append(f"| {name} | {sum(where.values())} | {', '.join(where) or 'not met on this processor'} |")
+        lines.append(f"| {name} | {sum(where.values())} | {', '.join(where) or 'not met in these cases'} |")
     reasons: Counter[str] = sum((c.refused for c in asked), Counter())
     lines += ["", "Refused, because bitsandbytes has no such thing:", ""]
     lines += [f"- {times} times: {reason}" for reason, times in sorted(reasons.items())]

