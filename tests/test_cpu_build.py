@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,16 @@ def test_the_processors_bits_agree_with_what_the_system_reports() -> None:
         pytest.skip("this system has no /proc/cpuinfo to compare with")
     has = {"avx2": "avx2" in flags, "avx512": "avx512vl" in flags, "avx512_bf16": "avx512_bf16" in flags, "c": True}
     assert build.supported_tiers() == [tier for tier in build.TIERS if has[tier]]
+
+
+@_needs_compiler
+@pytest.mark.parametrize("tier", list(build.TIERS))
+def test_every_tier_compiles_also_where_it_cannot_run(tier: str) -> None:
+    """A change made on a machine with AVX2 must not break the sources of AVX-512."""
+    if tier != "c" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip(f"the tier {tier} is for x86-64, this is {platform.machine()}")
+    library = build.load(tier)  # loading runs none of it
+    assert all(hasattr(library.functions, f"refq4_{name}") for name in ("product", "quantize", "dequantize", "tile"))
 
 
 # --- threads --------------------------------------------------------------------------------------------------------

@@ -435,3 +435,29 @@ def test_a_deepcopy_before_or_after_quantising_is_independent(when):
     with torch.no_grad():
         twin.weight.zero_()
     assert not torch.equal(twin(x), layer(x))
+
+
+def test_an_interrupt_while_a_model_is_quantised_leaves_it_usable():
+    class Interrupted(Loopback):
+        def quantize_4bit(self, *args):
+            quantised = super().quantize_4bit(*args)
+            if self.seen["quantize_4bit"] == 2:  # Ctrl-C while the second layer is under way
+                raise KeyboardInterrupt
+            return quantised
+
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    before = copy.deepcopy(model)
+    refq4.register_backend(Interrupted())
+    try:
+        with refq4.use_backend("loopback"), pytest.raises(KeyboardInterrupt):
+            refq4.quantize_model(model, progress=False)
+    finally:
+        refq4.unregister_backend("loopback")
+    assert [type(layer).__name__ for layer in model] == ["Linear4bit", "Linear", "Linear"]
+    for layer, untouched in zip(model[1:], before[1:], strict=True):
+        assert_same_bits(layer.weight.detach(), untouched.weight.detach())
+    x = torch.randn(2, 64)
+    assert model(x).isfinite().all()
+    refq4.quantize_model(model, progress=False)  # again: what was left
+    whole = refq4.quantize_model(before, progress=False)
+    assert_same_bits(model(x), whole(x))
