@@ -1,8 +1,8 @@
 """Why bitsandbytes answers otherwise: each difference held to what ``docs/differences.md`` says of it.
 
 A case that differs is explained only if *every* number that differs is what some entry of that page says it is: the
-code that its rule for FP4 gives for that scaled value, the entry of the 8-bit map that is nearest to a value in the same
-bin, the zero with the other sign. For that the case is asked again, against a judge that is the reference with
+code that its rule for FP4 gives for that scaled value, the entry of the 8-bit map that is nearest to a value in the
+same bin, the zero with the other sign. For that the case is asked again, against a judge that is the reference with
 bitsandbytes' own answer wherever an entry accounts for it:
 
     peer's answer == reference's   ->  that
