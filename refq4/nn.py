@@ -23,6 +23,7 @@ from .checks import warn_caller
 from .params import Params4bit
 from .quantization import DEFAULT_BLOCKSIZE
 from .state import QuantState
+from .statedict import describe
 
 __all__ = ["Embedding4bit", "EmbeddingFP4", "EmbeddingNF4", "Linear4bit", "LinearFP4", "LinearNF4", "Params4bit"]
 
@@ -40,7 +41,9 @@ class _Holds4bitWeight(nn.Module):
         self._prepared: pipeline.PreparedCache | None = None
         self.weight = Params4bit(self.weight.data, requires_grad=False, module=self, **settings)
 
-    def _weight_shape(self) -> torch.Size:
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Of the weight that was or will be quantised."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,17 +116,14 @@ class _Holds4bitWeight(nn.Module):
     # --- state dicts ------------------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        weight = self.weight
-        if isinstance(weight, Params4bit) and weight.lent:
-            # A copy of the bytes for the state dict; the live layer goes on as it is.
-            destination[f"{prefix}weight"] = weight if keep_vars else weight.stored()
-            self._parameters["weight"] = None
-            try:
-                super()._save_to_state_dict(destination, prefix, keep_vars)
-            finally:
-                self._parameters["weight"] = weight
-        else:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Torch collects the tensors themselves, and they are detached here: a weight whose bytes are lent gives a copy
+        # of them, the live layer goes on as it is, and threads that save and infer at once don't see each other.
+        super()._save_to_state_dict(destination, prefix, True)
+        if not keep_vars:
+            for name, value in (*self._parameters.items(), *self._buffers.items()):
+                if value is not None and f"{prefix}{name}" in destination:
+                    plain = value.stored() if isinstance(value, Params4bit) else value.detach()
+                    destination[f"{prefix}{name}"] = plain
         state = getattr(self.weight, "quant_state", None) or self.quant_state
         if state is not None:
             for key, value in state.as_dict(packed=True).items():
@@ -163,32 +163,31 @@ class _Holds4bitWeight(nn.Module):
         missing_keys[reported:] = [key for key in missing_keys[reported:] if key != own]
         return None
 
-    def _load_packed(self, packed: Tensor, stats: dict[str, Any], assign: bool) -> None:
-        device = packed.device if assign or self.weight.is_meta else self.weight.device
-        weight = Params4bit.from_prequantized(packed, stats, device=device, module=self)
-        state = weight.quant_state
-        if state is None or state.shape != self._weight_shape():
-            raise ValueError(
-                f"{min(stats, key=len).rpartition('.')[0]}: the checkpoint holds {state}, this "
-                f"{type(self).__name__} wants shape {list(self._weight_shape())}"
-            )
+    def _load_packed(self, packed: Any, stats: dict[str, Any], assign: bool) -> None:
+        stay = assign or self.weight.is_meta
+        weight = Params4bit.from_prequantized(packed, stats, device=None if stay else self.weight.device, module=self)
         if not assign:  # as torch's copy_: the caller's tensors stay the caller's
             weight.data = weight.data.clone()
             weight.quant_state = copy.deepcopy(weight.quant_state)
         self.weight = weight
         self.quant_state = weight.quant_state
 
-    def _load_full_precision(self, incoming: Tensor, key: str, error_msgs: list[str]) -> None:
-        if incoming.shape != self._weight_shape():
+    def _load_full_precision(self, incoming: Any, key: str, error_msgs: list[str]) -> None:
+        shape = list(self.weight_shape)
+        if not isinstance(incoming, Tensor) or list(incoming.shape) != shape:
             error_msgs.append(
-                f"size mismatch for {key}: a full-precision weight of shape {list(self._weight_shape())} or a packed "
-                f"one with its quant_state entries is wanted, got {list(incoming.shape)} without them"
+                f"size mismatch for {key}: a full-precision weight of shape {shape} or a packed "
+                f"one with its quant_state entries is wanted, got {describe(incoming)} without them"
             )
             return
         assert isinstance(self.weight, Params4bit)
         fresh = self.weight._like(incoming.detach(), None)
         fresh.bnb_quantized = False
-        self.weight = fresh.to(self.weight.device)
+        try:
+            fresh = fresh.to(self.weight.device)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{key}: {error}") from None
+        self.weight = fresh
 
 
 class Linear4bit(_Holds4bitWeight, nn.Linear):
@@ -261,7 +260,9 @@ class Linear4bit(_Holds4bitWeight, nn.Linear):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {_settings(self.weight)}, compute_dtype={self.compute_dtype}"
 
-    def _weight_shape(self) -> torch.Size:
+    @property
+    def weight_shape(self) -> torch.Size:
+        """[N, K]."""
         return torch.Size((self.out_features, self.in_features))
 
 
@@ -374,7 +375,9 @@ class Embedding4bit(_Holds4bitWeight, nn.Embedding):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {_settings(self.weight)}"
 
-    def _weight_shape(self) -> torch.Size:
+    @property
+    def weight_shape(self) -> torch.Size:
+        """[V, D]."""
         return torch.Size((self.num_embeddings, self.embedding_dim))
 
 

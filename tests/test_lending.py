@@ -254,6 +254,16 @@ def test_small_weights_are_not_worth_lending():
     assert not layer.weight.lent
 
 
+@pytest.fixture
+def hasty_threads():
+    """Threads take turns after a microsecond instead of five milliseconds: a race shows in a second, not in a week."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("hasty_threads")
 def test_threads_that_infer_save_and_differentiate_at_once_all_read_right():
     layer, stored = lent(bias=False)
     wanted = infer(layer)
@@ -275,6 +285,26 @@ def test_threads_that_infer_save_and_differentiate_at_once_all_read_right():
         thread.start()
     for thread in threads:
         thread.join()
+    assert not wrong
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_a_state_dict_taken_while_others_save_and_lend_the_bytes_is_whole():
+    layer, stored = lent(bias=False)
+    wrong: list[object] = []
+
+    def save() -> None:
+        for _ in range(1000):
+            weight = layer.state_dict().get("weight")
+            if weight is None or not torch.equal(weight, stored):
+                wrong.append(weight)
+
+    saving = [threading.Thread(target=save) for _ in range(4)]
+    for thread in saving:
+        thread.start()
+    while any(thread.is_alive() for thread in saving):
+        infer(layer)  # lends
+        layer.train().eval()  # brings home
     assert not wrong
 
 
