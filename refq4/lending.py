@@ -7,6 +7,9 @@
 Who only asks for shape, dtype or device does not disturb the loan. Who reads or writes the parameter itself through
 any torch function gets the bytes back first, and the parameter keeps them from then on: it is read by others than
 its layer (a tied embedding, say), and to restore it for each of them would cost more than the second copy.
+
+Threads may infer, save and differentiate through one layer at once: those all read ``stored()``. To read the parameter
+itself in one thread while another infers for the first time is a race, as any write beside a read is.
 """
 
 from __future__ import annotations
