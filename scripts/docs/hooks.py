@@ -1,0 +1,56 @@
+"""The part of the site that mkdocs does not build by itself; ``mkdocs.yml`` names this file under ``hooks``.
+
+pages from elsewhere   notebooks, READMEs and source files become pages, and links to them lead there   (places.py)
+generated passages     <!-- refq4: NAME ARGUMENT --> in a page is replaced by what passages.py makes
+maths                  LaTeX becomes MathML while the site is built: no script, no fonts                  (maths.py)
+notebooks              what mkdocs-jupyter renders loses its scripts and styles                           (cells.py)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cells
+import maths
+import passages
+import places
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """The nav's entry "Tutorials" gets the notebooks that there are, in order."""
+    for section in config.nav or []:
+        if isinstance(section, dict) and "Tutorials" in section:
+            section["Tutorials"].extend(places.uri(path) for path in places.notebooks())
+    return config
+
+
+@event_priority(100)  # before mkdocs-jupyter looks for notebooks
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages whose files lie outside ``docs``."""
+    for path in places.notebooks():
+        files.append(File(path, str(places.ROOT), config.site_dir, config.use_directory_urls))
+    for path, page in places.READMES.items():
+        files.append(File.generated(config, page, content=(places.ROOT / path).read_text()))
+    texts = {places.origin(f.src_uri): f.content_string for f in files.documentation_pages()}
+    for path in sorted(places.linked_sources(texts)):
+        files.append(File.generated(config, places.uri(path), content=places.source_page(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Generated passages first: their links, too, are written as in the repository."""
+    if not page.file.src_uri.startswith("source/"):
+        markdown = passages.fill(markdown, page.file.src_uri)
+        markdown = places.relink(markdown, page.file.src_uri)
+    return markdown
+
+
+def on_page_content(html: str, page: Page, **_: Any) -> str:
+    """Maths, in pages and in notebooks."""
+    if page.file.src_uri.endswith(".ipynb"):
+        return cells.clean(html, page.file.src_uri)
+    return maths.render(html)

@@ -1,0 +1,28 @@
+"""Passages of a page that are made while the site is built, from the code and the figures they are about.
+
+A page asks with a comment on a line of its own, ``<!-- refq4: NAME ARGUMENTS -->``; NAME is a key of ``PASSAGES``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+PASSAGES: dict[str, Callable[..., str]] = {}
+
+_MARKER = re.compile(r"^<!-- refq4: (\S+)((?: \S+)*) -->$", re.MULTILINE)
+
+
+def fill(markdown: str, page: str) -> str:
+    """The page with every marker replaced.
+
+    Raises:
+        KeyError: a marker names no passage.
+    """
+
+    def passage(match: re.Match[str]) -> str:
+        if match[1] not in PASSAGES:
+            raise KeyError(f"{page}: no passage {match[1]!r}; there are {', '.join(sorted(PASSAGES))}")
+        return PASSAGES[match[1]](*match[2].split())
+
+    return _MARKER.sub(passage, markdown)
