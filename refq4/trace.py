@@ -85,6 +85,10 @@ class Shown:
         plain: str = self._shown(width=width, color_system=None).file.getvalue()
         return plain
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows where there is no HTML: the text, not the object's fields and address."""
+        printer.text(self.text(width=100))
+
     def _repr_html_(self) -> str:
         """HTML in colours that follow the page."""
         html: str = self._shown(width=120, record=True, force_jupyter=False).export_html(

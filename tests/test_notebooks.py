@@ -123,5 +123,5 @@ def text_of(cell: nbformat.NotebookNode) -> str:
         if output.output_type == "stream":
             parts.append(output.text)
         elif "image/png" not in data:
-            parts.append(data.get("text/plain", "") or data.get("text/markdown", ""))
+            parts.append(data.get("text/markdown") or data.get("text/plain", ""))
     return "\n".join(parts)
