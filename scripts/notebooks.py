@@ -25,6 +25,8 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from tqdm import tqdm
 
+import refq4
+
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 TIMING = "timing"  # the tag of a cell whose output is the machine's: times, names of kernels, cores
 SECONDS = 120  # what one notebook may take, on two cores
@@ -81,6 +83,7 @@ def execute(notebook: nbformat.NotebookNode, **callbacks: Any) -> None:
         CellExecutionError: a cell raised.
         ValueError: a cell wrote to stderr (a warning, as a rule): what it warns of belongs mended, or caught and shown.
     """
+    refq4.backend_info("cpu")  # compiles its kernels if that is still to be done, and says so on stderr: not in a cell
     with _kernel() as manager:
         client = NotebookClient(
             notebook,
