@@ -1,0 +1,171 @@
+"""Refq4Config: the settings of a quantised transformers model, under the names of ``BitsAndBytesConfig``.
+
+    from_pretrained(..., quantization_config=Refq4Config(...))   quantise while loading        what the user asks for
+    config.json                                                  "quantization_config": {...}  what a checkpoint says
+    from_pretrained(quantised, quantization_config=...)          the two together              :meth:`for_checkpoint`
+
+What the settings do to a model is in ``refq4/integrations/transformers.py``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any, Self
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from ..checks import check_blocksize, check_storage, warn_caller
+from ..codebooks import get_codebook
+from ..quantization import DEFAULT_BLOCKSIZE
+
+__all__ = ["METHOD", "Refq4Config"]
+
+METHOD = "refq4"  # "quant_method" in a config.json, and the name under which transformers knows the quantiser
+
+# Fields of BitsAndBytesConfig that are about its 8-bit layers, with the value that says "not in use".
+_EIGHT_BIT = {
+    "load_in_8bit": False,
+    "llm_int8_threshold": 6.0,
+    "llm_int8_has_fp16_weight": False,
+    "llm_int8_enable_fp32_cpu_offload": False,
+}
+# What a config.json holds besides the arguments.
+_ONLY_IN_FILES = ("quant_method", "_load_in_4bit", "_load_in_8bit")
+_OF_THE_WEIGHTS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage")
+_KNOWN_TO_BITSANDBYTES = ("nf4", "fp4")
+
+
+class Refq4Config(BitsAndBytesConfig):
+    """4-bit layers of refq4 in a transformers model; every field and default is that of ``BitsAndBytesConfig``.
+
+    Args:
+        load_in_4bit: True, or there is nothing to configure (the one default that differs from bitsandbytes).
+        bnb_4bit_quant_type: a codebook's name ("fp4", "nf4", ...).
+        bnb_4bit_compute_dtype: dtype of the products, or its name; float32 if None.
+        bnb_4bit_use_double_quant: double quantisation of the scales.
+        bnb_4bit_quant_storage: dtype the packed bytes are stored under, or its name; uint8 if None.
+        llm_int8_skip_modules: names of modules that stay as they are; if None, the output head and what is tied.
+        blocksize: elements per block; 64 if None (not in bitsandbytes).
+        others: fields for 8-bit layers, accepted at their defaults: they stand in every checkpoint of bitsandbytes.
+
+    Raises:
+        ValueError: an unknown field, an 8-bit field in use, or a value that no 4-bit layer can have.
+        TypeError: a field of the wrong type.
+
+    Example:
+        >>> Refq4Config(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16").bnb_4bit_compute_dtype
+        torch.bfloat16
+    """
+
+    def __init__(
+        self,
+        *,
+        load_in_4bit: bool = True,
+        bnb_4bit_quant_type: str = "fp4",
+        bnb_4bit_compute_dtype: torch.dtype | str | None = None,
+        bnb_4bit_use_double_quant: bool = False,
+        bnb_4bit_quant_storage: torch.dtype | str | None = None,
+        llm_int8_skip_modules: list[str] | None = None,
+        blocksize: int | None = None,
+        **others: Any,
+    ) -> None:
+        _check_others(others)
+        if load_in_4bit is not True:
+            raise ValueError(f"load_in_4bit={load_in_4bit!r}: refq4 has 4-bit layers only; leave the config away")
+        super().__init__(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=bnb_4bit_quant_type,
+            bnb_4bit_compute_dtype=_dtype("bnb_4bit_compute_dtype", bnb_4bit_compute_dtype),
+            bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
+            bnb_4bit_quant_storage=_dtype("bnb_4bit_quant_storage", bnb_4bit_quant_storage),
+            llm_int8_skip_modules=llm_int8_skip_modules,
+        )
+        get_codebook(bnb_4bit_quant_type)  # raises for an unknown one
+        check_storage(self.bnb_4bit_quant_storage)
+        self.quant_method = METHOD
+        self.blocksize = check_blocksize(DEFAULT_BLOCKSIZE if blocksize is None else blocksize)
+        self._compute_dtype_given = bnb_4bit_compute_dtype is not None
+
+    @classmethod
+    def for_checkpoint(cls, stored: dict[str, Any], given: Self | None = None) -> Self:
+        """The config of a quantised checkpoint of refq4 or bitsandbytes.
+
+        How the weights are stored is the checkpoint's to say; the compute dtype is the user's, if one was given.
+
+        Args:
+            stored: "quantization_config" of its config.json.
+            given: what the user passed to ``from_pretrained``.
+
+        Raises:
+            ValueError: the checkpoint was quantised by another method, or in 8 bits.
+
+        Warns:
+            UserWarning: ``given`` asks for weights that the checkpoint doesn't hold.
+        """
+        method = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method")))
+        if method not in (METHOD, "bitsandbytes") or not stored.get("load_in_4bit", method == METHOD):
+            bits = " in 8 bits" if stored.get("load_in_8bit") else ""
+            raise ValueError(
+                f"this checkpoint was quantised by {method}{bits}; refq4 loads 4-bit checkpoints of refq4 and "
+                f"bitsandbytes, and quantises models in full precision"
+            )
+        config = cls(**{key: value for key, value in stored.items() if key not in _EIGHT_BIT})
+        if given is not None:
+            differ = [name for name in _OF_THE_WEIGHTS if getattr(given, name) != getattr(config, name)]
+            if differ and given.to_diff_dict().keys() & set(differ):
+                held = ", ".join(f"{name}={getattr(config, name)}" for name in differ)
+                warn_caller(f"the checkpoint is quantised already, and its own settings are used: {held}")
+            if given._compute_dtype_given:
+                config.bnb_4bit_compute_dtype = given.bnb_4bit_compute_dtype
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into a config.json.
+
+        With ``load_in_4bit`` beside it, transformers hands the checkpoint to bitsandbytes where refq4's integration is
+        not imported; for a codebook that bitsandbytes lacks it is left out.
+        """
+        fields = {
+            "quant_method": METHOD,
+            "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
+            "bnb_4bit_compute_dtype": _name(self.bnb_4bit_compute_dtype),
+            "bnb_4bit_use_double_quant": self.bnb_4bit_use_double_quant,
+            "bnb_4bit_quant_storage": _name(self.bnb_4bit_quant_storage),
+            "llm_int8_skip_modules": self.llm_int8_skip_modules,
+            "blocksize": self.blocksize,
+        }
+        return fields | ({"load_in_4bit": True} if self.bnb_4bit_quant_type in _KNOWN_TO_BITSANDBYTES else {})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The fields that are not at their defaults."""
+        defaults = Refq4Config().to_dict()
+        return {key: value for key, value in self.to_dict().items() if value != defaults.get(key)}
+
+    def quantization_method(self) -> str:
+        """The codebook's name."""
+        return str(self.bnb_4bit_quant_type)
+
+
+def _check_others(others: dict[str, Any]) -> None:
+    known = [name for name in inspect.signature(Refq4Config).parameters if name != "others"]
+    for name, value in others.items():
+        if name in _EIGHT_BIT:
+            if value != _EIGHT_BIT[name]:
+                raise ValueError(f"{name}={value!r} is about 8-bit layers, and refq4 has 4-bit ones; leave it away")
+        elif name not in _ONLY_IN_FILES:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"Refq4Config has no field {name!r}: {hint}")
+
+
+def _dtype(name: str, given: torch.dtype | str | None) -> torch.dtype | str | None:
+    """What BitsAndBytesConfig parses; it would take any attribute of torch for a dtype."""
+    if isinstance(given, str) and not isinstance(getattr(torch, given.removeprefix("torch."), None), torch.dtype):
+        raise ValueError(f"{name}={given!r} is no dtype of torch; 'bfloat16' or torch.bfloat16, for example")
+    return given.removeprefix("torch.") if isinstance(given, str) else given
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
