@@ -44,6 +44,8 @@ class Params4bit(LentBytes, nn.Parameter):
         quant_storage: dtype of the packed column.
         module: the layer that holds it; it is told the quant state, so that it can give it back (step 1).
         bnb_quantized: ``data`` is packed.
+        others: what else the ``__dict__`` of a weight holds; ``Params4bit(data, **weight.__dict__)`` is how accelerate
+            takes a weight's settings over.
 
     Example:
         >>> weight = Params4bit(torch.randn(8, 64), quant_type="nf4")
@@ -69,8 +71,14 @@ class Params4bit(LentBytes, nn.Parameter):
         quant_storage: torch.dtype = torch.uint8,
         module: nn.Module | None = None,
         bnb_quantized: bool = False,
+        **others: Any,
     ) -> Params4bit:
+        if unknown := [name for name in others if not name.startswith("_")]:
+            raise TypeError(f"Params4bit() got an unexpected keyword argument {unknown[0]!r}")
+        if module is None and others.get("_module") is not None:
+            module = others["_module"]()
         data = torch.empty(0) if data is None else data
+        data = data.stored() if isinstance(data, LentBytes) else data
         self: Params4bit = torch.Tensor._make_subclass(cls, data, requires_grad)
         self.blocksize = DEFAULT_BLOCKSIZE if blocksize is None else blocksize
         self.compress_statistics = bool(compress_statistics)

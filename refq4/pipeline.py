@@ -131,6 +131,7 @@ LAYOUT_OWN = Decision("own layout", "inference, and the backend has a layout tha
 LAYOUT_TRAINING = Decision("canonical", "the layer is in training mode")
 LAYOUT_GRADIENT = Decision("canonical", "a gradient is wanted")
 LAYOUT_COMPILING = Decision("canonical", "torch.compile is tracing, and the layer was not prepared before")
+LAYOUT_OFFLOADED = Decision("canonical", "accelerate brings the weight for each call and takes it away again")
 LAYOUT_NONE = Decision("canonical", "the backend computes on the stored layout")
 
 
@@ -159,6 +160,9 @@ def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[Prep
         return None, LAYOUT_TRAINING
     if torch.is_grad_enabled() and x.requires_grad:
         return None, LAYOUT_GRADIENT
+    if getattr(layer.__dict__.get("_hf_hook"), "offload", False):
+        layer._prepared = None
+        return None, LAYOUT_OFFLOADED
     if torch.compiler.is_compiling():
         cache = layer._prepared
         return (cache.prepared, LAYOUT_OWN) if cache and cache.prepared else (None, LAYOUT_COMPILING)

@@ -71,7 +71,14 @@ class Refq4Quantizer(HfQuantizer):
 
     # --- before loading: which modules become 4-bit layers ----------------------------------------------------------
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
+    ) -> None:
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "part of the model is to stay on disk, in full precision, and would be quantised again in each call: "
+                "quantise it without this device_map, save_pretrained it, and load that with it"
+            )
         config = self.quantization_config
         skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
         tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
@@ -191,7 +198,10 @@ class Restore(ConversionOps):
                 f"{full_layer_name}: the entries beside it are missing ({full_layer_name}.absmax, ...); if it is not "
                 f"quantised, add {own.removesuffix('.')!r} to llm_int8_skip_modules in config.json"
             )
-        return {"weight": _settled(layer, Params4bit.from_prequantized(packed, parts, module=layer))}
+        weight = Params4bit.from_prequantized(packed, parts, module=layer)
+        # What stays where the loader sends the bytes to disk: accelerate brings them back into a copy of this one.
+        layer.weight = weight._like(weight.data.to("meta"), weight.quant_state)
+        return {"weight": _settled(layer, weight)}
 
     @property
     def reverse_op(self) -> ConversionOps:
