@@ -89,9 +89,15 @@ def relative_url(link: str, page: str) -> str:
     path = _resolve(origin(page), target) if target else None
     if path is None:
         return link
-    served = _served(uri(path))
-    url = posixpath.relpath(served, _served(page)) + ("" if "." in posixpath.basename(served) else "/")
+    url = link_to(path, page)
     return f"{url}#{anchor}" if anchor else url
+
+
+def link_to(path: str, page: str) -> str:
+    """The address of a path's page, from the folder that ``page`` is served as."""
+    there = uri(path)
+    url = posixpath.relpath(_served(there), _served(page))
+    return f"{url}/" if there.endswith((".md", ".ipynb")) else url
 
 
 def _served(page: str) -> str:

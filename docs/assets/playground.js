@@ -1,0 +1,176 @@
+// The playground: refq4's quantise, pack and decode in the browser. Every operation is rounded to fp32 by Math.fround,
+// as the Python reference rounds it (refq4/reference.py); tests/test_site.py compares the two bit for bit.
+(() => {
+  const root = document.getElementById("playground");
+  if (!root) return;
+  const at = (id) => document.getElementById(id);
+  const books = JSON.parse(at("codebooks").textContent);
+  const BLOCKSIZES = [4, 8, 16, 32, 64, 128];
+  const MOST = 256, SLIDERS = 64;
+
+  // --- the computation ------------------------------------------------------------------------------------------
+
+  // The largest magnitude of each block, fp32.
+  function scales(weights, blocksize) {
+    const absmax = [];
+    for (let start = 0; start < weights.length; start += blocksize)
+      absmax.push(Math.max(...weights.slice(start, start + blocksize).map(Math.abs)));
+    return absmax;
+  }
+
+  // clamp(x * (1/absmax), -1, 1); zero where 1/absmax is no number.
+  function scale(x, absmax) {
+    const inverse = Math.fround(1 / absmax);
+    if (!Number.isFinite(inverse)) return 0;
+    return Math.min(Math.max(Math.fround(x * inverse), -1), 1);
+  }
+
+  // How many thresholds lie below it says which value it gets.
+  const code = (book, scaled) => book.order[book.thresholds.filter((threshold) => scaled > threshold).length];
+
+  // Two codes a byte, the first in the high nibble; an odd one out is followed by the code of 0.0.
+  function pack(book, codes) {
+    const bytes = [];
+    for (let i = 0; i < codes.length; i += 2) bytes.push((codes[i] << 4) | (codes[i + 1] ?? code(book, 0)));
+    return bytes;
+  }
+
+  function quantise(weights, book, blocksize) {
+    const absmax = scales(weights, blocksize);
+    const rows = weights.map((weight, i) => {
+      const scaled = scale(weight, absmax[Math.floor(i / blocksize)]);
+      const chosen = code(book, scaled);
+      const decoded = Math.fround(book.values[chosen] * absmax[Math.floor(i / blocksize)]);
+      return { weight, scaled, code: chosen, value: book.values[chosen], decoded };
+    });
+    return { absmax, rows, packed: pack(book, rows.map((row) => row.code)) };
+  }
+
+  // --- in and out -------------------------------------------------------------------------------------------------
+
+  const hex = (number, digits) => number.toString(16).padStart(digits, "0");
+  const exact = (x) => (Object.is(x, -0) ? "-0" : x === 0 ? "0" : x.toPrecision(9)); // nine digits tell fp32 numbers apart
+  const short = (x) => (x === 0 ? "0" : Math.abs(x) >= 1e4 || Math.abs(x) < 1e-4 ? x.toExponential(2) : x.toFixed(4));
+
+  function read(text) {
+    const words = text.split(/[\s,;]+/).filter(Boolean);
+    const wrong = words.find((word) => !Number.isFinite(Math.fround(Number(word))));
+    if (wrong !== undefined) return { problem: `“${wrong}” is no finite fp32 number.` };
+    if (words.length === 0) return { problem: "Type at least one weight." };
+    if (words.length > MOST) return { problem: `${words.length} weights are more than the ${MOST} that fit here.` };
+    return { weights: words.map((word) => Math.fround(Number(word))) };
+  }
+
+  function update() {
+    const { weights, problem } = read(at("weights").value);
+    at("problem").textContent = problem ?? "";
+    at("weights").setAttribute("aria-invalid", String(Boolean(problem)));
+    if (problem) return;
+    const book = books[at("book").value];
+    const blocksize = Number(at("blocksize").value);
+    const result = quantise(weights, book, blocksize);
+    at("absmax").textContent = result.absmax.map(exact).join(" ");
+    at("codes").textContent = result.rows.map((row) => hex(row.code, 1)).join(" ");
+    at("packed").textContent = result.packed.map((byte) => hex(byte, 2)).join(" ");
+    at("bits").textContent = `${short(4 + (32 * result.absmax.length) / weights.length)} (codes 4, scales the rest)`;
+    const worst = Math.max(...result.rows.map((row) => Math.abs(row.decoded - row.weight)));
+    const norm = (pick) => Math.hypot(...result.rows.map(pick));
+    const relative = norm((row) => row.decoded - row.weight) / (norm((row) => row.weight) || 1);
+    at("error").textContent = `|W - W4| / |W| = ${short(relative)}, largest ${short(worst)}`;
+    at("rows").replaceChildren(...result.rows.map((row, i) => tableRow(row, i, blocksize)));
+    drawAxis(book, result.rows);
+    showSliders(weights);
+  }
+
+  function tableRow(row, i, blocksize) {
+    const line = document.createElement("tr");
+    if (i && i % blocksize === 0) line.className = "block-start";
+    const cells = [i, short(row.weight), short(row.scaled), hex(row.code, 1), short(row.value), short(row.decoded)];
+    for (const text of [...cells, short(row.decoded - row.weight)]) line.insertCell().textContent = text;
+    return line;
+  }
+
+  // --- the picture: values, thresholds between them, weights ----------------------------------------------------------
+
+  const NS = "http://www.w3.org/2000/svg";
+
+  function add(parent, name, attributes, text) {
+    const element = document.createElementNS(NS, name);
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+    if (text !== undefined) element.textContent = text;
+    parent.append(element);
+  }
+
+  function drawAxis(book, rows) {
+    const axis = at("axis");
+    const x = (value) => 320 + 300 * value;
+    axis.replaceChildren();
+    add(axis, "path", { class: "base", d: "M20 62H620" });
+    for (const threshold of book.thresholds)
+      add(axis, "path", { class: "threshold", d: `M${x(threshold)} 34V72` });
+    for (const value of new Set(book.values)) add(axis, "path", { class: "value", d: `M${x(value)} 52V72` });
+    for (const row of rows) {
+      add(axis, "path", { class: "weight", d: `M${x(row.scaled)} 50l-4 -10h8z` });
+    }
+    for (const [value, anchor] of [[-1, "-1"], [0, "0"], [1, "1"]]) add(axis, "text", { x: x(value), y: 88 }, anchor);
+    add(axis, "text", { x: 320, y: 16 }, "▼ scaled weights   | values   ┆ thresholds");
+  }
+
+  // --- sliders --------------------------------------------------------------------------------------------------------
+
+  let largest = 2;
+
+  function showSliders(weights) {
+    const list = at("sliders");
+    const shown = Math.min(weights.length, SLIDERS);
+    if (!list.matches(":active")) largest = Math.max(2, ...weights.slice(0, shown).map((weight) => Math.abs(weight)));
+    while (list.children.length > shown) list.lastElementChild.remove();
+    while (list.children.length < shown) list.append(newSlider(list.children.length));
+    [...list.children].forEach((item, i) => {
+      const slider = item.firstElementChild;
+      slider.min = -largest;
+      slider.max = largest;
+      slider.step = largest / 200;
+      if (slider !== document.activeElement) slider.value = weights[i];
+      slider.setAttribute("aria-valuetext", short(weights[i]));
+    });
+  }
+
+  function newSlider(i) {
+    const item = document.createElement("li");
+    const slider = document.createElement("input");
+    slider.type = "range";
+    slider.setAttribute("aria-label", `weight ${i}`);
+    slider.addEventListener("input", () => {
+      const words = at("weights").value.split(/[\s,;]+/).filter(Boolean);
+      words[i] = String(Number(Number(slider.value).toFixed(4)));
+      at("weights").value = words.join(" ");
+      update();
+    });
+    item.append(slider, String(i));
+    return item;
+  }
+
+  // --- examples -------------------------------------------------------------------------------------------------------
+
+  function normal(count) {
+    const draw = () => Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
+    return Array.from({ length: count }, () => Number(draw().toFixed(2)));
+  }
+
+  function put(weights) {
+    at("weights").value = weights.join(" ");
+    update();
+  }
+
+  const START = [0.31, -0.87, 0.05, 1.42, -0.12, 0.66, -1.1, 0.24, 0.9, -0.35, 0.02, -0.58, 0.47, -0.03, 1.05, -0.71];
+  at("book").append(...Object.keys(books).map((name) => new Option(`${name}: ${books[name].about}`, name)));
+  at("blocksize").append(...BLOCKSIZES.map((size) => new Option(String(size), String(size))));
+  at("book").value = "nf4";
+  at("blocksize").value = "8";
+  at("normal").addEventListener("click", () => put(normal(16)));
+  at("outlier").addEventListener("click", () => put(normal(16).map((weight, i) => (i === 3 ? 8 : weight))));
+  at("zeros").addEventListener("click", () => put(normal(16).map((weight, i) => (i < 8 ? 0 : weight))));
+  for (const id of ["weights", "book", "blocksize"]) at(id).addEventListener("input", update);
+  put(START);
+})();
