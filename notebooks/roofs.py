@@ -121,6 +121,7 @@ def ladder(times: Mapping[str, Mapping[int, float]], elsewhere: Mapping[str, Map
     for axes, m in zip([panels] if len(tokens) == 1 else panels, tokens, strict=True):
         for y, (name, row) in enumerate(reversed(everything.items())):
             if m not in row:
+                axes.text(0.02, y, "one token only", va="center", fontsize=8, transform=axes.get_yaxis_transform())
                 continue
             here = name in times
             axes.barh(y, row[m], height=0.6, color=picture.BLUE if here else "none", edgecolor=picture.BLUE)
