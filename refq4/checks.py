@@ -16,10 +16,13 @@ ACTIVATION_DTYPES = (*WEIGHT_DTYPES, torch.float64)
 
 
 def check_floats(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """A TypeError unless ``tensor`` is a tensor of one of the dtypes."""
+    """A TypeError unless ``tensor`` is a dense tensor of one of the dtypes."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must be a tensor of {wanted}, got {show(tensor)}; cast it first")
+    if tensor.layout != torch.strided:
+        layout_name = str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, got a {layout_name} one; call .to_dense()")
 
 
 def check_blocksize(blocksize: int) -> int:

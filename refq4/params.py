@@ -98,6 +98,9 @@ class Params4bit(LentBytes, nn.Parameter):
         requires_grad: bool = False,
         device: torch.device | str | None = None,
         module: nn.Module | None = None,
+        *,
+        allow_other_code: bool = False,
+        allow_other_nested_blocksize: bool = False,
     ) -> Params4bit:
         """A parameter from packed bytes and the ``weight.*`` entries of a state dict (which are only read).
 
@@ -105,9 +108,12 @@ class Params4bit(LentBytes, nn.Parameter):
             data: the packed weight.
             quantized_stats: what :meth:`QuantState.from_dict` takes.
             device: where it goes; by default it stays where ``data`` is (bitsandbytes: "cuda").
+            module: the layer that it is for; its shape must be the state's, and its quant state becomes this one.
+            allow_other_code, allow_other_nested_blocksize: as in :meth:`QuantState.from_dict`.
 
         Raises:
-            ValueError: the entries contradict each other or the packed weight; see ``QuantState.from_dict``.
+            ValueError: the entries contradict each other, the packed weight or the layer; see
+                ``QuantState.from_dict``. The layer is then as it was.
 
         Example:
             >>> from refq4.nn import LinearNF4
@@ -117,8 +123,23 @@ class Params4bit(LentBytes, nn.Parameter):
             >>> Params4bit.from_prequantized(saved["weight"], stats).quant_state == layer.weight.quant_state
             True
         """
+        state = QuantState.from_dict(
+            quantized_stats,
+            device,
+            packed=data,
+            allow_other_code=allow_other_code,
+            allow_other_nested_blocksize=allow_other_nested_blocksize,
+        )
+        wanted = getattr(module, "weight_shape", None)
+        if (
+            wanted is not None and state.shape != wanted
+        ):  # what no state dict can show by itself: it was transposed, or is another layer's
+            raise ValueError(
+                f"{min(quantized_stats, key=len).rpartition('.')[0] or 'weight'}: the checkpoint holds {state}, this "
+                f"{type(module).__name__} wants shape {list(wanted)}"
+            )
         device = torch.device(device) if device is not None else data.device
-        state = QuantState.from_dict(quantized_stats, device, packed=data)
+        state = state.to(device)
         self = cls(
             data.detach().to(device),
             requires_grad,

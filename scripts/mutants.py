@@ -36,6 +36,7 @@ TESTS = [
     "tests/test_properties.py",
     "tests/test_pipeline.py",
     "tests/test_state.py",
+    "tests/test_damaged_states.py",
     "tests/test_layers.py",
     "tests/test_autograd.py",
     "tests/test_hostile_inputs.py",

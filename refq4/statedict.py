@@ -1,0 +1,360 @@
+"""The form a QuantState takes in a state dict, and the reader that believes nothing in it before it is checked.
+
+    weight                                     the packed bytes, [b, 1] in the storage dtype
+    weight.absmax                              fp32 [blocks], or uint8 [blocks] with double quantisation
+    weight.quant_map                           fp32 [16], the code
+    weight.nested_absmax                       fp32 [ceil(blocks/256)]        (double quantisation only)
+    weight.nested_quant_map                    fp32 [256]                     (double quantisation only)
+    weight.quant_state.bitsandbytes__nf4       uint8 [L], UTF-8 JSON: quant_type, blocksize, dtype, shape
+                                               and, nested: nested_blocksize, nested_dtype, nested_offset
+
+The keys are bitsandbytes'. Every field, every dtype and every length is checked against the shape that the file claims,
+and what is checked is what the tensors hold: nothing is allocated on the file's word. Whatever is wrong, a ValueError
+names the key, what was found and what was wanted. How that is tested: docs/hardening.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import layout
+from .codebooks import codebook_names, create_dynamic_map, get_codebook
+from .lending import LentBytes
+
+__all__ = ["BLOCKSIZES", "NESTED_BLOCKSIZE", "WEIGHT_DTYPES", "Fields", "NestedFields", "Reader", "check_packed"]
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+JSON_KEY = "quant_state.bitsandbytes__"
+
+_DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
+_JSON_FIELDS = ("quant_type", "blocksize", "dtype", "shape")
+_NESTED_JSON_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
+_NESTED_TENSORS = ("nested_absmax", "nested_quant_map")
+_MAX_NUMEL = 2**48  # no tensor is larger; keeps arithmetic on a file's claims small
+_MAX_JSON = 2**16  # bytes; bitsandbytes writes about 200
+
+
+class NestedFields(NamedTuple):
+    """What double quantisation adds: the scales' own scales [nested blocks], their code [256], and the offset."""
+
+    absmax: Tensor
+    code: Tensor
+    blocksize: int
+    dtype: torch.dtype
+    offset: float
+
+
+class Fields(NamedTuple):
+    """What a state dict says of one weight, all of it checked."""
+
+    absmax: Tensor
+    shape: torch.Size
+    code: Tensor
+    blocksize: int
+    quant_type: str
+    dtype: torch.dtype
+    nested: NestedFields | None
+
+
+class Reader:
+    """Reads the fields of one QuantState from a dict of unknown origin, checking each thing before it is used.
+
+    Args:
+        source, allow_other_code, allow_other_nested_blocksize: as in :meth:`QuantState.from_dict`.
+    """
+
+    def __init__(self, source: Mapping[str, Any], allow_other_code: bool, allow_other_nested_blocksize: bool) -> None:
+        if not isinstance(source, Mapping):
+            raise ValueError(f"wanted a dict of the weight's entries, got {describe(source)}")
+        self.allow_other_code = allow_other_code
+        self.nested_blocksizes = BLOCKSIZES if allow_other_nested_blocksize else (NESTED_BLOCKSIZE,)
+        self.keys: dict[str, str] = {}  # field -> the caller's key, for messages
+        self.items: dict[str, Any] = {}
+        self.prefix: str | None = None
+        json_keys = []
+        for key, value in source.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{_shown(key)}: keys are text, this one is {_article(key)}")
+            before, found, _ = key.rpartition(JSON_KEY)
+            if found and (not before or before.endswith(".")):
+                json_keys.append(key)
+                self._same_prefix(key, before.removesuffix("."))
+            else:
+                prefix, _, name = key.rpartition(".")
+                self._add(name, key, value)
+                self._same_prefix(key, prefix)
+        if len(json_keys) > 1:
+            raise ValueError(f"one quant_state entry expected, found {len(json_keys)}: {_shown(sorted(json_keys))}")
+        if json_keys:
+            self._add_json(json_keys[0], source[json_keys[0]])
+        elif "quant_type" not in self.items:
+            raise ValueError(
+                f"no quantisation state here: neither a '{JSON_KEY}<type>' entry nor a 'quant_type' among "
+                f"{_shown(sorted(source))}"
+            )
+
+    def read(self, device: torch.device | str | None, packed: Tensor | None) -> Fields:
+        """The fields; ``packed`` and ``device`` as in :meth:`QuantState.from_dict`."""
+        nested = any(name in self.items for name in (*_NESTED_TENSORS, *_NESTED_JSON_FIELDS))
+        wanted = {*_JSON_FIELDS, "absmax", "quant_map"}
+        self._check_fields(wanted | {*_NESTED_TENSORS, *_NESTED_JSON_FIELDS} if nested else wanted)
+        quant_type, shape, blocksize = self._quant_type(), self._shape(), self._blocksize("blocksize", BLOCKSIZES)
+        blocks = layout.block_count(shape.numel(), blocksize)
+        fields = Fields(
+            absmax=self._scales("absmax", torch.uint8 if nested else torch.float32, blocks),
+            shape=shape,
+            code=self._code("quant_map", torch.tensor(get_codebook(quant_type).values)),
+            blocksize=blocksize,
+            quant_type=quant_type,
+            dtype=self._dtype("dtype", _DTYPE_NAMES),
+            nested=self._nested(blocks) if nested else None,
+        )
+        if packed is not None:
+            self._check_packed(packed, shape)
+        self._check_devices(device, packed)
+        return fields
+
+    def _nested(self, blocks: int) -> NestedFields:
+        blocksize = self._blocksize("nested_blocksize", self.nested_blocksizes)
+        return NestedFields(
+            absmax=self._scales("nested_absmax", torch.float32, layout.block_count(blocks, blocksize)),
+            code=self._code("nested_quant_map", create_dynamic_map(), _dynamic_map_of_old_cpu_builds()),
+            blocksize=blocksize,
+            dtype=self._dtype("nested_dtype", {"float32": torch.float32}),
+            offset=self._offset("nested_offset"),
+        )
+
+    # --- which entries there are ------------------------------------------------------------------------------------
+
+    def _same_prefix(self, key: str, prefix: str) -> None:
+        if self.prefix is None:
+            self.prefix = prefix
+        elif prefix != self.prefix:
+            raise ValueError(
+                f"{_label(key)}: belongs to {_label(prefix)!r}, entries before it to {_label(self.prefix)!r}; "
+                f"give the entries of one weight"
+            )
+
+    def _add(self, name: str, key: str, value: Any) -> None:
+        if name in self.items:
+            raise ValueError(f"{_label(key)}: {_label(name)!r} is there twice, also as {self.keys[name]}")
+        self.items[name], self.keys[name] = value, _label(key)
+
+    def _add_json(self, key: str, value: Any) -> None:
+        for name, item in _tensor_to_json(value, _label(key)).items():
+            self._add(name, f"{key} {name}", item)
+        json_type = key.rpartition(JSON_KEY)[2]
+        if self.items.get("quant_type") != json_type:
+            raise ValueError(
+                f"{_label(key)}: the key says {_label(json_type)!r}, the quant_type in it "
+                f"{_shown(self.items.get('quant_type'))}"
+            )
+
+    def _check_fields(self, wanted: set[str]) -> None:
+        missing, unknown = wanted - self.items.keys(), self.items.keys() - wanted
+        if missing:
+            found = ", ".join(sorted(map(_label, self.items)))
+            raise ValueError(f"{', '.join(sorted(missing))}: missing; found {found}")
+        if unknown:
+            key = self.keys[min(unknown)]
+            raise ValueError(f"{key}: not part of a quantisation state, which has {', '.join(sorted(wanted))}")
+
+    # --- one thing at a time ----------------------------------------------------------------------------------------
+
+    def _fail(self, name: str, wanted: str) -> ValueError:
+        value = self.items[name]
+        return ValueError(
+            f"{self.keys[name]}: wanted {wanted}, got {describe(value) if isinstance(value, Tensor) else _shown(value)}"
+        )
+
+    def _quant_type(self) -> str:
+        value = self.items["quant_type"]
+        if not isinstance(value, str) or value not in codebook_names():
+            raise self._fail("quant_type", f"one of {codebook_names()} (register_codebook adds more)")
+        return value
+
+    def _shape(self) -> torch.Size:
+        value = self.items["shape"]
+        whole = isinstance(value, list | tuple) and len(value) <= 8
+        whole = whole and all(type(n) is int and 0 <= n <= _MAX_NUMEL for n in value)
+        if not whole or math.prod(value) > _MAX_NUMEL:
+            limit = f"2**{_MAX_NUMEL.bit_length() - 1}"
+            raise self._fail("shape", f"a list of at most 8 whole numbers with a product of at most {limit}")
+        return torch.Size(value)
+
+    def _blocksize(self, name: str, allowed: tuple[int, ...]) -> int:
+        value = self.items[name]
+        if type(value) is not int or value not in allowed:
+            hint = "" if len(allowed) > 1 else "; allow_other_nested_blocksize=True takes any that a blocksize can be"
+            raise self._fail(name, f"one of {list(allowed)}{hint}")
+        return value
+
+    def _dtype(self, name: str, allowed: dict[str, torch.dtype]) -> torch.dtype:
+        value = self.items[name]
+        if not isinstance(value, str) or value not in allowed:
+            raise self._fail(name, f"one of {list(allowed)}")
+        return allowed[value]
+
+    def _offset(self, name: str) -> float:
+        value = self.items[name]  # the mean of scales, so not negative
+        if type(value) not in (int, float) or not 0 <= value <= torch.finfo(torch.float32).max:
+            raise self._fail(name, "a finite fp32 number that is not negative")
+        return float(value)
+
+    def _scales(self, name: str, dtype: torch.dtype, numel: int) -> Tensor:
+        value = self.items[name]
+        if not _is_row(value, dtype, numel):
+            where = f"for shape {list(self.items['shape'])} and blocksize {self.items['blocksize']}"
+            raise self._fail(name, f"a {_name(dtype)} tensor of {numel} {where}")
+        self._check_holds(self.keys[name], value)
+        if dtype.is_floating_point and not value.is_meta:
+            right = value.isfinite() & (value >= 0)
+            if not bool(right.all()):
+                at = int((~right).nonzero()[0])
+                raise ValueError(
+                    f"{self.keys[name]}: scales are finite and not negative, got {value[at].item()} at {at}"
+                )
+        return _plain(value)
+
+    def _code(self, name: str, expected: Tensor, *variants: Tensor) -> Tensor:
+        value = self.items[name]
+        if not _is_row(value, torch.float32, expected.numel()):
+            raise self._fail(name, f"a float32 tensor of {expected.numel()}")
+        self._check_holds(self.keys[name], value)
+        if value.is_meta:
+            return _plain(value)
+        if not bool(value.isfinite().all()):
+            raise self._fail(name, f"{expected.numel()} finite values")
+        if not self.allow_other_code and not any(torch.equal(value.cpu(), known) for known in (expected, *variants)):
+            at = int((value.cpu() != expected).nonzero()[0])
+            raise ValueError(
+                f"{self.keys[name]}: entry {at} is {value[at].item()}, the published table has {expected[at].item()}; "
+                f"pass allow_other_code=True to decode with the values in the file"
+            )
+        return _plain(value)
+
+    def _check_packed(self, packed: Any, shape: torch.Size) -> None:
+        key = self.prefix or "weight"
+        if not isinstance(packed, Tensor) or packed.layout != torch.strided:
+            raise ValueError(f"{key}: wanted the packed weight as a dense tensor, got {describe(packed)}")
+        check_packed(packed, shape, key)
+        if not isinstance(packed, LentBytes):  # which may be a placeholder
+            self._check_holds(key, packed)
+
+    def _check_holds(self, key: str, value: Tensor) -> None:
+        """A view may claim more elements than there is memory behind it; whoever copied it would allocate them."""
+        claims, holds = value.numel() * value.itemsize, value.untyped_storage().nbytes()
+        if not value.is_meta and claims > holds:
+            raise ValueError(f"{key}: {describe(value)} claims {claims} bytes, and there are {holds}")
+
+    def _check_devices(self, device: torch.device | str | None, packed: Tensor | None) -> None:
+        """A tensor on meta has no values: it can't be moved, and what belongs to it must be there, too."""
+        if device is not None and torch.device(device).type == "meta":
+            return
+        tensors = {self.keys[name]: value for name, value in self.items.items() if isinstance(value, Tensor)}
+        if packed is not None:
+            tensors[self.prefix or "weight"] = packed
+        on_meta = [key for key, value in tensors.items() if value.is_meta]
+        if on_meta and (device is not None or len(on_meta) < len(tensors)):
+            raise ValueError(f"{on_meta[0]}: is on meta, where tensors have no values, and not all of the state is")
+
+
+def check_packed(stored: Tensor, shape: torch.Size, key: str = "weight") -> None:
+    """Raise a ValueError if ``stored`` can't be the packed bytes of ``shape``."""
+    if stored.dtype not in layout.STORAGE_DTYPES:
+        names = ", ".join(map(_name, layout.STORAGE_DTYPES))
+        raise ValueError(f"{key}: a packed weight is stored as {names}, got {stored.dtype}")
+    wanted = -(-layout.packed_bytes(shape.numel()) // stored.dtype.itemsize)
+    if stored.numel() != wanted:
+        raise ValueError(
+            f"{key}: shape {list(shape)} packs into {wanted} {_name(stored.dtype)} elements "
+            f"(two codes a byte), got {stored.numel()} in shape {list(stored.shape)}"
+        )
+
+
+def json_to_tensor(items: dict[str, Any]) -> Tensor:
+    """JSON as the uint8 tensor that a state dict holds."""
+    return torch.tensor(list(json.dumps(items).encode()), dtype=torch.uint8)
+
+
+def _tensor_to_json(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, Tensor) or not _is_row(value, torch.uint8, value.numel()) or value.is_meta:
+        raise ValueError(f"{key}: wanted JSON in a uint8 tensor of one dimension, got {describe(value)}")
+    if value.numel() > _MAX_JSON:
+        raise ValueError(f"{key}: wanted JSON of at most {_MAX_JSON} bytes, got {value.numel()}")
+    try:
+        items = json.loads(bytes(value.tolist()).decode(), object_pairs_hook=_once_each)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{key}: wanted UTF-8 JSON, got {type(error).__name__}: {str(error)[:80]}") from None
+    if not isinstance(items, dict):
+        raise ValueError(f"{key}: wanted a JSON object, got {type(items).__name__}")
+    return items
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    items = dict(pairs)
+    if len(items) != len(pairs):  # json would keep the last, other readers the first
+        raise ValueError("a key is there twice")
+    return items
+
+
+def _dynamic_map_of_old_cpu_builds() -> Tensor:
+    """The map in nested checkpoints that bitsandbytes up to 0.49 wrote on a CPU: its smallest entry is -1 there."""
+    table = create_dynamic_map()
+    table[0] = -1.0
+    return table
+
+
+def _is_row(value: Any, dtype: torch.dtype, numel: int) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return dense and value.dtype == dtype and value.dim() == 1 and value.numel() == numel
+
+
+def _plain(value: Tensor) -> Tensor:
+    """What a backend may read by its address: the tensor itself where its elements lie side by side."""
+    plain: Tensor = value.detach().resolve_neg().contiguous()
+    return plain
+
+
+# --- how things are shown: short, and printable whatever a file holds -------------------------------------------------
+
+
+def describe(value: Any) -> str:
+    """A tensor as its dtype and shape, anything else as its type and value."""
+    if isinstance(value, Tensor):
+        sparse = "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+        return f"{sparse}{_name(value.dtype)} {list(value.shape)}"
+    return f"{type(value).__name__} {_shown(value)}"
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+_short.maxlist = _short.maxtuple = 10
+
+
+def _shown(value: Any) -> str:
+    try:
+        return _short.repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints
+        return f"{_article(value)} too long to show"
+
+
+def _label(key: str) -> str:
+    return key if key.isprintable() and len(key) <= 200 else _shown(key)
+
+
+def _article(value: Any) -> str:
+    return f"{'an' if type(value).__name__[0] in 'aeio' else 'a'} {type(value).__name__}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
