@@ -1,0 +1,290 @@
+# %% [markdown]
+# # 2. Sixteen numbers
+#
+# **Why are NF4's sixteen values where they are?**
+#
+# A code of 4 bits can name sixteen numbers, whichever we like: a look-up costs the same for any table. So we are free
+# to put them where weights are. Where are weights? Here are all 10.6 million of the linear layers of a real model,
+# each divided by the largest magnitude of its block of 64.
+
+# %%
+from statistics import NormalDist
+
+import torch
+
+import picture
+import refq4
+from material import encoder_linears, encoder_tensor
+from refq4.codebooks import Codebook, create_normal_map, get_codebook
+
+everything = torch.cat([encoder_tensor(f"{name}.weight").flatten() for name in encoder_linears()])
+blocks = everything.view(-1, 64)
+scaled = (blocks / blocks.abs().amax(dim=1, keepdim=True)).flatten()
+
+weights = blocks[::8].flatten()  # every eighth block: what the rest of this page works on
+print(f"{scaled.numel():,} weights, standard deviation {scaled.std().item():.3f}")
+print(f"{100 * (scaled.abs() == 1).float().mean().item():.2f} % of them are at an end: one of each block, its largest")
+
+# %%
+heights, edges = torch.histogram(scaled, bins=201, range=(-1, 1), density=True)
+centres = (edges[1:] + edges[:-1]) / 2
+spread = NormalDist(0, scaled.std().item())
+
+figure, axes = picture.canvas(height=2.8)
+axes.fill_between(centres, heights, step="mid", color=picture.BLUE, alpha=0.5, label="scaled weights")
+axes.plot(centres, [spread.pdf(c) for c in centres.tolist()], color=picture.VERMILION, label="normal distribution")
+axes.set(xlabel="weight / largest magnitude of its block", ylabel="density", yticks=[], ylim=(0, None))
+axes.legend()
+picture.show(figure, "The histogram of the scaled weights is a bell around 0, with a thin spike at either end.")
+
+# %% [markdown]
+# A bell, and a spike at either end where each block's largest weight sits. NF4, "normal float", is made for the bell.
+#
+# ## The idea: every code equally often
+#
+# Sixteen codes say most if each is used as often as any other. For a bell curve that means: cut it into slices of
+# equal *probability*, not of equal width, and take a number from each. The function that turns a probability into a
+# number is the inverse of the normal distribution's cumulative curve, its *quantile*.
+#
+# Two things keep it from being that plain. The curve's ends are at infinity, so the outermost numbers are taken half
+# a slice in from either end. And one number must be exactly 0, because zeros are common (padding, pruning) and should
+# stay zeros; so the two halves are spaced apart, eight steps above zero and seven below.
+
+# %%
+outermost = ((1 - 1 / 32) + (1 - 1 / 30)) / 2  # half a slice in from the end: of 16 slices, or of 15
+above = torch.linspace(outermost, 0.5, 9)[:-1]
+below = 1 - torch.linspace(outermost, 0.5, 8)[:-1]
+
+probabilities = torch.cat([below, torch.tensor([0.5]), above.flip(0)])
+quantiles = torch.tensor([NormalDist().inv_cdf(p) for p in probabilities.tolist()])
+nf4 = quantiles / quantiles.max()
+
+print(" ".join(f"{value:.4f}" for value in nf4.tolist()))
+assert torch.allclose(nf4, torch.tensor(create_normal_map()), rtol=0, atol=1e-6)
+assert get_codebook("nf4").values == tuple(create_normal_map())
+
+# %% [markdown]
+# These are the published NF4 values. In a picture: equal steps up the curve, and below each the number it gives.
+
+# %%
+line = torch.linspace(-2.2, 2.2, 200)
+figure, axes = picture.canvas(height=3.4)
+axes.plot(line / quantiles.max(), [NormalDist().cdf(v) for v in line.tolist()], color=picture.GREY)
+axes.hlines(probabilities, -1.15, nf4, color=picture.BLUE, linewidth=0.8)
+axes.vlines(nf4, 0, probabilities, color=picture.VERMILION, linewidth=0.8)
+axes.plot(nf4, torch.zeros(16), "o", color=picture.VERMILION, markersize=5, clip_on=False)
+axes.set(xlim=(-1.15, 1.15), ylim=(0, 1), xlabel="value", ylabel="probability of less than that")
+axes.grid(visible=False)
+picture.show(figure, "The cumulative normal curve: sixteen evenly spaced heights lead down to the sixteen values.")
+
+# %% [markdown]
+# ## Which weight gets which code
+#
+# The nearest value wins, so the border between two codes, the *threshold*, lies half way between their values. The
+# colours show the weights of each code.
+
+# %%
+book = get_codebook("nf4")
+figure, axes = picture.canvas(height=3.0)
+code_of = torch.bucketize(centres, torch.tensor(book.thresholds))
+for code in range(16):
+    mine = code_of == code
+    axes.bar(centres[mine], heights[mine], width=0.01, color=picture.COLOURS[code % 2 * 5], alpha=0.8)
+axes.vlines(book.thresholds, 0, 1.25, color=picture.GREY, linewidth=0.8, linestyle="dashed")
+axes.plot(book.values, [0] * 16, "o", color=picture.VERMILION, markersize=5, clip_on=False)
+axes.set(xlabel="scaled weight (dots: values, dashes: thresholds)", yticks=[], ylim=(0, 1.25), xlim=(-1.03, 1.03))
+axes.grid(visible=False)
+picture.show(figure, "The histogram cut by fifteen thresholds into sixteen slices, narrow near 0 and wide at the ends.")
+
+# %% [markdown]
+# Are the slices equally full, then? Count.
+
+# %%
+FORMATS = {
+    "nf4": picture.BLUE,
+    "af4": picture.GREEN,
+    "e2m1": picture.PURPLE,
+    "int4": picture.ORANGE,
+    "fp4": picture.VERMILION,
+}
+
+
+def shares(name: str) -> torch.Tensor:
+    """How often each code is used, in the order of the values."""
+    packed, _ = refq4.functional.quantize_4bit(weights, quant_type=name)
+    counts = torch.bincount(packed.flatten() >> 4, minlength=16) + torch.bincount(packed.flatten() & 15, minlength=16)
+    return (counts / counts.sum())[list(get_codebook(name).order)]
+
+
+used = {name: shares(name) for name in FORMATS}
+entropy = {name: -(share * share.log2()).sum().item() for name, share in used.items()}
+print("bits of information in a code of 4 bits:", ", ".join(f"{name} {bits:.2f}" for name, bits in entropy.items()))
+assert 3.8 < entropy["nf4"] < 3.9
+
+figure, axes = picture.canvas(height=2.4)
+axes.bar(range(16), 100 * used["nf4"], color=picture.BLUE)
+axes.axhline(100 / 16, color=picture.VERMILION)
+axes.set(xlabel="NF4 code", ylabel="% of all weights", xticks=range(16))
+picture.show(
+    figure, "Bars of how often each NF4 code is used: more often than 1 in 16 in the middle, less at the ends."
+)
+
+# %% [markdown]
+# Not quite. The middle codes are used more often, the outer ones less. NF4 supposes that the largest weight lies 1.85
+# standard deviations out, at its outermost quantile; the largest of 64 lies further out, here 2.7 on average (1 /
+# 0.374), so the bell is narrower than NF4's. "Information-theoretically optimal", as the QLoRA paper puts it, holds
+# for a bell of one width. And is equal use what we want? We want small *errors*.
+#
+# ## Five formats on the same weights
+#
+# | | |
+# | --- | --- |
+# | NF4 | the quantiles above |
+# | AF4 | "abnormal float": Yoshida's answer to NF4 (2023), made for a small absolute error |
+# | E2M1 | the 4-bit float of new GPUs and the OCP standard: 0, ½, 1, 1½, 2, 3, 4, 6 and their negatives |
+# | int4 | whole numbers from -7 to 7 |
+# | FP4 | bitsandbytes' own 4-bit float, with a strange small number next to zero |
+
+# %%
+figure, axes = picture.canvas(height=2.4)
+for row, (name, colour) in enumerate(reversed(FORMATS.items())):
+    axes.axhline(row, color=picture.GREY, linewidth=0.6, alpha=0.5)
+    axes.plot(get_codebook(name).values, [row] * 16, "o", color=colour, markersize=5)
+axes.set(yticks=range(5), yticklabels=reversed(FORMATS), xlabel="value")
+axes.grid(visible=False)
+picture.show(
+    figure, "Five number lines with the values of each format: int4 evenly spaced, the others denser around 0."
+)
+
+
+# %%
+def errors(tensor: torch.Tensor, name: str) -> tuple[float, float]:
+    """Relative error of a tensor in a format: root of the mean square, and mean of the magnitude."""
+    off = refq4.functional.dequantize_4bit(*refq4.functional.quantize_4bit(tensor, quant_type=name)) - tensor
+    return (off.norm() / tensor.norm()).item(), (off.abs().mean() / tensor.abs().mean()).item()
+
+
+real = {name: errors(weights, name) for name in FORMATS}
+assert min(real, key=lambda name: real[name]) == "nf4"
+
+picture.table(
+    ["format", "error, root mean square", "error, mean magnitude"],
+    [[name, f"{rms:.4f}", f"{mean:.4f}"] for name, (rms, mean) in real.items()],
+)
+
+# %% [markdown]
+# NF4 has the smallest error by either measure, though E2M1 uses its codes more evenly. On the weights of this model,
+# that is. For a single weight it depends on how large it is. Cut the magnitudes into ten classes and take the error
+# of each; the dot marks the format that is best there.
+
+# %%
+magnitudes = torch.linspace(0, 1, 10 * 100 + 1)[:-1].add(0.0005).view(10, 100)
+
+
+def error_by_magnitude(name: str) -> torch.Tensor:
+    """The root mean square error of weights of either sign in each class of magnitudes."""
+    book = get_codebook(name)
+    both = torch.cat([magnitudes, -magnitudes], dim=1)
+    codes = torch.tensor(book.encode(both.flatten().tolist())).view_as(both)
+    return (torch.tensor(book.values)[codes] - both).square().mean(dim=1).sqrt()
+
+
+curves = {name: error_by_magnitude(name) for name in FORMATS}
+winners = [min(curves, key=lambda name: curves[name][i].item()) for i in range(10)]
+print("best by magnitude, from 0 to 1:", *winners)
+
+figure, axes = picture.canvas(height=3.2)
+for name, curve in curves.items():
+    axes.stairs(curve, torch.linspace(0, 1, 11), color=FORMATS[name], label=name, linewidth=1.6, baseline=None)
+for i, name in enumerate(winners):
+    axes.plot(0.05 + i / 10, curves[name][i], "o", color=FORMATS[name], markersize=7)
+axes.set(xlabel="magnitude of the scaled weight", ylabel="error, root mean square", ylim=(0, 0.12))
+axes.legend(ncols=5)
+picture.show(figure, "Error by magnitude of the weight: e2m1 is best for small ones, int4 for large ones, nf4 between.")
+
+# %% [markdown]
+# No format wins everywhere: those that crowd around zero pay for it with the large weights, where int4, whose steps
+# never grow, is far ahead. So the best format is a matter of how many weights of each size there are:
+
+# %%
+torch.manual_seed(0)
+count = 1 << 18
+shapes = {
+    "this model": weights,
+    "normal": torch.randn(count),
+    "uniform": torch.rand(count) * 2 - 1,
+    "heavy tails (Student's t, 3)": torch.distributions.StudentT(3.0).sample((count,)),
+}
+contest = {shape: {name: errors(drawn, name)[0] for name in FORMATS} for shape, drawn in shapes.items()}
+best = {shape: min(row, key=row.get) for shape, row in contest.items()}
+print(best)
+assert best == dict(zip(shapes, ("nf4", "nf4", "int4", "af4"), strict=True))
+
+figure, axes = picture.canvas(height=2.8)
+for offset, (name, colour) in enumerate(FORMATS.items()):
+    places = [group + 0.16 * (offset - 2) for group in range(4)]
+    axes.bar(places, [row[name] for row in contest.values()], width=0.14, color=colour, label=name)
+axes.set(xticks=range(4), xticklabels=contest, ylabel="error, root mean square")
+axes.grid(axis="x", visible=False)
+figure.legend(loc="outside upper right", ncols=5)
+picture.show(
+    figure, "Error bars by format: NF4 lowest for this model and normal, int4 for uniform, AF4 for heavy tails."
+)
+
+# %% [markdown]
+# ## Could it be better?
+#
+# Let us not argue but search. Take normal weights in blocks of 64, hold on to -1, 0 and 1, and move the other
+# thirteen values until no move makes the mean error smaller (each to the median of the weights it serves, again and
+# again).
+
+# %%
+normal = torch.randn(2048, 64)
+normal = (normal / normal.abs().amax(dim=1, keepdim=True)).flatten()
+found = torch.linspace(-1, 1, 16)
+found[7] = 0
+for _ in range(100):
+    nearest = torch.bucketize(normal, (found[1:] + found[:-1]) / 2)
+    for code in {*range(16)} - {0, 7, 15}:
+        found[code] = normal[nearest == code].median()
+
+
+def mean_error(values: torch.Tensor) -> float:
+    """The mean magnitude of the error of ``normal`` in a code."""
+    values = values.sort().values
+    return (values[torch.bucketize(normal, (values[1:] + values[:-1]) / 2)] - normal).abs().mean().item()
+
+
+af4 = torch.tensor(get_codebook("af4").values)
+print(f"mean error: found {mean_error(found):.5f}, nf4 {mean_error(nf4):.5f}, af4 {mean_error(af4):.5f}")
+assert mean_error(found) < mean_error(nf4) < 1.01 * mean_error(found) < mean_error(af4)
+
+figure, axes = picture.canvas(height=1.8)
+for row, (values, colour) in enumerate(((af4, picture.GREEN), (nf4, picture.BLUE), (found, picture.VERMILION))):
+    axes.plot(values, [row] * 16, "o", color=colour, markersize=5)
+axes.set(yticks=range(3), yticklabels=["af4", "nf4", "found"], xlabel="value", ylim=(-0.5, 2.5))
+axes.grid(visible=False)
+picture.show(figure, "Three number lines: the values found by search nearly coincide with NF4's, AF4's lie further in.")
+
+# %% [markdown]
+# The search, which knows nothing of quantiles, ends almost where NF4 is. That is a better reason for NF4 than the one
+# it is named after, and it holds for blocks of 64.
+#
+# And since a format is nothing but sixteen numbers, yours can be one too: every function and every engine takes it by
+# its name.
+
+# %%
+refq4.register_codebook(Codebook("found", found.tolist(), description="least mean error for normal blocks of 64"))
+rms, mean = errors(weights, "found")
+assert mean < 1.02 * real["nf4"][1]
+
+picture.table(
+    ["format", "error, root mean square", "error, mean magnitude"],
+    [["nf4", *(f"{error:.4f}" for error in real["nf4"])], ["found", f"{rms:.4f}", f"{mean:.4f}"]],
+)
+
+# %% [markdown]
+# **So:** NF4's values are quantiles of the normal distribution with a zero put in, scaled to end at ±1. They crowd
+# where weights do. For blocks of 64 normal weights hardly anything is better; for other shapes other formats are.
+#
+# Next: [why blocks of 64?](03_blocks_and_scales.ipynb)
