@@ -13,6 +13,7 @@ import places
 from bs4 import BeautifulSoup, Tag
 
 _UNWANTED = re.compile(r"<(style|script)\b.*?</\1>", re.DOTALL)
+_PARTS = ".zeroclipboard-container, .clipboard-copy-txt, .celltoolbar, .jp-InputPrompt, .jp-OutputPrompt"
 _FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^$\n]+?)\$(?![\w$])", re.DOTALL)
 
 
@@ -24,8 +25,8 @@ def clean(html: str, page: str) -> str:
         page: the page's path on the site.
     """
     soup = BeautifulSoup(_UNWANTED.sub("", html), "html.parser")
-    for copy in soup.select(".zeroclipboard-container, .clipboard-copy-txt, .jp-InputPrompt, .jp-OutputPrompt"):
-        copy.decompose()
+    for part in soup.select(_PARTS):
+        part.decompose()
     for code in soup.select(".highlight-ipynb"):
         code["class"] = ["highlight"]
     for pre in soup.select(".highlight pre"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-import picture
+import drawing
 import places
 from steps import Step, decisions, source, steps
 
@@ -12,7 +12,7 @@ from steps import Step, decisions, source, steps
 def pipeline(page: str) -> str:
     """The picture, wide and tall, and under it seven panels, of which assets/pipeline.js shows one at a time."""
     told = steps()
-    drawn = "\n".join(_without_blank_lines(draw(told, linked=True)) for draw in (picture.wide, picture.tall))
+    drawn = "\n".join(_without_blank_lines(draw(told, linked=True)) for draw in (drawing.wide, drawing.tall))
     panels = "\n\n".join(_panel(step, page) for step in told)
     return (
         f'<div class="pipeline">\n{drawn}\n</div>\n\n'
@@ -32,7 +32,7 @@ def step(page: str, number: str) -> str:
 
 
 def _panel(told: Step, page: str) -> str:
-    links = f"[more about this step]({told.page}); {_notebook(told, '')}"
+    links = "; ".join(filter(None, [f"[more about this step]({told.page})", _notebook(told, "")]))
     return (
         f'<section class="panel" id="{told.anchor}" markdown="1">\n\n'
         f"### {told.number} {told.title} {{ #{told.anchor}-title }}\n\n{told.rule}\n\n{_decisions(told)}\n\n"

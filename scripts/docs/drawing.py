@@ -1,6 +1,6 @@
 """The forward pass as a picture: one drawing, wide for screens and the README, tall for phones.
 
-    python scripts/docs/picture.py      writes docs/pipeline.svg, the wide one, for pages without a script
+    python scripts/docs/drawing.py      writes docs/pipeline.svg, the wide one, for pages without a script
 
 On the landing page both are inline, each step is a link to its panel, and the style sheet shows the one that fits.
 """
@@ -8,10 +8,10 @@ On the landing page both are inline, each step is a link to its panel, and the s
 from __future__ import annotations
 
 import html
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import places
 from steps import Step, steps
@@ -22,6 +22,8 @@ DESCRIPTION = (
 )
 PATHS = (("gemv_4bit", "one token, no gradient"), ("MatMul4Bit", "the rest; differentiable"))
 ENGINES = (("reference", "pure PyTorch"), ("cpu", "C, SIMD"), ("cuda", "tensor cores"), ("yours", "a file of yours"))
+
+FONT = "ui-sans-serif, system-ui, sans-serif"
 
 # For the file that stands alone; on the site assets/site.css says the same with the theme's colours.
 STYLE = """
@@ -51,38 +53,35 @@ class Box:
 
 def wide(all_steps: Sequence[Step], name: str = "wide", linked: bool = False) -> str:
     """Steps from left to right, 980 by 330."""
-    boxes = [Box(62 + 124 * i, 70, 108, 74) for i in range(7)]
-    parts = [_text(boxes[0].middle, 40, "the weight: packed codes, quant state", "side", anchor="start", x0=62)]
-    parts += [_line(f"M{boxes[0].middle} 47V68"), _text(30, 100, "x", "side"), _text(30, 115, "[M, K]", "side")]
-    parts += [_line("M44 107H60"), _text(boxes[6].middle, 40, "y [M, N]", "side"), _line(f"M{boxes[6].middle} 69V48")]
-    parts += [_line(f"M{a.x + a.width} 107H{b.x - 2}") for a, b in zip(boxes, boxes[1:], strict=False)]
+    boxes = [Box(78 + 124 * i, 70, 108, 74) for i in range(7)]
+    parts = [_text(78, 40, "the weight: packed codes, quant state", "side", anchor="start")]
+    parts += [_line(f"M{boxes[0].middle} 47V68"), _text(26, 103, "x", "side"), _text(26, 119, "[M, K]", "side")]
+    parts += [_line("M52 107H76"), _text(boxes[6].middle, 40, "y [M, N]", "side")]
+    parts += [_line(f"M{boxes[6].middle} 69V48")]
+    parts += [_line(f"M{a.x + a.width} 107H{b.x - 2}") for a, b in pairwise(boxes)]
     parts += [_step(step, box, linked) for step, box in zip(all_steps, boxes, strict=True)]
-    paths = [Box(430, 186, 176, 46), Box(650, 186, 176, 46)]
-    engines = [Box(340 + 150 * i, 268, 130, 46) for i in range(4)]
+    paths = [Box(444, 186, 176, 46), Box(664, 186, 176, 46)]
+    engines = [Box(356 + 150 * i, 268, 130, 46) for i in range(4)]
     parts += [_line(f"M{boxes[5].middle} 144V164H{path.middle}V184") for path in paths]
     parts += [_tree(paths, engines, 250)]
     parts += _named(PATHS, paths, "path") + _named(ENGINES, engines, "engine")
-    parts += [_text(200, 284, "backends compute;", "side"), _text(200, 300, "the core decides", "side")]
+    parts += [_text(210, 284, "backends compute;", "side"), _text(210, 300, "the core decides", "side")]
     return _svg(980, 330, name, all_steps, parts, linked)
 
 
 def tall(all_steps: Sequence[Step], name: str = "tall", linked: bool = False) -> str:
-    """Steps from top to bottom, 340 by 720."""
-    boxes = [Box(60, 44 + 60 * i, 220, 44) for i in range(6)] + [Box(60, 636, 220, 44)]
+    """Steps from top to bottom, 340 by 690."""
+    boxes = [Box(30, 44 + 60 * i, 280, 44) for i in range(6)] + [Box(30, 606, 280, 44)]
     parts = [_text(170, 16, "x [M, K]; the weight: packed codes, quant state", "side"), _line("M170 22V42")]
-    parts += [_line(f"M170 {a.y + 44}V{b.y - 2}") for a, b in zip(boxes[:5], boxes[1:6], strict=True)]
+    parts += [_line(f"M170 {a.y + 44}V{b.y - 2}") for a, b in pairwise(boxes[:6])]
     paths = [Box(8, 420, 156, 46), Box(176, 420, 156, 46)]
-    engines = [Box(8 + 83 * i, 524, 75, 46) for i in range(4)]
+    engines = [Box(8 + 83 * i, 518, 75, 46) for i in range(4)]
     parts += [_line(f"M170 388V404H{path.middle}V418") for path in paths]
-    parts += [
-        _tree(paths, engines, 494),
-        _line("M170 494V634"),
-        _line("M170 680V698"),
-        _text(170, 714, "y [M, N]", "side"),
-    ]
+    parts += [_tree(paths, engines, 490), _line("M170 490V604"), _line("M170 650V668")]
+    parts += [_text(170, 684, "y [M, N]", "side")]
     parts += [_step(step, box, linked, lines=1) for step, box in zip(all_steps, boxes, strict=True)]
     parts += _named(PATHS, paths, "path") + _named([(n, "") for n, _ in ENGINES], engines, "engine")
-    return _svg(340, 720, name, all_steps, parts, linked)
+    return _svg(340, 690, name, all_steps, parts, linked)
 
 
 def _svg(width: int, height: int, name: str, all_steps: Sequence[Step], parts: list[str], linked: bool) -> str:
@@ -91,7 +90,7 @@ def _svg(width: int, height: int, name: str, all_steps: Sequence[Step], parts: l
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" class="{name}" viewBox="0 0 {width} {height}" role="{role}" '
-            f'aria-labelledby="{name}-title {name}-text" font-family="ui-sans-serif, system-ui, sans-serif" font-size="13">',
+            f'aria-labelledby="{name}-title {name}-text" font-family="{FONT}" font-size="13">',
             f'<title id="{name}-title">The forward pass of a 4-bit linear layer</title>',
             f'<desc id="{name}-text">{html.escape(described)}</desc>',
             "" if linked else f"<style>{STYLE}</style>",
@@ -106,12 +105,10 @@ def _svg(width: int, height: int, name: str, all_steps: Sequence[Step], parts: l
 
 def _step(step: Step, box: Box, linked: bool, lines: int = 3) -> str:
     if lines == 1:
-        label = [
-            _text(box.x + 22, box.y + 27, str(step.number), "number"),
-            _text(box.middle + 8, box.y + 27, step.title),
-        ]
+        baseline = box.y + 27
+        label = [_text(box.x + 24, baseline, str(step.number), "number"), _text(box.middle + 8, baseline, step.title)]
     else:
-        words = textwrap.wrap(step.title, 13)
+        words = textwrap.wrap(step.title, 12)
         first = box.y + 42 + 8 * (3 - len(words))
         label = [_text(box.middle, box.y + 20, str(step.number), "number")]
         label += [_text(box.middle, first + 15 * i - 4, line) for i, line in enumerate(words)]
@@ -143,10 +140,10 @@ def _rect(box: Box) -> str:
     return f'<rect x="{box.x}" y="{box.y}" width="{box.width}" height="{box.height}" rx="8"/>'
 
 
-def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "", x0: float | None = None) -> str:
+def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "") -> str:
     kinds = f' class="{kind}"' if kind else ""
     style = f' style="text-anchor:{anchor}"' if anchor else ""
-    return f'<text{kinds}{style} x="{x if x0 is None else x0}" y="{y}">{html.escape(text, quote=False)}</text>'
+    return f'<text{kinds}{style} x="{x}" y="{y}">{html.escape(text, quote=False)}</text>'
 
 
 def _line(path: str) -> str:
@@ -155,4 +152,3 @@ def _line(path: str) -> str:
 
 if __name__ == "__main__":
     (places.ROOT / "docs" / "pipeline.svg").write_text(wide(steps(), "pipeline") + "\n")
-    sys.exit(0)
