@@ -75,12 +75,14 @@ def quantize_4bit(
     code = get_4bit_type(book.name, device=A.device)
     state = QuantState(scales, A.shape, code, blocksize, book.name, A.dtype)
     if compress_statistics:
-        state.absmax, state.offset, state.state2 = _quantize_scales(scales, chosen, allow_nonfinite)
+        state.absmax, state.offset, state.state2 = quantize_scales(scales, chosen, warn=allow_nonfinite)
     state.absmax = write_into("absmax", absmax, state.absmax)
     return write_into("out", out, stored), state
 
 
-def _quantize_scales(scales: Tensor, backend: str, warn: bool) -> tuple[Tensor, Tensor, QuantState]:
+def quantize_scales(
+    scales: Tensor, backend: str | None = None, *, warn: bool = False
+) -> tuple[Tensor, Tensor, QuantState]:
     """Double quantisation: scales fp32 [blocks] -> (uint8 [blocks], their mean fp32 [], the 8-bit state).
 
     Taking the mean off first lets the signed 8-bit map spend its fine steps around the common scale. The mean is
@@ -93,7 +95,7 @@ def _quantize_scales(scales: Tensor, backend: str, warn: bool) -> tuple[Tensor, 
             "element will decode to NaN. Without compress_statistics only the blocks concerned would."
         )
     code = create_dynamic_map().to(scales.device)
-    q, absmax2 = ops.quantize_blockwise(scales - offset, code, NESTED_BLOCKSIZE, backend)
+    q, absmax2 = ops.quantize_blockwise(scales - offset, code, NESTED_BLOCKSIZE, requested_backend(backend))
     return q, offset, QuantState(absmax2, code=code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
 
 

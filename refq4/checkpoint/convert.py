@@ -1,0 +1,220 @@
+"""quantize_checkpoint: a model directory in, a directory in bitsandbytes' 4-bit format out, in bounded memory.
+
+    MODEL_DIR/model-0000i-of-0000n.safetensors   ->   the same names, 4-bit weights and what stands beside them
+    MODEL_DIR/model.safetensors.index.json       ->   rewritten
+    MODEL_DIR/config.json                        ->   with a quantization_config: transformers loads it by itself
+    tokenizer and all other small files          ->   copied; weights in other formats are left out
+
+Each tensor goes through memory in pieces of 16 M elements: quantised, written to its place, then read back and decoded
+to measure its error. Everything is written to a hidden directory beside OUT_DIR, which gets its name at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checks import check_blocksize, check_storage
+from ..codebooks import get_codebook
+from ..quantization import DEFAULT_BLOCKSIZE
+from ..registry import requested_backend, use_backend
+from ..report import QuantizationReport
+from . import places
+from .selection import select
+from .tensors import FLOATS, Entry, SafetensorsReader
+from .weights import Converter, Settings
+
+__all__ = ["CheckpointReport", "quantize_checkpoint"]
+
+_KNOWN_TO_BITSANDBYTES = ("nf4", "fp4")
+
+
+@dataclass
+class CheckpointReport(QuantizationReport):
+    """What :func:`quantize_checkpoint` did.
+
+    Attributes:
+        files: the weight files written.
+        bytes_before, bytes_after: of all weight files.
+        left_out: files of the model directory that were not copied: weights in other formats.
+        asked_transformers: whether the layers were chosen by asking transformers; else their names decided.
+    """
+
+    files: list[str] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    left_out: list[str] = field(default_factory=list)
+    asked_transformers: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        keys = ("files", "bytes_before", "bytes_after", "left_out", "asked_transformers")
+        return super().to_dict() | {key: getattr(self, key) for key in keys}
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield from super().__rich_console__(console, options)
+        ratio = self.bytes_before / max(self.bytes_after, 1)
+        yield f"{self.bytes_before / 1e6:,.1f} MB became {self.bytes_after / 1e6:,.1f} MB, {ratio:.2f} times smaller"
+        if not self.asked_transformers:
+            yield "layers were chosen by their names: transformers, or an architecture it knows, is missing"
+        if self.left_out:
+            yield f"not copied, weights in another format: {', '.join(self.left_out)}"
+
+
+def quantize_checkpoint(
+    model_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    quant_type: str = "nf4",
+    compress_statistics: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    quant_storage: torch.dtype = torch.uint8,
+    blocksize: int | None = None,
+    include: Iterable[str] = (),
+    skip: Iterable[str] = (),
+    backend: str | None = None,
+    measure: bool = True,
+    force: bool = False,
+    progress: bool = True,
+) -> CheckpointReport:
+    """Quantise the linear layers of a safetensors checkpoint on disk, in bounded memory, whatever its size.
+
+    The result is what transformers saves for a model that bitsandbytes quantised, bit for bit as ``quantize_4bit`` on
+    the same backend. Nothing appears under ``out_dir`` before all of it is written; an interrupt leaves no trace.
+
+    Args:
+        model_dir: a directory with ``model.safetensors``, or several files and their index.
+        out_dir: made; a directory beside it is renamed to it at the end.
+        quant_type, compress_statistics, quant_storage, blocksize: as in ``quantize_4bit``.
+        compute_dtype: written into config.json; that of the weights if None.
+        include: patterns of module names (see :func:`refq4.quantize_model`): these linear layers only, output layers
+            too where a pattern names one. By default all but the output layers and what shares their weight.
+        skip: patterns of module names to leave alone.
+        backend: overrides the backend in effect.
+        measure: decode each layer again and report its error.
+        force: replace ``out_dir`` if it is a model directory.
+        progress: show a progress bar (on a terminal).
+
+    Returns:
+        A :class:`CheckpointReport`.
+
+    Raises:
+        FileNotFoundError: no such directory, or no safetensors file in it.
+        FileExistsError: ``out_dir`` is there and ``force`` is not set.
+        ValueError: a damaged file, a model that is quantised already, nothing to quantise, NaN or infinity in a weight
+            (the message names its key), a pattern that matches nothing, too little disk, or wrong settings.
+
+    Example:
+        >>> import tempfile, torch, safetensors.torch
+        >>> root = Path(tempfile.mkdtemp())
+        >>> (root / "model").mkdir()
+        >>> safetensors.torch.save_file({"up.weight": torch.randn(64, 64)}, root / "model" / "model.safetensors")
+        >>> report = quantize_checkpoint(root / "model", root / "model-nf4", progress=False)
+        >>> [layer.name for layer in report.layers], sorted(path.name for path in (root / "model-nf4").iterdir())
+        (['up'], ['model.safetensors'])
+    """
+    source, target = Path(model_dir), Path(out_dir)
+    check_storage(quant_storage)
+    blocksize = check_blocksize(DEFAULT_BLOCKSIZE if blocksize is None else blocksize)
+    settings = Settings(get_codebook(quant_type).name, compress_statistics, quant_storage, blocksize, measure)
+    places.check_places(source, target, force)
+    with ExitStack() as stack:
+        stack.enter_context(use_backend(requested_backend(backend)))
+        readers = [stack.enter_context(SafetensorsReader(path)) for path in places.weight_files(source)]
+        entries = _all_entries(readers)
+        config = places.read_json(source / "config.json") if (source / "config.json").is_file() else None
+        _check_not_quantised(entries, config, source)
+        selection = select(entries, source, tuple(include), tuple(skip))
+        if not selection.chosen:
+            raise ValueError(
+                f"nothing to quantise in {source}: {selection.left or 'no matrix of floats named *.weight'}"
+            )
+        report = CheckpointReport(left=selection.left, asked_transformers=selection.asked)
+        bar = stack.enter_context(_progress(readers, quant_type, progress))
+        converter = Converter(settings, selection, report, bar.update)
+        places.check_room(target.parent, sum(map(converter.planned_size, readers)))
+        partial = stack.enter_context(places.directory_beside(target))
+        keys = {reader.path.name: converter.convert(reader, partial / reader.path.name) for reader in readers}
+        _write_index(source, partial, keys)
+        if config is not None:
+            compute_dtype = compute_dtype or _dtype_of_weights(config, entries, selection.chosen)
+            config["quantization_config"] = _quantization_config(settings, compute_dtype, selection.skip_modules)
+            (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        report.left_out = places.copy_others(source, partial)
+        report.files = sorted(keys)
+        report.bytes_before = sum(reader.path.stat().st_size for reader in readers)
+        report.bytes_after = sum((partial / name).stat().st_size for name in keys)
+        places.move_into_place(partial, target)
+    return report
+
+
+def _all_entries(readers: list[SafetensorsReader]) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    for reader in readers:
+        if twice := sorted(entries.keys() & reader.entries.keys()):
+            raise ValueError(f"{twice[0]} is in {reader.path.name} and in another file, too")
+        entries |= reader.entries
+    return entries
+
+
+def _check_not_quantised(entries: dict[str, Entry], config: dict[str, Any] | None, source: Path) -> None:
+    method = (config or {}).get("quantization_config")
+    if method:
+        name = method.get("quant_method", "some method") if isinstance(method, dict) else method
+        raise ValueError(f"{source} is quantised already, says its config.json: by {name}")
+    packed = next((key for key in entries if ".quant_state.bitsandbytes__" in key), None)
+    if packed is not None:
+        raise ValueError(f"{source} is quantised already: it holds {packed}; refq4 inspect shows it")
+
+
+def _progress(readers: list[SafetensorsReader], quant_type: str, shown: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    total = sum(entry.nbytes for reader in readers for entry in reader.entries.values())
+    settings = {"total": total, "unit": "B", "unit_scale": True, "unit_divisor": 1000}
+    return tqdm(desc=f"quantising to {quant_type}", disable=None if shown else True, **settings)
+
+
+def _write_index(source: Path, partial: Path, keys: dict[str, list[str]]) -> None:
+    """The index of the new files, where the model has one."""
+    if not (source / places.INDEX).is_file():
+        return
+    index = places.read_json(source / places.INDEX)
+    total = 0
+    for name in keys:
+        with SafetensorsReader(partial / name) as written:  # and with that, what was written is a valid file
+            total += sum(entry.nbytes for entry in written.entries.values())
+    index["metadata"] = (index.get("metadata") or {}) | {"total_size": total}
+    index["weight_map"] = dict(sorted((key, name) for name, there in keys.items() for key in there))
+    (partial / places.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _dtype_of_weights(config: dict[str, Any], entries: dict[str, Entry], chosen: set[str]) -> torch.dtype:
+    """The dtype that the model's config names, else that of most weights."""
+    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    if isinstance(named, torch.dtype):
+        return named
+    dtypes = [entries[key].dtype for key in chosen]
+    return FLOATS[max(sorted(set(dtypes)), key=dtypes.count)]
+
+
+def _quantization_config(settings: Settings, compute_dtype: torch.dtype, skip_modules: list[str]) -> dict[str, Any]:
+    """As transformers writes it for bitsandbytes; a codebook that bitsandbytes lacks is for refq4 alone."""
+    known = settings.quant_type in _KNOWN_TO_BITSANDBYTES
+    return {
+        "quant_method": "bitsandbytes" if known else "refq4",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": settings.quant_type,
+        "bnb_4bit_use_double_quant": settings.nested,
+        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": str(settings.storage).removeprefix("torch."),
+        "llm_int8_skip_modules": skip_modules,
+    } | ({"_load_in_4bit": True, "_load_in_8bit": False} if known else {"blocksize": settings.blocksize})

@@ -1,0 +1,107 @@
+"""Which tensors of a checkpoint become 4-bit weights, so that transformers puts a 4-bit layer in the same places.
+
+A file knows names and shapes only. Where the directory has a ``config.json`` whose architecture the installed
+transformers knows, the model is built without memory (on the meta device) and asked: linear layers, GPT-2's ``Conv1D``
+(stored transposed), output heads, tied weights, what must stay in fp32. Otherwise the names decide.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..selection import first_match
+from .architecture import EXPERTS, FUSED, HEAD, ask_transformers
+from .tensors import FLOATS, Entry
+
+__all__ = ["Selection", "select"]
+
+# The last part of the names of tables and output layers: for when the architecture can't be asked.
+_BY_NAME = {
+    "an embedding": ("*embed*", "*_emb", "wte", "wpe", "shared", "relative_attention_bias"),
+    HEAD: ("lm_head", "embed_out", "output", "decoder", "classifier", "score", "qa_outputs"),
+}
+
+
+@dataclass
+class Selection:
+    """What is to become of each matrix.
+
+    Attributes:
+        chosen: keys of the weights to quantise.
+        transposed: those of them that are stored as [K, N].
+        left: module name -> why its matrix stays as it is.
+        skip_modules: names for ``llm_int8_skip_modules``: those, and output layers that have no tensor of their own.
+        asked: whether transformers was asked, and not the names.
+    """
+
+    chosen: set[str] = field(default_factory=set)
+    transposed: set[str] = field(default_factory=set)
+    left: dict[str, str] = field(default_factory=dict)
+    skip_modules: list[str] = field(default_factory=list)
+    asked: bool = False
+
+
+def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...], skip: tuple[str, ...]) -> Selection:
+    """Choose among a checkpoint's tensors.
+
+    Args:
+        entries: all tensors of all files.
+        directory: where the config.json is, if there is one.
+        include: patterns of module names; these linear layers only, output layers too where a pattern names one. Empty:
+            all but the output layers and what shares their weight.
+        skip: patterns of module names to leave alone.
+
+    Raises:
+        ValueError: a pattern matches no matrix of the checkpoint.
+    """
+    matrices = {
+        key.removesuffix(".weight"): key
+        for key, entry in entries.items()
+        if key.endswith(".weight") and len(entry.shape) == 2 and entry.dtype in FLOATS and entry.numel
+    }
+    for pattern in (*include, *skip):
+        if not any(first_match(name, [pattern]) for name in matrices):
+            raise ValueError(f"the pattern {pattern!r} matches none of the {len(matrices)} matrices of the checkpoint")
+    architecture = ask_transformers(directory)
+    found = Selection(asked=architecture is not None)
+    modules = {name: name if architecture is None else architecture.module_name(name) for name in matrices}
+    for name, key in matrices.items():
+        why = _why_not_by_name(name) if architecture is None else architecture.why_not(modules[name])
+        if include and why in (None, HEAD):
+            why = None if first_match(name, include) else "not among those to include"
+        skipped_by = first_match(name, skip)
+        if why is None and skipped_by is not None:
+            why = f"skipped: it matches {skipped_by!r}"
+        if why is not None:
+            found.left[name] = why
+            continue
+        found.chosen.add(key)
+        if architecture is not None and modules[name] in architecture.transposed:
+            found.transposed.add(key)
+    chosen = {modules[key.removesuffix(".weight")] for key in found.chosen}
+    left = {modules[name] for name in found.left}
+    if architecture is None:
+        left.add("lm_head")  # tied, it has no tensor of its own
+    else:  # transformers replaces linear layers only: no need to name tables
+        left = (left & (architecture.linears | architecture.fp32)) | architecture.heads
+    found.skip_modules = _unambiguous(left - chosen, chosen)
+    return found
+
+
+def _why_not_by_name(name: str) -> str | None:
+    if first_match(name, [EXPERTS]):
+        return FUSED
+    last = name.rpartition(".")[2]
+    return next((why for why, patterns in _BY_NAME.items() if any(fnmatchcase(last, p) for p in patterns)), None)
+
+
+def _unambiguous(left: set[str], chosen: set[str]) -> list[str]:
+    """Names for transformers' list of modules to skip, which reads them as regular expressions and as suffixes."""
+
+    def also_means_a_chosen_one(name: str) -> bool:
+        return any(other.endswith(name) or re.match(rf"(?:{name})(?:(?<=\.)|(?=\.|$))", other) for other in chosen)
+
+    return sorted(rf"^{re.escape(name)}$" if also_means_a_chosen_one(name) else name for name in left)

@@ -1,0 +1,171 @@
+"""One weight file of a checkpoint, converted: each tensor in pieces, quantised or copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import layout
+from ..quantization import get_4bit_type, quantize_4bit, quantize_scales, slice_state
+from ..report import LayerReport, QuantizationReport, relative, squared_error
+from ..state import NESTED_BLOCKSIZE, QuantState
+from .selection import Selection
+from .tensors import FLOATS, Entry, SafetensorsReader, SafetensorsWriter
+
+__all__ = ["Converter", "Settings"]
+
+PIECE = 2**24  # elements in memory at once: a multiple of every blocksize, of a nested block of those, and of eight
+_FORMAT_NAMES = {dtype: name for name, dtype in FLOATS.items()} | {torch.uint8: "U8"}
+
+Planned = dict[str, tuple[str, tuple[int, ...], int]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How weights are quantised; ``measure``: decode each again for the report."""
+
+    quant_type: str
+    nested: bool
+    storage: torch.dtype
+    blocksize: int
+    measure: bool
+
+
+@dataclass
+class Converter:
+    """Converts file after file and fills a report.
+
+    Attributes:
+        report: gets a line for each quantised weight.
+        advance: called with the number of bytes that were read.
+    """
+
+    settings: Settings
+    selection: Selection
+    report: QuantizationReport
+    advance: Callable[[int], object]
+
+    def planned_size(self, reader: SafetensorsReader) -> int:
+        """Bytes of tensors that :meth:`convert` will write, but for a few hundred for each weight."""
+        return sum(nbytes for _, _, nbytes in self._plan(reader).values())
+
+    def convert(self, reader: SafetensorsReader, path: Path) -> list[str]:
+        """Write the file ``path``; returns its keys.
+
+        Raises:
+            ValueError: a weight holds NaN or infinity; the message names its key.
+        """
+        planned = self._plan(reader)
+        late = [self._json_key(key) for key in reader.entries if key in self.selection.chosen]
+        metadata = {"format": "pt"} | reader.metadata
+        with SafetensorsWriter(path, planned, late, metadata) as writer:
+            for key, entry in reader.entries.items():
+                if key in self.selection.chosen:
+                    self._quantise(reader, writer, entry)
+                else:
+                    self._copy(reader, writer, entry)
+        return [*planned, *late]
+
+    # --- what will be written -----------------------------------------------------------------------------------------
+
+    def _plan(self, reader: SafetensorsReader) -> Planned:
+        planned: Planned = {}
+        for key, entry in reader.entries.items():
+            if key in self.selection.chosen:
+                planned |= self._plan_weight(key, entry.numel)
+            else:
+                planned[key] = entry.dtype, entry.shape, entry.nbytes
+        return planned
+
+    def _plan_weight(self, key: str, numel: int) -> Planned:
+        storage, blocks = self.settings.storage, layout.block_count(numel, self.settings.blocksize)
+        elements = -(-layout.packed_bytes(numel) // storage.itemsize)
+        planned: Planned = {
+            key: (_FORMAT_NAMES[storage], (elements, 1), elements * storage.itemsize),
+            f"{key}.quant_map": ("F32", (16,), 64),
+        }
+        if not self.settings.nested:
+            return planned | {f"{key}.absmax": ("F32", (blocks,), 4 * blocks)}
+        blocks2 = layout.block_count(blocks, NESTED_BLOCKSIZE)
+        return planned | {
+            f"{key}.absmax": ("U8", (blocks,), blocks),
+            f"{key}.nested_absmax": ("F32", (blocks2,), 4 * blocks2),
+            f"{key}.nested_quant_map": ("F32", (256,), 1024),
+        }
+
+    def _json_key(self, key: str) -> str:
+        return f"{key}.quant_state.bitsandbytes__{self.settings.quant_type}"
+
+    # --- one tensor ---------------------------------------------------------------------------------------------------
+
+    def _copy(self, reader: SafetensorsReader, writer: SafetensorsWriter, entry: Entry) -> None:
+        at = 0
+        for piece in reader.pieces(entry.key):
+            writer.write(entry.key, piece, at)
+            at += piece.numel()
+            self.advance(piece.numel())
+        self.report.other += entry.numel
+
+    def _quantise(self, reader: SafetensorsReader, writer: SafetensorsWriter, entry: Entry) -> None:
+        shape, weight = self._source(reader, entry)
+        scales: list[Tensor] = []
+        for start in range(0, entry.numel, PIECE):
+            piece = weight(start, start + PIECE)
+            try:
+                packed, state = quantize_4bit(
+                    piece,
+                    blocksize=self.settings.blocksize,
+                    quant_type=self.settings.quant_type,
+                    quant_storage=self.settings.storage,
+                )
+            except ValueError as error:
+                raise ValueError(f"{entry.key}, from element {start} of the flattened tensor: {error}") from None
+            writer.write(entry.key, packed, start // 2)
+            scales.append(state.absmax)
+            self.advance(piece.numel() * piece.itemsize)
+        state = self._state(torch.cat(scales), shape, FLOATS[entry.dtype])
+        for name, tensor in state.as_dict(packed=True).items():
+            (writer.add if "quant_state" in name else writer.write)(f"{entry.key}.{name}", tensor)
+        self.report.layers.append(self._measured(entry, shape, weight, writer, state))
+
+    def _source(self, reader: SafetensorsReader, entry: Entry) -> tuple[torch.Size, Callable[[int, int], Tensor]]:
+        """The weight's shape [N, K], and its flattened elements from start to stop."""
+        if entry.key not in self.selection.transposed:
+            return torch.Size(entry.shape), lambda start, stop: reader.tensor(entry.key, start, stop)
+        turned = reader.tensor(entry.key).view(entry.shape).T.contiguous()  # GPT-2's layers are small: whole
+        return turned.shape, lambda start, stop: turned.view(-1)[start:stop]
+
+    def _state(self, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> QuantState:
+        code = get_4bit_type(self.settings.quant_type)
+        state = QuantState(scales, shape, code, self.settings.blocksize, self.settings.quant_type, dtype)
+        if self.settings.nested:
+            state.absmax, state.offset, state.state2 = quantize_scales(scales)
+        return state
+
+    def _measured(
+        self,
+        entry: Entry,
+        shape: torch.Size,
+        weight: Callable[[int, int], Tensor],
+        writer: SafetensorsWriter,
+        state: QuantState,
+    ) -> LayerReport:
+        _, _, stored = self._plan_weight(entry.key, entry.numel)[entry.key]
+        bits = 8 * (stored + state.nbytes()) / entry.numel
+        name, error, norm = entry.key.removesuffix(".weight"), 0.0, 0.0
+        if not self.settings.measure:
+            return LayerReport(name, tuple(shape), bits, float("nan"))
+        flat = state.copy()
+        flat.shape = torch.Size((entry.numel,))
+        for start in range(0, entry.numel, PIECE):
+            stop = min(start + PIECE, entry.numel)
+            part = slice_state(flat, start, stop)
+            assert part is not None, "PIECE is a multiple of what a cut must be"
+            packed = writer.read(entry.key, start // 2, (stop + 1) // 2)
+            of_piece, norm_of_piece = squared_error(weight(start, stop), packed, part)
+            error, norm = error + of_piece, norm + norm_of_piece
+        return LayerReport(name, tuple(shape), bits, relative(error, norm))
