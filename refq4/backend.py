@@ -38,22 +38,66 @@ __all__ = [
 ]
 
 OPS = ("quantize_4bit", "dequantize_4bit", "quantize_blockwise", "dequantize_blockwise", "gemv_4bit", "gemm_4bit")
+"""The ops that a backend may have.
+
+Example:
+    >>> [op for op in OPS if op.endswith("blockwise")]
+    ['quantize_blockwise', 'dequantize_blockwise']
+"""
 
 
 class BackendError(RuntimeError):
-    """The family of the three errors below."""
+    """The family of the three errors below.
+
+    Example:
+        >>> import refq4
+        >>> try:
+        ...     refq4.set_backend("nowhere")
+        ... except BackendError as error:
+        ...     print(type(error).__name__)
+        UnknownBackendError
+    """
 
 
 class UnknownBackendError(BackendError, ValueError):
-    """No backend of that name is registered; the message lists the nearest names."""
+    """No backend of that name is registered; the message lists the nearest names.
+
+    Example:
+        >>> import refq4
+        >>> refq4.set_backend("referense")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        refq4.backend.UnknownBackendError: unknown backend 'referense'. Did you mean 'reference'? ...
+    """
 
 
 class BackendUnavailableError(BackendError):
-    """The backend exists but can't work on this machine; the message says why and what to do."""
+    """The backend exists but can't work on this machine; the message says why and what to do.
+
+    Example:
+        >>> import refq4
+        >>> class Elsewhere(Backend):
+        ...     name = "elsewhere"
+        ...     def available(self):
+        ...         return "no driver: install one"
+        >>> _ = refq4.register_backend(Elsewhere())
+        >>> refq4.set_backend("elsewhere")
+        Traceback (most recent call last):
+        refq4.backend.BackendUnavailableError: backend 'elsewhere' is not available: no driver: install one
+        >>> refq4.unregister_backend("elsewhere")
+    """
 
 
 class BackendUnsupportedError(BackendError):
-    """The backend works here but can't run this call; the message says which call and what would work."""
+    """The backend works here but can't run this call; the message says which call and what would work.
+
+    Example:
+        >>> import torch, refq4
+        >>> _ = refq4.register_backend(type("Empty", (Backend,), {"name": "empty"})())
+        >>> refq4.functional.quantize_nf4(torch.ones(64), backend="empty")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        refq4.backend.BackendUnsupportedError: backend 'empty' can't run quantize_4bit(...): ...
+        >>> refq4.unregister_backend("empty")
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +107,10 @@ class Call:
     ``m`` tokens, ``n`` out_features, ``k`` in_features (for an op without a product, ``n`` is 1 and ``k`` the number
     of elements). ``dtype`` is the input's for quantising, the output's for dequantising, the activations' for products.
     ``code`` is the codebook's name; ``layout`` is "canonical" or the name of a prepared layout.
+
+    Example:
+        >>> print(Call("gemv_4bit", "cpu", torch.bfloat16, m=1, n=8, k=64, blocksize=64, code="nf4"))
+        gemv_4bit(M=1, N=8, K=64, bfloat16 on cpu, nf4, blocksize 64)
     """
 
     op: str
@@ -88,6 +136,13 @@ class Nested(NamedTuple):
     """Double quantisation's second level: absmax[i] = code[q[i]] * absmax[i // blocksize] + offset, in fp32.
 
     ``absmax`` fp32 [ceil(blocks / blocksize)]; ``code`` fp32 [256]; ``offset`` fp32 []; ``blocksize`` as a rule 256.
+
+    Example:
+        >>> from refq4.functional import quantize_nf4
+        >>> packed, state = quantize_nf4(torch.ones(512, 64), compress_statistics=True)
+        >>> nested = state.packed_weight(packed).nested
+        >>> nested.absmax.shape, nested.blocksize, float(nested.offset)
+        (torch.Size([2]), 256, 1.0)
     """
 
     absmax: Tensor
@@ -102,6 +157,13 @@ class PackedWeight(NamedTuple):
     ``packed`` uint8 [ceil(numel/2)]; ``absmax`` fp32 [blocks], or uint8 [blocks] when ``nested`` is given; ``code``
     fp32 [16]; ``shape`` of the tensor it decodes to ([N, K] for a linear layer's weight); ``quant_type`` is the
     codebook's name, for messages: what decides is ``code``.
+
+    Example:
+        >>> from refq4.functional import quantize_nf4
+        >>> packed, state = quantize_nf4(torch.ones(2, 64))
+        >>> weight = state.packed_weight(packed)
+        >>> weight.packed.shape, weight.absmax.tolist(), weight.shape, weight.nested
+        (torch.Size([64]), [1.0, 1.0], (2, 64), None)
     """
 
     packed: Tensor
@@ -117,6 +179,10 @@ class PreparedWeight(NamedTuple):
     """The same weight in a backend's own layout: opaque tensors, and enough to name and check them.
 
     ``backend`` and ``layout`` say who can read ``tensors``; ``shape`` is [N, K].
+
+    Example:
+        >>> PreparedWeight("mine", "rows", (torch.zeros(4, 8),), (4, 8), 64, "nf4").layout
+        'rows'
     """
 
     backend: str
@@ -135,6 +201,15 @@ class Backend:
         priority: the larger is tried first by "auto"; the reference has 0. A negative one is taken by name only.
         devices: device types it computes on.
         description: one line for ``info``.
+
+    Example:
+        >>> class Mine(Backend):
+        ...     name = "mine"
+        ...     def gemv_4bit(self, x, weight, bias):
+        ...         return x.new_zeros(1, weight.shape[0])
+        >>> call = Call("gemm_4bit", "cpu", torch.float32, m=2, n=8, k=64, blocksize=64, code="nf4")
+        >>> Mine().can_run(call)
+        'it has no gemm_4bit'
     """
 
     name: str = ""

@@ -61,6 +61,11 @@ class Code(NamedTuple):
 
     ``values`` fp32 [C], indexed by code; ``thresholds`` fp32 [C-1], ascending; ``order`` uint8 [C], rank to code.
     C is 16 for a 4-bit weight and 256 (or fewer) for the 8-bit stage.
+
+    Example:
+        >>> code = get_codebook("nf4").on("cpu")
+        >>> code.values.shape, code.thresholds.shape, code.zero_code()
+        (torch.Size([16]), torch.Size([15]), 7)
     """
 
     values: Tensor
@@ -340,7 +345,12 @@ def get_codebook(name: str) -> Codebook:
 
 
 def codebook_names() -> list[str]:
-    """The names on the shelf, sorted."""
+    """The names on the shelf, sorted.
+
+    Example:
+        >>> {"fp4", "nf4"} <= set(codebook_names())
+        True
+    """
     return sorted(_BOOKS)
 
 

@@ -37,6 +37,12 @@ class Explanation(Shown):
         allowed: the smallest allowance of the error budget over the outputs.
         bytes_moved: bytes by operand: "weight", "scales", "input", "bias", "output".
         flops: 2 * M * N * K.
+
+    Example:
+        >>> import torch, refq4
+        >>> report = refq4.explain(refq4.nn.LinearNF4(64, 8).to("cpu"), torch.ones(1, 64))
+        >>> report.error <= report.allowed, len(report.trace.calls[0].steps)
+        (True, 7)
     """
 
     trace: Trace
@@ -119,6 +125,13 @@ class Comparison(Shown):
         results: backend -> the call's result.
         errors: backend -> why it could not run the call.
         first_difference: backend -> (call, step) of the first step whose bits differ from the first backend's.
+
+    Example:
+        >>> import torch, refq4
+        >>> layer = refq4.nn.LinearNF4(64, 8).to("cpu")
+        >>> report = refq4.compare(layer, torch.ones(2, 64), backends=["reference", "reference"])
+        >>> report.first_difference, report.largest_difference("reference")
+        ({}, 0.0)
     """
 
     backends: list[str]

@@ -27,15 +27,31 @@ from torch import Tensor
 __all__ = ["STORAGE_DTYPES", "block_count", "from_storage", "pack", "packed_bytes", "to_storage", "unpack"]
 
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+"""What the packed bytes may be stored under.
+
+Example:
+    >>> [dtype.itemsize for dtype in STORAGE_DTYPES]
+    [1, 2, 2, 4]
+"""
 
 
 def packed_bytes(numel: int) -> int:
-    """Bytes that ``numel`` codes take."""
+    """Bytes that ``numel`` codes take.
+
+    Example:
+        >>> packed_bytes(64), packed_bytes(65)
+        (32, 33)
+    """
     return (numel + 1) // 2
 
 
 def block_count(numel: int, blocksize: int) -> int:
-    """Blocks of ``blocksize`` elements, the last one possibly short."""
+    """Blocks of ``blocksize`` elements, the last one possibly short.
+
+    Example:
+        >>> block_count(128, 64), block_count(129, 64)
+        (2, 3)
+    """
     return -(-numel // blocksize)
 
 
@@ -102,5 +118,10 @@ def from_storage(stored: Tensor, numel: int) -> Tensor:
 
     Returns:
         uint8 [(numel+1)//2], a view where the memory allows it.
+
+    Example:
+        >>> stored = to_storage(torch.tensor([1, 2, 3], dtype=torch.uint8), torch.float32)
+        >>> stored.shape, from_storage(stored, 5).tolist()
+        (torch.Size([1, 1]), [1, 2, 3])
     """
     return stored.reshape(-1).view(torch.uint8)[: packed_bytes(numel)]

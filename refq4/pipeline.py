@@ -61,6 +61,12 @@ def linear_4bit(layer: Linear4bit, x: Tensor) -> Tensor:
         TypeError: x is no float tensor.
         ValueError: x's last dimension is not K.
         RuntimeError: the layer has not been quantised.
+
+    Example:
+        >>> import refq4
+        >>> layer = refq4.nn.LinearNF4(64, 8).to("cpu")
+        >>> linear_4bit(layer, torch.ones(2, 3, 64)).shape
+        torch.Size([2, 3, 8])
     """
     check_floats("the input of a 4-bit layer", x, ACTIVATION_DTYPES)
     listener = current()
@@ -112,6 +118,13 @@ def recover_quant_state(layer: Linear4bit | Embedding4bit) -> tuple[QuantState, 
 
     Raises:
         RuntimeError: neither has one: the layer has not been quantised.
+
+    Example:
+        >>> import refq4
+        >>> layer = refq4.nn.LinearNF4(64, 8).to("cpu")
+        >>> state, decision = recover_quant_state(layer)
+        >>> state.shape, decision.choice
+        (torch.Size([8, 64]), 'kept')
     """
     state: QuantState | None = getattr(layer.weight, "quant_state", None)
     if state is not None:
@@ -155,6 +168,14 @@ def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[Prep
     Only for inference, as in bitsandbytes: training decodes the canonical bytes in backward anyway. The weight lends
     its bytes to the prepared form (``refq4/lending.py``), so that there is one copy, and state dicts stay canonical.
     The prepared form is dropped when weight, quant state or backend change, or when the stored bytes are wanted.
+
+    Example:
+        >>> import refq4
+        >>> layer = refq4.nn.LinearNF4(64, 8).to("cpu").eval()
+        >>> with refq4.use_backend("reference"):
+        ...     prepared, decision = choose_layout(layer, layer.quant_state, torch.ones(1, 64))
+        >>> prepared is None, decision.why
+        (True, 'the backend computes on the stored layout')
     """
     if layer.training:
         return None, LAYOUT_TRAINING
@@ -229,6 +250,11 @@ def align_bias(bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, 
 
     bitsandbytes rewrites the parameter at this point (``bias.data = bias.data.to(x.dtype)``), so that one call in a
     lower precision coarsens the stored bias for good. Here the rounding is the same and the parameter is not touched.
+
+    Example:
+        >>> bias, decision = align_bias(torch.ones(8), torch.bfloat16)
+        >>> bias.dtype, decision.choice
+        (torch.bfloat16, 'cast')
     """
     if bias is None:
         return None, BIAS_NONE
@@ -249,6 +275,13 @@ def choose_compute_dtype(layer: Linear4bit, x: Tensor) -> tuple[torch.dtype | No
 
     Mirrors ``Linear4bit.set_compute_type``: inferred from the first input if the user did not set it. fp16 input on a
     layer that computes in fp32, or whose compute dtype nobody chose, gets a warning if it is the first input.
+
+    Example:
+        >>> import refq4
+        >>> layer = refq4.nn.LinearNF4(64, 8).to("cpu")
+        >>> dtype, decision = choose_compute_dtype(layer, torch.ones(1, 64, dtype=torch.bfloat16))
+        >>> dtype, decision.choice
+        (torch.bfloat16, 'inferred')
     """
     fp16_on_fp32 = x.dtype == torch.float16 and layer.compute_dtype in (None, torch.float32)
     if fp16_on_fp32 and layer.awaits_first_input and not torch.compiler.is_compiling():
@@ -279,7 +312,13 @@ Operands = tuple[Tensor, Tensor | None]
 
 
 def cast_operands(x: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> tuple[Operands, Decision]:
-    """Step 5: input and bias in the compute dtype (None: as they are)."""
+    """Step 5: input and bias in the compute dtype (None: as they are).
+
+    Example:
+        >>> (x, bias), decision = cast_operands(torch.ones(1, 64), None, torch.bfloat16)
+        >>> x.dtype, bias, decision.choice
+        (torch.bfloat16, None, 'cast')
+    """
     if dtype is None or x.dtype == dtype:
         return (x, bias), CAST_NOTHING
     return (x.to(dtype), None if bias is None else bias.to(dtype)), CAST_INPUT
@@ -292,7 +331,13 @@ BACK_CAST = Decision("cast", "the result goes back to the input's dtype")
 
 
 def cast_back(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Decision]:
-    """Step 7: the result in the dtype the caller came with."""
+    """Step 7: the result in the dtype the caller came with.
+
+    Example:
+        >>> y, decision = cast_back(torch.ones(1, 8, dtype=torch.bfloat16), torch.float32)
+        >>> y.dtype, decision.choice
+        (torch.float32, 'cast')
+    """
     return (y, BACK_NOTHING) if y.dtype == dtype else (y.to(dtype), BACK_CAST)
 
 
@@ -311,6 +356,12 @@ def embedding_4bit(layer: Embedding4bit, ids: Tensor) -> Tensor:
 
     Returns:
         [*ids.shape, D] in the layer's dtype.
+
+    Example:
+        >>> import refq4
+        >>> table = refq4.nn.EmbeddingNF4(10, 64).to("cpu")
+        >>> embedding_4bit(table, torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 64])
     """
     state, _ = recover_quant_state(layer)
     whole_blocks = layer.embedding_dim % state.geometry()[1] == 0

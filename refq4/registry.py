@@ -183,6 +183,12 @@ def get_backend() -> str:
 
     Raises:
         UnknownBackendError, BackendUnavailableError: ``REFQ4_BACKEND`` is in effect and names one that can't be used.
+
+    Example:
+        >>> import refq4
+        >>> with refq4.use_backend("reference"):
+        ...     refq4.get_backend()
+        'reference'
     """
     return requested_backend(None)
 
@@ -334,7 +340,15 @@ def register_backend(backend: Backend, *, replace: bool = False) -> Backend:
 
 
 def unregister_backend(name: str) -> None:
-    """Forget a backend. Raises UnknownBackendError if there is none of that name."""
+    """Forget a backend. Raises UnknownBackendError if there is none of that name.
+
+    Example:
+        >>> import refq4
+        >>> _ = refq4.register_backend(type("Mine", (Backend,), {"name": "mine"})())
+        >>> refq4.unregister_backend("mine")
+        >>> "mine" in refq4.list_backends()
+        False
+    """
     global _ordered, _changes
     with _lock:
         if _registry().pop(name, None) is None:

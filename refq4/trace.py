@@ -29,7 +29,13 @@ __all__ = ["CallRecord", "Decision", "OpRecord", "StepRecord", "Trace", "current
 
 
 class Decision(NamedTuple):
-    """What a step chose, and why: constants, so that the list of all possible decisions can be read in the code."""
+    """What a step chose, and why: constants, so that the list of all possible decisions can be read in the code.
+
+    Example:
+        >>> from refq4.pipeline import BIAS_NONE
+        >>> BIAS_NONE.choice, BIAS_NONE.why
+        ('none', 'the layer has no bias')
+    """
 
     choice: str
     why: str
@@ -37,7 +43,15 @@ class Decision(NamedTuple):
 
 @dataclass
 class OpRecord:
-    """One op that a backend ran: which, on what, by whom, and who was passed over for it."""
+    """One op that a backend ran: which, on what, by whom, and who was passed over for it.
+
+    Example:
+        >>> import torch, refq4
+        >>> with refq4.trace() as t:
+        ...     _ = refq4.functional.quantize_nf4(torch.ones(64), backend="reference")
+        >>> t.ops[0].op, t.ops[0].backend, t.ops[0].kernel
+        ('quantize_4bit', 'reference', 'PyTorch')
+    """
 
     op: str
     backend: str
@@ -49,7 +63,16 @@ class OpRecord:
 
 @dataclass
 class StepRecord:
-    """One step of the pipeline."""
+    """One step of the pipeline.
+
+    Example:
+        >>> import torch, refq4
+        >>> with refq4.trace() as t:
+        ...     _ = refq4.nn.LinearNF4(64, 8, bias=False).to("cpu")(torch.ones(2, 64))
+        >>> step = t.calls[0].steps[2]
+        >>> step.number, step.name, step.choice, step.why
+        (3, 'bias dtype', 'none', 'the layer has no bias')
+    """
 
     number: int
     name: str
@@ -68,7 +91,15 @@ class StepRecord:
 
 @dataclass
 class CallRecord:
-    """One call: its steps in order."""
+    """One call: its steps in order.
+
+    Example:
+        >>> import torch, refq4
+        >>> with refq4.trace() as t:
+        ...     _ = refq4.nn.LinearNF4(64, 8).to("cpu")(torch.ones(2, 64))
+        >>> t.calls[0].title, len(t.calls[0].steps)
+        ('LinearNF4.forward(x float32 [2, 64])', 7)
+    """
 
     title: str
     steps: list[StepRecord] = field(default_factory=list)
@@ -113,6 +144,15 @@ class Trace(Shown):
 
     Attributes:
         calls: the calls in order.
+
+    Example:
+        >>> import torch, refq4
+        >>> with refq4.trace() as t:
+        ...     _ = refq4.nn.LinearNF4(64, 8).to("cpu")(torch.ones(1, 64))
+        >>> [step.choice for step in t.calls[0].steps][:3]
+        ['kept', 'canonical', 'kept']
+        >>> print(t.text(width=80).splitlines()[0].strip())
+        LinearNF4.forward(x float32 [1, 64])
     """
 
     def __init__(self, keep_values: bool = False) -> None:
@@ -233,7 +273,15 @@ _lock = threading.Lock()
 
 
 def current() -> Trace | None:
-    """The trace that is listening here, or None. While nobody listens this is one comparison."""
+    """The trace that is listening here, or None. While nobody listens this is one comparison.
+
+    Example:
+        >>> current() is None
+        True
+        >>> with trace() as t:
+        ...     current() is t
+        True
+    """
     if _listeners == 0 or torch.compiler.is_compiling():
         return None
     return _recorder.get()

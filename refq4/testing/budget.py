@@ -34,6 +34,13 @@ class Budget:
         oracle: fp64 [..., N].
         reference: the reference's result, in the output dtype.
         allowed: fp64 [..., N], the largest error per element.
+
+    Example:
+        >>> budget = Budget.of(torch.ones(2).double(), torch.ones(2), torch.float32)
+        >>> budget.check(torch.ones(2), "product")
+        >>> budget.check(torch.tensor([1.0, 1.1]), "product")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        AssertionError: product: 1 of 2 elements are off; at [1]: got 1.100000023841858, exact 1.0, ...
     """
 
     oracle: Tensor
@@ -107,6 +114,12 @@ def error_budget(
     """The budget for one product of x [..., K] with the packed weight B of shape [N, K]; see the top of the file.
 
     ``backend`` names the engine that decodes the weight for the oracle, and whose error sets the allowance.
+
+    Example:
+        >>> from refq4.functional import quantize_4bit
+        >>> B, state = quantize_4bit(torch.eye(2, 32), quant_type="nf4", blocksize=32)
+        >>> error_budget(torch.ones(1, 32), B, state).allowed  # the reference is exact here: one unit is left
+        tensor([[1.1921e-07, 1.1921e-07]], dtype=torch.float64)
     """
     with torch.no_grad():
         exact = oracle(x, B, state, bias, backend)

@@ -52,6 +52,10 @@ class Outcome:
         hint: the bug that would give exactly these numbers, where one is known.
         error: for products, the largest error as a fraction of what is allowed.
         ulps: for products, each element's error in units in the last place, int64 [5]: up to 1/2, 1, 2, 8, more.
+
+    Example:
+        >>> print(check(Case("gemm_4bit", n=7), "reference"))
+        Case('gemm_4bit', n=7): same
     """
 
     case: Case
@@ -379,3 +383,9 @@ CHECKS = {
     "state dict": Check(_state_dict, sums=True, layers=True),
     "embedding": Check(_embedding, (*_NO_PRODUCT, "nested"), layers=True),
 }
+"""What can be asked, by name: ``Case.check``, ``verify(checks=...)`` and ``--check`` take these names.
+
+Example:
+    >>> list(CHECKS)[:2]
+    ['quantize_4bit', 'dequantize_4bit']
+"""
