@@ -1,0 +1,169 @@
+"""LoRA on refq4's layers, as peft does it on bitsandbytes': import this module, then use peft as ever.
+
+    prepare_model_for_kbit_training(model); model = get_peft_model(model, LoraConfig(...))
+    forward          y = base(x) + B(A(x)) * scaling       the base layer's 4-bit weight is frozen
+    merge            W4' = quantise(decode(W4) + sum of B @ A * scaling)      one rounding, whose error is measured
+    unmerge          W4, the very bytes: they are kept while an adapter is merged (half a byte a weight)
+
+peft finds the class for a layer in ``LoraModel._create_new_module``, which knows bitsandbytes by name and offers no
+registry; for every other ``nn.Linear`` it would merge by adding to the weight, which packed bytes don't survive. Not
+here: peft's other methods (IA3, AdaLoRA, ...), which take a refq4 layer for a plain one and can't merge into it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from peft.tuners.lora import LoraConfig, LoraModel
+except ImportError as error:
+    raise ImportError(f"this needs peft: pip install 'refq4[transformers]' ({error})") from error
+from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+
+from ..checks import warn_caller
+from ..functional import dequantize_4bit
+from ..nn import Linear4bit
+from ..params import Params4bit
+
+__all__ = ["LoraLinear4bit", "merge_errors"]
+
+
+class LoraLinear4bit(Linear):
+    """A LoRA adapter around a :class:`refq4.nn.Linear4bit`; peft makes these.
+
+    Attributes:
+        merge_error: |W4' - W| / |W| of the weight W that was merged, and of what 4 bits made of it; None if unmerged.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, config, **kwargs)
+        self.fan_in_fan_out = False  # GPT-2's layers are turned round when they are quantised
+        self.merge_error: float | None = None
+        self._unmerged: tuple[Params4bit, Tensor | None] | None = None  # weight and bias
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put adapters into the base layer's weight.
+
+        Args:
+            safe_merge: as in peft; a merged weight with NaN or infinity is refused in either case, and nothing changed.
+            adapter_names: the active ones if None.
+
+        Raises:
+            ValueError: the merged weight holds NaN or infinity; or an adapter that is no plain LoRA (DoRA, ...) meets
+                another one.
+
+        Warns:
+            UserWarning: the merged weight is rounded to 4 bits.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        layer = self.get_base_layer()
+        if not names:
+            return
+        if not isinstance(layer, Linear4bit):  # model.dequantize() has been here
+            super().merge(safe_merge, names)
+            return
+        merged = [*self.merged_adapters, *names]
+        special = [name for name in merged if name in self.lora_variant]
+        if special and len(merged) > 1:
+            raise ValueError(
+                f"adapter {special[0]!r} is no plain LoRA, and is merged alone or not at all; got {merged}"
+            )
+        weight, bias = self._unmerged or (layer.weight, layer.bias)
+        target = self._merged_weight(weight, names if special else merged)
+        if not bool(target.isfinite().all()):
+            raise ValueError(f"merging {merged} gives NaN or infinity; an adapter seems to be broken")
+        merged_bias = self._merged_bias(bias, merged)
+        self._unmerged = weight, bias
+        self.merge_error = _requantise(layer, weight, target)
+        layer.bias = merged_bias  # type: ignore[assignment]  # None, where nn.Linear has None
+        self.merged_adapters.extend(names)
+        warn_caller(
+            "a merged weight is rounded to 4 bits again; merge_errors(model) tells how far off each is, and unmerging "
+            "brings the stored bytes back. To keep all of an adapter, merge it into the model in full precision"
+        )
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out again: weight and bias are what they were, bit for bit."""
+        if self._unmerged is None:
+            super().unmerge()
+            return
+        layer: Any = self.get_base_layer()
+        weight, bias = self._unmerged
+        layer.weight = weight.to(layer.weight.device)  # the model may have moved
+        layer.bias = None if bias is None else nn.Parameter(bias.to(layer.weight.device), bias.requires_grad)
+        layer.quant_state = layer.weight.quant_state
+        self._unmerged, self.merge_error = None, None
+        self.merged_adapters.clear()
+
+    def _merged_weight(self, weight: Params4bit, names: Iterable[str]) -> Tensor:
+        """fp32 [N, K]: the decoded weight with adapters added."""
+        merged = _decoded(weight)
+        for name in names:
+            if name in self.lora_variant:
+                merged = self.lora_variant[name].merge_safe(self, name, merged)
+            else:
+                merged = merged + self.get_delta_weight(name).float()
+        return merged.detach()
+
+    def _merged_bias(self, bias: Tensor | None, names: Iterable[str]) -> nn.Parameter | None:
+        extra = [self.lora_B[name].bias * self.scaling[name] for name in names if self.lora_bias[name]]
+        if bias is None and extra:
+            raise ValueError("lora_bias=True and a base layer without a bias can't be merged")
+        if bias is None:
+            return None
+        return nn.Parameter(sum(extra, bias).detach().to(bias.dtype), requires_grad=bias.requires_grad)
+
+
+def merge_errors(model: nn.Module) -> dict[str, float]:
+    """By layer, how far 4 bits are off the merged weight: |W4 - W| / |W|; empty where nothing is merged.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> layer = Linear4bit(64, 64, quant_type="nf4").to("cpu")
+        >>> merge_errors(get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"])))
+        {}
+    """
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear4bit))
+    return {name: module.merge_error for name, module in layers if module.merge_error is not None}
+
+
+def _decoded(weight: Params4bit) -> Tensor:
+    assert weight.quant_state is not None
+    state = weight.quant_state.copy()
+    state.dtype = torch.float32
+    return dequantize_4bit(weight.stored(), state)
+
+
+def _requantise(layer: Linear4bit, like: Params4bit, target: Tensor) -> float:
+    """Give ``layer`` the weight ``target`` [N, K] with the settings of ``like``; returns the error."""
+    assert like.quant_state is not None
+    fresh = like._like(target, None)
+    fresh.bnb_quantized = False
+    fresh = fresh.to(target.device)
+    assert fresh.quant_state is not None
+    fresh.quant_state.dtype = like.quant_state.dtype
+    layer.weight, layer.quant_state = fresh, fresh.quant_state
+    return float((_decoded(fresh) - target).norm() / target.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _knows_refq4(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """``LoraModel._create_new_module`` that knows refq4's layers; custom modules of a config still come first."""
+
+    @functools.wraps(original)
+    def create(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        custom = tuple(lora_config._custom_modules or ())
+        if isinstance(base, Linear4bit) and not isinstance(base, custom):
+            return LoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
+        return original(lora_config, adapter_name, target, **kwargs)
+
+    return create
+
+
+LoraModel._create_new_module = staticmethod(_knows_refq4(LoraModel._create_new_module))
