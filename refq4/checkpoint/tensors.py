@@ -25,9 +25,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["FLOATS", "Entry", "SafetensorsReader", "SafetensorsWriter"]
+__all__ = ["DTYPES", "FLOATS", "Entry", "SafetensorsReader", "SafetensorsWriter"]
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = FLOATS | {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 COPY_BYTES = 16 * 2**20
 _LATE_DIGITS = 10**15  # stands for an offset that is not known yet: no real one has more digits
 
@@ -83,12 +94,12 @@ class SafetensorsReader:
         self._file.close()
 
     def tensor(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements ``start`` to ``stop`` of the flattened tensor: as its dtype for fp32, fp16, bf16, else as bytes."""
+        """Elements ``start`` to ``stop`` of the flattened tensor: as its dtype, or as bytes where torch has none."""
         entry = self.entries[key]
         stop = entry.numel if stop is None else min(stop, entry.numel)
         raw = torch.empty((stop - start) * entry.itemsize, dtype=torch.uint8)
         _fill(raw, self._file, entry.start + start * entry.itemsize)
-        return raw.view(FLOATS.get(entry.dtype, torch.uint8))
+        return raw.view(DTYPES.get(entry.dtype, torch.uint8))
 
     def pieces(self, key: str) -> Iterator[Tensor]:
         """The bytes of a tensor, a few MB at a time."""
