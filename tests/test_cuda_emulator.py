@@ -15,7 +15,8 @@ import pytest
 import torch
 
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
-from ptx import run
+from ptx import kernel, run
+from refq4_cuda.emulator.decode import prepare
 
 RNG = np.random.default_rng(0)
 SPECIAL_F32 = np.array(
@@ -75,6 +76,14 @@ def test_shifts_by_more_than_the_width_are_clamped(opcode):
     assert_same(got, np.array(wanted, "u4"))
 
 
+@pytest.mark.parametrize("opcode", ["shl.b32", "shr.u32", "shr.s32"])
+def test_a_shift_by_a_number_is_a_shift_by_a_register_that_holds_it(opcode):
+    for amount in (0, 7, 31, 32, 200):
+        by = np.full_like(SPECIAL_U32, amount)
+        register = compute(f"{opcode} {{0}}, {{1}}, {{2}};", "u4", SPECIAL_U32, by)
+        assert_same(compute(f"{opcode} {{0}}, {{1}}, {amount};", "u4", SPECIAL_U32), register)
+
+
 @pytest.mark.parametrize(("opcode", "result"), [("mul.wide.u32", "u8"), ("mul.wide.s32", "i8")])
 def test_wide_products_keep_all_64_bits(opcode, result):
     a, b = pairs(SPECIAL_U32)
@@ -115,6 +124,10 @@ def test_bfi_inserts_a_field_and_loses_what_sticks_out():
     assert_same(
         compute("bfi.b32 {0}, {1}, {2}, {3}, {4};", "u4", field, into, positions, lengths), np.array(wanted, "u4")
     )
+    for at, many in ((0, 8), (5, 4), (28, 8), (0, 32), (40, 3)):
+        numbers = compute(f"bfi.b32 {{0}}, {{1}}, {{2}}, {at}, {many};", "u4", field, into)
+        same = (np.full_like(field, at), np.full_like(field, many))
+        assert_same(numbers, compute("bfi.b32 {0}, {1}, {2}, {3}, {4};", "u4", field, into, *same))
 
 
 @pytest.mark.parametrize("size", [4, 8])
@@ -300,3 +313,37 @@ def test_mma_multiplies_matrices_laid_out_as_the_ptx_manual_draws_them(dtype, k)
     wanted = (A.astype("f8") @ B + C).astype("f4")
     got = out.numpy().reshape(8, 4, 2, 2).transpose(2, 0, 1, 3).reshape(16, 8)
     assert_same(np.ascontiguousarray(got), wanted)
+
+
+# --- registers that share a row ---------------------------------------------------------------------------------------
+
+
+def test_registers_that_are_not_needed_together_share_a_row():
+    chain = "".join(f"add.u32 %r{i}, %r{i - 1}, 1;" for i in range(3, 30))
+    text, _ = kernel(f"mov.u32 %r2, 7; {chain} st.global.u32 [%at0], %r29;", torch.zeros(1, dtype=torch.int32))
+    names = prepare(text, "hand").names
+    assert len({names[f"%r{i}"] for i in range(2, 30)}) == 2  # what an instruction reads, and what it writes
+
+
+LOOP = """
+mov.u32 %r2, 5;                     // what the guarded write below leaves to the lanes that it passes over
+mov.u32 %r3, 0;
+mov.u32 %r4, 0;
+again:
+setp.eq.u32 %p1, %r0, 3;
+@%p1 mov.u32 %r2, 100;
+add.u32 %r4, %r4, %r2;              // the last use, but for the next round
+add.u32 %r5, %r3, 1;                // a register that is needed only from here
+mov.u32 %r3, %r5;
+setp.lt.u32 %p2, %r3, 3;
+@%p2 bra again;
+mul.wide.u32 %rd0, %r0, 4;
+add.s64 %rd0, %at0, %rd0;
+st.global.u32 [%rd0], %r4;
+"""
+
+
+def test_a_value_outlives_a_round_of_a_loop_and_a_write_that_only_some_lanes_make():
+    out = torch.zeros(32, dtype=torch.int32)
+    run(LOOP, out)
+    assert out.tolist() == [15] * 3 + [300] + [15] * 28

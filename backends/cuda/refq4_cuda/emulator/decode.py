@@ -4,20 +4,32 @@
     "add.s32 %r3, %r1, 7"         -->   step(m, s):  m.rows[S][3][s] = np.add(m.rows[S][1][s], m.rows[S][40][s])
 
 A row can be read as unsigned, signed or floating point: three views of the same memory. Constants are rows with one
-element that numpy repeats. All this is worked out once per PTX text; running looks nothing up by name.
+element that numpy repeats. Registers whose values are not needed at the same time share a slot, as in a machine: a
+kernel's thousand registers fit into a hundred rows, which stay in the processor's cache. All this is worked out once
+per PTX text; running looks nothing up by name.
 """
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import floating, integer  # noqa: F401  (they fill the table of pure instructions)
 from .errors import UnknownInstructionError
-from .flow import block_ends, is_branch, is_exit, read_registers, smallest_shared_access, watched, written_registers
+from .flow import (
+    block_ends,
+    is_branch,
+    is_exit,
+    live_ranges,
+    read_registers,
+    smallest_shared_access,
+    watched,
+    written_registers,
+)
 from .memory import unsigned
 from .parse import Address, Instruction, Operand, Vector, parse, width_of
 from .program import FLOAT, SIGNED, UNSIGNED, Program, Step
@@ -51,9 +63,8 @@ class Decoder:
 
     def __init__(self, program: Program) -> None:
         self.program, self.kernel = program, program.kernel
-        for name, declared in self.kernel.registers.items():
-            program.names[name] = len(program.slots)
-            program.slots.append(width_of(declared))
+        self._doubtful = watched(self.kernel)
+        self._assign_slots()
         self._constants: dict[tuple[int, int], int] = {}
         self.symbols = self._lay_out_shared() | {n: p.offset for n, p in self.kernel.parameters.items()}
 
@@ -62,8 +73,7 @@ class Decoder:
         program = self.program
         program.ends = block_ends(self.kernel)
         program.grain = smallest_shared_access(self.kernel)
-        doubtful = watched(self.kernel)
-        program.watched = {program.names[name]: name for name in doubtful}
+        program.watched = {program.names[name]: name for name in self._doubtful}
         for pc, instruction in enumerate(self.kernel.code):
             if is_branch(instruction) or is_exit(instruction):
                 if is_branch(instruction):
@@ -77,7 +87,7 @@ class Decoder:
                 program.gather[pc] = COMPANY[instruction.opcode].gather(self, instruction)
                 if instruction.guard:
                     raise self.unknown(instruction, "a predicate on an instruction that needs the whole warp")
-            step = self._watching(instruction, step, doubtful)
+            step = self._watching(instruction, step)
             program.steps.append(self._guarded(instruction, step))
 
     # --- operands ---------------------------------------------------------------------------------------------------
@@ -142,6 +152,29 @@ class Decoder:
             self.program.slots.append(width)
             self.program.constants[slot] = np.array([value], unsigned[width] if width else bool)
         return self._constants[key]
+
+    def _assign_slots(self) -> None:
+        """One slot for registers of one width that are never needed at the same time; a watched one has its own.
+
+        What an instruction reads and what it writes overlap at that instruction, so they never share.
+        """
+        ranges = live_ranges(self.kernel)
+        free: dict[int, list[int]] = {}
+        used: list[tuple[int, int]] = []  # (last instruction, slot), a heap
+        for name, (first, last) in sorted(ranges.items(), key=lambda item: item[1]):
+            while used and used[0][0] < first:
+                slot = heappop(used)[1]
+                free.setdefault(self.program.slots[slot], []).append(slot)
+            width = width_of(self.kernel.registers[name])
+            shares = name not in self._doubtful
+            if shares and free.get(width):
+                slot = free[width].pop()
+            else:
+                slot = len(self.program.slots)
+                self.program.slots.append(width)
+            self.program.names[name] = slot
+            if shares:
+                heappush(used, (last, slot))
 
     def _lay_out_shared(self) -> dict[str, int]:
         """Static arrays first, in order of declaration; the dynamic one behind them, at its own alignment."""
@@ -208,9 +241,9 @@ class Decoder:
 
         return guarded
 
-    def _watching(self, instruction: Instruction, step: Step, doubtful: set[str]) -> Step:
+    def _watching(self, instruction: Instruction, step: Step) -> Step:
         """Check before and note after, for the registers that need it."""
-        names = self.program.names
+        names, doubtful = self.program.names, self._doubtful
         reads = [names[name] for name in read_registers(instruction) if name in doubtful and name != instruction.guard]
         writes = [names[name] for name in written_registers(instruction) if name in doubtful]
         if not reads and not writes:
@@ -239,7 +272,14 @@ def _binary(function: Any, bank: int, slot: int, bank_a: int, a: int, bank_b: in
         rows = m.rows
         rows[bank][slot][s] = function(rows[bank_a][a][s], rows[bank_b][b][s])
 
-    return step
+    def in_place(m: Batch, s: Any) -> None:
+        rows = m.rows
+        if type(s) is slice:
+            function(rows[bank_a][a][s], rows[bank_b][b][s], out=rows[bank][slot][s])
+        else:
+            rows[bank][slot][s] = function(rows[bank_a][a][s], rows[bank_b][b][s])
+
+    return in_place if isinstance(function, np.ufunc) else step  # a ufunc needs no room of its own for the result
 
 
 def _narrowing(function: Any, bank: int, slot: int, reads: list[tuple[int, int, Any]]) -> Step:

@@ -1,4 +1,5 @@
-"""What can be known about a kernel before it runs: where control goes, and which registers are surely written.
+"""What can be known about a kernel before it runs: where control goes, which registers are surely written, and for
+how long each one's value is needed.
 
 A register that every path writes before it is read needs no check while the kernel runs, and nearly all are of that
 kind. The few others (written under a predicate, or on one path only) are watched lane by lane.
@@ -12,6 +13,7 @@ __all__ = [
     "block_ends",
     "is_branch",
     "is_exit",
+    "live_ranges",
     "read_registers",
     "smallest_shared_access",
     "watched",
@@ -94,6 +96,47 @@ def watched(kernel: Kernel) -> set[str]:
             doubtful |= reads[pc] & ~sure
             sure |= writes[pc]
     return {name for name, mask in bit.items() if doubtful & mask}
+
+
+def live_ranges(kernel: Kernel) -> dict[str, tuple[int, int]]:
+    """For each register in use, the first and the last instruction between which its value matters to some thread.
+
+    A backward dataflow over basic blocks; what lies between the two counts as needed, whether it is or not.
+    """
+    bit = {name: 1 << i for i, name in enumerate(kernel.registers)}
+    reads = [_mask(read_registers(i), bit) for i in kernel.code]
+    writes = [_mask(written_registers(i), bit) for i in kernel.code]
+    ends = block_ends(kernel)
+    starts = [pc for pc in range(len(ends)) if pc == 0 or ends[pc - 1] == pc]
+    needed = dict.fromkeys(starts, 0)  # block start -> registers whose values matter there
+    changed = True
+    while changed:
+        changed = False
+        for start in reversed(starts):
+            now = _needed_after(kernel, ends[start], needed)
+            for pc in reversed(range(start, ends[start])):
+                now = (now if kernel.code[pc].guard else now & ~writes[pc]) | reads[pc]  # a guarded write leaves lanes
+            changed |= now != needed[start]
+            needed[start] = now
+    places = [(pc, reads[pc] | writes[pc]) for pc in range(len(ends))]
+    places += [(start, needed[start]) for start in starts]
+    places += [(ends[start] - 1, _needed_after(kernel, ends[start], needed)) for start in starts]
+    ranges: dict[str, tuple[int, int]] = {}
+    names = list(kernel.registers)
+    for pc, mask in places:
+        while mask:
+            name = names[mask.bit_length() - 1]
+            mask ^= bit[name]
+            first, last = ranges.get(name, (pc, pc))
+            ranges[name] = min(first, pc), max(last, pc)
+    return ranges
+
+
+def _needed_after(kernel: Kernel, end: int, needed: dict[int, int]) -> int:
+    mask = 0
+    for successor in _successors(kernel, end):
+        mask |= needed[successor]
+    return mask
 
 
 def smallest_shared_access(kernel: Kernel) -> int:

@@ -70,15 +70,24 @@ each("rem", "s u", lambda a, b: a - divide(a, b) * b)
 # --- shifts, fields, bytes --------------------------------------------------------------------------------------------
 
 
+def constant(row: Row) -> int | None:
+    """The number of a row that stands for a constant (one element, repeated), else None."""
+    return int(row[0]) if row.strides == (0,) else None
+
+
 def shift_left(a: Row, by: Row) -> Row:
     """PTX clamps the amount: past the width nothing is left."""
     bits = a.itemsize * 8
+    if (amount := constant(by)) is not None and amount < bits:
+        return a << a.dtype.type(amount)
     return np.where(by < bits, a << np.minimum(by, bits - 1).astype(a.dtype), a.dtype.type(0))
 
 
 def shift_right(a: Row, by: Row) -> Row:
     """As to the left; a signed number fills up with its sign."""
     bits = a.itemsize * 8
+    if (amount := constant(by)) is not None and amount < bits:
+        return a >> a.dtype.type(amount)
     shifted = a >> np.minimum(by, bits - 1).astype(a.dtype)
     return shifted if a.dtype.kind == "i" else np.where(by < bits, shifted, a.dtype.type(0))
 
@@ -90,6 +99,9 @@ each("shr", "s u", shift_right, "{t} = {t} u32")
 @pure("bfi.b32", "u32 = u32 u32 u32 u32")
 def _(field: Row, into: Row, position: Row, length: Row) -> Row:
     """The lowest ``length`` bits of the field, put into bits ``position`` and up; what sticks out is lost."""
+    if (at := constant(position)) is not None and (many := constant(length)) is not None and at < 32:
+        mask = np.uint32(((1 << (many & 255)) - 1) << at & 0xFFFFFFFF)
+        return (field << np.uint32(at) & mask) | (into & ~mask)
     position, length = position & 255, length & 255
     ones = shift_left(np.ones(length.shape, np.uint64), length) - np.uint64(1)
     mask = shift_left(ones.astype(np.uint32), position)
@@ -99,15 +111,12 @@ def _(field: Row, into: Row, position: Row, length: Row) -> Row:
 @pure("prmt.b32", "u32 = u32 u32 u32")
 def _(a: Row, b: Row, selector: Row) -> Row:
     """Each nibble of the selector picks one of the eight bytes of (b, a); its top bit asks for that byte's sign."""
-    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-    result = np.zeros(both.shape, np.uint32)
-    for i in range(4):
-        nibble = selector >> np.uint32(4 * i)
-        byte = (both >> ((nibble & 7) << 3).astype(np.uint64)).astype(np.uint32) & 255
-        if (nibble & 8).any():
-            byte = np.where(nibble & 8, (byte >> 7) * np.uint32(255), byte)
-        result |= byte << np.uint32(8 * i)
-    return result
+    pool = np.stack((a, b), axis=1).view(np.uint8)  # [lanes, 8], a's low byte first
+    nibbles = selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32)
+    picked = np.take_along_axis(pool, (nibbles & 7).astype(np.intp), axis=1)
+    if (nibbles & 8).any():
+        picked = np.where(nibbles & 8, (picked >> 7) * np.uint8(255), picked)
+    return picked.view(np.uint32)[:, 0]
 
 
 @pure("clz.b32", "u32 = u32")

@@ -73,37 +73,41 @@ class Scheduler:
 
     def _run_block(self, start: int, lanes: np.ndarray) -> None:
         """From ``start`` to the end of its basic block; then to wherever the lanes go."""
-        m, steps, gather, counts = self.m, self.program.steps, self.program.gather, self.counts
+        m, steps, gather, counts, watcher = self.m, self.program.steps, self.program.gather, self.counts, self.watcher
         end = self.program.ends[start]
-        s = m.selection(lanes)
-        pc = start
+        s, many = m.selection(lanes), len(lanes)
         try:
-            while pc < end:
+            for pc in range(start, end):
                 step = steps[pc]
                 if step is None:
                     self._jump(pc, lanes, s)
                     return
                 if pc in gather:
-                    if pc in self.waiting:
-                        lanes = np.union1d(lanes, self.waiting.pop(pc))
-                        s = m.selection(lanes)
-                    present = gather[pc](m, s)
-                    if present is not None:
-                        self._wait(pc, lanes[~present])
-                        lanes = lanes[present]
-                        if not len(lanes):
-                            return
-                        s = m.selection(lanes)
-                counts[pc] += len(lanes)
-                if self.watcher:
-                    self.watcher(m, pc, s, False)
+                    lanes = self._gathered(pc, lanes, s)
+                    if not len(lanes):
+                        return
+                    s, many = m.selection(lanes), len(lanes)
+                counts[pc] += many
+                if watcher:
+                    watcher(m, pc, s, False)
                 step(m, s)
-                if self.watcher:
-                    self.watcher(m, pc, s, True)
-                pc += 1
+                if watcher:
+                    watcher(m, pc, s, True)
         except Fault as fault:
             raise self._error(pc, fault) from None
-        self._add(pc, lanes)
+        self._add(end, lanes)
+
+    def _gathered(self, pc: int, lanes: np.ndarray, s: Any) -> np.ndarray:
+        """Of these lanes and those that wait at ``pc``, the ones whose company is complete; the others wait (on)."""
+        if pc in self.waiting:
+            lanes = _joined(lanes, self.waiting.pop(pc))
+            s = self.m.selection(lanes)
+        present: np.ndarray | None = self.program.gather[pc](self.m, s)
+        if present is None:
+            return lanes
+        self._wait(pc, lanes[~present])
+        complete: np.ndarray = lanes[present]
+        return complete
 
     def _jump(self, pc: int, lanes: np.ndarray, s: Any) -> None:
         """A branch or an exit, taken by the lanes whose predicate holds."""
@@ -135,10 +139,10 @@ class Scheduler:
             warp = self.m.thread[lanes] // WARP
             parts = [(self.teams[w], lanes[warp == w]) for w in np.unique(warp)]
         for team, some in parts:
-            team[pc] = np.union1d(team[pc], some) if pc in team else some
+            team[pc] = _joined(team[pc], some) if pc in team else some
 
     def _wait(self, pc: int, lanes: np.ndarray) -> None:
-        self.waiting[pc] = np.union1d(self.waiting[pc], lanes) if pc in self.waiting else lanes
+        self.waiting[pc] = _joined(self.waiting[pc], lanes) if pc in self.waiting else lanes
 
     # --- errors -----------------------------------------------------------------------------------------------------
 
@@ -176,6 +180,11 @@ class Scheduler:
             f"kernel {self.program.kernel.name}, PTX line {instruction.line}{source}:  {instruction.text}\n"
             f"block ({x}, {y}, {z}), thread {thread}{others} {fault.what}.\n{fault.look[0].upper()}{fault.look[1:]}."
         )
+
+
+def _joined(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The lanes of two groups, which have none in common, in order."""
+    return np.sort(np.concatenate((some, others)))
 
 
 def batches(total: int, per_batch: int) -> Sequence[np.ndarray]:

@@ -95,7 +95,13 @@ def _named_lanes(position: int) -> Callable[[Decoder, Instruction], Gather]:
 
 
 def _is_warps(s: Any) -> bool:
-    return isinstance(s, slice) and s.start % WARP == 0 and s.stop % WARP == 0
+    """Whether a selection is made of whole warps: lanes are sorted, so 32 of them 31 apart follow one another."""
+    if isinstance(s, slice):
+        return bool(s.start % WARP == 0 and s.stop % WARP == 0)
+    if len(s) % WARP:
+        return False
+    first, last = s[::WARP], s[WARP - 1 :: WARP]
+    return not bool((first % WARP).any()) and bool((last - first == WARP - 1).all())
 
 
 def _named_are_there(m: Batch, s: Any, mask: Any) -> np.ndarray | None:
