@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from IPython.display import Image
@@ -13,6 +13,7 @@ import picture
 
 __all__ = ["fragment", "lanes", "shuffle", "threads", "tiles"]
 
+REGISTERS = (picture.BLUE, picture.GREEN, picture.PURPLE, picture.VERMILION)
 PALE = 0.3  # how much colour, the rest being white, a box has that is written on: black on it is easy to read
 
 
@@ -74,17 +75,21 @@ def tiles(rows: int, groups: int, row: int, group: int) -> Image:
     )
 
 
-def threads(owner: np.ndarray, title: str, label: Callable[[int], str] = str) -> Image:
-    """[steps, elements] of lane numbers (-1: nobody): which lane reads which element in which step."""
-    figure, axes = picture.canvas(height=0.34 * len(owner) + 0.8)
-    for y, row in enumerate(owner):
-        for x, lane in enumerate(row):
-            if lane >= 0:
-                _box(axes, x, -y, 1, 1, picture.BLUE, label(int(lane)), 5, 0.08 + 0.5 * lane / 31)
-        axes.text(-0.5, -y + 0.5, f"step {y}", ha="right", va="center", fontsize=8)
-    axes.set_title(title)
-    _bare(axes, (-4, owner.shape[1]), (-len(owner) + 1, 1))
-    return picture.show(figure, title)
+def threads(loads: Mapping[str, Sequence[Sequence[int]]]) -> Image:
+    """Who reads what: load -> for each byte the lanes that read it, in that one instruction."""
+    figure, axes = picture.canvas(height=0.42 * len(loads) + 0.6)
+    count = max(len(readers) for readers in loads.values())
+    for row, (title, readers) in enumerate(loads.items()):
+        for byte, who in enumerate(readers):
+            if len(who):
+                text = ",\n".join(str(lane) for lane in who)
+                _box(axes, byte, -1.25 * row, 1, 1, picture.BLUE, text, 6, 0.1 + 0.55 * who[0] / 31)
+        axes.text(-0.4, 0.5 - 1.25 * row, title, ha="right", va="center", fontsize=8)
+    for byte in range(0, count, 4):
+        axes.text(byte + 0.5, 1.15, str(byte), ha="center", va="bottom", fontsize=7)
+    axes.text(-0.4, 1.15, "byte of the row", ha="right", va="bottom", fontsize=7)
+    _bare(axes, (-7.5, count), (-1.25 * (len(loads) - 1), 1.8))
+    return picture.show(figure, "Bytes of a row, and in each the lanes that read it: " + "; ".join(loads) + ".")
 
 
 def shuffle(values: Sequence[Sequence[float]], distances: Sequence[int], follow: int = 0) -> Image:
@@ -114,21 +119,30 @@ def fragment(matrices: Mapping[str, np.ndarray], names: Mapping[str, Sequence[st
     """Who holds what: name -> int [rows, columns] of ``lane * registers + register``; one lane's elements marked.
 
     Args:
-        matrices: up to three matrices.
+        matrices: a box is a register, the number in it the lane that has it, the colour which one it is.
         names: matrix -> its registers' names.
         lane: whose elements are orange.
     """
     widths = [m.shape[1] for m in matrices.values()]
-    figure, panels = picture.canvas(1, len(matrices), height=4.6, width_ratios=widths)
+    figure, panels = picture.canvas(1, len(matrices), height=4.4, width_ratios=widths)
     for axes, (title, holder) in zip(panels, matrices.items(), strict=True):
         registers = names[title]
         for (r, c), code in np.ndenumerate(holder):
             who, register = divmod(int(code), len(registers))
-            colour, strength = (picture.ORANGE, 0.9) if who == lane else (picture.BLUE, 0.05 + 0.5 * who / 31)
-            _box(axes, c, -r, 1, 1, colour, f"{who}\n{registers[register]}", 5, strength)
+            colour, strength = (picture.ORANGE, 1) if who == lane else (REGISTERS[register], PALE)
+            first_row, first_column = np.argwhere(holder == code)[0]
+            if (r, c) == (first_row, first_column):  # one box for all elements of a register: they are neighbours
+                height, width = np.argwhere(holder == code)[-1] - (r, c) + 1
+                _box(axes, c, -r - height + 1, width, height, colour, str(who), 7, strength)
+        for register, name in enumerate(registers):
+            at = 2.2 * register
+            _box(axes, at, -holder.shape[0] - 0.4, 0.9, 0.9, REGISTERS[register], "", 7)
+            axes.text(at + 1, -holder.shape[0] + 0.05, name, fontsize=8, va="center")
         axes.set_title(title)
-        _bare(axes, (0, holder.shape[1]), (-holder.shape[0] + 1, 1))
-    return picture.show(figure, f"Matrices, in each element its lane and register; those of lane {lane} are marked.")
+        _bare(axes, (0, max(holder.shape[1], 2.2 * len(registers))), (-holder.shape[0] - 0.5, 1))
+    return picture.show(
+        figure, f"Matrices, in each element its lane; those of lane {lane} are marked. Colours: registers."
+    )
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
