@@ -250,6 +250,15 @@ def test_backend_info_tells_where_it_was_found_and_what_it_can_do(loopback):
     assert "register_backend(loopback.Loopback)" in refq4.backend_info("loopback")["found_in"]
 
 
+def test_backend_info_of_an_unavailable_backend_still_tells_what_it_would_do(loopback):
+    loopback.available = lambda: "it is away; call it back"
+    info = refq4.backend_info("loopback")
+    assert (info["available"], info["reason"]) == (False, "it is away; call it back")
+    assert (info["priority"], info["devices"]) == (50, ["cpu"])
+    assert info["ops"] == list(OPS)
+    assert info["description"] == "counts what reaches it"
+
+
 def test_a_backend_says_no_to_ops_it_has_not_and_devices_it_is_not_on():
     class Half(Backend):
         name = "half"

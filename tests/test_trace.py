@@ -11,7 +11,7 @@ from loopback import Loopback
 
 import refq4
 import refq4.functional as F
-from refq4.testing import assert_same_bits
+from refq4.testing import assert_same_bits, error_budget
 from refq4.trace import current
 
 
@@ -69,6 +69,50 @@ def test_a_trace_reads_as_text_html_and_json():
     with refq4.trace() as empty:
         pass
     assert "no call was recorded" in str(empty)
+
+
+def test_each_step_has_its_name_and_shows_what_it_gave():
+    layer = layer_of(compute_dtype=torch.bfloat16)
+    with torch.no_grad(), refq4.use_backend("reference"), refq4.trace() as t:
+        layer(torch.randn(3, 64))
+    steps = t.calls[0].steps
+    assert [(step.name, step.result) for step in steps] == [
+        ("recover the quant state", repr(layer.quant_state)),
+        ("ask for the backend's layout", "-"),
+        ("bias dtype", "float32 [8]"),
+        ("compute dtype", "bfloat16"),
+        ("cast the operands", "bfloat16 [3, 64]"),
+        ("dispatch to matmul_4bit", "bfloat16 [3, 8]"),
+        ("cast back", "float32 [3, 8]"),
+    ]
+    assert [step.ops for step in steps[:5]] == [[]] * 5
+    assert str(steps[5].ops[0].call) == "gemm_4bit(M=3, N=8, K=64, bfloat16 on cpu, nf4, blocksize 64, nested absmax)"
+
+
+def test_the_table_of_a_call_has_a_row_for_each_step_and_each_op():
+    backend = refq4.register_backend(Loopback(own_layout=True))
+    backend.can_run = lambda call: "not today"
+    refq4.set_backend("auto")
+    layer = layer_of()
+    with torch.no_grad(), refq4.trace() as t:
+        layer(torch.randn(3, 64))
+        F.quantize_4bit(torch.ones(64))
+    with torch.no_grad(), refq4.trace(keep_values=True) as lone:
+        F.matmul_4bit(torch.randn(2, 64), layer.weight.stored(), layer.quant_state)
+    (table,) = t.tables()
+    assert [column.header for column in table.columns] == ["step", "decision", "because", "gives", "µs"]
+    assert [column.overflow for column in table.columns[:4]] == ["fold"] * 4
+    assert (table.columns[4].justify, table.title, table.title_justify) == ("right", t.calls[0].title, "left")
+    wanted = []
+    for step in t.calls[0].steps:
+        wanted.append((f"{step.number} {step.name}", step.choice, step.why, step.result, f"{step.micros:.0f}"))
+        for op in step.ops:
+            assert ("loopback", "not today") in op.passed_over
+            over = "".join(f"\n  passed over {name}: {why}" for name, why in op.passed_over)
+            wanted.append(("", f"→ {op.op}", f"{op.backend}: {op.kernel}{over}", op.call, f"{op.micros:.0f}"))
+    assert list(zip(*(column.cells for column in table.columns), strict=True)) == wanted
+    assert [call.title for call in lone.calls] == ["dispatch to matmul_4bit"]
+    assert "no call was recorded" in str(type(t)())
 
 
 def test_nothing_is_recorded_before_after_or_in_another_thread():
@@ -141,8 +185,21 @@ def test_explain_sees_the_error_of_a_wrong_backend():
     assert report.error > 0.49 > report.reference_error
 
 
-def test_explain_takes_an_empty_batch():
-    assert refq4.explain(layer_of(), torch.randn(0, 64)).flops == 0
+def test_explain_takes_an_empty_batch_and_a_layer_without_bias():
+    report = refq4.explain(layer_of(bias=False), torch.randn(0, 64))
+    assert (report.flops, report.error, report.reference_error, report.allowed) == (0, 0.0, 0.0, 0.0)
+    assert report.bytes_moved == {
+        "weight": 256, "scales": layer_of().quant_state.nbytes(), "input": 0, "bias": 0, "output": 0
+    }  # fmt: skip
+
+
+def test_explain_gives_the_references_error_and_the_smallest_bound_of_the_budget():
+    layer, x = layer_of(compute_dtype=torch.bfloat16), torch.randn(4, 64).bfloat16()
+    report = refq4.explain(layer, x)
+    budget = error_budget(x, layer.weight, layer.quant_state, layer.bias)
+    assert report.reference_error == float((budget.reference.double() - budget.oracle).abs().max()) > 0
+    assert report.allowed == float(budget.allowed.min()) > 0
+    assert set(report.to_dict()) == {"trace", "error", "reference_error", "allowed", "bytes_moved", "flops"}
 
 
 # --- compare ----------------------------------------------------------------------------------------------------------
@@ -180,6 +237,7 @@ def test_compare_takes_every_available_backend_by_default_and_lists_who_could_no
 def test_compare_needs_its_first_backend_and_known_names():
     backend = refq4.register_backend(Loopback())
     backend.can_run = lambda call: "not today"
+    refq4.set_backend("auto")
     layer, x = layer_of(), torch.randn(2, 64)
     with pytest.raises(ValueError, match="'loopback', which the others are held to, can't run this"):
         refq4.compare(layer, x, backends=["loopback", "reference"])
