@@ -90,10 +90,10 @@ def test_each_step_has_its_name_and_shows_what_it_gave():
 
 
 def test_the_table_of_a_call_has_a_row_for_each_step_and_each_op():
-    backend = refq4.register_backend(Loopback(own_layout=True))
+    backend = refq4.register_backend(Loopback())
     backend.can_run = lambda call: "not today"
     refq4.set_backend("auto")
-    layer = layer_of()
+    layer = layer_of().train()  # on the stored layout, for which each call asks anew
     with torch.no_grad(), refq4.trace() as t:
         layer(torch.randn(3, 64))
         F.quantize_4bit(torch.ones(64))
