@@ -28,9 +28,19 @@ from .statedict import describe
 __all__ = ["Embedding4bit", "EmbeddingFP4", "EmbeddingNF4", "Linear4bit", "LinearFP4", "LinearNF4", "Params4bit"]
 
 
+class _AnyName:
+    """Has every attribute of a public name: itself."""
+
+    def __getattr__(self, name: str) -> _AnyName:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
+
+
 class _Holds4bitWeight(nn.Module):
     """What Linear4bit and Embedding4bit share: moving, saving and loading a module with a Params4bit ``weight``."""
 
+    _any_name = _AnyName()
     weight: Any  # a Params4bit, until something rebuilds it as a plain parameter
     quant_state: QuantState | None
 
@@ -163,7 +173,17 @@ class _Holds4bitWeight(nn.Module):
         missing_keys[reported:] = [key for key in missing_keys[reported:] if key != own]
         return None
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Asked by ``torch.distributed.checkpoint``, which follows the keys of a state dict attribute by attribute.
+
+        A sharded weight (a DTensor) has no ``absmax``; so ``weight`` is looked up in something that has all names.
+        """
+        return {"weight": "_any_name"}
+
     def _load_packed(self, packed: Any, stats: dict[str, Any], assign: bool) -> None:
+        if hasattr(self.weight, "device_mesh"):  # a DTensor; to import the class takes a second
+            self._load_sharded(packed, stats)
+            return
         stay = assign or self.weight.is_meta
         weight = Params4bit.from_prequantized(packed, stats, device=None if stay else self.weight.device, module=self)
         if not assign:  # as torch's copy_: the caller's tensors stay the caller's
@@ -171,6 +191,15 @@ class _Holds4bitWeight(nn.Module):
             weight.quant_state = copy.deepcopy(weight.quant_state)
         self.weight = weight
         self.quant_state = weight.quant_state
+
+    def _load_sharded(self, packed: Any, stats: dict[str, Any]) -> None:
+        """Each process takes its part of the bytes, and all of the quant state."""
+        state = QuantState.from_dict(stats, packed=packed)
+        if state.shape != self.weight_shape:
+            raise ValueError(f"the checkpoint holds {state}, this {type(self).__name__} wants {self.weight_shape}")
+        with torch.no_grad():
+            self.weight.copy_(packed)
+        self.quant_state = copy.deepcopy(state)
 
     def _load_full_precision(self, incoming: Any, key: str, error_msgs: list[str]) -> None:
         shape = list(self.weight_shape)

@@ -1,0 +1,93 @@
+"""FSDP2 over two processes on the CPU: weights sharded, gathered for each call, trained around, saved whole, loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROCESS = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import refq4
+
+class Block(nn.Module):
+    def __init__(self, storage):
+        super().__init__()
+        self.base = refq4.nn.LinearNF4(64, 64, bias=False, quant_storage=storage).requires_grad_(False)
+        self.a, self.b = nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+def made(storage, seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(Block(storage), Block(storage)).to("cpu")
+
+rank, meeting_point = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
+mesh, whole = init_device_mesh("cpu", (2,)), StateDictOptions(full_state_dict=True, cpu_offload=True)
+x = torch.randn(5, 64, generator=torch.Generator().manual_seed(7))
+same = lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+for storage in (torch.uint8, torch.bfloat16, torch.float32):
+    plain, model = made(storage, 0), made(storage, 0)
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    weight = model[0].base.weight
+    assert weight.to_local().numel() * 2 == weight.numel() == plain[0].base.weight.numel()
+
+    for _ in range(2):  # the second call gathers again
+        y, wanted = model(x), plain(x)
+        same(y, wanted)
+    y.square().sum().backward()
+    wanted.square().sum().backward()
+    for (name, p), (_, q) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None) == ("base" in name)
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+
+    entries, wanted = get_model_state_dict(model, options=whole), plain.state_dict()
+    if rank == 0:  # the other process has none
+        assert entries.keys() == wanted.keys()
+        for key, value in wanted.items():
+            same(entries[key].view(torch.uint8), value.view(torch.uint8))
+
+    other = made(storage, 1)
+    set_model_state_dict(model, other.state_dict(), options=whole)
+    same(model(x), other(x))
+
+    narrow = {k: v for k, v in refq4.nn.LinearNF4(64, 32, bias=False).to("cpu").state_dict().items()}
+    try:
+        model[0].base._load_sharded(narrow.pop("weight"), narrow)
+    except ValueError as error:
+        assert "[32, 64]" in str(error)
+    else:
+        raise AssertionError("another shape was taken")
+dist.destroy_process_group()
+print("done")
+"""
+
+
+def test_two_processes_share_a_models_weights_and_agree_with_one_that_has_them_all(tmp_path):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("gloo is in every build of torch for Linux; run this there")
+    command = [sys.executable, "-W", "error::UserWarning:refq4", "-c", PROCESS]
+    running = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "meeting")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=300) for process in running]
+    for process, (out, err) in zip(running, said, strict=True):
+        assert process.returncode == 0, err
+        assert out.endswith("done\n")
