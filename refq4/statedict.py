@@ -19,6 +19,7 @@ import json
 import math
 import reprlib
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -112,7 +113,7 @@ class Reader:
         fields = Fields(
             absmax=self._scales("absmax", torch.uint8 if nested else torch.float32, blocks),
             shape=shape,
-            code=self._code("quant_map", torch.tensor(get_codebook(quant_type).values)),
+            code=self._code("quant_map", get_codebook(quant_type).on("cpu").values),
             blocksize=blocksize,
             quant_type=quant_type,
             dtype=self._dtype("dtype", _DTYPE_NAMES),
@@ -127,7 +128,7 @@ class Reader:
         blocksize = self._blocksize("nested_blocksize", self.nested_blocksizes)
         return NestedFields(
             absmax=self._scales("nested_absmax", torch.float32, layout.block_count(blocks, blocksize)),
-            code=self._code("nested_quant_map", create_dynamic_map(), _dynamic_map_of_old_cpu_builds()),
+            code=self._code("nested_quant_map", *_dynamic_maps()),
             blocksize=blocksize,
             dtype=self._dtype("nested_dtype", {"float32": torch.float32}),
             offset=self._offset("nested_offset"),
@@ -283,7 +284,7 @@ def check_packed(stored: Tensor, shape: torch.Size, key: str = "weight") -> None
 
 def json_to_tensor(items: dict[str, Any]) -> Tensor:
     """JSON as the uint8 tensor that a state dict holds."""
-    return torch.tensor(list(json.dumps(items).encode()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(json.dumps(items).encode()), dtype=torch.uint8).clone()
 
 
 def _tensor_to_json(value: Any, key: str) -> dict[str, Any]:
@@ -292,7 +293,7 @@ def _tensor_to_json(value: Any, key: str) -> dict[str, Any]:
     if value.numel() > _MAX_JSON:
         raise ValueError(f"{key}: wanted JSON of at most {_MAX_JSON} bytes, got {value.numel()}")
     try:
-        items = json.loads(bytes(value.tolist()).decode(), object_pairs_hook=_once_each)
+        items = json.loads(value.cpu().numpy().tobytes().decode(), object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{key}: wanted UTF-8 JSON, got {type(error).__name__}: {str(error)[:80]}") from None
     if not isinstance(items, dict):
@@ -307,11 +308,13 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return items
 
 
-def _dynamic_map_of_old_cpu_builds() -> Tensor:
-    """The map in nested checkpoints that bitsandbytes up to 0.49 wrote on a CPU: its smallest entry is -1 there."""
+@cache
+def _dynamic_maps() -> tuple[Tensor, Tensor]:
+    """The map, and what nested checkpoints hold that bitsandbytes up to 0.49 wrote on a CPU: its first entry is -1."""
     table = create_dynamic_map()
-    table[0] = -1.0
-    return table
+    old = table.clone()
+    old[0] = -1.0
+    return table, old
 
 
 def _is_row(value: Any, dtype: torch.dtype, numel: int) -> bool:
@@ -343,7 +346,7 @@ _short.maxlist = _short.maxtuple = 10
 
 def _shown(value: Any) -> str:
     try:
-        return _short.repr(value)
+        return " ".join(_short.repr(value).split())  # on one line
     except (ValueError, RecursionError):  # an integer of more digits than Python prints
         return f"{_article(value)} too long to show"
 
