@@ -28,8 +28,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import refq4
-
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "benchmarks"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -54,6 +52,8 @@ def main() -> int:
         for step in steps.values():
             print(shlex.join([*(f"{k}={v}" for k, v in step.environment.items()), *step.command]))
         return 0
+    import refq4  # here, for listing needs no torch
+
     info = refq4.backend_info("cuda")
     if not info["available"]:
         print(f"gpu_check: {info['reason']}", file=sys.stderr)
