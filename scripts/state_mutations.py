@@ -94,7 +94,7 @@ def _near(rng: random.Random, value: Any) -> Any:
             lambda: near and near.pop(),
             lambda: near.__setitem__(slice(at, at + 1), [rng.choice(_WHOLE)]),
             lambda: near.__setitem__(slice(None), rng.choice(_SHAPES)),
-            lambda: near.__setitem__(slice(at, at + 1), [float(n) for n in near[at : at + 1]]),
+            lambda: near.__setitem__(slice(at, at + 1), [_as_float(n) for n in near[at : at + 1]]),
         ))()  # fmt: skip
         return near
     if isinstance(value, str):
@@ -104,6 +104,10 @@ def _near(rng: random.Random, value: Any) -> Any:
     if isinstance(value, int) and abs(value) < 2**64:
         return rng.choice((*_WHOLE, float(value), str(value), bool(value)))
     return _value(rng)
+
+
+def _as_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and value < 2**64 else None
 
 
 # --- fields and JSON --------------------------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ def _poke(rng: random.Random, t: Tensor) -> Tensor:
 
 
 def _flip(rng: random.Random, t: Tensor) -> Tensor:
-    t = t.clone()
+    t = t.clone(memory_format=torch.contiguous_format).as_strided(t.shape, (1,) * t.dim())  # a single one may keep 2
     raw = t.view(torch.uint8) if t.dim() and t.numel() and t.dtype in (torch.uint8, torch.float32) else None
     if raw is not None:
         raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
@@ -200,7 +204,7 @@ _ON_TENSORS: tuple[Callable[[random.Random, Tensor], Any], ...] = (
     _poke,
     _poke,
     _flip,
-    lambda rng, t: t.to(rng.choice(_DTYPES)),
+    lambda rng, t: (t.real if t.is_complex() else t).to(rng.choice(_DTYPES)),
     lambda rng, t: t[: rng.randrange(t.numel() + 1)],
     lambda rng, t: torch.cat([t, t[: rng.randint(1, 300)]]),
     lambda rng, t: t.repeat(rng.choice((2, 8, 16))),
