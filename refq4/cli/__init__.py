@@ -1,0 +1,79 @@
+"""The command line: ``python -m refq4 COMMAND``, also installed as ``refq4``. One module a command; here is the frame.
+
+tour         real pretrained weights through every step of the 4-bit layer
+info         what this machine offers: each backend, and why it is or isn't available
+explain      the seven steps of one call, for a shape, a dtype and a backend
+quantize     a safetensors model directory in, a 4-bit one out
+inspect      what a weight file holds, and what is wrong with it
+verify       one backend against another: where they differ, on which smallest input, by how much
+bench        a backend against what people use today, and against the machine's limits
+complete     a script for the shell
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from .. import __version__, bench
+from ..backend import BackendError
+from . import complete, explain, info, inspect, quantize, tour, verify
+
+__all__ = ["main", "parser"]
+
+EPILOG = """\
+examples:
+  python -m refq4 tour                        the packaged sentence encoder in NF4, FP4 and double-quantised NF4
+  python -m refq4 info --json                 for scripts
+  python -m refq4 explain 4096x11008          the steps of one call, and why each was taken
+  python -m refq4 quantize model model-nf4    a model on disk in 4 bits
+  python -m refq4 inspect model-nf4           what is in it, and whether it is sound
+  python -m refq4 verify --backend cpu        does this backend compute the 4-bit layer?
+  python -m refq4 bench --quick               how fast is it, next to bitsandbytes and torch?
+
+exit codes:
+  0    done, and nothing found
+  1    it could not be done (one line on stderr says why), or a difference or a damaged tensor was found
+  2    the command line is wrong
+  130  interrupted with Ctrl-C; nothing half-written is left
+"""
+INTERRUPTED = 130
+_BROKEN_PIPE = 141
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit code (the help lists them)."""
+    arguments = parser().parse_args(argv)
+    try:
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough: refq4 inspect model | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        print(f"\nrefq4 {arguments.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (BackendError, OSError, ValueError) as error:
+        print(f"refq4 {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    whole = argparse.ArgumentParser(
+        prog="refq4",
+        description="The 4-bit linear layer of bitsandbytes, taken apart.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    whole.add_argument("--version", action="version", version=f"refq4 {__version__}")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (tour, info, explain, quantize, inspect, verify):
+        module.add(commands)
+    command = commands.add_parser("bench", help="a backend against what people use today, and the machine's limits")
+    bench.add_arguments(command)
+    command.set_defaults(run=bench.bench)
+    complete.add(commands, whole)
+    return whole

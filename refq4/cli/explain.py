@@ -1,0 +1,72 @@
+"""``refq4 explain NxK``: the seven steps of one call of a layer made on the spot."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from typing import Any
+
+import torch
+
+from . import options
+from .console import show
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    """The subcommand."""
+    command = commands.add_parser(
+        "explain",
+        help="the seven steps of one call, for a shape, a dtype and a backend",
+        description="Make a random layer of weight [N, K], run M tokens through it, and show each step with its "
+        "decision and its reason, the error against fp64, and the bytes moved.",
+        epilog=options.examples(
+            "python -m refq4 explain 4096x11008",
+            "python -m refq4 explain 4096x4096 --tokens 16 --dtype bfloat16 --backend cpu",
+            "python -m refq4 explain 100x100 --quant-type fp4 --bias --json",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("shape", metavar="NxK", type=_shape, help="out_features x in_features, e.g. 4096x11008")
+    command.add_argument("--tokens", type=int, default=1, metavar="M", help="tokens in the call (%(default)s)")
+    command.add_argument("--dtype", choices=options.DTYPES, default="float32", help="of the activations (%(default)s)")
+    command.add_argument("--bias", action="store_true", help="the layer has a bias")
+    command.add_argument("--seed", type=int, default=0, help="of the random weight and tokens (%(default)s)")
+    options.add_format(command)
+    options.add_backend(command)
+    options.add_json(command)
+    command.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ..explain import explain
+    from ..nn import Linear4bit
+    from ..registry import requested_backend, use_backend
+
+    (n, k), m = arguments.shape, arguments.tokens
+    if m < 1:
+        raise ValueError(f"--tokens {m}: at least one token is wanted")
+    torch.manual_seed(arguments.seed)
+    with use_backend(requested_backend(arguments.backend)), warnings.catch_warnings():
+        layer = Linear4bit(
+            k,
+            n,
+            arguments.bias,
+            options.DTYPES.get(arguments.compute_dtype),
+            arguments.nested,
+            arguments.quant_type,
+            options.STORAGE[arguments.storage],
+            blocksize=arguments.blocksize,
+        )
+        warnings.simplefilter("ignore")  # a slower path stands in the steps, with its reason
+        report = explain(layer.to("cpu").eval(), torch.randn(m, k).to(options.DTYPES[arguments.dtype]))
+    show(report, arguments)
+    return 0
+
+
+def _shape(text: str) -> tuple[int, int]:
+    n, _, k = text.partition("x")
+    if not (n.isdigit() and k.isdigit() and int(n) and int(k)):
+        raise argparse.ArgumentTypeError(f"a shape is NxK, for example 4096x11008, got {text!r}")
+    return int(n), int(k)

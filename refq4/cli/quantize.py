@@ -1,0 +1,103 @@
+"""``refq4 quantize MODEL_DIR OUT_DIR``: a checkpoint on disk in 4 bits, in bounded memory."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from . import options
+from .console import console, print_json
+
+__all__ = ["add"]
+
+_DESCRIPTION = """\
+Quantise the linear layers of a safetensors checkpoint, tensor by tensor: a model larger than memory is no problem.
+OUT_DIR gets the same files in bitsandbytes' 4-bit format, which transformers loads by itself (with bitsandbytes, or
+with refq4.integrations.transformers). It appears when all of it is written; Ctrl-C leaves nothing behind.
+
+Which layers: where transformers is installed and knows the architecture, those that it would quantise itself; else all
+matrices named *.weight but embeddings and output layers. PATTERN is a glob over a run of parts of the dotted name:
+'mlp', 'layers.[0-3].*_proj'.
+"""
+
+
+def add(commands: Any) -> None:
+    """The subcommand."""
+    command = commands.add_parser(
+        "quantize",
+        help="a safetensors model directory in, a 4-bit one out, in bounded memory",
+        description=_DESCRIPTION,
+        epilog=options.examples(
+            "python -m refq4 quantize Llama-3-8B Llama-3-8B-nf4",
+            "python -m refq4 quantize model model-fp4 --quant-type fp4 --no-nested --skip down_proj",
+            "python -m refq4 quantize model model-nf4 --force --json > report.json",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.files(
+        command.add_argument("model_dir", metavar="MODEL_DIR", help="has *.safetensors and config.json"), True
+    )
+    options.files(command.add_argument("out_dir", metavar="OUT_DIR", help="is made; its parent exists"), True)
+    options.add_format(command)
+    command.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="only these layers, output layers too (repeatable)",
+    )
+    command.add_argument(
+        "--skip", action="append", default=[], metavar="PATTERN", help="leave these layers alone (repeatable)"
+    )
+    command.add_argument("--no-errors", action="store_true", help="don't measure each layer's error: half the time")
+    command.add_argument("--force", action="store_true", help="replace OUT_DIR, if it is a model directory")
+    options.add_backend(command)
+    options.add_json(command)
+    command.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ..checkpoint import quantize_checkpoint
+
+    with _terminating_as_interrupting():
+        report = quantize_checkpoint(
+            arguments.model_dir,
+            arguments.out_dir,
+            quant_type=arguments.quant_type,
+            compress_statistics=arguments.nested,
+            compute_dtype=options.DTYPES.get(arguments.compute_dtype),
+            quant_storage=options.STORAGE[arguments.storage],
+            blocksize=arguments.blocksize,
+            include=arguments.include,
+            skip=arguments.skip,
+            backend=arguments.backend,
+            measure=not arguments.no_errors,
+            force=arguments.force,
+        )
+    if arguments.json:
+        print_json(report.to_dict())
+    else:
+        console().print(report)
+    return 0
+
+
+@contextmanager
+def _terminating_as_interrupting() -> Iterator[None]:
+    """SIGTERM (a batch system's end of time) tidies up as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread, where signals are someone else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
