@@ -116,13 +116,13 @@ class Shown:
         plain: str = self._shown(width=width, color_system=None).file.getvalue()
         return plain
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """What IPython shows where there is no HTML: the text, not the object's fields and address."""
-        printer.text(self.text(width=100))
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """What Jupyter shows: HTML, or where there is none the text, not the fields that a dataclass would print."""
+        return {"text/plain": self.text(width=100), "text/html": self._repr_html_()}
 
     def _repr_html_(self) -> str:
         """HTML in colours that follow the page."""
-        html: str = self._shown(width=120, record=True, force_jupyter=False).export_html(
+        html: str = self._shown(width=120, record=True).export_html(
             inline_styles=True,
             code_format='<pre style="white-space:pre;overflow-x:auto;line-height:1.2;font-family:monospace">{code}'
             "</pre>",
@@ -134,7 +134,7 @@ class Shown:
 
         from rich.console import Console  # here, so that importing refq4 stays quick
 
-        console = Console(file=io.StringIO(), **settings)
+        console = Console(file=io.StringIO(), force_jupyter=False, **settings)  # in Jupyter it would display, too
         console.print(self)
         return console
 

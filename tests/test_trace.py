@@ -71,6 +71,18 @@ def test_a_trace_reads_as_text_html_and_json():
     assert "no call was recorded" in str(empty)
 
 
+def test_in_jupyter_a_report_is_shown_once_as_html_and_as_its_text(monkeypatch):
+    shown = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)  # there, rich displays what is printed to any console
+    monkeypatch.setattr("rich.jupyter.display", lambda *args: shown.append(args))
+    report = refq4.explain(layer_of(), torch.randn(1, 64))  # a dataclass, which has a repr of its own
+    bundle = report._repr_mimebundle_(include=None, exclude=None)
+    assert "recover the quant state" in str(report)
+    assert "recover the quant state" in bundle["text/plain"]
+    assert bundle["text/html"].startswith("<pre")
+    assert not shown
+
+
 def test_each_step_has_its_name_and_shows_what_it_gave():
     layer = layer_of(compute_dtype=torch.bfloat16)
     with torch.no_grad(), refq4.use_backend("reference"), refq4.trace() as t:
