@@ -1,0 +1,86 @@
+"""Pictures of errors for notebooks 11 and 13."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from IPython.display import Image
+from torch import Tensor
+
+import picture
+
+__all__ = ["against_size", "many_orders", "shares", "ulp_histograms"]
+
+EDGES, BINS = (0.5, 1, 2, 8), ("≤ ½", "≤ 1", "≤ 2", "≤ 8", "more")
+
+
+def many_orders(results: np.ndarray, exact: float, engines: Mapping[str, float]) -> Image:
+    """One output, summed in many orders: a histogram around the exact value, and where each engine's result lies."""
+    figure, axes = picture.canvas(height=3.2)
+    away = results.astype(float) - exact
+    unit = 10.0 ** np.floor(np.log10(abs(away).max()))
+    axes.hist(away / unit, bins=40, color=picture.SKY, label="other orders")
+    top = axes.get_ylim()[1]
+    axes.axvline(0, ymax=0.7, color=picture.GREEN, linewidth=2.5, label="exact")
+    places: dict[float, list[str]] = {}
+    for name, result in engines.items():
+        places.setdefault((result - exact) / unit, []).append(name)
+    for step, (place, names) in enumerate(sorted(places.items(), reverse=True)):
+        height = top * (1.05 + 0.13 * step)
+        axes.plot([place, place], [0, height], color=picture.VERMILION, linewidth=1.2)
+        axes.text(place, height, " " + ", ".join(names), fontsize=8, va="center")
+    axes.set(
+        xlabel=f"distance from the exact result, times {unit:g}",
+        title="how often, of 400 orders",
+        ylim=(0, top * (1.1 + 0.13 * len(places))),
+    )
+    axes.legend(loc="center left")
+    return picture.show(figure, "A histogram of one output in many orders of its terms, with each engine's result.")
+
+
+def ulp_histograms(ulps: Mapping[str, Mapping[str, Tensor]]) -> Image:
+    """dtype -> engine -> errors in units in the last place: the share of outputs in each class."""
+    figure, panels = picture.canvas(1, len(ulps), height=3.0, sharey=True)
+    for axes, (dtype, engines) in zip(panels, ulps.items(), strict=True):
+        width = 0.85 / len(engines)
+        for i, (name, errors) in enumerate(engines.items()):
+            counts = np.bincount(np.searchsorted(EDGES, errors.flatten().numpy()), minlength=5) / errors.numel()
+            at = np.arange(5) + (i - len(engines) / 2 + 0.5) * width
+            axes.bar(at, 100 * counts, width, color=picture.COLOURS[i], label=name)
+        axes.set_xticks(range(5), BINS)
+        axes.set(title=dtype, xlabel="units in the last place")
+        axes.grid(axis="x", visible=False)
+    panels[0].set_ylabel("% of the outputs")
+    panels[-1].legend()
+    return picture.show(figure, "For each dtype and engine, the share of outputs that err by so many units.")
+
+
+def against_size(exact: Tensor, errors: Tensor, ulps: Tensor, allowed: Tensor) -> Image:
+    """The same errors in units in the last place and as they are, over the size of the output, and the budget."""
+    figure, (left, right) = picture.canvas(1, 2, height=3.2)
+    size = exact.abs().flatten().numpy()
+    left.plot(size, ulps.flatten().numpy(), ".", color=picture.BLUE, markersize=3)
+    left.set(yscale="log", xscale="log", title="error in units in the last place", xlabel="size of the output")
+    order = np.argsort(size)
+    right.plot(size[order], allowed.flatten().numpy()[order], color=picture.VERMILION, label="allowed")
+    right.plot(size, errors.flatten().numpy(), ".", color=picture.BLUE, markersize=3, label="error")
+    right.set(xscale="log", title="error", xlabel="size of the output")
+    right.legend(loc="center left")
+    return picture.show(
+        figure,
+        "Left, errors in units: the smaller the output, the more. Right, the errors themselves, all below a limit.",
+    )
+
+
+def shares(used: Mapping[str, Sequence[float]]) -> Image:
+    """engine -> for each case the share of the budget it used."""
+    figure, axes = picture.canvas(height=0.5 * len(used) + 1.0)
+    for row, (values, colour) in enumerate(zip(used.values(), picture.COLOURS, strict=False)):
+        axes.plot(values, [row] * len(values), "|", color=colour, markersize=14)
+    axes.axvline(1, color=picture.VERMILION)
+    axes.text(0.99, len(used) - 0.45, "allowed", ha="right", fontsize=8)
+    axes.set_yticks(range(len(used)), list(used))
+    axes.set(xlim=(0, 1.1), ylim=(-0.6, len(used) - 0.2), title="worst error of a case, as a share of what is allowed")
+    axes.grid(axis="y", visible=False)
+    return picture.show(figure, "One stroke for each case, all of them left of the limit.")
