@@ -1,4 +1,4 @@
-"""Pictures of errors for notebooks 11 and 13."""
+"""Pictures of errors and of answers for notebooks 11 to 13."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from IPython.display import Image
 from torch import Tensor
 
 import picture
+from refq4.testing import Report
 
-__all__ = ["against_size", "many_orders", "shares", "ulp_histograms"]
+__all__ = ["against_size", "many_orders", "scoreboard", "shares", "ulp_histograms"]
 
 EDGES, BINS = (0.5, 1, 2, 8), ("≤ ½", "≤ 1", "≤ 2", "≤ 8", "more")
 
@@ -84,3 +85,22 @@ def shares(used: Mapping[str, Sequence[float]]) -> Image:
     axes.set(xlim=(0, 1.1), ylim=(-0.6, len(used) - 0.2), title="worst error of a case, as a share of what is allowed")
     axes.grid(axis="y", visible=False)
     return picture.show(figure, "One stroke for each case, all of them left of the limit.")
+
+
+def scoreboard(history: Mapping[str, Report]) -> Image:
+    """step -> what verify said after it: a row for each, a box for each check."""
+    checks = [check.name for check in next(iter(history.values())).checks]
+    figure, axes = picture.canvas(height=0.42 * len(history) + 1.3)
+    for row, report in enumerate(history.values()):
+        for column, check in enumerate(report.checks):
+            colour = picture.VERMILION if check.differs else picture.GREEN if check.same else picture.GREY
+            text = f"{check.same}" if check.cases else "-"
+            axes.barh(-row, 0.92, left=column + 0.04, height=0.8, color=colour, alpha=0.75 if check.cases else 0.2)
+            axes.text(column + 0.5, -row, text, ha="center", va="center", fontsize=8, color="white")
+    axes.set_xticks(np.arange(len(checks)) + 0.5, [name.replace("_", "_\n") for name in checks], fontsize=7)
+    axes.set_yticks([-row for row in range(len(history))], list(history))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.grid(visible=False)
+    axes.set_title("cases answered right (grey: refused, orange: some answered wrong)")
+    return picture.show(figure, "For each step a row of checks: refused at first, all right at the end.")

@@ -1,0 +1,265 @@
+# %% [markdown]
+# # 12. Write your own backend
+#
+# **How little is enough for an engine of your own?**
+#
+# Three things, in numpy: quantise, decode, multiply. After each, `verify` is asked what it thinks, and it will think
+# ill of the first attempts, which are the ones that anybody would make. At the end stands the backend of
+# `docs/numpy_backend.py`; the last cell holds the two together.
+#
+# What each op owes is said in `refq4/backend.py`. The core checks all arguments and takes all decisions; a backend gets
+# plain tensors, and computes.
+
+# %%
+import ast
+import inspect
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import errors
+import refq4
+from refq4.backend import Backend
+from refq4.testing import verify
+
+torch.set_num_threads(1)
+history = {}
+
+
+def ask(backend, step):
+    refq4.register_backend(backend, replace=True)
+    history[step] = verify(backend.name, depth="quick", progress=False)
+    return history[step]
+
+
+# %% [markdown]
+# ## Nothing
+#
+# A name is a backend already. It can do nothing yet and says so: the base class looks which ops a subclass has, and
+# refuses the others by name.
+
+
+# %%
+class Nothing(Backend):
+    name = "mine"
+
+
+report = ask(Nothing(), "nothing")
+assert not report.agrees  # refusing everything is no agreement
+for check in report.checks[:3]:
+    print(f"{check.name}: refused {check.refused.total()} times, because {next(iter(check.refused))}")
+
+# %% [markdown]
+# ## Quantise: the obvious way
+#
+# Divide each block by its largest magnitude, take the nearest of the sixteen values, put two codes into a byte.
+
+
+# %%
+class Obvious(Backend):
+    name = "mine"
+
+    def quantize_4bit(self, A, code, blocksize):
+        x = blocks_of(A.reshape(-1).float().numpy(), blocksize)
+        absmax = np.abs(x).max(axis=1)
+        with np.errstate(all="ignore"):
+            scaled = x / absmax[:, None]
+        nearest = np.abs(scaled[..., None] - code.values.numpy()).argmin(axis=-1)
+        codes = nearest.reshape(-1).astype(np.uint8)
+        return torch.from_numpy(codes[1::2] << 4 | codes[0::2]), torch.from_numpy(absmax)
+
+
+def blocks_of(flat, blocksize):
+    """[blocks, blocksize], the last one filled up with zeros."""
+    return np.append(flat, np.zeros(-len(flat) % blocksize, np.float32)).reshape(-1, blocksize)
+
+
+def complaint(report, check):
+    (failure,) = (f for f in report.failures if f.smallest.check == check)
+    print(failure.smallest, failure.message, failure.hint, sep="\n")
+
+
+complaint(ask(Obvious(), "quantise, obviously"), "quantize_4bit")
+
+# %% [markdown]
+# The report shows the smallest input it found. Two lessons: how long the result must be, and, once that is mended, in
+# which half of the byte the first code belongs. It is worth mending one thing at a time.
+
+
+# %%
+class LongEnough(Obvious):
+    def quantize_4bit(self, A, code, blocksize):
+        packed, absmax = super().quantize_4bit(A, code, blocksize)
+        return packed[: (A.numel() + 1) // 2], absmax
+
+
+report = ask(LongEnough(), "as long as it must be")
+complaint(report, "quantize_4bit")
+
+# %% [markdown]
+# ## Quantise: the rule
+#
+# "Nearest" leaves open what happens on a border, in a block of zeros, and with a NaN; and dividing rounds differently
+# from multiplying with the reciprocal. The rule of `refq4.codebooks` leaves nothing open: multiply by 1/absmax in fp32,
+# clamp, and count the *thresholds* below the value. They come with the code, so that FP4, whose borders are CUDA's own,
+# needs no case of its own.
+
+
+# %%
+class Quantises(Backend):
+    name = "mine"
+
+    def can_run(self, call):
+        if call.dtype == torch.float64:
+            return "it computes in fp32; fp64 is the reference's"
+        return super().can_run(call)
+
+    def quantize_blockwise(self, A, code, blocksize):
+        x = blocks_of(A.reshape(-1).float().numpy(), blocksize)
+        absmax = np.abs(x).max(axis=1, initial=0)
+        with np.errstate(all="ignore"):
+            inverse = np.float32(1) / absmax
+            inverse = np.where(np.isfinite(inverse), inverse, np.float32(0))
+            scaled = np.clip(x * inverse[:, None], np.float32(-1), np.float32(1))
+        rank = np.searchsorted(code.thresholds.numpy(), scaled, side="left")  # thresholds below x; ties go down
+        rank[np.isnan(scaled)] = 0
+        codes = code.order.numpy()[rank].reshape(-1)[: A.numel()]
+        return torch.from_numpy(codes).view(A.shape), torch.from_numpy(absmax)
+
+    def quantize_4bit(self, A, code, blocksize):
+        codes, absmax = self.quantize_blockwise(A.reshape(-1), code, blocksize)
+        codes = np.append(codes.numpy(), [np.uint8(code.zero_code())] * (A.numel() % 2)).astype(np.uint8)
+        return torch.from_numpy(codes[0::2] << 4 | codes[1::2]), absmax
+
+
+report = ask(Quantises(), "quantise, by the rule")
+done = {check.name: check for check in report.checks}
+for name in ("quantize_4bit", "quantize_blockwise"):
+    print(f"{name}: {done[name].same} of {done[name].cases} the same, bit for bit")
+    assert done[name].same == done[name].cases
+
+# %% [markdown]
+# The 8-bit codes of double quantisation came for free: they follow the same rule, with another code.
+#
+# ## Decode: the obvious way
+#
+# Take the codes apart, look them up, multiply by the block's scale.
+
+
+# %%
+class DecodesPlain(Quantises):
+    def dequantize_4bit(self, weight, dtype):
+        packed, absmax = weight.packed.numpy(), weight.absmax.numpy()
+        codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: int(np.prod(weight.shape))]
+        scales = absmax.repeat(weight.blocksize)[: len(codes)]
+        with np.errstate(all="ignore"):
+            values = weight.code.numpy()[codes] * scales
+        return torch.from_numpy(values).to(dtype).view(weight.shape)
+
+
+complaint(ask(DecodesPlain(), "decode, obviously"), "dequantize_4bit")
+
+# %% [markdown]
+# The smallest input says it: `nested=True`. With double quantisation the scales are themselves 8-bit codes, with scales
+# of their own and an offset (notebook 4).
+
+
+# %%
+class Decodes(Quantises):
+    def dequantize_blockwise(self, q, absmax, code, blocksize, dtype):
+        scales = absmax.numpy().repeat(blocksize)[: q.numel()]
+        with np.errstate(all="ignore"):
+            values = code.numpy()[q.reshape(-1).numpy()] * scales
+        return torch.from_numpy(values).to(dtype).view(q.shape)
+
+    def dequantize_4bit(self, weight, dtype):
+        packed, absmax = weight.packed.numpy(), weight.absmax
+        codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: int(np.prod(weight.shape))]
+        if weight.nested is not None:  # double quantisation: the scales are 8-bit codes with scales of their own
+            second = weight.nested
+            absmax = self.dequantize_blockwise(absmax, second.absmax, second.code, second.blocksize, torch.float32)
+            absmax = absmax + second.offset
+        flat = self.dequantize_blockwise(torch.from_numpy(codes), absmax, weight.code, weight.blocksize, dtype)
+        return flat.view(weight.shape)
+
+
+report = ask(Decodes(), "decode, nested too")
+done = {check.name: check for check in report.checks}
+for name in ("dequantize_4bit", "dequantize_blockwise", "embedding"):
+    print(f"{name}: {done[name].same} of {done[name].cases} the same, bit for bit")
+    assert done[name].same == done[name].cases
+
+# %% [markdown]
+# ## Multiply
+#
+# A product need not have the reference's bits; it has an error budget (notebook 11). Decoding to fp32, summing in fp32
+# and rounding once stays well inside. One token is no special case for numpy, so both ops are one function.
+
+
+# %%
+class Multiplies(Decodes):
+    def gemm_4bit(self, x, weight, bias):
+        W = self.dequantize_4bit(weight, torch.float32).numpy()
+        y = x.float().numpy() @ W.T
+        return torch.from_numpy(y if bias is None else y + bias.float().numpy()).to(x.dtype)
+
+    gemv_4bit = gemm_4bit
+
+
+report = ask(Multiplies(), "multiply")
+assert report.agrees
+assert not any(check.refused for check in report.checks)
+errors.scoreboard(history)
+
+# %% [markdown]
+# *forward*, *backward* and *state dict*, which ask a whole layer, were never written: the core does all that, with
+# three things to compute. Only a layout of its own this backend does not have, and need not.
+
+# %% tags=["timing"]
+report
+
+# %% [markdown]
+# ## In use
+#
+# The name works like any other from now on. `compare` runs a layer on several backends and shows the first step that
+# differs in bits.
+
+# %%
+layer = refq4.nn.LinearNF4(256, 64).to("cpu").eval()
+x = torch.randn(1, 256, generator=torch.Generator().manual_seed(12))
+with refq4.use_backend("mine"), refq4.trace() as t:
+    layer(x)
+assert {op.backend for op in t.ops} == {"mine"}
+print(*(f"{op.op} by {op.backend}" for op in t.ops), sep="\n")
+comparison = refq4.compare(layer, x, backends=["reference", "mine"])
+assert comparison.largest_difference("mine") < 1e-5
+
+# %% [markdown]
+# ## One backend, not two
+#
+# `docs/numpy_backend.py` is the same in one piece, to copy yours from. The same: this cell reads both, and compares
+# them as programs.
+
+
+# %%
+def programs(nodes):
+    """name -> the function as a syntax tree: comments and blank lines don't count."""
+    return {node.name: ast.dump(node) for node in nodes if isinstance(node, ast.FunctionDef)}
+
+
+source = Path("../docs/numpy_backend.py").read_text()
+module = ast.parse(source).body
+(kept,) = (node for node in module if isinstance(node, ast.ClassDef) and node.name == "NumpyBackend")
+functions = {f: None for some in (Quantises, Decodes, Multiplies) for f in vars(some).values() if inspect.isfunction(f)}
+mine = "".join(textwrap.dedent(inspect.getsource(f)) for f in [*functions, blocks_of])
+built = programs(ast.parse(mine).body)
+assert built == programs(kept.body) | {"blocks_of": programs(module)["blocks_of"]}
+print(f"{len(built)} functions, {len(mine.splitlines())} lines, all of them those of docs/numpy_backend.py")
+assert len(source.splitlines()) < 100
+
+# %% [markdown]
+# So: three things, some fifty lines, and no test to write. From here, replace one function at a time by your kernel,
+# and ask again. What you can't do, say in `can_run`; `docs/write-a-backend.md` goes on to packages, layouts of your own
+# and your CI.
