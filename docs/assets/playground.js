@@ -6,7 +6,7 @@
   const at = (id) => document.getElementById(id);
   const books = JSON.parse(at("codebooks").textContent);
   const BLOCKSIZES = [4, 8, 16, 32, 64, 128];
-  const MOST = 256, SLIDERS = 64;
+  const MOST = 256, SLIDERS = 32;
 
   // --- the computation ------------------------------------------------------------------------------------------
 
@@ -85,9 +85,20 @@
   function tableRow(row, i, blocksize) {
     const line = document.createElement("tr");
     if (i && i % blocksize === 0) line.className = "block-start";
-    const cells = [i, short(row.weight), short(row.scaled), hex(row.code, 1), short(row.value), short(row.decoded)];
-    for (const text of [...cells, short(row.decoded - row.weight)]) line.insertCell().textContent = text;
+    line.insertCell().textContent = i;
+    for (const [name, number] of [["weight", row.weight], ["scaled", row.scaled]]) addNumber(line, name, number);
+    line.insertCell().textContent = hex(row.code, 1);
+    for (const [name, number] of [["value", row.value], ["decoded", row.decoded]]) addNumber(line, name, number);
+    addNumber(line, "error", row.decoded - row.weight);
     return line;
+  }
+
+  // Four digits to read, nine to point at.
+  function addNumber(line, name, number) {
+    const cell = line.insertCell();
+    cell.className = name;
+    cell.title = exact(number);
+    cell.textContent = short(number);
   }
 
   // --- the picture: values, thresholds between them, weights ----------------------------------------------------------
@@ -128,9 +139,7 @@
     while (list.children.length < shown) list.append(newSlider(list.children.length));
     [...list.children].forEach((item, i) => {
       const slider = item.firstElementChild;
-      slider.min = -largest;
-      slider.max = largest;
-      slider.step = largest / 200;
+      if (Number(slider.max) !== largest) Object.assign(slider, { min: -largest, max: largest, step: largest / 200 });
       if (slider !== document.activeElement) slider.value = weights[i];
       slider.setAttribute("aria-valuetext", short(weights[i]));
     });

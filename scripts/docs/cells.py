@@ -6,56 +6,59 @@ on other hosts. What stays is structure, under class names that the theme colour
 
 from __future__ import annotations
 
+import html
+import json
 import re
+from collections.abc import Iterator
 
 import maths
 import places
-from bs4 import BeautifulSoup, Tag
 
-_UNWANTED = re.compile(r"<(style|script)\b.*?</\1>", re.DOTALL)
-_PARTS = ".zeroclipboard-container, .clipboard-copy-txt, .celltoolbar, .jp-InputPrompt, .jp-OutputPrompt"
+_OUT = re.compile(
+    r"<(?P<tag>style|script)\b.*?</(?P=tag)>"
+    r'|<div class="zeroclipboard-container">.*?</clipboard-copy>\s*</div>'
+    r'|<div id="cell-\d+" class="clipboard-copy-txt">.*?</div>'
+    r'|<div class="jp-InputPrompt[^>]*>.*?</div>'
+    r'|<div class="jp-OutputPrompt[^>]*>.*?</div>',
+    re.DOTALL,
+)
+# The theme's colours, and its copy button, look for <div class="highlight"><pre><code>.
+_CODE = re.compile(r'<div class="highlight-ipynb[^"]*"\s*><pre>(.*?)</pre>', re.DOTALL)
+_TEXT = re.compile(r'(<div class="[^"]*\bjp-RenderedMarkdown\b[^>]*>)(.*?)(</div>\s*</div>)', re.DOTALL)
+_NOT_PROSE = re.compile(r"(<(?:pre|code)\b.*?</(?:pre|code)>)", re.DOTALL)
 _FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^$\n]+?)\$(?![\w$])", re.DOTALL)
+_NO_WORDS = re.compile(r'alt="No description has been provided for this image"')
+_LINK = re.compile(r'(<a [^>]*href=")([^"]+)(")')
 
 
-def clean(html: str, page: str) -> str:
+def clean(page: str, path: str) -> str:
     """The page's own HTML.
 
     Args:
-        html: what mkdocs-jupyter made of a notebook.
-        page: the page's path on the site.
+        page: what mkdocs-jupyter made of a notebook.
+        path: the page's path on the site.
     """
-    soup = BeautifulSoup(_UNWANTED.sub("", html), "html.parser")
-    for part in soup.select(_PARTS):
-        part.decompose()
-    for code in soup.select(".highlight-ipynb"):
-        code["class"] = ["highlight"]
-    for pre in soup.select(".highlight pre"):
-        _wrap_in_code(soup, pre)
-    for text in soup.select(".jp-RenderedMarkdown"):
-        _render_text(text, page)
-    return str(soup)
+    descriptions = _descriptions(path)
+    page = _NO_WORDS.sub(lambda _: f'alt="{html.escape(next(descriptions, ""), quote=True)}"', page)
+    page = _CODE.sub(r'<div class="highlight"><pre><code>\1</code></pre>', _OUT.sub("", page))
+    return _TEXT.sub(lambda match: f"{match[1]}{_text(match[2], path)}{match[3]}", page)
 
 
-def _wrap_in_code(soup: BeautifulSoup, pre: Tag) -> None:
-    """The theme's copy button looks for <pre><code>."""
-    code = soup.new_tag("code")
-    for child in list(pre.children):
-        code.append(child.extract())
-    pre.append(code)
+def _descriptions(path: str) -> Iterator[str]:
+    """The sentence for each picture, in order, which nbconvert leaves where it is: in the output's metadata."""
+    for cell in json.loads((places.ROOT / path).read_text())["cells"]:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                yield output["metadata"].get("image/png", {}).get("alt", "")
 
 
-def _render_text(cell: Tag, page: str) -> None:
-    for string in list(cell.find_all(string=_FORMULA)):
-        if string.find_parent(["code", "pre"]) is None:
-            string.replace_with(BeautifulSoup(_FORMULA.sub(_formula, _escape(string)), "html.parser"))
-    for anchor in cell.find_all("a", href=True):
-        anchor["href"] = places.relative_url(anchor["href"], page)
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def _text(cell: str, path: str) -> str:
+    """A cell of Markdown, or a table that was shown: formulas outside code, links as the site has them."""
+    parts = _NOT_PROSE.split(cell)
+    parts[::2] = [_FORMULA.sub(_formula, part) for part in parts[::2]]
+    return _LINK.sub(lambda match: f"{match[1]}{places.relative_url(match[2], path)}{match[3]}", "".join(parts))
 
 
 def _formula(match: re.Match[str]) -> str:
-    latex = (match["block"] or match["inline"]).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    latex = html.unescape(match["block"] or match["inline"])
     return maths.mathml(latex, block=match["block"] is not None)

@@ -13,6 +13,7 @@ from typing import Any
 import cells
 import maths
 import passages
+import pipeline_page
 import places
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
@@ -36,7 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, page in places.READMES.items():
         files.append(File.generated(config, page, content=(places.ROOT / path).read_text()))
     texts = {places.origin(f.src_uri): f.content_string for f in files.documentation_pages()}
-    for path in sorted(places.linked_sources(texts)):
+    for path in sorted(places.linked_sources(texts) | pipeline_page.sources()):
         files.append(File.generated(config, places.uri(path), content=places.source_page(path)))
     return files
 

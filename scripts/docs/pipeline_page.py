@@ -20,6 +20,11 @@ def pipeline(page: str) -> str:
     )
 
 
+def sources() -> set[str]:
+    """The files that hold the steps: every step links to its code."""
+    return {source(dotted)[1] for told in steps() for dotted in told.code}
+
+
 def rule(page: str, number: str) -> str:
     """A step's rule, set apart."""
     return f'!!! abstract "The rule"\n\n    {steps()[int(number) - 1].rule}'

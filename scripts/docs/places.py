@@ -60,14 +60,13 @@ def origin(page: str) -> str:
 
 
 def linked_sources(texts: Mapping[str, str]) -> set[str]:
-    """The source files and folders that pages link to, and the core, which is there to be read.
+    """The source files and folders that pages link to.
 
     Args:
         texts: the pages' Markdown by path.
     """
-    core = {path.relative_to(ROOT).as_posix() for path in (ROOT / "refq4").glob("*.py")}
     targets = {target for path, text in texts.items() for target in _targets(path, text)}
-    return core | {path for path in targets if uri(path).startswith("source/")}
+    return {path for path in targets if uri(path).startswith("source/")}
 
 
 def relink(markdown: str, page: str) -> str:
