@@ -337,7 +337,9 @@ def matmul_backward(
     """The gradients of ``A @ W.t() + bias``: grad_A [..., K] = grad_output [..., N] @ W, grad_bias [N] = its sum.
 
     W is decoded again instead of being kept: that is what makes training on a 4-bit weight cheap in memory. It is
-    decoded to grad_output's dtype with a single rounding. The sum runs over all leading dimensions in bias's dtype.
+    decoded to grad_output's dtype with a single rounding. On processors on which torch takes tens of times as long for
+    a product in half precision, the rounded numbers are multiplied as fp32. The sum runs over all leading dimensions in
+    bias's dtype.
 
     Returns:
         (grad_A or None, grad_bias or None).
@@ -347,8 +349,28 @@ def matmul_backward(
         leading = tuple(range(grad_output.dim() - 1))
         grad_bias = grad_output.sum(leading, dtype=bias_dtype) if leading else grad_output.to(bias_dtype)
     if needs_A:
-        grad_A = grad_output @ dequantize_4bit(weight, grad_output.dtype, backend)
+        dtype = grad_output.dtype
+        within = torch.float32 if _slow_on_cpu(grad_output) else dtype
+        grad_A = (grad_output.to(within) @ dequantize_4bit(weight, dtype, backend).to(within)).to(dtype)
     return grad_A, grad_bias
+
+
+def _slow_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in _SLOW_ON_CPU
+
+
+def _dtypes_without_cpu_products() -> tuple[torch.dtype, ...]:
+    """The half precisions that oneDNN can't multiply here; what torch does instead is a plain loop."""
+    if not torch.backends.mkldnn.is_available():  # other processors than x86 have products of their own, or none
+        return ()
+    fast = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return tuple(dtype for dtype, supported in fast.items() if not supported)
+
+
+_SLOW_ON_CPU = _dtypes_without_cpu_products()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
