@@ -16,6 +16,7 @@ from loopback import Loopback
 import refq4
 import refq4.functional as F
 from refq4.backend import Call, PackedWeight
+from refq4.quantization import slice_state
 from refq4.registry import isolated_registry
 
 pytestmark = pytest.mark.reference_only("it names its engine itself")
@@ -206,6 +207,22 @@ def test_a_weight_that_goes_to_meta_is_on_meta_with_its_dtype_and_settings():
     assert (moved.is_meta, moved.dtype, moved.blocksize, moved.quant_type) == (True, torch.float16, 256, "af4")
     assert moved.shape == A.shape
     assert not moved.bnb_quantized
+
+
+def test_moving_takes_keywords_as_well_as_positions():
+    weight = refq4.nn.Params4bit(A.clone(), quant_type="nf4")
+    assert weight.to(dtype=torch.bfloat16).dtype == torch.bfloat16
+    quantised = weight.to(device="cpu", dtype=torch.float16)
+    assert quantised.bnb_quantized
+    assert quantised.quant_state.dtype == torch.float16
+
+
+def test_a_piece_that_ends_inside_a_row_or_a_block_has_no_state():
+    _, state = F.quantize_4bit(A, blocksize=256, quant_type="nf4")  # two rows of 128 are a block
+    assert slice_state(state, 0, 256).shape == (2, 128)
+    for start, stop in ((0, 200), (256, 300), (128, 256), (0, 384), (128, 384)):
+        assert slice_state(state, start, stop) is None, (start, stop)
+    assert slice_state(state, 512, 1024).absmax.tolist() == state.absmax[2:].tolist()
 
 
 # --- what a backend is told -------------------------------------------------------------------------------------------
