@@ -51,7 +51,23 @@ NOT_FOR_MUTANTS = ("knows_every_instruction", "guard_pages_do_fault", "design_le
 STORAGE = "quantises|tails|zeros|thresholds|eight_bit|dequantises|written_past|number_is_read|guard_pages"
 PRODUCTS = "tiles|products|straddle|multiplies|rung|same_bits|infinite|strided|tokens|guard_pages"
 ABOUT = {"quantize": STORAGE, "dequantize": STORAGE, "gem": PRODUCTS, "driver": PRODUCTS, "tiles": PRODUCTS}
-NVRTC_SECONDS = 0.7  # a variant that the mutant's tests have not used yet has to be compiled
+# Which variants of the CUDA kernels reach a function of a header, or a part of a file, and what a test must be about.
+REACHES = [
+    ("device.cuh", "pack_bf16", "T_BF16", ""),
+    ("device.cuh", "pack_fp16", "T_FP16", ""),
+    ("device.cuh", "multiply_16x8x16", "tensor_core|ring", ""),
+    ("device.cuh", "copy_async|shared_address", "ring", ""),
+    ("device.cuh", "load8|load_once", "vectorised", ""),
+    ("device.cuh", "store8", "dequantize", ""),
+    ("device.cuh", "scale_of_block|divide", "naive|dequantize", "nested"),
+    ("device.cuh", "nested_scale|scale_of_shifted", "vectorised|tensor_core|ring|dequantize", "nested"),
+    ("device.cuh", "nibble", "gemv_4bit_1_naive|dequantize", ""),
+    ("device.cuh", "store_product", "gem", ""),
+    ("device.cuh", "to_fp32|from_fp32|pack", "T_BF16|T_FP16", ""),
+    ("dequantize.cu", "load_codes", "dequantize.*(EIGHT_BIT|T_FP32)", ""),
+    ("sums.cuh", "", "ring", ""),
+]
+NVRTC_SECONDS = 0.5  # a variant that the mutant's tests have not used yet has to be compiled
 
 
 def main() -> int:
@@ -78,7 +94,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--sample", type=int, metavar="N", help="draw N mutants of each file instead of taking all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants tried at a time")
     parser.add_argument("--minutes", type=float, help="stop after so long; the next run goes on from there")
-    parser.add_argument("--budget", type=float, default=8.0, help="seconds of tests for a mutant (%(default)s)")
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds of tests for a mutant (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
     parser.add_argument("--show", action="store_true", help="print each survivor as a diff")
     parser.add_argument("--write", action="store_true", help="write the report and the page in docs/")
@@ -136,10 +152,14 @@ def c_tests(mutant: Mutant, known: dict[str, dict[str, Any]]) -> list[str]:
 
 def cuda_tests(mutant: Mutant, known: dict[str, dict[str, Any]]) -> list[str]:
     name = Path(mutant.file).name
-    holds = {"device.cuh": "", "sums.cuh": "gemm_4bit_4_ring.cu"}.get(name, name)
-    tests = [t for t in known if any(v.startswith(holds) for v in known[t]["variants"])]
+    variant, about = name, ""
+    for file, function, reached, said in REACHES:
+        if file == name and re.match(function, mutant.function):
+            variant, about = reached, said
+            break
+    tests = [t for t in known if any(re.search(variant, v) for v in known[t]["variants"]) and about in t]
     tests = [t for t in tests if not any(word in t for word in NOT_FOR_MUTANTS)]
-    return in_turn(tests, known, lambda test: str(known[test]["variants"]))
+    return in_turn(tests, known, lambda test: str([v for v in known[test]["variants"] if re.search(variant, v)]))
 
 
 def in_turn(tests: list[str], known: dict[str, dict[str, Any]], group: Any) -> list[str]:
