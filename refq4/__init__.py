@@ -6,6 +6,9 @@ watch it    with refq4.trace() as t: layer(x);  print(t)
 swap it     refq4.set_backend("cpu");  refq4.compare(layer, x)
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import autograd, backend, codebooks, functional, nn
 from .backend import BackendUnavailableError, BackendUnsupportedError, UnknownBackendError
 from .codebooks import Codebook, get_codebook, register_codebook
@@ -23,6 +26,9 @@ from .registry import (
 )
 from .trace import trace
 
+if TYPE_CHECKING:
+    from . import checkpoint, testing
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -34,6 +40,7 @@ __all__ = [
     "autograd",
     "backend",
     "backend_info",
+    "checkpoint",
     "codebooks",
     "compare",
     "explain",
@@ -47,7 +54,16 @@ __all__ = [
     "register_backend",
     "register_codebook",
     "set_backend",
+    "testing",
     "trace",
     "unregister_backend",
     "use_backend",
 ]
+
+_ON_FIRST_USE = ("checkpoint", "testing")  # importing refq4 stays quick
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_FIRST_USE:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from refq4.checkpoint import quantize_checkpoint
+from refq4.checkpoint import selection as selecting
+from refq4.checkpoint.architecture import ask_transformers
+from refq4.checkpoint.tensors import SafetensorsReader
 from refq4.integrations.transformers import Refq4Config
 from refq4.nn import Linear4bit
 from refq4.testing import assert_same_bits
@@ -57,7 +60,7 @@ def test_the_result_is_what_quantising_while_loading_saves(name, tmp_path):
     model = save(tmp_path, name)
     kind, _ = ARCHITECTURES[name]
     report = quantize_checkpoint(model, tmp_path / "streamed", progress=False)
-    assert report.asked_transformers
+    assert not report.guessed
     config = Refq4Config(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     loaded = load(kind, model, quantization_config=config)
     loaded.save_pretrained(tmp_path / "saved")
@@ -111,6 +114,24 @@ def test_names_without_the_base_models_prefix_are_found(tmp_path):
 def test_an_architecture_that_transformers_lacks_is_read_by_names(tmp_path, config):
     model = save(tmp_path, "llama")
     (model / "config.json").write_text(json.dumps(config))
+    assert ask_transformers(model) is None
     report = quantize_checkpoint(model, tmp_path / "out", progress=False)
-    assert not report.asked_transformers
+    assert report.guessed
     assert len(report.layers) == 7
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+@pytest.mark.parametrize("model_type", selecting.NAMES_SUFFICE)
+def test_where_names_are_said_to_suffice_transformers_says_the_same(model_type, tied, tmp_path, monkeypatch):
+    small = {**SMALL, "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": tied}
+    config = transformers.AutoConfig.for_model(model_type, **small)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with SafetensorsReader(tmp_path / "model.safetensors") as reader:
+        by_names = selecting.select(reader.entries, tmp_path, (), ())
+        monkeypatch.setattr(selecting, "NAMES_SUFFICE", ())
+        asked = selecting.select(reader.entries, tmp_path, (), ())
+    assert not by_names.guessed
+    assert not asked.guessed
+    assert by_names.chosen == asked.chosen
+    assert len(asked.chosen) == 7
+    assert set(asked.skip_modules) <= set(by_names.skip_modules) <= {"lm_head", "model.embed_tokens"}

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="NxK", help="e.g. 4096x11008")
     parser.add_argument("--m", nargs="+", type=int, default=TOKENS, help="tokens per call")
     parser.add_argument("--dtype", choices=DEVICE_DTYPES, default="bf16", help="of the activations (%(default)s)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
+    parser.add_argument("--threads", type=int, default=_cores(), help="(default: all cores)")
     parser.add_argument("--rounds", type=int, default=30, help="passes over the layers at small M; never fewer than 15")
     parser.add_argument("--layers", type=int, default=8, help="weights to rotate through, at least (%(default)s)")
     parser.add_argument(
@@ -102,6 +102,13 @@ def _measured(asked: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _console(to_stderr: bool) -> Console:
     console = Console(stderr=to_stderr)
     return console if console.is_terminal else Console(stderr=to_stderr, width=160)  # a file has no width
+
+
+def _cores() -> int:
+    """Those this process may use, where the system can tell (Linux)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _names(peers: tuple[Peer, ...]) -> str:

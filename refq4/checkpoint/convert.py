@@ -44,25 +44,25 @@ class CheckpointReport(QuantizationReport):
         files: the weight files written.
         bytes_before, bytes_after: of all weight files.
         left_out: files of the model directory that were not copied: weights in other formats.
-        asked_transformers: whether the layers were chosen by asking transformers; else their names decided.
+        guessed: whether the layers' names decided, for an architecture that nobody could be asked about.
     """
 
     files: list[str] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
     left_out: list[str] = field(default_factory=list)
-    asked_transformers: bool = False
+    guessed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
-        keys = ("files", "bytes_before", "bytes_after", "left_out", "asked_transformers")
+        keys = ("files", "bytes_before", "bytes_after", "left_out", "guessed")
         return super().to_dict() | {key: getattr(self, key) for key in keys}
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         yield from super().__rich_console__(console, options)
         ratio = self.bytes_before / max(self.bytes_after, 1)
         yield f"{self.bytes_before / 1e6:,.1f} MB became {self.bytes_after / 1e6:,.1f} MB, {ratio:.2f} times smaller"
-        if not self.asked_transformers:
+        if self.guessed:
             yield "layers were chosen by their names: transformers, or an architecture it knows, is missing"
         if self.left_out:
             yield f"not copied, weights in another format: {', '.join(self.left_out)}"
@@ -136,7 +136,7 @@ def quantize_checkpoint(
             raise ValueError(
                 f"nothing to quantise in {source}: {selection.left or 'no matrix of floats named *.weight'}"
             )
-        report = CheckpointReport(left=selection.left, asked_transformers=selection.asked)
+        report = CheckpointReport(left=selection.left, guessed=selection.guessed)
         bar = stack.enter_context(_progress(readers, quant_type, progress))
         converter = Converter(settings, selection, report, bar.update)
         places.check_room(target.parent, sum(map(converter.planned_size, readers)))

@@ -1,8 +1,9 @@
 """Which tensors of a checkpoint become 4-bit weights, so that transformers puts a 4-bit layer in the same places.
 
-A file knows names and shapes only. Where the directory has a ``config.json`` whose architecture the installed
-transformers knows, the model is built without memory (on the meta device) and asked: linear layers, GPT-2's ``Conv1D``
-(stored transposed), output heads, tied weights, what must stay in fp32. Otherwise the names decide.
+A file knows names and shapes only. For a few common decoders they say it all. Else, where the directory has a
+``config.json`` whose architecture the installed transformers knows, the model is built without memory (on the meta
+device) and asked: linear layers, GPT-2's ``Conv1D`` (stored transposed), output heads, tied weights, what must stay in
+fp32. Otherwise the names decide.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from pathlib import Path
 
 from ..selection import first_match
 from .architecture import EXPERTS, FUSED, HEAD, ask_transformers
+from .places import read_json
 from .tensors import FLOATS, Entry
 
 __all__ = ["Selection", "select"]
 
+# Decoders of which the names say everything, as a test makes transformers confirm: its import takes seconds.
+NAMES_SUFFICE = ("gemma", "llama", "mistral", "qwen2", "qwen3")
 # The last part of the names of tables and output layers: for when the architecture can't be asked.
 _BY_NAME = {
     "an embedding": ("*embed*", "*_emb", "wte", "wpe", "shared", "relative_attention_bias"),
@@ -34,14 +38,14 @@ class Selection:
         transposed: those of them that are stored as [K, N].
         left: module name -> why its matrix stays as it is.
         skip_modules: names for ``llm_int8_skip_modules``: those, and output layers that have no tensor of their own.
-        asked: whether transformers was asked, and not the names.
+        guessed: whether the names decided for a model of unknown architecture.
     """
 
     chosen: set[str] = field(default_factory=set)
     transposed: set[str] = field(default_factory=set)
     left: dict[str, str] = field(default_factory=dict)
     skip_modules: list[str] = field(default_factory=list)
-    asked: bool = False
+    guessed: bool = False
 
 
 def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...], skip: tuple[str, ...]) -> Selection:
@@ -65,8 +69,9 @@ def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...],
     for pattern in (*include, *skip):
         if not any(first_match(name, [pattern]) for name in matrices):
             raise ValueError(f"the pattern {pattern!r} matches none of the {len(matrices)} matrices of the checkpoint")
-    architecture = ask_transformers(directory)
-    found = Selection(asked=architecture is not None)
+    by_names = _names_suffice(directory)
+    architecture = None if by_names else ask_transformers(directory)
+    found = Selection(guessed=architecture is None and not by_names)
     modules = {name: name if architecture is None else architecture.module_name(name) for name in matrices}
     for name, key in matrices.items():
         why = _why_not_by_name(name) if architecture is None else architecture.why_not(modules[name])
@@ -89,6 +94,15 @@ def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...],
         left = (left & (architecture.linears | architecture.fp32)) | architecture.heads
     found.skip_modules = _unambiguous(left - chosen, chosen)
     return found
+
+
+def _names_suffice(directory: Path) -> bool:
+    if not (directory / "config.json").is_file():
+        return False
+    config = read_json(directory / "config.json")
+    architectures = config.get("architectures")
+    causal = isinstance(architectures, list) and all(str(name).endswith("ForCausalLM") for name in architectures)
+    return causal and config.get("model_type") in NAMES_SUFFICE
 
 
 def _why_not_by_name(name: str) -> str | None:

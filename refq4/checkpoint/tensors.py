@@ -93,11 +93,15 @@ class SafetensorsReader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
 
-    def tensor(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements ``start`` to ``stop`` of the flattened tensor: as its dtype, or as bytes where torch has none."""
+    def tensor(self, key: str, start: int = 0, stop: int | None = None, into: Tensor | None = None) -> Tensor:
+        """Elements ``start`` to ``stop`` of the flattened tensor: as its dtype, or as bytes where torch has none.
+
+        ``into``: bytes to be used again, so that the system need not hand out and clear fresh pages for each piece.
+        """
         entry = self.entries[key]
         stop = entry.numel if stop is None else min(stop, entry.numel)
-        raw = torch.empty((stop - start) * entry.itemsize, dtype=torch.uint8)
+        size = (stop - start) * entry.itemsize
+        raw = torch.empty(size, dtype=torch.uint8) if into is None else into[:size]
         _fill(raw, self._file, entry.start + start * entry.itemsize)
         return raw.view(DTYPES.get(entry.dtype, torch.uint8))
 

@@ -48,6 +48,7 @@ class Converter:
     selection: Selection
     report: QuantizationReport
     advance: Callable[[int], object]
+    _room: Tensor | None = None
 
     def planned_size(self, reader: SafetensorsReader) -> int:
         """Bytes of tensors that :meth:`convert` will write, but for a few hundred for each weight."""
@@ -135,9 +136,15 @@ class Converter:
     def _source(self, reader: SafetensorsReader, entry: Entry) -> tuple[torch.Size, Callable[[int, int], Tensor]]:
         """The weight's shape [N, K], and its flattened elements from start to stop."""
         if entry.key not in self.selection.transposed:
-            return torch.Size(entry.shape), lambda start, stop: reader.tensor(entry.key, start, stop)
+            return torch.Size(entry.shape), lambda start, stop: reader.tensor(entry.key, start, stop, self._scratch())
         turned = reader.tensor(entry.key).view(entry.shape).T.contiguous()  # GPT-2's layers are small: whole
         return turned.shape, lambda start, stop: turned.view(-1)[start:stop]
+
+    def _scratch(self) -> Tensor:
+        """Room for a piece in the widest dtype; what was in it is gone at the next read."""
+        if self._room is None:
+            self._room = torch.empty(4 * PIECE, dtype=torch.uint8)
+        return self._room
 
     def _state(self, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> QuantState:
         code = get_4bit_type(self.settings.quant_type)
