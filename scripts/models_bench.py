@@ -39,9 +39,9 @@ from refq4.integrations.transformers import Refq4Config
 ENGINES = {"refq4": Refq4Config, "bitsandbytes": BitsAndBytesConfig}
 SHAPES = {
     "generate": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6, "num_attention_heads": 16},
-    "qlora": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8},
+    "qlora": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 8},
 }
-TRAINING = (2, 128)  # sequences, tokens
+TRAINING = (2, 64)  # sequences, tokens
 
 
 def main() -> int:
