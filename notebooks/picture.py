@@ -12,6 +12,7 @@ are colour-blind can tell apart; yellow is left out, as white swallows it.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -88,6 +89,6 @@ def show(figure: Figure, description: str) -> Image:
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> Markdown:
     """A table that ends a cell: words to the left, numbers to the right."""
     header, cells = list(header), [[str(cell) for cell in row] for row in rows]
-    numbers = [all(row[i].lstrip("-+")[:1].isdigit() for row in cells) for i in range(len(header))]
+    numbers = [all(re.fullmatch(r"[-+]?[\d,.]+(e[-+]?\d+)?", row[i]) for row in cells) for i in range(len(header))]
     lines = [header, ["---:" if right else ":---" for right in numbers], *cells]
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))

@@ -29,7 +29,8 @@ import refq4
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 TIMING = "timing"  # the tag of a cell whose output is the machine's: times, names of kernels, cores
-SECONDS = 120  # what one notebook may take, on two cores
+NO_WIDGETS = "IProgress not found"  # tqdm's warning where ipywidgets is not installed: its bars are text then
+SECONDS = 600  # a cell that takes longer hangs; a whole notebook takes some ten
 
 METADATA = {
     "jupytext": {"formats": "ipynb,py:percent"},
@@ -94,7 +95,7 @@ def execute(notebook: nbformat.NotebookNode, **callbacks: Any) -> None:
             **callbacks,
         )
         client.km = manager  # and not km=manager above: this way it is the client that shuts the kernel down
-        client.execute(env=os.environ | {"PYTHONHASHSEED": "0"})
+        client.execute(env=os.environ | {"PYTHONHASHSEED": "0", "PYTHONWARNINGS": f"ignore:{NO_WIDGETS}"})
     notebook.metadata = nbformat.from_dict(METADATA)  # the kernel has added the version of this Python
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
