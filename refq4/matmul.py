@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import ops
 from .autograd import MatMul4Bit
 from .backend import PreparedWeight
 from .checks import ACTIVATION_DTYPES, check_floats, warn_caller, write_into
+from .ops import wants_grad
 from .registry import requested_backend
 from .state import QuantState
 from .trace import Decision, current
@@ -51,7 +51,7 @@ def choose_path(A: Tensor, quant_state: QuantState, prepared: bool = False) -> D
         return NOTHING
     if A.numel() != A.shape[-1]:
         return SEVERAL_TOKENS
-    if _wants_grad(A):
+    if wants_grad(A):
         return WANTS_GRADIENT
     if k % blocksize:
         return STRADDLING
@@ -102,7 +102,7 @@ def matmul_4bit(
     chosen = requested_backend(backend)
     A, bias = _autocast(A, bias)
     decision = choose_path(A, quant_state, prepared is not None)
-    if out is not None and (_wants_grad(A) or _wants_grad(bias)):
+    if out is not None and (wants_grad(A) or wants_grad(bias)):
         raise ValueError("out= can't be combined with a wanted gradient; call under torch.no_grad() or drop out=")
     result = _run_path(decision, A, B, quant_state, bias, chosen, prepared)
     result = write_into("out", out, result)
@@ -122,7 +122,7 @@ def _run_path(
 ) -> Tensor:
     if decision is PREPARED or decision is ONE_TOKEN:
         # The bias is fused unless its gradient is wanted: then torch adds it, and differentiates that.
-        fused, added = (None, bias) if _wants_grad(bias) else (bias, None)
+        fused, added = (None, bias) if wants_grad(bias) else (bias, None)
         if prepared is not None:
             result = ops.matmul_prepared(A, prepared, fused)
         else:
@@ -139,16 +139,6 @@ def _run_path(
         return ops.matmul("gemm_4bit", A, state.packed_weight(B), bias, backend)
     differentiable: Tensor = MatMul4Bit.apply(A, B, None, bias, state, backend)  # type: ignore[no-untyped-call]
     return differentiable
-
-
-def _wants_grad(tensor: Tensor | None) -> bool:
-    """Whether a derivative of this operand may be wanted, in reverse or (jvp, jacfwd) in forward mode.
-
-    Forward mode marks its tensors in no way that can be asked for, so inside it everything counts as wanted.
-    """
-    if tensor is None:
-        return False
-    return (tensor.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 def _matmul_k_by_n(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None, backend: str) -> Tensor:

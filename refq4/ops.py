@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from . import layout, registry
@@ -36,6 +37,7 @@ __all__ = [
     "matmul_prepared",
     "quantize_4bit",
     "quantize_blockwise",
+    "wants_grad",
 ]
 
 # Library.define and impl: about 3 µs a call on the way through, torch.library.custom_op about 12.
@@ -87,17 +89,19 @@ def dequantize_blockwise(
 
 
 def matmul(op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str) -> Tensor:
-    """A [..., K] times the transpose of weight [N, K], plus bias [N] -> [..., N]; ``op`` is gemv_4bit or gemm_4bit."""
+    """A [..., K] times the transpose of weight [N, K], plus bias [N] -> [..., N]; ``op`` is gemv_4bit or gemm_4bit.
+
+    The way through torch's dispatcher costs as much as the product of a small layer. Where nothing there would act
+    on the call (no gradient, compiler, transform or mode, an ordinary tensor), it goes straight to the backend.
+    """
+    if _nothing_intercepts(A) and not (wants_grad(A) or wants_grad(bias)):
+        return _product(op, A, weight, bias, backend)
     out: Tensor = getattr(torch.ops.refq4, op).default(A, *_flatten(weight), bias, backend)
     return out
 
 
 def matmul_prepared(A: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:
-    """The same on a backend's own layout, by the backend that made it: gemv_4bit for one token, gemm_4bit for more.
-
-    The way through torch's dispatcher costs as much as the product of a small layer. Where nothing there would act
-    on the call (no compiler, no transform, no mode, an ordinary tensor), it goes straight to the backend.
-    """
+    """The same on a backend's own layout, by the backend that made it: gemv_4bit for one token, gemm_4bit for more."""
     if _nothing_intercepts(A):
         return _product_prepared(A, weight, bias)
     out: Tensor = torch.ops.refq4.matmul_prepared.default(
@@ -116,6 +120,16 @@ def _nothing_intercepts(A: Tensor) -> bool:
         and not torch._C._get_tracing_state()
         and not torch.autograd.profiler._is_profiler_enabled
     )
+
+
+def wants_grad(tensor: Tensor | None) -> bool:
+    """Whether a derivative of this operand may be wanted, in reverse or (jvp, jacfwd) in forward mode.
+
+    Forward mode marks its tensors in no way that can be asked for, so inside it everything counts as wanted.
+    """
+    if tensor is None:
+        return False
+    return (tensor.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 def _flatten(weight: PackedWeight) -> tuple[Any, ...]:
@@ -218,18 +232,20 @@ def _dequantize_blockwise(
 def _matmul(op: str) -> Callable[..., Tensor]:
     def real(A: Tensor, *args: Any) -> Tensor:
         *flat, bias, backend = args
-        weight = _unflatten(*flat)
-        n, k = weight.shape
-        if A.numel() == 0 or n == 0:
-            return _nothing_to_sum(A, n, bias)
-        x = A.reshape(-1, k).contiguous()
-        nested = weight.nested is not None
-        call = Call(op, A.device.type, A.dtype, x.shape[0], n, k, weight.blocksize, weight.quant_type, nested)
-        run = _run(call, backend, lambda b: getattr(b, op)(x, _contiguous(weight), bias))
-        result: Tensor = run.view(*A.shape[:-1], n)
-        return result
+        return _product(op, A, _unflatten(*flat), bias, backend)
 
     return real
+
+
+def _product(op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str) -> Tensor:
+    n, k = weight.shape
+    if A.numel() == 0 or n == 0:
+        return _nothing_to_sum(A, n, bias)
+    x = (A if A.dim() == 2 else A.reshape(-1, k)).contiguous()
+    nested = weight.nested is not None
+    call = Call(op, A.device.type, A.dtype, x.shape[0], n, k, weight.blocksize, weight.quant_type, nested)
+    result: Tensor = _run(call, backend, lambda b: getattr(b, op)(x, _contiguous(weight), bias))
+    return result if A.dim() == 2 else result.view(*A.shape[:-1], n)
 
 
 def _matmul_prepared(
@@ -265,6 +281,8 @@ def _nothing_to_sum(A: Tensor, n: int, bias: Tensor | None) -> Tensor:
 
 
 def _contiguous(weight: PackedWeight) -> PackedWeight:
+    if weight.packed.is_contiguous() and weight.absmax.is_contiguous():
+        return weight
     return weight._replace(packed=weight.packed.contiguous(), absmax=weight.absmax.contiguous())
 
 

@@ -28,6 +28,7 @@ from .backend import Backend, Call, PackedWeight, PreparedWeight
 from .checks import ACTIVATION_DTYPES, check_floats, warn_caller
 from .lending import LentBytes
 from .matmul import matmul_4bit
+from .ops import wants_grad
 from .quantization import decode_scales, dequantize_4bit
 from .state import QuantState
 from .trace import Decision, current, show
@@ -179,7 +180,7 @@ def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[Prep
     """
     if layer.training:
         return None, LAYOUT_TRAINING
-    if torch.is_grad_enabled() and x.requires_grad:
+    if wants_grad(x):
         return None, LAYOUT_GRADIENT
     if getattr(layer.__dict__.get("_hf_hook"), "offload", False):
         layer._prepared = None

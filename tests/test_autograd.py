@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import refq4
 import refq4.functional as F
-from refq4 import ops
+from refq4 import ops, registry
 from refq4.autograd import MatMul4Bit
 from refq4.testing import assert_same_bits
 
@@ -199,3 +201,44 @@ def test_the_raw_op_has_the_same_gradients(packed, op):
     A = torch.randn(1, 96, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda a, b: getattr(torch.ops.refq4, op)(a, *flat, b, "auto"), (A, bias))
+
+
+@pytest.mark.reference_only("its backend is named in it")
+def test_forward_mode_goes_through_an_inference_layer_whose_weight_is_in_an_own_layout(packed):
+    from loopback import Loopback
+
+    with registry.isolated_registry():
+        refq4.register_backend(Loopback(own_layout=True))
+        layer = refq4.nn.Linear4bit(64, 8, bias=False, quant_type="nf4").to("cpu").eval()
+        x, tangent = torch.randn(1, 64), torch.randn(1, 64)
+        with refq4.use_backend("loopback"):
+            y = layer(x)
+            got, moved = torch.func.jvp(layer, (x,), (tangent,))
+            with forward_ad.dual_level():
+                dual = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent)))
+            torch.testing.assert_close(got, y)
+            torch.testing.assert_close(moved, layer(tangent))
+            assert_same_bits(dual.tangent, moved)
+
+
+@pytest.mark.reference_only("its backend is named in it")
+def test_an_eager_product_meets_every_mode_that_looks_at_ops(packed):
+    B, state = packed
+    A = torch.randn(2, 96)
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    weight = state.packed_weight(B)
+    alone = ops.matmul("gemm_4bit", A, weight, None, "reference")
+    with Seen():
+        watched = ops.matmul("gemm_4bit", A, weight, None, "reference")
+    assert "refq4.gemm_4bit.default" in names
+    assert_same_bits(watched, alone)
+    wanted = ops.matmul("gemm_4bit", A.clone().requires_grad_(), weight, None, "reference")
+    assert wanted.requires_grad
+    bias = torch.zeros(6, requires_grad=True)
+    assert ops.matmul("gemm_4bit", A, weight, bias, "reference").requires_grad
