@@ -21,10 +21,9 @@ static inline void clear_totals(float *totals, int tokens) {
     for (int m = 0; m < tokens; m++) memset(totals + m * MAX_PANELS * PANEL, 0, PANEL * sizeof(float));
 }
 
-/* totals[m][8 * half ..] += sum * scale */
-static inline __attribute__((always_inline)) void add_scaled(float *totals, int m, int half, __m256 sum, __m256 scale) {
-    float *at = totals + m * MAX_PANELS * PANEL + 8 * half;
-    _mm256_storeu_ps(at, _mm256_fmadd_ps(sum, scale, _mm256_loadu_ps(at)));
+/* at[0 .. 7] += sum * scale[0 .. 7] */
+static inline __attribute__((always_inline)) void add_scaled(float *at, __m256 sum, const float *scale) {
+    _mm256_storeu_ps(at, _mm256_fmadd_ps(sum, _mm256_loadu_ps(scale), _mm256_loadu_ps(at)));
 }
 
 static inline __attribute__((always_inline)) void avx2_tile(const float *x, const uint8_t *tiles, int64_t blocks,
@@ -52,8 +51,9 @@ static inline __attribute__((always_inline)) void avx2_tile(const float *x, cons
             }
         }
         UNROLL_AVX2 for (int half = 0; half < 2; half++) {
-            __m256 scale = _mm256_loadu_ps((const float *)absmax + 8 * half);
-            UNROLL_AVX2 for (int m = 0; m < MT; m++) add_scaled(sums, m, half, block[m][half], scale);
+            const float *scale = (const float *)absmax + 8 * half;
+            UNROLL_AVX2 for (int m = 0; m < MT; m++)
+                add_scaled(sums + m * MAX_PANELS * PANEL + 8 * half, block[m][half], scale);
         }
         first = first + part == groups ? 0 : first + part;
     }

@@ -86,9 +86,10 @@ static inline __attribute__((always_inline)) void bytes_tile(const float *x, con
                     add_group(sum, h, (const __m256i *)codes + half + h, (const double *)x + 4 * MT * g, &t, MT);
             }
             UNROLL_AVX2 for (int h = 0; h < HALVES; h++) {
-                __m256 scale = _mm256_loadu_ps((const float *)tiles + 8 * (half + h));
+                const float *scale = (const float *)tiles + 8 * (half + h);
                 UNROLL_AVX2 for (int m = 0; m < MT; m++)
-                    add_scaled(sums, m, half + h, _mm256_hadd_ps(sum[m][h][0], sum[m][h][1]), scale);
+                    add_scaled(sums + m * MAX_PANELS * PANEL + 8 * (half + h), _mm256_hadd_ps(sum[m][h][0], sum[m][h][1]),
+                               scale);
             }
         }
         x += 8 * MT * part;

@@ -103,10 +103,6 @@ static void decode_piece(const BlockedPlan *plan, const uint8_t *tiles, int64_t 
     }
 }
 
-static inline __attribute__((always_inline)) void add_scaled_8(float *at, __m256 sum, const float *scale) {
-    _mm256_storeu_ps(at, _mm256_fmadd_ps(sum, _mm256_loadu_ps(scale), _mm256_loadu_ps(at)));
-}
-
 /* sums[m][..] += x times w, part by part of `part` steps each; pairs: eight outputs, else sixteen. */
 static inline __attribute__((always_inline)) void blocked_tile(const float *x, const float *w, const float *scales,
                                                                int64_t steps, int64_t part, float *sums, const int MT,
@@ -124,10 +120,10 @@ static inline __attribute__((always_inline)) void blocked_tile(const float *x, c
         }
         UNROLL_AVX2 for (int m = 0; m < MT; m++) {
             if (PAIRS) {
-                add_scaled_8(sums + m * PANEL, _mm256_hadd_ps(sum[m][0], sum[m][1]), scales);
+                add_scaled(sums + m * PANEL, _mm256_hadd_ps(sum[m][0], sum[m][1]), scales);
             } else {
-                add_scaled_8(sums + m * PANEL, sum[m][0], scales);
-                add_scaled_8(sums + m * PANEL + 8, sum[m][1], scales + 8);
+                add_scaled(sums + m * PANEL, sum[m][0], scales);
+                add_scaled(sums + m * PANEL + 8, sum[m][1], scales + 8);
             }
         }
     }
