@@ -21,17 +21,46 @@ static void scalar_dequantize_block(const Dequantize *d, int64_t block) {
     }
 }
 
+/* --- what every rung shares: items of whole blocks -------------------------------------------------------------- */
+
 enum { DEQUANTIZE_ITEM = 1 << 15 };
+
+/* From here on a result would push everything else out of the caches: it goes past them, in stores as wide as `align`. */
+enum { STREAM_BYTES = 4 << 20 };
+
+static inline int streams(const Dequantize *d, uintptr_t align) {
+    return d->numel * (d->dtype == FP32 ? 4 : 2) >= STREAM_BYTES && (uintptr_t)d->out % align == 0;
+}
+
+/* One whole block; stream: past the caches. */
+typedef void (*DequantizeBlock)(const Dequantize *d, int64_t block, int stream);
+
+/* One item: `whole_block` for each block that is whole, this rung for a short last one. */
+static inline void dequantize_item(const Dequantize *d, int64_t item, DequantizeBlock whole_block, int stream) {
+    int64_t per = ceil_div(DEQUANTIZE_ITEM, d->weight.blocksize), whole = d->numel / d->weight.blocksize;
+    int64_t last = ceil_div(d->numel, d->weight.blocksize);
+    for (int64_t b = item * per; b < min64((item + 1) * per, last); b++) {
+        if (b < whole) whole_block(d, b, stream);
+        else scalar_dequantize_block(d, b);
+    }
+}
+
+static inline void dequantize_in_items(const Dequantize *d, WorkFn item) {
+    int64_t per = ceil_div(DEQUANTIZE_ITEM, d->weight.blocksize) * d->weight.blocksize;
+    run_parallel(item, (void *)d, ceil_div(d->numel, per), d->threads);
+}
+
+/* --- this rung -------------------------------------------------------------------------------------------------- */
+
+static void scalar_whole_block(const Dequantize *d, int64_t block, int stream) {
+    (void)stream;
+    scalar_dequantize_block(d, block);
+}
 
 static void scalar_dequantize_item(void *context, int64_t item, int thread) {
     (void)thread;
-    const Dequantize *d = context;
-    int64_t per = ceil_div(DEQUANTIZE_ITEM, d->weight.blocksize), last = ceil_div(d->numel, d->weight.blocksize);
-    for (int64_t b = item * per; b < min64((item + 1) * per, last); b++) scalar_dequantize_block(d, b);
+    dequantize_item(context, item, scalar_whole_block, 0);
 }
 
-static void dequantize_1_scalar(const Dequantize *d) {
-    int64_t per = ceil_div(DEQUANTIZE_ITEM, d->weight.blocksize) * d->weight.blocksize;
-    run_parallel(scalar_dequantize_item, (void *)d, ceil_div(d->numel, per), d->threads);
-}
+static void dequantize_1_scalar(const Dequantize *d) { dequantize_in_items(d, scalar_dequantize_item); }
 #endif

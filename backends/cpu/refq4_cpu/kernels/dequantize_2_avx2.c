@@ -14,8 +14,6 @@
 #include <immintrin.h>
 #include "dequantize_1_scalar.c"
 
-enum { STREAM_BYTES = 4 << 20 }; /* from here on the result would push everything else out of the caches */
-
 static inline void store32(void *at, __m256i v, int stream) {
     if (stream) _mm256_stream_si256((__m256i *)at, v);
     else _mm256_storeu_si256((__m256i *)at, v);
@@ -68,14 +66,8 @@ static void avx2_block_16_bits(const Dequantize *d, int64_t block, int stream) {
 static void avx2_dequantize_item(void *context, int64_t item, int thread) {
     (void)thread;
     const Dequantize *d = context;
-    int64_t per = ceil_div(DEQUANTIZE_ITEM, d->weight.blocksize), whole = d->numel / d->weight.blocksize;
-    int64_t last = ceil_div(d->numel, d->weight.blocksize);
-    int stream = d->numel * (d->dtype == FP32 ? 4 : 2) >= STREAM_BYTES && (uintptr_t)d->out % 32 == 0;
-    for (int64_t b = item * per; b < min64((item + 1) * per, last); b++) {
-        if (b >= whole) scalar_dequantize_block(d, b);
-        else if (d->dtype == FP32) avx2_block_fp32(d, b, stream);
-        else avx2_block_16_bits(d, b, stream);
-    }
+    int stream = streams(d, 32);
+    dequantize_item(d, item, d->dtype == FP32 ? avx2_block_fp32 : avx2_block_16_bits, stream);
     if (stream) _mm_sfence(); /* the result must be there before another thread is told so */
 }
 
@@ -84,6 +76,5 @@ static void dequantize_2_avx2(const Dequantize *d) {
         dequantize_1_scalar(d);
         return;
     }
-    int64_t per = ceil_div(DEQUANTIZE_ITEM, d->weight.blocksize) * d->weight.blocksize;
-    run_parallel(avx2_dequantize_item, (void *)d, ceil_div(d->numel, per), d->threads);
+    dequantize_in_items(d, avx2_dequantize_item);
 }

@@ -12,8 +12,6 @@
 #include <immintrin.h>
 #include "dequantize_1_scalar.c"
 
-enum { STREAM_BYTES = 4 << 20 }; /* from here on the result would push everything else out of the caches */
-
 static inline void store64(void *at, __m512i v, int stream) {
     if (stream) _mm512_stream_si512((__m512i *)at, v);
     else _mm512_storeu_si512(at, v);
@@ -34,7 +32,7 @@ static inline __m512i finished_table(const Dequantize *d, float scale) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
 }
 
-static inline void avx512_dequantize_block(const Dequantize *d, int64_t block, int stream) {
+static void avx512_dequantize_block(const Dequantize *d, int64_t block, int stream) {
     int64_t bs = d->weight.blocksize;
     const uint8_t *in = d->weight.packed + block * (bs / 2);
     __m512i table = finished_table(d, block_scale(&d->weight, block));
@@ -58,13 +56,8 @@ static inline void avx512_dequantize_block(const Dequantize *d, int64_t block, i
 static void avx512_dequantize_item(void *context, int64_t item, int thread) {
     (void)thread;
     const Dequantize *d = context;
-    int64_t per = ceil_div(DEQUANTIZE_ITEM, d->weight.blocksize), whole = d->numel / d->weight.blocksize;
-    int64_t last = ceil_div(d->numel, d->weight.blocksize);
-    int stream = d->numel * (d->dtype == FP32 ? 4 : 2) >= STREAM_BYTES && (uintptr_t)d->out % 64 == 0;
-    for (int64_t b = item * per; b < min64((item + 1) * per, last); b++) {
-        if (b < whole) avx512_dequantize_block(d, b, stream);
-        else scalar_dequantize_block(d, b);
-    }
+    int stream = streams(d, 64);
+    dequantize_item(d, item, avx512_dequantize_block, stream);
     if (stream) _mm_sfence(); /* the result must be there before another thread is told so */
 }
 
@@ -73,6 +66,5 @@ static void dequantize_2_avx512(const Dequantize *d) {
         dequantize_1_scalar(d);
         return;
     }
-    int64_t per = ceil_div(DEQUANTIZE_ITEM, d->weight.blocksize) * d->weight.blocksize;
-    run_parallel(avx512_dequantize_item, (void *)d, ceil_div(d->numel, per), d->threads);
+    dequantize_in_items(d, avx512_dequantize_item);
 }
