@@ -18,11 +18,12 @@
 
 enum { CHUNK_AVX2 = 64, ROWS_AVX2 = 4, SETS_AVX2 = 8 }; /* an item is 8 sets of 4 rows */
 
-typedef struct {
+typedef struct GemvPlanAvx2 {
     const Product *p;
     const float *x; /* in the order above */
     _Alignas(32) uint8_t table[64];
     float undo_scale;
+    void (*four_rows)(const struct GemvPlanAvx2 *plan, int64_t row, const ByteTable *t); /* by scales per chunk */
 } GemvPlanAvx2;
 
 static inline __attribute__((always_inline)) __m256 chunk_sum_avx2(__m256i bytes, const float *x, const ByteTable *t) {
@@ -75,15 +76,16 @@ static inline __attribute__((always_inline)) void gemv_rows_avx2(const GemvPlanA
     }
 }
 
+static void four_rows_1_scale(const GemvPlanAvx2 *plan, int64_t row, const ByteTable *t) { gemv_rows_avx2(plan, row, t, 1); }
+
+static void four_rows_2_scales(const GemvPlanAvx2 *plan, int64_t row, const ByteTable *t) { gemv_rows_avx2(plan, row, t, 2); }
+
 static void gemv_item_avx2(void *context, int64_t item, int thread) {
     (void)thread;
     const GemvPlanAvx2 *plan = context;
     const ByteTable t = byte_registers(plan->table);
     int64_t last = min64((item + 1) * SETS_AVX2 * ROWS_AVX2, plan->p->N);
-    for (int64_t row = item * SETS_AVX2 * ROWS_AVX2; row < last; row += ROWS_AVX2) {
-        if (plan->p->weight.blocksize == 32) gemv_rows_avx2(plan, row, &t, 2);
-        else gemv_rows_avx2(plan, row, &t, 1);
-    }
+    for (int64_t row = item * SETS_AVX2 * ROWS_AVX2; row < last; row += ROWS_AVX2) plan->four_rows(plan, row, &t);
 }
 
 static int gemv_2_avx2(const Product *p) {
@@ -95,7 +97,7 @@ static int gemv_2_avx2(const Product *p) {
         int64_t byte = 8 * half + odd + 2 * (lane % 4) + 16 * (lane / 4), k = i / CHUNK_AVX2 * CHUNK_AVX2 + 2 * byte + low;
         x[i] = k < p->K ? load_as_fp32(p->x, p->dtype, k) : 0;
     }
-    GemvPlanAvx2 plan = {.p = p, .x = x};
+    GemvPlanAvx2 plan = {.p = p, .x = x, .four_rows = p->weight.blocksize == 32 ? four_rows_2_scales : four_rows_1_scale};
     plan.undo_scale = byte_table(p->weight.code, plan.table);
     run_parallel(gemv_item_avx2, &plan, ceil_div(p->N, ROWS_AVX2 * SETS_AVX2), p->N * p->K > 1 << 17 ? p->threads : 1);
     free(x);
