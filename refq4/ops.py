@@ -379,7 +379,8 @@ def _slow_on_cpu(x: Tensor) -> bool:
 
 def _dtypes_without_cpu_products() -> tuple[torch.dtype, ...]:
     """The half precisions that oneDNN can't multiply here; what torch does instead is a plain loop."""
-    if not torch.backends.mkldnn.is_available():  # other processors than x86 have products of their own, or none
+    # Other processors than x86 have products of their own, or none.
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return ()
     fast = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),

@@ -1,4 +1,4 @@
-"""The CUDA kernels as host C++ on fibers: right under every schedule tried, clean under sanitizers, planted faults reported.
+"""The CUDA kernels as host C++ on fibers: right under all schedules tried, clean under sanitizers, faults reported.
 
 The fibers themselves: test_cuda_host_fibers.py.
 """

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..backend import Backend, PackedWeight
 from ..codebooks import get_codebook
-from .measure import machine, make
+from .measure import machine, make_named
 from .peers import DEVICE_DTYPES, GPU_PEERS, Product, random_weights
 from .show import gpu_ops_table, gpu_table
 
@@ -103,13 +103,7 @@ def products(
         Dicts with ``n k m dtype layers``, ``ms`` (timer to peer to milliseconds of one call) and ``missing`` (peer to
         the reason).
     """
-    weights = random_weights(n, k, layers, device)
-    made: dict[str, Product] = {}
-    missing: dict[str, str] = {}
-    for peer in GPU_PEERS:
-        if peer.name in peers:
-            make(peer, backend, weights, dtype, made, missing)
-    del weights
+    made, missing = make_named(GPU_PEERS, peers, backend, random_weights(n, k, layers, device), dtype)
     rows = []
     with torch.inference_mode():
         for m in track(tokens, description=f"{n} x {k}", transient=True, console=Console(stderr=True)):

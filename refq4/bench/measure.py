@@ -18,7 +18,7 @@ from ..backend import Backend, PackedWeight
 from ..codebooks import get_codebook
 from .peers import PEERS, Peer, Product, peer_quantiser, peer_rearranger, random_weights
 
-__all__ = ["interleaved", "limits", "machine", "make", "ops", "products"]
+__all__ = ["interleaved", "limits", "machine", "make_named", "ops", "products"]
 
 Run = Callable[[int], object]
 _TELLING = ("tier", "processor", "compiler", "driver", "nvrtc")  # of a backend's info, what speed depends on
@@ -77,13 +77,7 @@ def products(
     Returns:
         Dicts with ``n k m dtype ms`` (peer to milliseconds) and ``missing`` (peer to the reason).
     """
-    weights = random_weights(n, k, layers)
-    made: dict[str, Product] = {}
-    missing: dict[str, str] = {}
-    for peer in PEERS:
-        if peer.name in peers:
-            make(peer, backend, weights, dtype, made, missing)
-    del weights
+    made, missing = make_named(PEERS, peers, backend, random_weights(n, k, layers), dtype)
     rows = []
     with torch.inference_mode():
         for m in track(tokens, description=f"{n} x {k}", transient=True, console=Console(stderr=True)):
@@ -95,19 +89,19 @@ def products(
     return rows
 
 
-def make(
-    peer: Peer,
-    backend: Backend,
-    weights: list[Tensor],
-    dtype: torch.dtype,
-    made: dict[str, Product],
-    missing: dict[str, str],
-) -> None:
-    """Put the peer's product into ``made``, or the reason why it can't be had into ``missing``."""
-    try:
-        made[peer.name] = peer.make(backend.name, weights, dtype)
-    except (ImportError, NotImplementedError, RuntimeError) as error:
-        missing[peer.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+def make_named(
+    known: Sequence[Peer], names: Sequence[str], backend: Backend, weights: list[Tensor], dtype: torch.dtype
+) -> tuple[dict[str, Product], dict[str, str]]:
+    """The products of the peers that are named, and for each that can't be had the reason."""
+    made: dict[str, Product] = {}
+    missing: dict[str, str] = {}
+    for peer in known:
+        if peer.name in names:
+            try:
+                made[peer.name] = peer.make(backend.name, weights, dtype)
+            except (ImportError, NotImplementedError, RuntimeError) as error:
+                missing[peer.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return made, missing
 
 
 def ops(backend: Backend, rounds: int, n: int = 4096, k: int = 4096) -> dict[str, dict[str, float]]:
