@@ -11,7 +11,7 @@ from torch import Tensor
 import picture
 from refq4.testing import Report
 
-__all__ = ["against_size", "many_orders", "scoreboard", "shares", "ulp_histograms"]
+__all__ = ["against_size", "by_layer", "many_orders", "scoreboard", "shares", "ulp_histograms"]
 
 EDGES, BINS = (0.5, 1, 2, 8), ("≤ ½", "≤ 1", "≤ 2", "≤ 8", "more")
 
@@ -104,3 +104,19 @@ def scoreboard(history: Mapping[str, Report]) -> Image:
     axes.grid(visible=False)
     axes.set_title("cases answered right (grey: refused, orange: some answered wrong)")
     return picture.show(figure, "For each step a row of checks: refused at first, all right at the end.")
+
+
+def by_layer(layers: Mapping[str, Sequence[float]], kinds: Sequence[str]) -> Image:
+    """format -> errors [encoder layer, kind], flat: a panel for each kind, over the depth."""
+    figure, panels = picture.canvas(1, len(kinds), height=3.1, sharey=True)
+    for k, (axes, kind) in enumerate(zip(panels, kinds, strict=True)):
+        for (name, values), colour, marker in zip(layers.items(), picture.COLOURS, "os^", strict=False):
+            axes.plot(values[k :: len(kinds)], marker + "-", color=colour, markersize=4, linewidth=1, label=name)
+        axes.set_title(kind, fontsize=9)
+        axes.set_xticks(range(0, 6, 2))
+    panels[0].set(ylim=(0, None), ylabel="relative error")
+    panels[0].set_xlabel("encoder layer")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return picture.show(
+        figure, "Relative errors of the weights, layer by layer, for each kind of matrix and each format."
+    )
