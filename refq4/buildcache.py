@@ -6,7 +6,8 @@ A backend that compiles on first use needs the same five things, whatever it com
     2. a key              a hash of all that the result depends on (source, flags, compiler, device)
     3. one builder        a file lock: of two processes that need the same file, one builds and one waits
     4. all or nothing     written under a temporary name and renamed, so no one ever loads half a file
-    5. a check            the file's digest beside it: a truncated file is built again instead of loaded
+    5. a check            the file's digest beside it: a truncated file is built again instead of loaded, and so is one
+                          that others own or can write to
 
 Not here: what is compiled, and how. This file knows neither C nor CUDA, and needs neither numpy nor torch.
 """
@@ -106,6 +107,8 @@ def _build(path: Path, build: Callable[[Path], None]) -> None:
         made, digest = Path(scratch) / path.name, Path(scratch) / "digest"
         build(made)
         digest.write_text(_digest(made))
+        for file in (made, digest):  # whatever the umask is
+            file.chmod(file.stat().st_mode & ~_WRITABLE_BY_OTHERS)
         # The digest goes last: a file without one counts as damaged, never the other way round.
         os.replace(made, path)
         os.replace(digest, _digest_path(path))
@@ -113,7 +116,8 @@ def _build(path: Path, build: Callable[[Path], None]) -> None:
 
 def _intact(path: Path) -> bool:
     try:
-        return _digest_path(path).read_text() == _digest(path)
+        private = all(_only_ours(file.stat()) for file in (path, _digest_path(path)))
+        return private and _digest_path(path).read_bytes() == _digest(path).encode()
     except FileNotFoundError:
         return False
 
@@ -126,16 +130,25 @@ def _digest_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _refuse_if_shared(path: Path) -> None:
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+
+def _only_ours(found: os.stat_result) -> bool:
+    """Whether nobody but this user and root can have written there."""
     if not hasattr(os, "getuid"):
-        return  # no POSIX permissions to read; the user's profile directory is private there
+        return True  # no POSIX permissions to read; the user's profile directory is private there
+    return not found.st_mode & _WRITABLE_BY_OTHERS and found.st_uid in (os.getuid(), 0)
+
+
+def _refuse_if_shared(path: Path) -> None:
     found = path.stat()
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if _only_ours(found):
+        return
+    if found.st_mode & _WRITABLE_BY_OTHERS:
         raise CacheError(
             f"the cache directory {path} is writable by others (mode {stat.S_IMODE(found.st_mode):o}), who could put "
             f"code there for you to run. Do: chmod go-w {path}, or set {CACHE_VARIABLE} to a private directory"
         )
-    if found.st_uid not in (os.getuid(), 0):
-        raise CacheError(
-            f"the cache directory {path} belongs to another user. Set {CACHE_VARIABLE} to a directory of yours"
-        )
+    raise CacheError(
+        f"the cache directory {path} belongs to another user. Set {CACHE_VARIABLE} to a directory of yours"
+    )

@@ -46,6 +46,16 @@ def check_scales(absmax: Tensor, shape: torch.Size, blocksize: int) -> None:
         raise ValueError(f"shape {list(shape)} at blocksize {blocksize} has {blocks} fp32 scales, got {show(absmax)}")
 
 
+def check_codes(q: Tensor, code: Tensor) -> None:
+    """A ValueError unless every uint8 code has its entry in ``code``; backends look them up without asking."""
+    if code.dtype != torch.float32 or code.dim() != 1:
+        raise ValueError(f"code must be fp32 [2 to 256], got {show(code)}")
+    if code.numel() < 256 and q.numel() and not q.is_meta and not torch.compiler.is_compiling():
+        largest = int(q.max())
+        if largest >= code.numel():
+            raise ValueError(f"code has {code.numel()} entries, and the largest of the codes to decode is {largest}")
+
+
 def write_into(name: str, given: Tensor | None, result: Tensor) -> Tensor:
     """``result``, or ``given`` with the result copied into it."""
     if given is None:

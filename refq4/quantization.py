@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import layout, ops
-from .checks import check_blocksize, check_floats, check_scales, check_storage, warn_caller, write_into
+from .checks import check_blocksize, check_codes, check_floats, check_scales, check_storage, warn_caller, write_into
 from .codebooks import create_dynamic_map, get_codebook
 from .registry import requested_backend
 from .state import NESTED_BLOCKSIZE, WEIGHT_DTYPES, QuantState
@@ -340,6 +340,7 @@ def dequantize_blockwise(
         raise TypeError(f"dequantize_blockwise decodes uint8 codes, got {show(A)}")
     if quant_state.code is None or quant_state.blocksize is None:
         raise ValueError("this QuantState has no code or no blocksize: make it with quantize_blockwise")
+    check_codes(A, quant_state.code)
     chosen = requested_backend(backend)
     scales = decode_scales(quant_state, chosen)
     check_scales(scales, A.shape, quant_state.blocksize)

@@ -62,20 +62,21 @@ def main() -> int:
 def by_numbers(ask: Ask, options: argparse.Namespace) -> int:
     outcomes: Counter[str] = Counter()
     limit_memory()
+    faulthandler.register(signal.SIGXCPU, chain=True, file=sys.__stderr__)
     signal.signal(signal.SIGPROF, _give_up)
     stop = time.monotonic() + options.seconds if options.seconds else None
     failed = 0
     numbers = itertools.count() if stop else range(options.count)
     try:
         for number in tqdm(numbers, unit=" states", disable=None, mininterval=1):  # on a terminal
-            if number % 1000 == 0:  # Python's own alarm does not interrupt C; this one ends the process
-                faulthandler.dump_traceback_later(30 * PATIENCE, exit=True, file=sys.__stderr__)
+            if number % 1000 == 0:
+                limit_time()
             failed += attempt(ask, options.seed, number, outcomes)
             if failed >= 5 or (stop and time.monotonic() > stop):
                 break
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-    faulthandler.cancel_dump_traceback_later()
+    faulthandler.unregister(signal.SIGXCPU)
     print(f"{outcomes.total()} states: " + ", ".join(f"{times} {outcome}" for outcome, times in outcomes.most_common()))
     return 1 if failed else 0
 
@@ -104,6 +105,12 @@ def limit_memory() -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + ALLOWANCE
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def limit_time() -> None:
+    """The alarm above is answered between two lines of Python; a loop in C ends the process, with a traceback."""
+    soon = int(time.process_time()) + 10 * PATIENCE
+    resource.setrlimit(resource.RLIMIT_CPU, (soon, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 # --- atheris ----------------------------------------------------------------------------------------------------------
@@ -152,7 +159,7 @@ def with_atheris(ask: Ask, options: argparse.Namespace) -> int:
     flags = [
         "-max_len=512",
         "-len_control=0",
-        f"-timeout={PATIENCE}",
+        f"-timeout={30 * PATIENCE}",
         f"-seed={options.seed + 1}",
         "-rss_limit_mb=4096",
     ]

@@ -404,3 +404,36 @@ def test_another_code_can_be_loaded_into_a_layer_on_request():
     odd = with_json({"nested_blocksize": 512})
     weight = Params4bit.from_prequantized(quantised()[0], odd, module=layer, allow_other_nested_blocksize=True)
     assert weight.quant_state.state2.blocksize == 512
+
+
+# --- states put together by hand, or unpickled: nothing read them, so whoever uses them looks ------------------------
+
+BY_HAND = {
+    "a scale too few": (
+        lambda s: setattr(s, "absmax", s.absmax[:-1]),
+        "needs 16 uint8 elements in absmax, it has uint8",
+    ),
+    "scales of another dtype": (lambda s: setattr(s, "absmax", s.absmax.float()), "it has float32"),
+    "no nested scale": (lambda s: setattr(s.state2, "absmax", s.state2.absmax[:0]), "1 float32 elements in state2.abs"),
+    "half a nested code": (lambda s: setattr(s.state2, "code", s.state2.code[:128]), "256 float32 elements in state2"),
+    "two offsets": (lambda s: setattr(s, "offset", torch.zeros(2)), "needs 1 float32 elements in offset"),
+    "half a code": (lambda s: setattr(s, "code", s.code[:8]), "needs 16 float32 elements in code"),
+}
+
+
+@pytest.mark.parametrize("fault", BY_HAND)
+def test_a_state_that_a_backend_would_read_past_is_refused_where_it_is_used(fault):
+    spoil, says = BY_HAND[fault]
+    packed, state = quantised()
+    spoil(state)
+    for use in (lambda: F.dequantize_4bit(packed, state), lambda: F.matmul_4bit(torch.ones(2, 100), packed, state)):
+        with pytest.raises(ValueError, match=says):
+            use()
+
+
+def test_codes_without_an_entry_are_refused():
+    q = torch.tensor([0, 16, 17], dtype=torch.uint8)
+    with pytest.raises(ValueError, match="code has 17 entries, and the largest of the codes to decode is 17"):
+        F.dequantize_blockwise(q, absmax=torch.ones(1), code=torch.linspace(-1, 1, 17))
+    with pytest.raises(ValueError, match=r"code must be fp32 \[2 to 256\], got float16 \[256\]"):
+        F.dequantize_blockwise(q, absmax=torch.ones(1), code=torch.zeros(256).half())

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.reference_only("what a file holds is read without a bac
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz_states, "limit_memory", lambda: None)  # it would hold for the tests that follow
+    for limit in ("limit_memory", "limit_time"):  # they would hold for the tests that follow
+        monkeypatch.setattr(fuzz_states, limit, lambda: None)
     monkeypatch.setattr(fuzz_states.torch, "set_num_threads", lambda n: None)
 
 
