@@ -264,6 +264,7 @@ picture.show(
 # The two curves lie on top of each other: the adapters learn the text beside 4-bit weights as they do beside 32-bit
 # ones, and the 4-bit weights have not changed by a bit. What do the models say, given three words?
 
+
 # %% tags=["timing"]
 def go_on(model, text, count):
     text = b" " * CONTEXT + text
