@@ -32,8 +32,26 @@ from .lending import LentBytes
 __all__ = ["BLOCKSIZES", "NESTED_BLOCKSIZE", "WEIGHT_DTYPES", "Fields", "NestedFields", "Reader", "check_packed"]
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Elements that may share a scale.
+
+Example:
+    >>> 64 in BLOCKSIZES, 48 in BLOCKSIZES
+    (True, False)
+"""
 NESTED_BLOCKSIZE = 256
+"""Scales that share a scale, with double quantisation.
+
+Example:
+    >>> NESTED_BLOCKSIZE in BLOCKSIZES
+    True
+"""
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What can be quantised, and decoded to.
+
+Example:
+    >>> torch.float64 in WEIGHT_DTYPES
+    False
+"""
 JSON_KEY = "quant_state.bitsandbytes__"
 
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}

@@ -84,6 +84,10 @@ class CheckpointContents(Shown):
         tensors: in the order of the file; the entries beside a 4-bit weight are part of it.
         problems: what is wrong; empty for a sound file.
         limit: rows shown.
+
+    Example:
+        >>> CheckpointContents("model.safetensors", "safetensors").to_dict()["problems"]
+        []
     """
 
     path: str
