@@ -15,8 +15,10 @@ from loopback import Loopback
 
 import refq4
 import refq4.functional as F
-from refq4.backend import Call, PackedWeight
+from refq4 import codebooks, ops
+from refq4.backend import OPS, Call, PackedWeight
 from refq4.quantization import slice_state
+from refq4.reference import ReferenceBackend
 from refq4.registry import isolated_registry
 
 pytestmark = pytest.mark.reference_only("it names its engine itself")
@@ -28,6 +30,7 @@ class Recorder(Loopback):
     """Keeps each call it is told of, and holds the core to what it promises of the tensors."""
 
     name = "recorder"
+    priority = -1  # so that it runs where it was named, and nowhere else
 
     def __init__(self, own_layout: bool = False) -> None:
         super().__init__(own_layout)
@@ -155,8 +158,17 @@ def test_a_product_takes_every_argument_in_its_place(recorder):
     with torch.no_grad(), refq4.trace() as t:
         assert F.matmul_4bit(x, B, state, out, bias, backend="recorder") is out
         assert F.gemv_4bit(x, B, out[:3], state=state, backend="recorder").data_ptr() == out.data_ptr()
-        F.gemv_4bit(x[:1], B, state=state, backend="recorder")
-    assert ran(t) == [("gemm_4bit", "recorder"), ("gemm_4bit", "recorder"), ("gemv_4bit", "recorder")]
+        for shape in ((1, 128), (128,), (1, 1, 128)):
+            F.gemv_4bit(x[0].view(shape), B, state=state, backend="recorder")
+    assert ran(t) == [("gemm_4bit", "recorder")] * 2 + [("gemv_4bit", "recorder")] * 3
+
+
+def test_a_product_over_no_features_is_the_bias(recorder):
+    B, state = F.quantize_4bit(torch.empty(4, 0), quant_type="nf4")
+    bias = torch.randn(4)
+    for grad in (False, True):
+        y = F.matmul_4bit(torch.empty(3, 0, requires_grad=grad), B, state, bias=bias, backend="recorder")
+        assert torch.equal(y, bias.expand(3, 4))
 
 
 def test_out_is_refused_where_the_gradient_of_the_bias_alone_is_wanted():
@@ -177,6 +189,7 @@ def test_the_short_linear_classes_pass_every_argument_on(cls):
     assert (layer.compute_dtype, layer.compute_type_is_set) == (torch.float16, True)
     assert settings(layer) == (128, False, quant_type, torch.bfloat16, True)
     assert cls(128, 8).bias is not None
+    assert cls(128, 8, compress_statistics=True).weight.compress_statistics
 
 
 @pytest.mark.parametrize("cls", [refq4.nn.EmbeddingNF4, refq4.nn.EmbeddingFP4], ids=lambda cls: cls.__name__)
@@ -331,9 +344,50 @@ def test_a_bias_per_batch_entry_is_added_to_its_own_entry(tokens):
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_the_bias_gradient_of_a_vector_has_the_bias_dtype():
+def test_the_raw_op_adds_a_bias_per_batch_entry_to_its_own_entry():
     B, state = F.quantize_4bit(A, quant_type="nf4")
-    bias = torch.zeros(8, dtype=torch.bfloat16, requires_grad=True)
-    weight = state.packed_weight(B)
-    _, grad_bias = refq4.autograd.ops.matmul_backward(torch.ones(8), weight, "reference", False, bias.dtype)
-    assert (grad_bias.dtype, grad_bias.shape) == (torch.bfloat16, (8,))
+    weight, decoded = state.packed_weight(B), F.dequantize_4bit(B, state)
+    x, bias = torch.randn(5, 2, 3, 128), torch.randn(5, 8)
+    got = torch.func.vmap(lambda a, b: ops.matmul("gemm_4bit", a, weight, b, "reference"))(x, bias)
+    wanted = torch.stack([torch.nn.functional.linear(a, decoded, b) for a, b in zip(x, bias, strict=True)])
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_bias_gradient_has_the_biass_shape_and_dtype_before_autograd_could_mend_it():
+    B, state = F.quantize_4bit(A, quant_type="nf4")
+    for shape, tokens in (((8,), 1), ((3, 8), 3), ((2, 3, 8), 6)):
+        _, grad = ops.matmul_backward(torch.ones(shape), state.packed_weight(B), "reference", False, torch.bfloat16)
+        assert torch.equal(grad, torch.full((8,), float(tokens), dtype=torch.bfloat16))
+
+
+# --- devices and kernels ----------------------------------------------------------------------------------------------
+
+
+def test_the_weight_alone_goes_to_cuda_or_says_that_there_is_none():
+    weight = refq4.nn.Params4bit(A.clone(), quant_type="nf4")
+    if torch.cuda.is_available():
+        assert weight.cuda().is_cuda
+    else:
+        with pytest.raises((AssertionError, RuntimeError)):
+            weight.cuda()
+
+
+def test_the_tables_of_a_codebook_are_ordinary_tensors_even_if_inference_asked_first():
+    codebooks._code_on.cache_clear()
+    codebooks._thresholds_and_order.cache_clear()
+    with torch.inference_mode():
+        book = codebooks.get_codebook("af4").on("cpu")
+        nearest = codebooks.code_from_values(torch.linspace(-1, 1, 9))
+    assert not any(t.is_inference() for t in (*book, nearest.thresholds, nearest.order))
+    assert [t.dtype for t in nearest] == [torch.float32, torch.float32, torch.uint8]
+
+
+def test_the_reference_names_what_it_does():
+    named = {op: ReferenceBackend().kernel(Call(op, "cpu", torch.float32, 1, 1, 64, 64, "nf4")) for op in OPS}
+    products = dict.fromkeys(("gemv_4bit", "gemm_4bit"), "dequantize + linear")
+    assert named == dict.fromkeys(OPS, "PyTorch") | products
+
+
+def test_a_name_like_no_other_gets_the_list_and_no_suggestion():
+    with pytest.raises(refq4.UnknownBackendError, match=r"^unknown backend 'zzzzzz'\. Known: "):
+        refq4.set_backend("zzzzzz")

@@ -121,6 +121,18 @@ def test_quantising_and_dequantising_give_the_references_bits(row):
     assert_same_bits(out, cases.REFERENCE.dequantize_4bit(weight, dtype))
 
 
+@pytest.mark.parametrize("blocksize", [7, 32], ids="blocks of {}".format)
+def test_scales_past_the_first_nested_block_are_found(blocksize):
+    k = 63 if blocksize == 7 else 64
+    given = cases.operands(1, 160, k, blocksize, "float32", nested=True)
+    assert given.state.absmax.numel() > 256
+    assert_within_budget(cases.multiply(given, 80), given.x, given.packed, given.state, given.bias)
+    weight = given.state.packed_weight(given.packed)
+    out = cases.poisoned(weight.shape, torch.float32)
+    cases.run(launch.dequantize_4bit(weight, out, 80), 80)
+    assert_same_bits(out, cases.REFERENCE.dequantize_4bit(weight, torch.float32))
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
 @pytest.mark.parametrize("blocksize", [64, 256, 48])
 def test_the_eight_bit_stage_gives_the_references_bits(blocksize, arch):
