@@ -115,6 +115,20 @@ def test_a_layer_exports_with_a_dynamic_batch():
         torch.testing.assert_close(program.module()(x), layer(x))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # torch warns of itself
+def test_an_exported_layer_is_compiled_ahead_of_time_and_run_from_its_package(tmp_path):
+    layer = layer_of().eval()
+    with torch.no_grad():
+        batch = torch.export.Dim("batch", min=2, max=64)
+        program = torch.export.export(layer, (torch.randn(3, 64),), dynamic_shapes=({0: batch},))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+        run = torch._inductor.aoti_load_package(package)
+        for tokens in (3, 7):
+            x = torch.randn(tokens, 64)
+            torch.testing.assert_close(run(x), layer(x))
+
+
 def test_quantising_and_decoding_compile_whole():
     def there_and_back(x):
         packed, state = F.quantize_4bit(x, quant_type="nf4", compress_statistics=True)

@@ -26,6 +26,10 @@ def test_the_page_about_transformers_runs_from_top_to_bottom(tmp_path, monkeypat
     for block in blocks:
         exec(compile(block, "docs/how-to/transformers.md", "exec"), names)
     assert 0.05 < names["worst"] < 0.12
+    short = (
+        (DOCS.parent / "README.md").read_text().split("pip install 'refq4[transformers]'\n", 1)[1].split("```", 1)[0]
+    )
+    exec(compile(short, "README.md", "exec"), names | {"path": "full"})
     with torch.no_grad():
         ids = names["ids"]
         torch.testing.assert_close(names["merged"](ids).logits, names["model"](ids).logits, rtol=0, atol=0.05)

@@ -6,6 +6,7 @@ back goes through files, as it does for users.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -425,6 +426,20 @@ def test_in_bf16_a_models_logits_err_no_more_than_the_budget_of_the_reference(mo
             logits[name] = logits_of(model)
     exact = logits_of(model.dequantize(torch.float64).double())
     Budget.of(exact, logits["reference"], torch.bfloat16).check(logits[backend], f"logits on {backend}")
+
+
+@pytest.mark.slow
+def test_a_model_compiles_whole_and_once_for_all_numbers_of_tokens(models):
+    model = load(models["tiny llama"], Refq4Config(**settings()))
+    eager = copy.deepcopy(model)  # a layer that has run eagerly has its own layout, and would be compiled anew for it
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        for tokens in (5, 6, 9):
+            with torch._dynamo.config.patch(error_on_recompile=tokens != 5):
+                ids = torch.randint(0, VOCABULARY, (2, tokens))
+                got = compiled(ids, use_cache=False).logits
+            torch.testing.assert_close(got, eager(ids, use_cache=False).logits)
 
 
 # --- the config -----------------------------------------------------------------------------------------------------
