@@ -95,7 +95,7 @@ OLD_DYNAMIC = np.concatenate([np.float32([-1]), DYNAMIC[1:]])
 
 def _gathered(entries: Entries) -> dict[str, Any] | None:
     """Field -> value, the JSON's beside the tensors; None where something is there twice or belongs to no field."""
-    found: list[tuple[str, str, Any]] = []  # prefix, field, value
+    found: list[tuple[str, str | None, Any]] = []  # prefix, field, value
     types = []
     for key, value in entries.items():
         if not isinstance(key, str):
@@ -103,7 +103,7 @@ def _gathered(entries: Entries) -> dict[str, Any] | None:
         at = key.rfind(JSON_KEY)
         if at == 0 or (at > 0 and key[at - 1] == "."):
             types.append(key[at + len(JSON_KEY) :])
-            found.append((key[: max(at - 1, 0)], "", None))
+            found.append((key[: max(at - 1, 0)], None, None))
             text = _numbers(value, torch.uint8, None)
             if text is None or text.size > 65536:
                 return None
@@ -116,10 +116,10 @@ def _gathered(entries: Entries) -> dict[str, Any] | None:
             found += [(found[-1][0], name, item) for name, item in pairs]
         else:
             found.append((*key.rpartition(".")[::2], value))
-    names = [name for _, name, _ in found if name or not types]
+    names = [name for _, name, _ in found if name is not None]
     if len(types) > 1 or len(set(names)) != len(names) or len({prefix for prefix, _, _ in found}) != 1:
         return None
-    fields = {name: value for _, name, value in found if name}
+    fields = {name: value for _, name, value in found if name is not None}
     return None if types and fields.get("quant_type") != types[0] else fields
 
 
