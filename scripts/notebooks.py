@@ -89,6 +89,7 @@ def execute(notebook: nbformat.NotebookNode, **callbacks: Any) -> None:
         client = NotebookClient(
             notebook,
             timeout=SECONDS,
+            startup_timeout=SECONDS,  # of a kernel on a busy machine: a minute, the default, is not always enough
             coalesce_streams=True,
             record_timing=False,
             resources={"metadata": {"path": str(NOTEBOOKS)}},
