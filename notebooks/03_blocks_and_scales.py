@@ -121,9 +121,8 @@ before, after = W.view(-1, 64), through_blocks(W, 64).view(-1, 64)
 hit = W.flatten().abs().argmax().item() // 64
 lost = (after[hit] == 0).sum().item()
 print(f"the outlier's block: {lost} of 64 weights become 0")
-print(
-    f"the next block: {(after[hit + 1] == 0).sum().item()}, and its relative error is {relative_error(before[hit + 1], after[hit + 1]):.3f}"
-)
+spoilt, error = (after[hit + 1] == 0).sum().item(), relative_error(before[hit + 1], after[hit + 1])
+print(f"the next block: {spoilt}, and its relative error is {error:.3f}")
 assert lost == 63
 
 figure, axes = picture.canvas(height=3.0)
