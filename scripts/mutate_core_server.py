@@ -109,7 +109,7 @@ class Server:
         except NotAMutant:
             said = {"status": "does not compile"}
         except BaseException as error:
-            said = {"status": "killed", "by": f"{type(error).__name__} while it was put in: {error}"[:200]}
+            said = {"status": "error", "by": f"{type(error).__name__} while it was put in: {error}"[:200]}
         os.write(write, json.dumps(said).encode())
         os._exit(0)
 
@@ -202,7 +202,7 @@ class Swapper:
     def run(self, job: Job, items: dict[str, pytest.Item]) -> str | None:
         self.swap(job.mutant)
         chosen = [items[test] for test in job.tests if test in items]
-        for item, following in zip(chosen, [*chosen[1:], None], strict=True):
+        for item, following in zip(chosen, [*chosen[1:], None], strict=False):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             if self.failed:
                 return self.failed

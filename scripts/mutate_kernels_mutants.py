@@ -150,7 +150,8 @@ def _numbers(token: str) -> Iterator[str]:
     assert digits is not None
     suffix = token[digits.end() :]
     if "." in digits.group() or ("e" in digits.group().lower() and not digits.group().lower().startswith("0x")):
-        yield f"{float(digits.group()) + 1}{suffix}"
+        if float(digits.group()) + 1 != float(digits.group()):
+            yield f"{float(digits.group()) + 1}{suffix}"
         return
     value = int(digits.group(), 0)
     show = hex if digits.group().lower().startswith("0x") else str

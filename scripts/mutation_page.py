@@ -96,10 +96,9 @@ python scripts/mutate_kernels.py --write      # C, compiled for this processor; 
 Both take `--sample N`, `--minutes N`, `--only NAME ...` and `--show`; `--help` says the rest. They work on a copy of
 the tree, keep what they have found in `build/mutation`, and try the mutants in a random order that is always the same:
 any part of a run is a random sample. What is mutated and what is left out, by which rule, stands at the head of
-[mutate_core_mutants.py](../scripts/mutate_core_mutants.py) and
-[mutate_kernels_mutants.py](../scripts/mutate_kernels_mutants.py). The tests that kill are ordinary tests; those that
-execute the mutated line run, one case of each test function first, for some seconds. A crash and an endless loop are
-deaths. A survivor is accounted for below, or the script fails.
+`scripts/mutate_core_mutants.py` and `scripts/mutate_kernels_mutants.py`. The tests that kill are ordinary tests; those
+that execute the mutated line run, one case of each test function first, for some seconds. A crash and an endless loop
+are deaths. A survivor is accounted for below, or the script fails.
 
 *Score* is the share of the killed among the mutants that do not provably do the same as the original.
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import mutate_core_mutants  # noqa: E402 (a script, not a package)
 import mutate_kernels_mutants  # noqa: E402
+import mutation_page  # noqa: E402
 
 pytestmark = pytest.mark.reference_only("it is about the tests")
 
@@ -117,6 +118,14 @@ def test_a_bug_is_killed_by_the_test_that_sees_it_and_a_sound_tree_passes(tmp_pa
             del wanted[by_text[text].key]
     assert {key: found[key].get("by") for key in wanted} == wanted
     assert {found[key]["status"] for key, test in wanted.items() if test is None} == {"survived"}
+
+
+def test_the_page_is_that_of_its_reports_and_no_survivor_is_without_an_explanation():
+    core, kernels = (json.loads((mutation_page.REPORTS / f"{name}.json").read_text()) for name in ("core", "kernels"))
+    assert mutation_page.PAGE.read_text() == mutation_page.page(core, kernels), "run scripts/mutation_page.py"
+    assert not mutation_page.unexplained(core) + mutation_page.unexplained(kernels)
+    assert mutation_page.scores(core)["all"].share >= 0.90
+    assert mutation_page.scores(kernels)["all"].share >= 0.95
 
 
 def serve(root: Path, way: str, mutants: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
