@@ -1,8 +1,8 @@
 """The matrix of releases: every Python and the oldest and newest torch that refq4 says it supports.
 
-    pipx run nox                        all of it, an hour; needs python3.11 and python3.12
-    pipx run nox -s tests-3.12          one session
-    pipx run nox -s package             build, check and install the wheel and the sdist
+pipx run nox                        all of it, an hour; needs python3.11 and python3.12
+pipx run nox -s tests-3.12          one session
+pipx run nox -s package             build, check and install the wheel and the sdist
 """
 
 from __future__ import annotations
