@@ -188,7 +188,8 @@ def _poke(rng: random.Random, t: Tensor) -> Tensor:
     t = t.clone()
     if t.numel():
         value = rng.choice((float("nan"), float("inf"), -1.0, -0.0, 0.0, 1e-45, 0.5, 3.4e38))
-        t.view(-1)[rng.randrange(t.numel())] = value if t.dtype.is_floating_point else rng.randrange(256)
+        byte = rng.randrange(256 if t.dtype == torch.uint8 else 128)  # an int8 holds no more
+        t.view(-1)[rng.randrange(t.numel())] = value if t.dtype.is_floating_point else byte
     return t
 
 

@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-peers",
         action="store_true",
-        help="fail, instead of skipping, the tests that compare with bitsandbytes, or open a browser, where there is none",
+        help="fail, instead of skipping, the tests that need bitsandbytes or a browser where there is none",
     )
 
 
