@@ -185,7 +185,7 @@ MUTANTS = [
     Mutant(
         "a single token whose gradient is wanted takes the GEMV path",
         "refq4/matmul.py",
-        "    if _wants_grad(A):\n        return WANTS_GRADIENT\n",
+        "    if wants_grad(A):\n        return WANTS_GRADIENT\n",
         "",
     ),
     Mutant(
