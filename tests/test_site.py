@@ -76,6 +76,16 @@ def test_every_link_and_anchor_leads_somewhere(site, parsed):
     assert len(parsed) > 50
 
 
+def test_a_notebook_shows_each_of_its_cells_once(parsed):
+    notebooks = [soup for name, soup in parsed.items() if name.startswith("notebooks/") and soup.select("pre code")]
+    assert len(notebooks) >= 13
+    for soup in notebooks:
+        shown = " ".join(soup.get_text(" ").split())
+        for cell in soup.select(".jp-CodeCell pre code"):
+            code = " ".join(cell.get_text(" ").split())
+            assert len(code) < 40 or shown.count(code) == 1, code
+
+
 def wrong_links(site: Path, name: str, soup: BeautifulSoup, ids: dict[str, set[str]]) -> Iterator[str]:
     for tag in soup.find_all(["a", "link", "img", "script"]):
         link = tag.get("href") or tag.get("src")

@@ -17,7 +17,7 @@ import places
 _OUT = re.compile(
     r"<(?P<tag>style|script)\b.*?</(?P=tag)>"
     r'|<div class="zeroclipboard-container">.*?</clipboard-copy>\s*</div>'
-    r'|<div id="cell-\d+" class="clipboard-copy-txt">.*?</div>'
+    r"|<div [^>]*\bclipboard-copy-txt\b[^>]*>.*?</div>"
     r'|<div class="jp-InputPrompt[^>]*>.*?</div>'
     r'|<div class="jp-OutputPrompt[^>]*>.*?</div>',
     re.DOTALL,

@@ -13,6 +13,12 @@ from rich.table import Table
 
 from refq4.bench import show
 
+_LIMITS = {
+    "read_gb_s": "memory read, GB/s",
+    "fma_gflop_s": "peak in fp32, GFLOP/s",
+    "dot_gflop_s": "peak of bf16 products, GFLOP/s",
+}
+
 
 def benchmarks(page: str) -> str:
     """A section for each file, and its picture if there is one beside it."""
@@ -22,7 +28,7 @@ def benchmarks(page: str) -> str:
 
 def _section(name: str, report: dict[str, Any]) -> str:
     about = "".join(f"| {key} | {value} |\n" for key, value in report["machine"].items())
-    limits = "".join(f"| limit: {key.replace('_', ' ')} | {value:.0f} |\n" for key, value in report["limits"].items())
+    limits = "".join(f"| {_LIMITS.get(key, key)} | {value:.0f} |\n" for key, value in report["limits"].items() if value)
     parts = [f"## {name}", f"From [{name}.json](benchmarks/{name}.json).", f"| | |\n| --- | --- |\n{about}{limits}"]
     shapes = dict.fromkeys((row["n"], row["k"]) for row in report["products"])
     on_gpu = any(isinstance(ms, dict) for row in report["products"] for ms in row["ms"].values())
