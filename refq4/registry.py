@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ContextDecorator, contextmanager
@@ -69,11 +70,21 @@ class _Entry:
         """Whether "auto" leaves it alone."""
         return self.backend is not None and self.backend.priority < 0
 
+    def awaits(self, backend: Backend) -> bool:
+        """Whether this is what the entry point would make, from a module that also registers it when imported."""
+        if self.backend is not None or self.problem is not None or self.entry_point is None:
+            return False
+        named: Any = sys.modules.get(self.entry_point.module)
+        for part in self.entry_point.attr.split("."):
+            named = getattr(named, part, None)
+        return named is type(backend)
+
     def imported(self) -> Backend | None:
         """The instance, not yet asked whether it is available; None (with ``problem`` set) if importing it failed."""
         if self.backend is None and self.problem is None and self.entry_point is not None:
             try:
-                self.backend = self.entry_point.load()()
+                kind = self.entry_point.load()
+                self.backend = self.backend or kind()  # the module may have registered its own instance meanwhile
             except Exception as error:
                 self.problem = f"importing it failed: {type(error).__name__}: {error}"
         return self.backend
@@ -274,7 +285,8 @@ def check_usable(name: str) -> Backend | None:
             raise UnknownBackendError(f"unknown backend {name!r}: {_NOT_INSTALLED}")
         near = difflib.get_close_matches(str(name), [*entries, AUTO], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UnknownBackendError(f"unknown backend {name!r}.{hint} Known: {', '.join([*sorted(entries), AUTO])}")
+        known = ", ".join([*sorted(entries), AUTO])
+        raise UnknownBackendError(f"unknown backend {name!r}.{hint} Known: {known}. {_HOW_KNOWN}")
     backend = entry.load()
     if backend is None:
         raise BackendUnavailableError(f"backend {name!r} is not available: {entry.problem}")
@@ -286,12 +298,23 @@ _NOT_INSTALLED = (
     "In a checkout, run: pip install -e ."
 )
 
+_HOW_KNOWN = (
+    f"A backend becomes known by refq4.register_backend(...) in the script or by an entry point in the group "
+    f"{ENTRY_POINT_GROUP!r}; for one that a file registers: refq4 verify --import file.py, pytest -p module"
+)
+
+
+def is_installed(name: str) -> bool:
+    """Whether every process finds this backend by itself: through an entry point."""
+    entry = _registry().get(name)
+    return entry is not None and entry.entry_point is not None
+
 
 def _by_priority() -> list[_Entry]:
     """All entries, highest priority first; one that failed to load goes by name, where its reason is still told."""
     global _ordered
     if _ordered is None:
-        for entry in _registry().values():
+        for entry in list(_registry().values()):  # a module may register further backends when it is imported
             entry.imported()
         _ordered = sorted(_registry().values(), key=lambda e: (-(e.backend.priority if e.backend else 1), e.name))
     return _ordered
@@ -312,7 +335,8 @@ def register_backend(backend: Backend, *, replace: bool = False) -> Backend:
 
     Raises:
         TypeError: not a Backend instance.
-        ValueError: no usable name, or the name is taken and ``replace`` is not set.
+        ValueError: no usable name, or the name is taken and ``replace`` is not set. (The class that an entry point of
+            that name stands for may register itself when its module is imported: it is the same backend.)
 
     Example:
         >>> import refq4
@@ -330,13 +354,26 @@ def register_backend(backend: Backend, *, replace: bool = False) -> Backend:
     if not backend.name or backend.name == AUTO:
         raise ValueError(f"a backend needs a name other than {AUTO!r}, got {backend.name!r}")
     with _lock:
-        if backend.name in _registry() and not replace:
-            raise ValueError(f"backend {backend.name!r} is registered already; pass replace=True to replace it")
-        where = f"{type(backend).__module__}.{type(backend).__qualname__}"
-        _registry()[backend.name] = _Entry(backend.name, f"register_backend({where})", backend=backend)
+        known = _registry().get(backend.name)
+        if known is not None and not replace:
+            if not known.awaits(backend):
+                raise ValueError(_taken(known))
+            known.backend = backend
+        else:
+            where = f"{type(backend).__module__}.{type(backend).__qualname__}"
+            _registry()[backend.name] = _Entry(backend.name, f"register_backend({where})", backend=backend)
         _ordered = None
         _changes += 1
     return backend
+
+
+def _taken(known: _Entry) -> str:
+    if known.entry_point is None:
+        return f"backend {known.name!r} is registered already; pass replace=True to replace it"
+    return (
+        f"backend {known.name!r} is registered already, by the {known.found_in}; drop one of the two (an entry point "
+        f"needs no register_backend), or pass replace=True to replace it"
+    )
 
 
 def unregister_backend(name: str) -> None:

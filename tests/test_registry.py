@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextvars
+import importlib
 import json
 import os
 import subprocess
@@ -201,6 +202,52 @@ def test_a_name_is_taken_over_only_on_request(loopback):
         refq4.register_backend(Loopback())
     other = refq4.register_backend(Loopback(), replace=True)
     assert registry.resolve(call(), "loopback")[0] is other
+
+
+SELF_REGISTERED = """
+import refq4
+from refq4.reference import ReferenceBackend
+
+class {kind}(ReferenceBackend):
+    name = "twice"
+
+made = refq4.register_backend({kind}())
+"""
+
+
+@pytest.mark.parametrize("first", ["entry point", "module"])
+def test_an_entry_point_whose_module_also_registers_the_class_is_one_backend(first, tmp_path, monkeypatch):
+    twice_known("Mine", tmp_path, monkeypatch)
+    if first == "module":
+        importlib.import_module("twice_known")
+    assert "twice" in refq4.list_backends()
+    made = sys.modules["twice_known"].made
+    assert registry.resolve(call(), "twice")[0] is made
+    assert refq4.backend_info("twice")["found_in"] == "entry point twice_known:Mine"
+    with pytest.raises(ValueError, match="by the entry point twice_known:Mine; drop one of the two"):
+        refq4.register_backend(type(made)())
+
+
+def test_an_entry_point_whose_module_registers_another_class_says_to_drop_one(tmp_path, monkeypatch):
+    twice_known("Other", tmp_path, monkeypatch)
+    reason = refq4.backend_info("twice")["reason"]
+    assert "registered already, by the entry point twice_known:Mine; drop one of the two" in reason
+
+
+def twice_known(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry point twice_known:Mine, in a module that registers a backend of the same name when it is imported."""
+    (tmp_path / "twice_known.py").write_text(SELF_REGISTERED.format(kind=kind))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "twice_known", raising=False)
+    point = EntryPoint("twice", "twice_known:Mine", "refq4.backends")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    monkeypatch.setattr(registry, "_entries", None)
+    monkeypatch.setattr(registry, "_ordered", None)
+
+
+def test_the_error_for_an_unknown_backend_says_how_one_becomes_known():
+    with pytest.raises(refq4.UnknownBackendError, match=r"register_backend.*entry point.*--import file\.py.*pytest -p"):
+        refq4.set_backend("mine")
 
 
 def test_a_plug_in_that_fails_to_import_is_listed_with_its_error_and_breaks_nothing(monkeypatch):
