@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from refq4.backend import PackedWeight
 from refq4.reference import ReferenceBackend
 from refq4.testing import CHECKS, Case, catalogue, check, shrink, verify
 from refq4.testing.cases import DEPTHS, simpler
+from refq4.testing.verify import Failure
 
 pytestmark = pytest.mark.reference_only("the kit is tested on backends with planted bugs")
 
@@ -261,6 +263,60 @@ def test_the_command_exits_with_1_on_a_difference_and_0_without_one(capsys):
     assert report["agrees"] is False
     assert report["checks"][0]["cases"] == DEPTHS["quick"]
     assert "check(Case('gemm_4bit'" in report["failures"][0]["snippet"]
+
+
+IN_A_FILE = """
+from beside import BIAS
+import refq4
+from refq4.reference import ReferenceBackend
+
+class Mine(ReferenceBackend):
+    name = "in a file"
+
+    def gemv_4bit(self, x, weight, bias):
+        return super().gemv_4bit(x, weight, BIAS)
+
+refq4.register_backend(Mine())
+"""
+
+
+@pytest.mark.parametrize("source", ["backend_in_a_file", "backend_in_a_file.py", "elsewhere/backend_in_a_file.py"])
+def test_the_command_imports_a_module_or_a_file_that_registers_a_backend(source, tmp_path):
+    folder = (tmp_path / source).parent
+    folder.mkdir(exist_ok=True)
+    (folder / "backend_in_a_file.py").write_text(IN_A_FILE)
+    (folder / "beside.py").write_text("BIAS = None\n")
+    # -P, as when the installed command runs: python itself does not put the current directory on the path
+    command = [sys.executable, "-P", "-m", "refq4", "verify", "--import", source, "--backend", "in a file", "--quick"]
+    done = subprocess.run([*command, "--check", "gemv_4bit"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "the bias is not added" in done.stdout
+    assert "# first import or run what calls refq4.register_backend for 'in a file'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("1 / 0", "importing it failed: ZeroDivisionError"),
+        ("import refq4", r"registers no backend; it must call refq4\.register_backend"),
+        (None, "importing it failed: FileNotFoundError"),
+    ],
+    ids=["an error", "nothing registered", "no file"],
+)
+def test_an_import_that_brings_no_backend_is_an_error_that_says_so(text, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = tmp_path / "brings_nothing.py"
+    if text is not None:
+        path.write_text(text)
+    assert cli.main(["verify", "--import", str(path), "--backend", "reference", "--quick"]) == 1
+    assert re.search(rf"--import .*brings_nothing\.py: .*{says}", capsys.readouterr().err)
+
+
+def test_a_snippet_mentions_registering_only_where_python_would_not_find_the_backend_by_itself():
+    refq4.register_backend(Buggy("bias forgotten"))
+    case = Case("gemm_4bit", bias=True)
+    assert Failure(case, case, "", "", "buggy", "reference").snippet().startswith("# first import or run")
+    assert Failure(case, case, "", "", "reference", "reference").snippet().startswith("from refq4.testing import")
 
 
 PLUGIN = """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..registry import check_usable
+from ..registry import check_usable, is_installed
 from ..trace import Shown
 from .cases import Case, catalogue, simpler
 from .conformance import CHECKS, Outcome, check
@@ -40,10 +40,13 @@ class Failure:
     against: str
 
     def snippet(self) -> str:
-        """Python that shows it again."""
+        """Python that shows it again; its first line says what must be registered before, if that is so."""
+        own = ", ".join(repr(name) for name in (self.backend, self.against) if not is_installed(name))
+        first = f"# first import or run what calls refq4.register_backend for {own}\n" if own else ""
         versus = "" if self.against == "reference" else f", against={self.against!r}"
         return (
-            f"from refq4.testing import Case, check\nprint(check({self.smallest!r}, backend={self.backend!r}{versus}))"
+            f"{first}from refq4.testing import Case, check\n"
+            f"print(check({self.smallest!r}, backend={self.backend!r}{versus}))"
         )
 
 
