@@ -17,7 +17,8 @@ from refq4 import cli, layout
 from refq4.backend import PackedWeight
 from refq4.reference import ReferenceBackend
 from refq4.testing import CHECKS, Case, catalogue, check, shrink, verify
-from refq4.testing.cases import DEPTHS, simpler
+from refq4.testing.cases import ACTIVATIONS, DEPTHS, WEIGHTS, simpler
+from refq4.testing.diagnose import diagnose_quantised
 from refq4.testing.verify import Failure
 
 pytestmark = pytest.mark.reference_only("the kit is tested on backends with planted bugs")
@@ -35,6 +36,12 @@ class Buggy(ReferenceBackend):
         if self.bug == "x >= threshold":
             code = code._replace(thresholds=code.thresholds.nextafter(torch.tensor(-9.0)))
         packed, absmax = super().quantize_4bit(A, code, blocksize)
+        if self.bug in ("divides", "overflows"):
+            scales = absmax.repeat_interleave(blocksize)[: A.numel()]
+            x = A.reshape(-1).float()
+            scaled = x / scales if self.bug == "divides" else x * (1 / scales)
+            scaled = scaled.nan_to_num(0.0 if self.bug == "divides" else -1.0).clamp(-1, 1)
+            packed = layout.pack(code.order[torch.bucketize(scaled, code.thresholds)], code.zero_code())
         if self.bug == "low nibble first":
             packed = (packed << 4) | (packed >> 4)
         if self.bug == "absmax without abs":
@@ -85,6 +92,8 @@ class Buggy(ReferenceBackend):
 # bug -> a check that must find it, and words that must be in its message
 BUGS = {
     "x >= threshold": ("quantize_4bit", "wrong codes"),
+    "divides": ("quantize_4bit", "x is divided by absmax instead of multiplied by 1 / absmax"),
+    "overflows": ("quantize_4bit", "a 1 / absmax that overflows is not replaced by 0"),
     "low nibble first": ("quantize_4bit", "the first element goes to the low nibble"),
     "absmax without abs": ("quantize_4bit", "absmax: "),
     "padding": ("quantize_4bit", "the spare low nibble of the last byte must hold the code of 0.0"),
@@ -116,6 +125,24 @@ def test_a_planted_bug_is_found_shrunk_and_explained(bug):
     scope: dict[str, object] = {}
     exec(failure.snippet().replace("print(", "seen = (", 1), scope)  # the snippet shows the same difference
     assert scope["seen"].message == failure.message
+
+
+def test_a_block_whose_reciprocal_overflows_is_shown_as_the_rule_scales_it():
+    W = torch.tensor([1e-39, -1e-39])
+    rule = refq4.functional.quantize_4bit(W, quant_type="nf4", backend="reference")[0].view(-1)
+    where, hint = diagnose_quantised(torch.tensor([0xF0], dtype=torch.uint8), rule, W, W.abs().amax(0, True), TINY)
+    assert "1 / absmax overflows, so the scaled value is 0; got code 15 (1), wanted 7 (0)" in where
+    assert "x * (1 / absmax)" not in where
+    assert "x is divided by absmax" in hint
+    third = torch.tensor([1.0, 3.0])
+    where, hint = diagnose_quantised(
+        torch.tensor([0xFF], dtype=torch.uint8), torch.tensor([0xCF], dtype=torch.uint8), third, third[1:], TINY
+    )
+    assert f"x * (1 / absmax) = {float(third[0] * (1 / third[1])):.9g};" in where
+    assert hint == ""
+
+
+TINY = Case("quantize_4bit", k=2, weights="tiny")
 
 
 def size(case: Case) -> int:
@@ -226,6 +253,12 @@ def test_the_catalogue_holds_no_case_twice_and_is_the_same_every_time():
     for case in deep[::97]:
         for mine, again in zip(case.operands(), eval(repr(case)).operands(), strict=True):
             assert mine is again is None or torch.equal(mine.nan_to_num(), again.nan_to_num())
+
+
+def test_every_recipe_is_told_by_the_docstring_of_a_case():
+    weights, activations = (Case.__doc__ or "").split("Recipes of weights:")[1].split("Recipes of activations:")
+    assert re.findall(r'^    - "([^"]+)":', weights, re.MULTILINE) == list(WEIGHTS)
+    assert re.findall(r'^    - "([^"]+)":', activations, re.MULTILINE) == list(ACTIVATIONS)
 
 
 def test_shrinking_ends_at_a_case_of_which_nothing_can_be_made_simpler():

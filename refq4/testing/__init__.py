@@ -4,6 +4,9 @@
     print(verify("mine"))                        # or: python -m refq4 verify --backend mine
                                                  # or: pytest --pyargs refq4.testing --backend mine
 
+A backend that no package registers but a file ``mine.py``: register it and call ``verify`` in a script, or
+``python -m refq4 verify --import mine.py --backend mine``, or ``pytest -p mine ...`` with the file on the PYTHONPATH.
+
 The pieces, in reading order: ``cases`` (what is asked, as data), ``conformance`` (how each thing is asked, and what
 counts as the same), ``budget`` (the tolerance, in one place), ``diagnose`` (from wrong numbers to the likely bug),
 ``verify`` (ask everything, shrink what fails, report). ``strategies`` draws cases with hypothesis.
@@ -15,12 +18,14 @@ dequantised weight, by at most twice what the reference errs there, plus one uni
 from .budget import Budget, assert_same_bits, assert_within_budget, error_budget, oracle, ulp
 from .cases import Case, catalogue
 from .conformance import CHECKS, Outcome, check
-from .verify import Report, shrink, verify
+from .verify import CheckReport, Failure, Report, shrink, verify
 
 __all__ = [
     "CHECKS",
     "Budget",
     "Case",
+    "CheckReport",
+    "Failure",
     "Outcome",
     "Report",
     "assert_same_bits",

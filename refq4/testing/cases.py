@@ -63,8 +63,28 @@ class Case:
         nested: double quantisation.
         bias: whether there is one.
         storage: the dtype under which packed bytes are stored.
-        weights, activations: the recipe of the numbers; one of ``WEIGHTS``, ``ACTIVATIONS``.
+        weights: the recipe of the weight's numbers (below).
+        activations: the recipe of the activations' numbers (below).
         seed: of the generator.
+
+    Recipes of weights:
+
+    - "normal": drawn from N(0, 1).
+    - "outliers": the same, with five elements or so times 100.
+    - "zero blocks": the same, with every other block all zeros.
+    - "thresholds": the codebook's thresholds and the fp32 next to them on either side, with an absmax of 1.
+    - "ramp": 1/numel, 2/numel, ... 1.
+    - "tiny": down to where 1/absmax overflows (in fp16, and for products, as small as the sums can follow).
+    - "huge": up to an eighth of the dtype's range (for products, as large as the sums can follow).
+    - "not finite": "normal" with a NaN and an infinity (for products and layers, "outliers" instead).
+
+    Recipes of activations:
+
+    - "normal": drawn from N(0, 1).
+    - "ones": all 1, so that a product is a sum of weights.
+    - "one-hot": a single 1 in each row, so that a product is a weight.
+    - "strided": "normal", not contiguous, with NaN in between that nobody may read.
+    - "large": "normal" times 300.
 
     Example:
         >>> case = Case("gemv_4bit", k=3, weights="ramp", activations="ones")

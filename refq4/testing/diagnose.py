@@ -40,12 +40,16 @@ def diagnose_quantised(got: Tensor, wanted: Tensor, W: Tensor, absmax: Tensor, c
         return "; all codes are right, but the spare low nibble of the last byte must hold the code of 0.0", ""
     i = int(differ[0])
     x, scale = float(W.reshape(-1)[i]), float(absmax[i // case.blocksize])
+    inverse = 1.0 / absmax[i // case.blocksize].float()
+    scaled = f"x * (1 / absmax) = {float(x * inverse):.9g}"
+    if not inverse.isfinite():
+        scaled = f"1 / absmax {'is NaN' if inverse.isnan() else 'overflows'}, so the scaled value is 0"
     where = (
         f"\nthe first of {len(differ)} wrong codes is element {i}, in block {i // case.blocksize}: x = {x!r}, "
-        f"absmax = {scale!r}, x * (1 / absmax) = {x / scale if scale else 0.0:.9g}; got code {int(mine[i])} "
+        f"absmax = {scale!r}, {scaled}; got code {int(mine[i])} "
         f"({book.values[int(mine[i])]:.6g}), wanted {int(right[i])} ({book.values[int(right[i])]:.6g})"
     )
-    return where, _likely(_wrong_bytes(wanted, numel), lambda bytes_: torch.equal(bytes_, got))
+    return where, _likely(_wrong_bytes(wanted, W, absmax, case), lambda bytes_: torch.equal(bytes_, got))
 
 
 def diagnose_product(got: Tensor, x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None) -> str:
@@ -65,11 +69,26 @@ def _likely(hypotheses: Iterator[tuple[str, Tensor]], fits: Callable[[Tensor], b
     return f"this is what comes out if {', or if '.join(bugs)}" if bugs else ""
 
 
-def _wrong_bytes(wanted: Tensor, numel: int) -> Iterator[tuple[str, Tensor]]:
+def _wrong_bytes(wanted: Tensor, W: Tensor, absmax: Tensor, case: Case) -> Iterator[tuple[str, Tensor]]:
     yield "the first element goes to the low nibble instead of the high one", (wanted << 4) | (wanted >> 4)
-    codes = layout.unpack(wanted, numel)
+    codes = layout.unpack(wanted, W.numel())
     yield "the codes are shifted by one element", layout.pack(codes.roll(1), int(wanted[-1] & 15))
     yield "the codes are shifted by one element", layout.pack(codes.roll(-1), int(wanted[-1] & 15))
+
+    book = get_codebook(case.code).on(W.device)
+    x, spare = W.reshape(-1).float(), book.zero_code()
+    scales = absmax.float()[torch.arange(len(x), device=x.device) // case.blocksize]
+    inverse = 1.0 / scales
+    divided = torch.where(scales > 0, x / scales, 0.0)
+
+    def encoded(scaled: Tensor) -> Tensor:
+        scaled = torch.where(scaled.isnan(), book.thresholds[0], scaled.clamp(-1.0, 1.0))
+        return layout.pack(book.order[torch.bucketize(scaled, book.thresholds, out_int32=True)], spare)
+
+    divides = "x is divided by absmax instead of multiplied by 1 / absmax"
+    yield divides, encoded(divided)
+    yield divides, encoded(torch.where(inverse.isfinite(), divided, x * 0.0))
+    yield "a 1 / absmax that overflows is not replaced by 0", encoded(x * inverse)
 
 
 def _wrong_products(x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None) -> Iterator[tuple[str, Tensor]]:

@@ -30,6 +30,12 @@ class Failure:
     """A difference: the case in which it was met, the smallest one like it, and what is wrong there.
 
     ``hint`` names the bug that would give what was met (on the smallest input, many would give the same).
+
+    Example:
+        >>> case = Case("gemv_4bit", k=1)
+        >>> print(Failure(case, case, "", "", "reference", "reference").snippet())
+        from refq4.testing import Case, check
+        print(check(Case('gemv_4bit', k=1), backend='reference'))
     """
 
     met: Case
@@ -61,6 +67,11 @@ class CheckReport:
         absent: cases about an optional part that it does not have.
         error: for products, the largest error as a fraction of what is allowed, and ``worst`` the case.
         ulps: int64 [5], elements that err by up to 1/2, 1, 2, 8 and more units in the last place.
+
+    Example:
+        >>> (of_one_check,) = verify("reference", depth="quick", checks=("gemv_4bit",), progress=False).checks
+        >>> of_one_check.name, of_one_check.same
+        ('gemv_4bit', 40)
     """
 
     name: str
