@@ -236,8 +236,9 @@ class Backend:
     # --- ops: all tensors contiguous and on one device; outputs freshly allocated -----------------------------------
 
     def quantize_4bit(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
-        """A [any shape], fp32/fp16/bf16 -> packed uint8 [ceil(numel/2)], absmax fp32 [blocks].
+        """A [any shape, empty ones too], fp32/fp16/bf16 -> packed uint8 [ceil(numel/2)], absmax fp32 [blocks].
 
+        ``code`` is a Code here, with thresholds and order; decoding needs its values only, and gets them as a tensor.
         Per block: absmax is the largest magnitude (NaN if there is one); a value's code is the rule of
         ``refq4.codebooks`` applied to clamp(x * (1/absmax), -1, 1) in fp32; where 1/absmax is not finite, to 0 * x.
         """
@@ -248,17 +249,20 @@ class Backend:
         raise self._has_no("dequantize_4bit")
 
     def quantize_blockwise(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
-        """A fp32/fp16/bf16 [any shape] -> codes uint8 [same shape], absmax fp32 [blocks]; rule as in quantize_4bit."""
+        """A fp32/fp16/bf16 [any shape] -> codes uint8 [same shape], absmax fp32 [blocks]; all as in quantize_4bit."""
         raise self._has_no("quantize_blockwise")
 
     def dequantize_blockwise(
         self, q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
     ) -> Tensor:
-        """q uint8 [any shape], absmax fp32 [blocks], code fp32 [256] -> ``dtype`` [same shape]."""
+        """q uint8 [any shape], absmax fp32 [blocks], code fp32 [C <= 256] -> ``dtype`` [same shape]."""
         raise self._has_no("dequantize_blockwise")
 
     def gemv_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
-        """x [1, K] times the transpose of weight [N, K], plus bias [N] in x's dtype -> [1, N] in x's dtype."""
+        """x [1, K] times the transpose of weight [N, K], plus bias [N] in x's dtype -> [1, N] in x's dtype.
+
+        M, N and K >= 1. x may be fp64: a backend that doesn't offer it says so in can_run.
+        """
         raise self._has_no("gemv_4bit")
 
     def gemm_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:

@@ -42,7 +42,7 @@ SLOW = {  # the same, for what takes minutes on two cores
     "REFQ4_CPU_TIER=c python -m refq4 verify",
 }
 # A backend called mine stands for the reader's own; here it is the CPU backend, asked the quick questions.
-STAND_INS = {"--backend mine": "--backend cpu --quick"}
+STAND_INS = {"--import mine.py --backend mine": "--backend cpu --quick"}
 NOT_RUN_PROGRAMS: dict[str, str] = {  # a line that a program holds -> why it is not run
     'set_backend("cuda")': "needs a GPU",
 }
@@ -81,6 +81,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(command: str) -> None:
+    command = with_stand_ins(command)
     words = shlex.split(command)
     if words[:3] == ["python", "-m", "refq4"] and not {"|", ";", "&&"} & set(words):
         output = words.pop() if words[-2:-1] == [">"] else os.devnull
@@ -90,9 +91,13 @@ def run(command: str) -> None:
         run_in_a_shell(command)
 
 
-def run_in_a_shell(command: str) -> None:
+def with_stand_ins(text: str) -> str:
     for words, instead in STAND_INS.items():
-        command = command.replace(words, instead)
+        text = text.replace(words, instead)
+    return text
+
+
+def run_in_a_shell(command: str) -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 

@@ -45,3 +45,12 @@ def test_its_planted_bug_is_found_with_the_words_of_the_page(tutorial):
     shown = str(report)
     for line in page.split("gemm_4bit differs", 1)[1].split("```")[0].splitlines()[1:]:
         assert " ".join(line.split()) in " ".join(shown.split()), line
+
+
+def test_the_program_of_the_page_verifies_it(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(DOCS)
+    program = (DOCS / "write-a-backend.md").read_text().split("```python\n", 1)[1].split("```")[0]
+    names = {}
+    exec(compile(program, "write-a-backend.md", "exec"), names)
+    assert names["report"].agrees
+    assert "numpy agrees with reference" in capsys.readouterr().out
