@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from . import options
-from .console import console, print_json
+from .console import show
 
 __all__ = ["add"]
 
@@ -78,10 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
             measure=not arguments.no_errors,
             force=arguments.force,
         )
-    if arguments.json:
-        print_json(report.to_dict())
-    else:
-        console().print(report)
+    show(report, arguments)
     return 0
 
 
