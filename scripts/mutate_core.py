@@ -72,14 +72,19 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], metavar="MODULE", help="modules by name, without .py")
     parser.add_argument("--sample", type=int, metavar="N", help="draw N mutants at random instead of taking all")
+    add_shared_arguments(parser, budget=12.0)
+    return parser
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser, budget: float) -> None:
+    """What mutate_kernels.py takes, too."""
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants tried at a time")
     parser.add_argument("--minutes", type=float, help="stop after so long; the next run goes on from there")
-    parser.add_argument("--budget", type=float, default=12.0, help="seconds of tests for a mutant (%(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="forget the coverage and the results of earlier runs")
+    parser.add_argument("--budget", type=float, default=budget, help="seconds of tests for a mutant (%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="forget what earlier runs found")
     parser.add_argument("--show", action="store_true", help="print each survivor as a diff")
     parser.add_argument("--write", action="store_true", help="write the report and the page in docs/")
     parser.add_argument("--tree", help="work on this copy of the repository instead of making one")
-    return parser
 
 
 def copied_tree() -> Path:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -92,13 +91,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="files whose path contains one of these")
     parser.add_argument("--sample", type=int, metavar="N", help="draw N mutants of each file instead of taking all")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants tried at a time")
-    parser.add_argument("--minutes", type=float, help="stop after so long; the next run goes on from there")
-    parser.add_argument("--budget", type=float, default=10.0, help="seconds of tests for a mutant (%(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
-    parser.add_argument("--show", action="store_true", help="print each survivor as a diff")
-    parser.add_argument("--write", action="store_true", help="write the report and the page in docs/")
-    parser.add_argument("--tree", help="work on this copy of the repository instead of making one")
+    mutate_core.add_shared_arguments(parser, budget=10.0)
     return parser
 
 
