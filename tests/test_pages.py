@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 import sys
@@ -11,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from public_names import PAGES as API
+from public_names import names
 
 import refq4
 from refq4 import registry
@@ -25,9 +26,7 @@ import tables  # noqa: E402
 
 pytestmark = pytest.mark.reference_only("it is about the documentation")
 
-API = sorted(path.stem for path in (DOCS / "reference" / "api").glob("*.md") if path.stem != "index")
-MODULES = {stem: importlib.import_module("refq4" if stem == "refq4" else f"refq4.{stem}") for stem in API}
-NAMES = [(stem, name) for stem, module in MODULES.items() for name in module.__all__]
+NAMES = [(module, name) for _, module, name in names()]
 HOW_TO = ("choose-a-backend", "debug-a-kernel", "fine-tune", "load-a-checkpoint", "quantise-a-model")
 PYTHON_PAGES = ["index.md", *(f"how-to/{name}.md" for name in HOW_TO)]
 
@@ -43,9 +42,9 @@ def test_every_public_module_has_a_page():
     assert modules <= set(API)
 
 
-@pytest.mark.parametrize(("stem", "name"), NAMES, ids=[f"{stem}.{name}" for stem, name in NAMES])
-def test_every_public_name_has_an_example_that_runs_with_the_tests(stem, name):
-    thing = getattr(MODULES[stem], name)
+@pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{module.__name__}.{name}" for module, name in NAMES])
+def test_every_public_name_has_an_example_that_runs_with_the_tests(module, name):
+    thing = getattr(module, name)
     if inspect.ismodule(thing):
         assert name in API
         return
@@ -54,7 +53,7 @@ def test_every_public_name_has_an_example_that_runs_with_the_tests(stem, name):
         text = inspect.getdoc(thing) or ""
     else:
         text = text_after_constant(name)
-    assert ">>>" in text, f"{stem}.{name} has no example in its docstring"
+    assert ">>>" in text, f"{module.__name__}.{name} has no example in its docstring"
 
 
 def text_after_constant(name: str) -> str:

@@ -5,6 +5,8 @@ The site is built once (``tests/site_server.py``), strictly, and opened in headl
 
 from __future__ import annotations
 
+import inspect
+import pkgutil
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import torch
 from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, Page, sync_playwright
+from public_names import names
 from site_server import FLAGS, built_site, chromium, served
 
 from refq4 import layout
@@ -146,6 +149,28 @@ def test_search_finds_a_word_without_a_server_s_help(address, page):
     page.locator(".md-search__input").fill("straddle")
     page.locator(".md-search-result__item").first.wait_for()
     assert page.locator(".md-search-result__item a").first.get_attribute("href").startswith(address)
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def test_every_public_name_has_a_heading_on_its_page_or_a_link_from_there_to_one(parsed):
+    wrong = []
+    for page, module, name in names():
+        path = f"reference/api/{page}/"
+        headings = {urljoin(path, "#" + tag["id"]) for tag in parsed[path].select("article :is(h2, h3)[id]")}
+        links = {urljoin(path, tag["href"]) for tag in parsed[path].select("article a:not(.headerlink)[href]")}
+        if not any(leads_to(address, getattr(module, name), name) for address in headings | links):
+            wrong.append(f"{path} neither shows {module.__name__}.{name} nor leads to it")
+    assert not wrong, "\n".join(wrong)
+
+
+def leads_to(address: str, thing: object, name: str) -> bool:
+    """Whether the address of a heading, or of a module's page, is that of ``thing``, wherever it is defined."""
+    page, anchor = urldefrag(address)
+    if inspect.ismodule(thing):
+        return page == f"reference/api/{name}/"
+    return anchor.startswith("refq4.") and anchor.endswith(f".{name}") and pkgutil.resolve_name(anchor) is thing
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
