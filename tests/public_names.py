@@ -17,7 +17,8 @@ def modules(page: str) -> list[ModuleType]:
     module = importlib.import_module("refq4" if page == "refq4" else f"refq4.{page}")
     if hasattr(module, "__all__"):
         return [module]
-    return [importlib.import_module(f"{module.__name__}.{found.name}") for found in pkgutil.iter_modules(module.__path__)]
+    within = pkgutil.iter_modules(module.__path__, f"{module.__name__}.")
+    return [importlib.import_module(found.name) for found in within]
 
 
 def names() -> list[tuple[str, ModuleType, str]]:
