@@ -22,7 +22,13 @@ from ..quantization import DEFAULT_BLOCKSIZE
 
 __all__ = ["METHOD", "Refq4Config"]
 
-METHOD = "refq4"  # "quant_method" in a config.json, and the name under which transformers knows the quantiser
+METHOD = "refq4"
+"""``"quant_method"`` in a config.json, and the name under which transformers knows the quantiser.
+
+Example:
+    >>> Refq4Config().to_dict()["quant_method"] == METHOD
+    True
+"""
 
 # Fields of BitsAndBytesConfig that are about its 8-bit layers, with the value that says "not in use".
 _EIGHT_BIT = {

@@ -39,6 +39,13 @@ class LoraLinear4bit(Linear):
 
     Attributes:
         merge_error: |W4' - W| / |W| of the weight W that was merged, and of what 4 bits made of it; None if unmerged.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> layer = Linear4bit(64, 64, quant_type="nf4").to("cpu")
+        >>> adapted = get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"]))
+        >>> type(adapted.base_model.model[0])
+        <class 'refq4.integrations.peft.LoraLinear4bit'>
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:

@@ -43,7 +43,16 @@ __all__ = ["Refq4Config", "Refq4Quantizer"]
 
 
 class Refq4Quantizer(HfQuantizer):
-    """What transformers asks while it loads, saves and dequantises a model; users meet :class:`Refq4Config` only."""
+    """What transformers asks while it loads, saves and dequantises a model; users meet :class:`Refq4Config` only.
+
+    Args:
+        quantization_config: how the layers are to be, or how they are in the checkpoint.
+        kwargs: what transformers passes on, ``pre_quantized`` above all: whether the file holds 4-bit weights already.
+
+    Example:
+        >>> AutoHfQuantizer.from_config(Refq4Config(), pre_quantized=False).is_trainable
+        True
+    """
 
     requires_calibration = False
     quantized_element_size = 0.5  # bytes a weight, for planning a device map
