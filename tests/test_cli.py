@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from refq4 import cli, tour
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -41,17 +45,30 @@ def test_the_tour_of_the_packaged_model_gives_the_figures_of_the_readme():
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["sentences"], report["quantised"]) == (64, 10_616_832)
-    figures = {entry["name"]: (round(entry["bits"], 2), entry["mean_cosine"]) for entry in report["formats"]}
-    assert {name: bits for name, (bits, _) in figures.items()} == {
-        "NF4": 4.5,
-        "FP4": 4.5,
-        "NF4 + double quantisation": 4.16,
-    }
-    assert figures["NF4"][1] == pytest.approx(0.974, abs=0.003)
-    assert figures["FP4"][1] == pytest.approx(0.949, abs=0.004)
-    assert figures["NF4 + double quantisation"][1] == pytest.approx(figures["NF4"][1], abs=0.002)
+    printed = readme_s_rows_of_the_tour()
+    assert list(printed) == [entry["name"] for entry in report["formats"]]
+    for entry in report["formats"]:
+        errors = [layer["error"] for layer in entry["layers"]]
+        measured = [sum(errors) / len(errors), entry["mean_cosine"], entry["worst_cosine"]]
+        bits, *others = printed[entry["name"]]
+        assert round(entry["bits"], 3) == bits, entry["name"]
+        assert measured == pytest.approx(others, abs=1.01e-4), entry["name"]  # a unit in the last digit printed
     assert [len(entry["layers"]) for entry in report["formats"]] == [36, 36, 36]
     assert [step["number"] for step in report["explanation"]["trace"]["calls"][0]["steps"]] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def readme_s_rows_of_the_tour() -> dict[str, list[float]]:
+    """Bits a weight, mean error of a layer, mean and worst cosine, by format."""
+    rows = re.findall(r"^\| ([\w+ ]+) \|((?: \d\.\d{3,4} \|){4})$", README.read_text(), re.MULTILINE)
+    return {name: [float(cell) for cell in cells.split("|")[:-1]] for name, cells in rows}
+
+
+def test_the_page_on_numerics_says_of_the_tour_what_the_readme_says():
+    nf4, fp4, _ = readme_s_rows_of_the_tour().values()
+    said = (
+        f"{nf4[1]:.3f} for NF4 and {fp4[1]:.3f} for FP4, and {nf4[2]:.3f} and {fp4[2]:.3f} for the mean cosine between"
+    )
+    assert said in " ".join((README.parent / "docs" / "explanation" / "numerics.md").read_text().split())
 
 
 def test_the_tour_of_a_safetensors_file_prints_bits_errors_and_a_trace(checkpoint):
