@@ -60,7 +60,7 @@ class MatMul4Bit(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, B, _, bias, quant_state, backend = (*inputs, None, None, None, None)[:6]
+        _, B, _, bias, quant_state, backend = (*inputs, None)[:6]  # without a state there was an error
         ctx.save_for_backward(B)
         ctx.save_for_forward(B)
         ctx.quant_state = quant_state
@@ -72,20 +72,18 @@ class MatMul4Bit(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
         (B,) = ctx.saved_tensors
-        needs_bias = ctx.inputs > 3 and ctx.needs_input_grad[3]
         grad_A, grad_bias = ops.matmul_backward(
             grad_output,
             ctx.quant_state.packed_weight(B),
             ctx.backend,
             ctx.needs_input_grad[0],
-            ctx.bias_dtype if needs_bias else None,
+            ctx.bias_dtype if ctx.needs_input_grad[3] else None,
         )
         return (grad_A, None, None, grad_bias, None, None)[: ctx.inputs]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
-        tangent_A = tangents[0]
-        tangent_bias = tangents[3] if len(tangents) > 3 else None
+        tangent_A, tangent_bias = tangents[0], tangents[3]
         (B,) = ctx.saved_tensors
         result = None
         if tangent_A is not None:
@@ -106,8 +104,7 @@ class MatMul4Bit(torch.autograd.Function):
         quant_state: QuantState | None = None,
         backend: str | None = None,
     ) -> tuple[Tensor, int]:
-        dim_A, dim_B = in_dims[0], in_dims[1]
-        dim_bias = in_dims[3] if len(in_dims) > 3 else None
+        dim_A, dim_B, _, dim_bias, *_ = in_dims
         if dim_B is not None:
             raise NotImplementedError("vmap over quantised weights: loop over them instead, each has its own scales")
         A = A.movedim(dim_A, 0) if dim_A is not None else A.unsqueeze(0).expand(info.batch_size, *A.shape)

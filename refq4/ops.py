@@ -411,15 +411,15 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     return (grad_A, *[None] * len(flat), grad_bias, None)
 
 
-def _vmap(op: str) -> Callable[..., tuple[Tensor, int]]:
+def _vmap(run: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
+    """A batch dimension is more tokens; ``run`` is an op whose arguments are A, the weight's, bias and backend."""
+
     def batched(info: Any, in_dims: tuple[int | None, ...], A: Tensor, *args: Any) -> tuple[Tensor, int]:
         *flat, bias, backend = args
         _, *flat_dims, bias_dim, _ = in_dims
         if any(d is not None for d in tree_leaves(flat_dims)):
             raise NotImplementedError("vmap over quantised weights: loop over them instead, each has its own scales")
         A = A.movedim(in_dims[0], 0) if in_dims[0] is not None else A.unsqueeze(0).expand(info.batch_size, *A.shape)
-        # one token per batch entry is several tokens in all
-        run = torch.ops.refq4.gemm_4bit.default
         if bias_dim is None:
             return run(A, *flat, bias, backend), 0
         bias = bias.movedim(bias_dim, 0)
@@ -430,4 +430,6 @@ def _vmap(op: str) -> Callable[..., tuple[Tensor, int]]:
 
 for _op in ("gemv_4bit", "gemm_4bit"):
     torch.library.register_autograd(f"refq4::{_op}", _backward, setup_context=_setup_context, lib=_lib)
-    torch.library.register_vmap(f"refq4::{_op}", _vmap(_op), lib=_lib)
+    # one token per batch entry is several tokens in all
+    torch.library.register_vmap(f"refq4::{_op}", _vmap(torch.ops.refq4.gemm_4bit.default), lib=_lib)
+torch.library.register_vmap("refq4::matmul_prepared", _vmap(torch.ops.refq4.matmul_prepared.default), lib=_lib)

@@ -163,7 +163,7 @@ class Params4bit(LentBytes, nn.Parameter):
             return self._moved(device, non_blocking)
         if device is None or device.type == "meta":
             cast = self.data.to(device=device, dtype=dtype, non_blocking=non_blocking)
-            return self._like(cast, self.quant_state)
+            return self._like(cast, None)
         return self._quantize(self.data.to(device=device, dtype=dtype, non_blocking=non_blocking))
 
     def cpu(self) -> Params4bit:  # type: ignore[override]
@@ -248,7 +248,7 @@ class Params4bit(LentBytes, nn.Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
         if id(self) not in memo:
             new = self._like(copy.deepcopy(self.stored(), memo), copy.deepcopy(self.quant_state, memo))
-            new.module = memo.get(id(self.module)) if self.module is not None else None
+            new.module = memo.get(id(self.module))
             memo[id(self)] = new
         found: Params4bit = memo[id(self)]
         return found
@@ -274,7 +274,7 @@ class Params4bit(LentBytes, nn.Parameter):
         none, as FSDP's shards want it: the state comes back from the module once the bytes are together again.
         """
         if not self.bnb_quantized or self.quant_state is None:
-            return self._like(part, self.quant_state)
+            return self._like(part, None)
         start = (part.storage_offset() - self.storage_offset()) * self.itemsize * 2
         stop = min(start + part.numel() * self.itemsize * 2, self.quant_state.geometry()[0].numel())
         return self._like(part, slice_state(self.quant_state, int(start), int(stop)) if part.is_contiguous() else None)

@@ -384,5 +384,5 @@ def _decode_rows(weight: PackedWeight, state: QuantState, ids: Tensor) -> Tensor
     picked.shape = torch.Size((*ids.shape, weight.shape[1]))
     picked.offset = picked.state2 = None
     picked.absmax = torch.nn.functional.embedding(ids, decode_scales(state).view(table, -1)).reshape(-1)
-    packed = torch.nn.functional.embedding(ids, weight.packed.view(table, -1)).reshape(-1, 1)
+    packed = torch.nn.functional.embedding(ids, weight.packed.view(table, -1)).reshape(-1)
     return dequantize_4bit(packed, picked)

@@ -3,6 +3,7 @@
     python scripts/mutate_core.py                            all modules; hours of processor time
     python scripts/mutate_core.py --sample 1500              that many, drawn at random with a fixed seed
     python scripts/mutate_core.py --only layout --show       one module, and each survivor as a diff
+    python scripts/mutate_core.py --again                    the survivors once more, with the tests written since
     python scripts/mutate_core.py --write                    also writes docs/mutation/core.json and the page
 
 What is mutated: ``mutate_core_mutants.py`` (mutmut's operators). How: ``mutate_core_server.py`` (a fork of a warm
@@ -36,7 +37,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "mutation"
-SEED = 4
+SEED = 5
 MODULES = (
     "codebooks", "layout", "checks", "state", "statedict", "quantization", "reference", "pipeline", "matmul",
     "autograd", "ops", "params", "nn", "lending", "functional", "backend", "registry", "convert", "trace",
@@ -46,6 +47,8 @@ MODULES = (
 TEST_FILES = (
     "codebooks", "golden", "properties", "pipeline", "state", "layers", "autograd", "hostile_inputs",
     "registry", "trace", "lending", "testing", "differences", "compile", "warnings", "memory", "tutorial",
+    "arguments", "corners", "damaged_states", "hardening", "fuzz_states", "quantize_model", "fsdp",
+    "accelerate",
 )  # fmt: skip
 TESTS = [*(f"tests/test_{name}.py" for name in TEST_FILES), "refq4"]
 PYTEST = ["-q", "-p", "no:cacheprovider", "--tb=no", "-p", "no:randomly"]
@@ -58,7 +61,9 @@ def main() -> int:
     if not modules:
         raise SystemExit(f"none of {options.only} is one of {', '.join(MODULES)}")
     tree = Path(options.tree) if options.tree else copied_tree()
-    covered = coverage_of(tree, options.fresh)
+    if options.again:
+        forget_survivors(WORK / "results.jsonl")
+    covered = coverage_of(tree, options.fresh or options.again)
     chosen = drawn(tree, modules, options.sample)
     results = run(tree, chosen, covered, options)
     report = summary(chosen, results, everything=options.sample is None)
@@ -82,6 +87,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, budget: float) -> None
     parser.add_argument("--minutes", type=float, help="stop after so long; the next run goes on from there")
     parser.add_argument("--budget", type=float, default=budget, help="seconds of tests for a mutant (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs found")
+    parser.add_argument("--again", action="store_true", help="try those again that survived; for tests written since")
     parser.add_argument("--show", action="store_true", help="print each survivor as a diff")
     parser.add_argument("--write", action="store_true", help="write the report and the page in docs/")
     parser.add_argument("--tree", help="work on this copy of the repository instead of making one")
@@ -130,6 +136,10 @@ class Covered:
         """The tests for a mutant, in the order in which they are tried, as many as fit in ``budget`` seconds."""
         lines = self.lines(mutant.file)
         on_line = self._named(lines.get(n, []) for n in range(mutant.line, mutant.last_line + 1))
+        for above in range(mutant.line - 1, mutant.line - 10, -1):
+            if on_line:
+                break
+            on_line = self._named([lines.get(above, [])])  # Dynamo reads a line without running it
         tests = self._in_order(on_line)
         if reimport:  # what an import computes can show in any test of the module
             rest = self._named(lines.values()) - on_line
@@ -171,7 +181,6 @@ def coverage_of(tree: Path, fresh: bool) -> Covered:
         with (WORK / "running.log").open("w") as out:
             subprocess.run(command, cwd=tree, env=environment(tree), stdout=out, stderr=out, check=False)
         (WORK / "running.log").replace(log)
-        (WORK / "results.jsonl").unlink(missing_ok=True)
     return Covered(data, log, tree)
 
 
@@ -228,10 +237,17 @@ def needs_reimport(result: dict[str, Any] | None, mutant: Mutant, covered: Cover
 
 
 def read_results(log: Path) -> dict[str, dict[str, Any]]:
+    """The last result of each mutant; where putting it in failed there is none, and the next run tries again."""
     if not log.exists():
         return {}
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-    return {line["key"]: line for line in lines}
+    return {line["key"]: line for line in lines if line["status"] != "error"}
+
+
+def forget_survivors(log: Path) -> None:
+    """Leave only the killed in the log: new tests can't have brought those back."""
+    killed = [result for result in read_results(log).values() if result["status"] == "killed"]
+    log.write_text("".join(f"{json.dumps(result)}\n" for result in killed))
 
 
 def serve(

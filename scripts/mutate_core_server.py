@@ -296,7 +296,8 @@ def reimport(plan: dict[str, Any]) -> Callable[[Job], str | None]:
         importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
         chosen = Selection(job.tests)
         files = dict.fromkeys(test.partition("::")[0] for test in job.tests)
-        code = pytest.main([*plan["pytest"], "-x", *files], plugins=[chosen])
+        quiet = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]  # of import_once
+        code = pytest.main([*plan["pytest"], *quiet, "-x", *files], plugins=[chosen])
         if chosen.failed is None and code != 0:
             return f"pytest exit {int(code)}"
         return chosen.failed

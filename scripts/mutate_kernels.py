@@ -76,7 +76,7 @@ def main() -> int:
     if not files:
         raise SystemExit(f"no file's name contains one of {options.only}")
     tree = Path(options.tree) if options.tree else mutate_core.copied_tree()
-    known = seconds_of_tests(tree, options.fresh)
+    known = seconds_of_tests(tree, options.fresh or options.again)
     chosen = [mutant for file in files for mutant in drawn(tree, file, options.sample)]
     results = run(tree, mixed(chosen), known, options)
     report = mutate_core.summary(chosen, results, everything=options.sample is None) | {"what": "kernels"}
@@ -173,6 +173,8 @@ def run(
     log = WORK / "kernels.jsonl"
     if options.fresh:
         log.unlink(missing_ok=True)
+    if options.again:
+        mutate_core.forget_survivors(log)
     results = mutate_core.read_results(log)
     pending = [m for m in mutants if m.key not in results]
     entries = [{"mutant": m.plain(), "tests": tests_for(m, known, options.budget)} for m in pending]

@@ -6,6 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+import refq4
 
 PROCESS = """
 import sys
@@ -91,3 +95,42 @@ def test_two_processes_share_a_models_weights_and_agree_with_one_that_has_them_a
     for process, (out, err) in zip(running, said, strict=True):
         assert process.returncode == 0, err
         assert out.endswith("done\n")
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    """A process group in this process, so that what it runs counts as run (coverage, mutation testing)."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'alone'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_a_sharded_layer_takes_bytes_and_state_of_its_shape_and_keeps_them_to_itself(group_of_one):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    model, other = (torch.nn.Sequential(refq4.nn.LinearNF4(64, 64).to("cpu").requires_grad_(False)) for _ in range(2))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    assert hasattr(model[0].weight, "device_mesh")
+    whole = StateDictOptions(full_state_dict=True)
+    entries = {key: value.clone() for key, value in other.state_dict().items()}
+    set_model_state_dict(model, entries, options=whole)
+    x = torch.randn(5, 64)
+    assert torch.equal(model(x), other(x))
+    for key, value in get_model_state_dict(model, options=whole).items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+    stats = {key.removeprefix("0."): value for key, value in entries.items() if "weight." in key}
+    model[0]._load_packed(entries["0.weight"], stats, False)
+    assert model[0].quant_state == other[0].quant_state
+    stats["weight.nested_absmax"].zero_()
+    stats["weight.absmax"].zero_()
+    assert model[0].quant_state == other[0].quant_state
+
+    with pytest.raises(ValueError, match=r"^weight: shape \[64, 64\] packs into 2048"):
+        model[0]._load_packed(torch.zeros(3, 1, dtype=torch.uint8), stats, False)
+    narrow = refq4.nn.LinearNF4(32, 64).to("cpu").state_dict()
+    narrow.pop("bias")
+    with pytest.raises(ValueError, match=r"the checkpoint holds .*\[64, 32\].* this LinearNF4 wants .*\[64, 64\]"):
+        model[0]._load_packed(narrow.pop("weight"), narrow, False)
