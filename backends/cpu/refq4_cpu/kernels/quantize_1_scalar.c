@@ -37,32 +37,35 @@ static inline float finite_inverse(float absmax) {
     return inverse - inverse == 0 ? inverse : 0;
 }
 
-static unsigned scalar_code(const Quantize *q, float x, float inverse) {
-    float scaled = x * inverse;
-    scaled = scaled < -1 ? -1 : scaled > 1 ? 1 : scaled;
-    int rank = 0, left = q->code_length - 1;
-    while (left > 0) { /* the first `rank` thresholds are below; `left` are undecided */
-        int half = (left + 1) / 2;
-        int up = scaled > q->thresholds[rank + half - 1];
-        rank += up ? half : 0;
-        left = up ? left - half : half - 1;
-    }
-    return q->order[rank];
-}
-
 enum { STRETCH = 64 };
 
-/* The ranks of a stretch, for short codes: compare with every threshold. More comparisons than a binary search, but
- * in loops that a compiler turns into vector instructions. */
+/* More comparisons than a search, but in a loop that a compiler turns into vector instructions: for short codes. */
+static void ranks_by_counting(const Quantize *q, const float *scaled, int *rank) {
+    for (int t = 0; t < q->code_length - 1; t++) {
+        float threshold = q->thresholds[t];
+        for (int i = 0; i < STRETCH; i++) rank[i] += scaled[i] > threshold;
+    }
+}
+
+/* A binary search for all elements at once, step by step: each waits for its own last answer, not for its neighbours'.
+ * Going up by `step` is right if the threshold just below that rank is. */
+static void ranks_by_search(const Quantize *q, const float *scaled, int *rank) {
+    for (int step = 128; step > 0; step /= 2) {
+        for (int i = 0; i < STRETCH; i++) {
+            int next = rank[i] + step, at = next < q->code_length ? next : q->code_length - 1;
+            int up = (next == at) & (scaled[i] > q->thresholds[at - 1]);
+            rank[i] += up * step;
+        }
+    }
+}
+
 static void stretch_codes(const Quantize *q, int64_t first, int64_t count, float inverse, uint8_t *codes) {
     float scaled[STRETCH] = {0};
     int rank[STRETCH] = {0};
     for (int64_t i = 0; i < count; i++) scaled[i] = load_as_fp32(q->x, q->dtype, first + i) * inverse;
     for (int i = 0; i < STRETCH; i++) scaled[i] = scaled[i] < -1 ? -1 : scaled[i] > 1 ? 1 : scaled[i];
-    for (int t = 0; t < q->code_length - 1; t++) {
-        float threshold = q->thresholds[t];
-        for (int i = 0; i < STRETCH; i++) rank[i] += scaled[i] > threshold;
-    }
+    if (q->code_length <= 16) ranks_by_counting(q, scaled, rank);
+    else ranks_by_search(q, scaled, rank);
     for (int i = 0; i < STRETCH; i++) codes[i] = q->order[rank[i]];
 }
 
@@ -73,14 +76,9 @@ static void scalar_quantize_block(const Quantize *q, int64_t block) {
     q->absmax[block] = absmax;
     uint8_t codes[STRETCH];
     for (int64_t i = first; i < first + count; i++) {
-        unsigned code;
-        if (q->code_length <= 16) {
-            int64_t at = (i - first) % STRETCH;
-            if (at == 0) stretch_codes(q, i, min64(STRETCH, first + count - i), inverse, codes);
-            code = codes[at];
-        } else {
-            code = scalar_code(q, load_as_fp32(q->x, q->dtype, i), inverse);
-        }
+        int64_t at = (i - first) % STRETCH;
+        if (at == 0) stretch_codes(q, i, min64(STRETCH, first + count - i), inverse, codes);
+        unsigned code = codes[at];
         if (!q->pack) q->out[i] = (uint8_t)code;
         else if (i & 1) q->out[i >> 1] |= (uint8_t)code;
         else q->out[i >> 1] = (uint8_t)(code << 4 | (i + 1 == q->numel ? q->pad_code : 0));
