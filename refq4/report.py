@@ -6,6 +6,8 @@ Filled by :func:`refq4.quantize_model` and by :func:`refq4.checkpoint.quantize_c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["LayerReport", "QuantizationReport", "layer_report", "squared_error"]
 
 WORST_SHOWN = 10
-_CHUNK = 2**18  # elements held in fp32 at once: they stay in the cache between the steps
+_SECTION = 2**22  # elements decoded at once
+_SHARE = 2**18  # of those, what one thread takes at once on a CPU
+# Of a share, held in fp32 at once: it stays in the cache, and torch takes a single thread up to this size. Torch's own
+# threads would wait for each other after every step, which beside other work takes far longer than the steps.
+_CHUNK = 2**15
 _OTHERS_SHOWN = 5
 
 
@@ -155,16 +161,32 @@ def squared_error(weight: Tensor, packed: Tensor, state: QuantState) -> tuple[fl
     flat = state.copy()
     flat.shape = torch.Size((weight.numel(),))  # blocks run over the flattened tensor: any multiple of one is a cut
     bytes_ = flat.packed_weight(packed).packed
-    wanted, error, norm = weight.detach().reshape(-1), 0.0, 0.0
-    for start in range(0, weight.numel(), _CHUNK):
-        stop = min(start + _CHUNK, weight.numel())
-        piece = slice_state(flat, start, stop)
-        assert piece is not None, "_CHUNK is a multiple of every blocksize"
-        exact = wanted[start:stop].float()
-        decoded = dequantize_4bit(bytes_[start // 2 : (stop + 1) // 2], piece).float()
-        norm += float(exact.dot(exact))
-        error += float(decoded.sub_(exact).square_().sum())
+    wanted = weight.detach().reshape(-1)
+    sums: list[tuple[float, float]] = []
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for start in range(0, weight.numel(), _SECTION):
+            stop = min(start + _SECTION, weight.numel())
+            section = slice_state(flat, start, stop)
+            assert section is not None, "_SECTION is a multiple of every blocksize"
+            decoded, exact = dequantize_4bit(bytes_[start // 2 : (stop + 1) // 2], section), wanted[start:stop]
+            if exact.is_cpu:
+                sums += pool.map(_squared_sums, _pieces(exact, _SHARE), _pieces(decoded, _SHARE))
+            else:  # one stream works it off, and the fewer steps the better
+                sums.append(_squared_sums(exact, decoded, _SECTION))
+    return sum(error for error, _ in sums), sum(norm for _, norm in sums)
+
+
+def _squared_sums(exact: Tensor, decoded: Tensor, chunk: int = _CHUNK) -> tuple[float, float]:
+    error = norm = 0.0
+    for wanted, near in zip(_pieces(exact, chunk), _pieces(decoded, chunk), strict=True):
+        wanted = wanted.float()
+        error += float(torch.linalg.vector_norm(near.float() - wanted)) ** 2
+        norm += float(torch.linalg.vector_norm(wanted)) ** 2
     return error, norm
+
+
+def _pieces(flat: Tensor, size: int) -> Iterator[Tensor]:
+    return (flat[start : start + size] for start in range(0, flat.numel(), size))
 
 
 def _number(value: float) -> float | None:

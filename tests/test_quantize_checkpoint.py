@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import refq4
 from refq4.checkpoint import places, quantize_checkpoint, weights
+from refq4.checkpoint.ahead import read_ahead
+from refq4.checkpoint.selection import Selection
+from refq4.checkpoint.tensors import SafetensorsReader
+from refq4.report import QuantizationReport
 from refq4.testing import assert_same_bits
 
 
@@ -208,6 +214,11 @@ def test_an_interrupt_leaves_nothing_behind(sharded, tmp_path, error, monkeypatc
         quantize_checkpoint(sharded, tmp_path / "out", progress=False)
     assert len(calls) == 3
     assert left_behind(tmp_path / "out") == []
+    assert not reading_threads()
+
+
+def reading_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("refq4 reads ahead")]
 
 
 def interrupted(*arguments: object) -> None:
@@ -259,6 +270,47 @@ def test_force_replaces_models_only(model, tmp_path):
     (tmp_path / "empty").mkdir()
     quantize_checkpoint(model, tmp_path / "empty", force=True, progress=False)
     assert (tmp_path / "empty" / "model.safetensors").exists()
+
+
+# --- reading ahead ----------------------------------------------------------------------------------------------------
+
+
+def test_one_item_is_read_ahead_and_no_more():
+    taken = []
+    items = (taken.append(i) or i for i in range(9))
+    with closing(read_ahead(items)) as ahead:
+        assert next(ahead) == 0
+        assert next(ahead) == 1
+    assert taken == [0, 1, 2], "2 was on its way, and closing waited for it"
+    assert not reading_threads()
+    assert list(read_ahead(iter(range(9)))) == list(range(9))
+    assert list(read_ahead(iter([None, 0]))) == [None, 0], "an item may be anything"
+
+
+def test_an_error_of_the_reading_thread_comes_out_where_its_item_is_asked_for():
+    def two_then_error():
+        yield from (1, 2)
+        raise ValueError("ends too early")
+
+    ahead = read_ahead(two_then_error())
+    assert [next(ahead), next(ahead)] == [1, 2]
+    with pytest.raises(ValueError, match="ends too early"):
+        next(ahead)
+    assert not reading_threads()
+
+
+def test_a_piece_stays_while_the_next_one_is_read(model, monkeypatch):
+    monkeypatch.setattr(weights, "PIECE", 2**14)
+    save_file({"up.weight": torch.randn(512, 64), "kept": torch.randn(64, 512)}, model / "model.safetensors")
+    settings = weights.Settings("nf4", True, torch.uint8, 64, measure=True)
+    for chosen in ({"up.weight"}, set()):
+        selection = Selection(chosen=chosen)
+        with SafetensorsReader(model / "model.safetensors") as reader:
+            before = None
+            for piece in weights.Converter(settings, selection, QuantizationReport(), print)._reads(reader):
+                if before is not None:
+                    assert_same_bits(*before)
+                before = piece, piece.clone()
 
 
 # --- what can't be done -----------------------------------------------------------------------------------------------
@@ -390,7 +442,7 @@ def sparse_model(directory: Path, shapes: dict[str, list[int]]) -> Path:
 
 
 def test_a_model_goes_through_in_pieces(tmp_path):
-    """500 MB in two tensors, through a few times the 32 MB of a piece."""
+    """500 MB in two tensors, through a few times the 16 MB of a piece."""
     if not sys.platform.startswith("linux"):
         pytest.skip("peak memory is read from getrusage in Linux's units; run this on Linux")
     small = sparse_model(tmp_path / "small", {"up.weight": [64, 64]})

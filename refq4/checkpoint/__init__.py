@@ -1,6 +1,7 @@
 """Checkpoints on disk: quantised file by file without ever being in memory, and looked into.
 
     tensors.py       the safetensors format, read and written in pieces
+    ahead.py         the next piece, read while the last one is worked on
     architecture.py  what transformers would do with each module
     selection.py     which tensors of a checkpoint become 4-bit weights
     weights.py       one file, converted

@@ -5,7 +5,7 @@
     MODEL_DIR/config.json                        ->   with a quantization_config: transformers loads it by itself
     tokenizer and all other small files          ->   copied; weights in other formats are left out
 
-Each tensor goes through memory in pieces of 16 M elements: quantised, written to its place, then read back and decoded
+Each tensor goes through memory in pieces of 8 M elements: quantised, written to its place, then read back and decoded
 to measure its error. Everything is written to a hidden directory beside OUT_DIR, which gets its name at the end.
 """
 

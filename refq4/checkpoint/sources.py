@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,7 +61,7 @@ class FromSafetensors:
     def pieces(self, key: str, as_bytes: bool = True) -> Iterator[Tensor]:
         reader = self.readers[key]
         if as_bytes:
-            yield from reader.pieces(key)
+            yield from reader.pieces(key, repeat(torch.empty(_PIECE, dtype=torch.uint8)))
         else:
             for start in range(0, reader.entries[key].numel, _PIECE):
                 yield reader.tensor(key, start, start + _PIECE)

@@ -39,7 +39,6 @@ DTYPES = FLOATS | {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-COPY_BYTES = 16 * 2**20
 _LATE_DIGITS = 10**15  # stands for an offset that is not known yet: no real one has more digits
 
 
@@ -105,12 +104,13 @@ class SafetensorsReader:
         _fill(raw, self._file, entry.start + start * entry.itemsize)
         return raw.view(DTYPES.get(entry.dtype, torch.uint8))
 
-    def pieces(self, key: str) -> Iterator[Tensor]:
-        """The bytes of a tensor, a few MB at a time."""
-        entry = self.entries[key]
-        for start in range(0, entry.nbytes, COPY_BYTES):
-            raw = torch.empty(min(COPY_BYTES, entry.nbytes - start), dtype=torch.uint8)
-            _fill(raw, self._file, entry.start + start)
+    def pieces(self, key: str, rooms: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The bytes of a tensor, as many at a time as the next of the uint8 ``rooms`` takes."""
+        entry, done = self.entries[key], 0
+        while done < entry.nbytes:
+            raw = next(rooms)[: entry.nbytes - done]
+            _fill(raw, self._file, entry.start + done)
+            done += len(raw)
             yield raw
 
 

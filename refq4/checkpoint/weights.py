@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -13,12 +15,13 @@ from .. import layout
 from ..quantization import get_4bit_type, quantize_4bit, quantize_scales, slice_state
 from ..report import LayerReport, QuantizationReport, relative, squared_error
 from ..state import NESTED_BLOCKSIZE, QuantState
+from .ahead import read_ahead
 from .selection import Selection
 from .tensors import FLOATS, Entry, SafetensorsReader, SafetensorsWriter
 
 __all__ = ["Converter", "Settings"]
 
-PIECE = 2**24  # elements in memory at once: a multiple of every blocksize, of a nested block of those, and of eight
+PIECE = 2**23  # elements in memory at once: a multiple of every blocksize, of a nested block of those, and of eight
 _FORMAT_NAMES = {dtype: name for name, dtype in FLOATS.items()} | {torch.uint8: "U8"}
 
 Planned = dict[str, tuple[str, tuple[int, ...], int]]
@@ -48,7 +51,6 @@ class Converter:
     selection: Selection
     report: QuantizationReport
     advance: Callable[[int], object]
-    _room: Tensor | None = None
 
     def planned_size(self, reader: SafetensorsReader) -> int:
         """Bytes of tensors that :meth:`convert` will write, but for a few hundred for each weight."""
@@ -63,12 +65,13 @@ class Converter:
         planned = self._plan(reader)
         late = [self._json_key(key) for key in reader.entries if key in self.selection.chosen]
         metadata = {"format": "pt"} | reader.metadata
-        with SafetensorsWriter(path, planned, late, metadata) as writer:
+        ahead = read_ahead(self._reads(reader))
+        with SafetensorsWriter(path, planned, late, metadata) as writer, closing(ahead) as pieces:
             for key, entry in reader.entries.items():
                 if key in self.selection.chosen:
-                    self._quantise(reader, writer, entry)
+                    self._quantise(pieces, writer, entry)
                 else:
-                    self._copy(reader, writer, entry)
+                    self._copy(pieces, writer, entry)
         return [*planned, *late]
 
     # --- what will be written -----------------------------------------------------------------------------------------
@@ -101,21 +104,41 @@ class Converter:
     def _json_key(self, key: str) -> str:
         return f"{key}.quant_state.bitsandbytes__{self.settings.quant_type}"
 
+    # --- what will be read --------------------------------------------------------------------------------------------
+
+    def _reads(self, reader: SafetensorsReader) -> Iterator[Tensor]:
+        """All pieces of a file that :meth:`convert` asks for, in that order: of a weight twice if it is measured.
+
+        They go into two buffers in turn: a piece is gone when the next but one is read.
+        """
+        rooms = cycle([torch.empty(4 * PIECE, dtype=torch.uint8) for _ in range(2)])  # of the widest dtype
+        for key, entry in reader.entries.items():
+            if key not in self.selection.chosen:
+                yield from reader.pieces(key, rooms)
+                continue
+            turned = None
+            if key in self.selection.transposed:  # GPT-2's layers are small: whole
+                turned = reader.tensor(key).view(entry.shape).T.reshape(-1)
+            for _ in range(2 if self.settings.measure else 1):
+                for start in range(0, entry.numel, PIECE):
+                    stop = start + PIECE
+                    yield reader.tensor(key, start, stop, next(rooms)) if turned is None else turned[start:stop]
+
     # --- one tensor ---------------------------------------------------------------------------------------------------
 
-    def _copy(self, reader: SafetensorsReader, writer: SafetensorsWriter, entry: Entry) -> None:
+    def _copy(self, pieces: Iterator[Tensor], writer: SafetensorsWriter, entry: Entry) -> None:
         at = 0
-        for piece in reader.pieces(entry.key):
+        while at < entry.nbytes:
+            piece = next(pieces)
             writer.write(entry.key, piece, at)
             at += piece.numel()
             self.advance(piece.numel())
         self.report.other += entry.numel
 
-    def _quantise(self, reader: SafetensorsReader, writer: SafetensorsWriter, entry: Entry) -> None:
-        shape, weight = self._source(reader, entry)
+    def _quantise(self, pieces: Iterator[Tensor], writer: SafetensorsWriter, entry: Entry) -> None:
         scales: list[Tensor] = []
         for start in range(0, entry.numel, PIECE):
-            piece = weight(start, start + PIECE)
+            piece = next(pieces)
             try:
                 packed, state = quantize_4bit(
                     piece,
@@ -128,41 +151,25 @@ class Converter:
             writer.write(entry.key, packed, start // 2)
             scales.append(state.absmax)
             self.advance(piece.numel() * piece.itemsize)
-        state = self._state(torch.cat(scales), shape, FLOATS[entry.dtype])
+        state = self._state(torch.cat(scales), entry)
         for name, tensor in state.as_dict(packed=True).items():
             (writer.add if "quant_state" in name else writer.write)(f"{entry.key}.{name}", tensor)
-        self.report.layers.append(self._measured(entry, shape, weight, writer, state))
+        self.report.layers.append(self._measured(pieces, writer, entry, state))
 
-    def _source(self, reader: SafetensorsReader, entry: Entry) -> tuple[torch.Size, Callable[[int, int], Tensor]]:
-        """The weight's shape [N, K], and its flattened elements from start to stop."""
-        if entry.key not in self.selection.transposed:
-            return torch.Size(entry.shape), lambda start, stop: reader.tensor(entry.key, start, stop, self._scratch())
-        turned = reader.tensor(entry.key).view(entry.shape).T.contiguous()  # GPT-2's layers are small: whole
-        return turned.shape, lambda start, stop: turned.view(-1)[start:stop]
-
-    def _scratch(self) -> Tensor:
-        """Room for a piece in the widest dtype; what was in it is gone at the next read."""
-        if self._room is None:
-            self._room = torch.empty(4 * PIECE, dtype=torch.uint8)
-        return self._room
-
-    def _state(self, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> QuantState:
-        code = get_4bit_type(self.settings.quant_type)
+    def _state(self, scales: Tensor, entry: Entry) -> QuantState:
+        shape = torch.Size(entry.shape[::-1] if entry.key in self.selection.transposed else entry.shape)
+        code, dtype = get_4bit_type(self.settings.quant_type), FLOATS[entry.dtype]
         state = QuantState(scales, shape, code, self.settings.blocksize, self.settings.quant_type, dtype)
         if self.settings.nested:
             state.absmax, state.offset, state.state2 = quantize_scales(scales)
         return state
 
     def _measured(
-        self,
-        entry: Entry,
-        shape: torch.Size,
-        weight: Callable[[int, int], Tensor],
-        writer: SafetensorsWriter,
-        state: QuantState,
+        self, pieces: Iterator[Tensor], writer: SafetensorsWriter, entry: Entry, state: QuantState
     ) -> LayerReport:
         _, _, stored = self._plan_weight(entry.key, entry.numel)[entry.key]
         bits = 8 * (stored + state.nbytes()) / entry.numel
+        shape, _ = state.geometry()
         name, error, norm = entry.key.removesuffix(".weight"), 0.0, 0.0
         if not self.settings.measure:
             return LayerReport(name, tuple(shape), bits, float("nan"))
@@ -173,6 +180,6 @@ class Converter:
             part = slice_state(flat, start, stop)
             assert part is not None, "PIECE is a multiple of what a cut must be"
             packed = writer.read(entry.key, start // 2, (stop + 1) // 2)
-            of_piece, norm_of_piece = squared_error(weight(start, stop), packed, part)
+            of_piece, norm_of_piece = squared_error(next(pieces), packed, part)
             error, norm = error + of_piece, norm + norm_of_piece
         return LayerReport(name, tuple(shape), bits, relative(error, norm))
