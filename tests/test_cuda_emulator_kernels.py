@@ -152,19 +152,20 @@ def test_the_eight_bit_stage_gives_the_references_bits(blocksize, arch):
 
 @pytest.mark.parametrize("arch", [75, 100], ids=lambda arch: f"sm_{arch}")
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_zeros_subnormals_infinities_and_nans_are_stored_as_the_reference_stores_them(dtype, arch):
+@pytest.mark.parametrize("blocksize", [64, 48], ids="blocks of {}".format)
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_zeros_subnormals_infinities_and_nans_are_stored_as_the_reference_stores_them(name, blocksize, dtype, arch):
     nan, infinity, mixed = float("nan"), float("inf"), torch.linspace(-1, 1, 64)
     rows = [torch.full((64,), v) for v in (0.0, -0.0, 1e-45, 3e-39, 1e-38, 6e-8, infinity, nan, 3e38)]
     rows += [mixed.index_fill(0, torch.tensor([17]), v) for v in (nan, infinity, -infinity, 1e-42)]
-    A = torch.stack([*rows, mixed * 1e-40, mixed * 1e-38, mixed]).to(getattr(torch, dtype))
-    for name in ("nf4", "fp4"):
-        code = get_codebook(name).on("cpu")
-        for blocksize in (64, 48):
-            wanted, scales = cases.REFERENCE.quantize_4bit(A, code, blocksize)
-            packed, absmax = cases.poisoned(wanted.shape, wanted.dtype), cases.poisoned(scales.shape, scales.dtype)
-            cases.run(launch.quantize(A, code, blocksize, True, packed, absmax, arch), arch)
-            assert_same_bits(packed, wanted)
-            cases.assert_same_numbers(absmax, scales)
+    last = mixed[:63].index_fill(0, torch.tensor([5]), nan)  # an odd length: the half byte beside the last code is 0's
+    A = torch.cat([*rows, mixed * 1e-40, mixed * 1e-38, mixed, last]).to(getattr(torch, dtype))
+    code = get_codebook(name).on("cpu")
+    wanted, scales = cases.REFERENCE.quantize_4bit(A, code, blocksize)
+    packed, absmax = cases.poisoned(wanted.shape, wanted.dtype), cases.poisoned(scales.shape, scales.dtype)
+    cases.run(launch.quantize(A, code, blocksize, True, packed, absmax, arch), arch)
+    assert_same_bits(packed, wanted)
+    cases.assert_same_numbers(absmax, scales)
 
 
 @pytest.mark.parametrize("rung", RUNGS)
