@@ -133,7 +133,7 @@ def tests_for(mutant: Mutant, known: dict[str, dict[str, Any]], budget: float) -
 
 
 def c_tests(mutant: Mutant, known: dict[str, dict[str, Any]]) -> list[str]:
-    name, tier = Path(mutant.file).name, tier_of(mutant.file)
+    name, tier = Path(mutant.file).name, tier_of(mutant)
     about = next((words for start, words in ABOUT.items() if name.startswith(start)), ".")
     tests = [t for t in known if "test_cpu" in t and re.search(about, t) and not any(w in t for w in NOT_FOR_MUTANTS)]
     tests = [t for t in tests if not re.search(r"avx512|\[avx2" if tier == "c" else r"avx512|\[c[-\]]", t)]

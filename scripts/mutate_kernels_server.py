@@ -122,7 +122,7 @@ def put_in_c(mutant: Mutant, kernels: Path) -> None:
 
     build.kernel_directory = lambda: kernels
     os.environ["REFQ4_CPU_CFLAGS"] = "-O0"
-    os.environ[build.TIER_VARIABLE] = tier_of(mutant.file)
+    os.environ[build.TIER_VARIABLE] = tier_of(mutant)
     for remembered in (build._load, build._cpu_features):
         remembered.cache_clear()
     try:
@@ -138,10 +138,11 @@ def put_in_c(mutant: Mutant, kernels: Path) -> None:
     assert torch.get_num_threads() == 1, "a thread pool before the fork would hang after it"
 
 
-def tier_of(file: str) -> str:
-    """The tier that is compiled for a mutant: plain C where the file is part of it."""
-    name = Path(file).name
-    return "c" if "scalar" in name or name == "refq4.h" else "avx2"
+def tier_of(mutant: Mutant) -> str:
+    """The tier that is compiled for a mutant: plain C where the file is part of it, AVX2 for what every rung shares."""
+    name = Path(mutant.file).name
+    shared = mutant.function in ("dequantize_item", "dequantize_in_items", "streams")
+    return "c" if ("scalar" in name or name == "refq4.h") and not shared else "avx2"
 
 
 def main() -> int:

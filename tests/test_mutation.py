@@ -135,8 +135,9 @@ def test_the_page_is_that_of_its_reports_and_no_survivor_is_without_an_explanati
 
 def serve(root: Path, way: str, mutants: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     results, plan = root / "results", root / "plan.json"
-    arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:refq4", "--rootdir", str(root)]
+    arguments = ["-q", "-W", "error", "-p", "no:cacheprovider", "-p", "no:refq4", "--rootdir", str(root)]
     what = {"way": way, "root": str(root), "jobs": 2, "results": str(results), "pytest": arguments}
+    what["imports"] = ["hypothesis", "pytest_cov"]  # which pytest would rather import itself, and says so
     plan.write_text(json.dumps(what | {"files": ["test_thing.py"], "mutants": mutants}))
     paths = os.pathsep.join([str(root), str(ROOT / "scripts")])
     done = subprocess.run(
