@@ -33,10 +33,12 @@ SHAPES = [(96,), (3, 96), (2, 3, 96), (2, 1, 3, 96)]
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{len(s)}-D input")
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
-def test_gradients_pass_gradcheck_to_second_order_on_the_exact_path(packed, shape, with_bias):
-    B, state = packed
-    A = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(6, dtype=torch.float64, requires_grad=True) if with_bias else None
+@pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "double quantisation"])
+def test_gradients_pass_gradcheck_to_second_order_on_the_exact_path(nested, shape, with_bias):
+    weight = torch.randn(4, 40)  # small, for differences are taken in each direction; blocks of 32 straddle its rows
+    B, state = F.quantize_4bit(weight, quant_type="nf4", blocksize=32, compress_statistics=nested)
+    A = torch.randn((*shape[:-1], 40), dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True) if with_bias else None
     args = (A, bias) if with_bias else (A,)
 
     def product(A, bias=None):

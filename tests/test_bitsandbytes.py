@@ -139,9 +139,23 @@ def test_normal_map_equals_the_peers_made_with_scipy(bnb, offset):
 
 # --- ten million values ---------------------------------------------------------------------------------------------
 
+# Each dtype and each blocksize, and with ``-m slow`` each pair of them: both sides widen to fp32 before they scale.
+ten_millions = pytest.mark.parametrize(
+    ("dtype", "blocksize"),
+    [
+        pytest.param(
+            dtype,
+            blocksize,
+            id=f"{name} weights, blocksize {blocksize}",
+            marks=[] if name == "float32" or blocksize == 64 else pytest.mark.slow,
+        )
+        for name, dtype in DTYPES.items()
+        for blocksize in BLOCKSIZES
+    ],
+)
 
-@dtypes
-@blocksizes
+
+@ten_millions
 def test_nf4_bytes_scales_and_decoded_values_equal_the_peers_on_ten_million_values(bnb, dtype, blocksize):
     x = ten_million(dtype)
     theirs, their_state = bnb.functional.quantize_4bit(x, blocksize=blocksize, quant_type="nf4")
@@ -151,8 +165,7 @@ def test_nf4_bytes_scales_and_decoded_values_equal_the_peers_on_ten_million_valu
     assert_same_bits(F.dequantize_4bit(packed, state), peer_dequantize(bnb, theirs, their_state), "decoded")
 
 
-@dtypes
-@blocksizes
+@ten_millions
 def test_fp4_equals_the_peers_on_ten_million_values_outside_the_listed_intervals(bnb, dtype, blocksize):
     x = ten_million(dtype)
     theirs, their_state = bnb.functional.quantize_4bit(x, blocksize=blocksize, quant_type="fp4")

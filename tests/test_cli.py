@@ -141,10 +141,12 @@ def test_info_works_with_a_wrong_environment_variable():
     assert "unknown backend 'nope'" in json.loads(done.stdout)["machine"]["backend in effect"]
 
 
-def test_help_has_examples_and_a_wrong_command_is_a_usage_error():
-    done = run("--help")
-    assert done.returncode == 0
-    assert "python -m refq4 tour" in done.stdout
-    assert run("tuor").returncode == 2
-    assert run().returncode == 2
-    assert run("--version").stdout.startswith("refq4 ")
+def test_help_has_examples_and_a_wrong_command_is_a_usage_error(capsys):
+    done = run("tuor")
+    assert done.returncode == 2
+    assert "usage: " in done.stderr
+    for arguments, status, says in (["--help"], 0, "python -m refq4 tour"), (["--version"], 0, "refq4 "), ([], 2, ""):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == status
+        assert says in capsys.readouterr().out

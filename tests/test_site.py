@@ -155,14 +155,21 @@ def test_search_finds_a_word_without_a_server_s_help(address, page):
 
 
 def test_every_public_name_has_a_heading_on_its_page_or_a_link_from_there_to_one(parsed):
-    wrong = []
+    wrong, addresses = [], {}
     for page, module, name in names():
         path = f"reference/api/{page}/"
-        headings = {urljoin(path, "#" + tag["id"]) for tag in parsed[path].select("article :is(h2, h3)[id]")}
-        links = {urljoin(path, tag["href"]) for tag in parsed[path].select("article a:not(.headerlink)[href]")}
-        if not any(leads_to(address, getattr(module, name), name) for address in headings | links):
+        if path not in addresses:
+            addresses[path] = headings_and_links(path, parsed[path])
+        if not any(leads_to(address, getattr(module, name), name) for address in addresses[path]):
             wrong.append(f"{path} neither shows {module.__name__}.{name} nor leads to it")
     assert not wrong, "\n".join(wrong)
+
+
+def headings_and_links(path: str, soup: BeautifulSoup) -> set[str]:
+    article = soup.find("article")
+    headings = {urljoin(path, "#" + tag["id"]) for tag in article.find_all(["h2", "h3"], id=True)}
+    links = [tag for tag in article.find_all("a", href=True) if "headerlink" not in tag.get("class", ())]
+    return headings | {urljoin(path, tag["href"]) for tag in links}
 
 
 def leads_to(address: str, thing: object, name: str) -> bool:

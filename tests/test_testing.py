@@ -394,7 +394,9 @@ def test_an_installed_backend_of_a_third_party_passes_with_its_refusals_skipped(
 
 
 def test_an_installed_backend_with_a_bug_fails(installed, tmp_path):
-    run = pytest_on(installed("None"), tmp_path, "--pyargs", "refq4.testing", "--backend", "mine", "-k", "gemv_4bit")
+    run = pytest_on(
+        installed("None"), tmp_path, "--pyargs", "refq4.testing", "--backend", "mine", "-k", "gemv_4bit", "-x"
+    )
     assert run.returncode == 1, run.stdout + run.stderr
     assert "the bias is not added" in run.stdout
 
