@@ -160,7 +160,7 @@ def _survivors(report: dict[str, Any]) -> str:
     for s in report["survivors"]:
         entry = explanation(s)
         why = "**no explanation yet**" if entry is None else f"{entry['kind']}: {entry['why']}"
-        where = f"`{Path(s['file']).name}` {s['function'].rpartition('.')[2]}"
+        where = f"`{Path(s['file']).name}` `{s['function'].rpartition('.')[2]}`"
         rows.append(f"| {where} | {_code(s['before'])} | {_code(s['after'])} | {why} |")
     head = "| survivor in | was | became | why it may |\n| --- | --- | --- | --- |"
     return "\n".join([head, *rows]) if rows else "None survived."

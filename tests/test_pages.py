@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT / "scripts" / "docs"))
 import drawing  # noqa: E402 (how the site is built is no package)
 import steps  # noqa: E402
 import tables  # noqa: E402
+import wrapping  # noqa: E402
 
 pytestmark = pytest.mark.reference_only("it is about the documentation")
 
@@ -110,3 +112,34 @@ def test_every_page_is_in_the_nav_once():
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     assert len(listed) == len(set(listed))
     assert pages <= set(listed), "add the page to nav in mkdocs.yml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")), ids=lambda path: path.stem)
+def test_what_a_cell_shows_as_html_it_shows_once_and_as_text_too(path):
+    for cell in json.loads(path.read_text())["cells"]:
+        shown = [output["data"] for output in cell.get("outputs", []) if "text/html" in output.get("data", {})]
+        assert len(shown) < 2, "".join(cell["source"])
+        assert all("".join(data["text/plain"]).strip() for data in shown), "".join(cell["source"])
+
+
+LONG = "tests/test_memory.py::test_a_long_name"
+BROKEN = "tests/<wbr>test_<wbr>memory.<wbr>py::<wbr>test_<wbr>a_<wbr>long_<wbr>name"
+
+
+@pytest.mark.parametrize(
+    ("cell", "wanted"),
+    [
+        ("<td>4096 × 4096</td>", '<td class="short">4096 × 4096</td>'),
+        ('<td style="text-align: right;">a &lt; b</td>', '<td class="short" style="text-align: right;">a &lt; b</td>'),
+        ("<td><code>REFQ4_CUDA_EMULATOR_ARCH</code> or so</td>", None),
+        ("<td>a sentence of more than twenty-two characters</td>", None),
+        ('<td class="code"><pre>1</pre></td>', None),
+        (
+            f"<td><code>pytest {LONG}</code></td>",
+            f"<td><code>pytest {BROKEN}</code></td>",
+        ),
+    ],
+    ids=["short", "entities count as what they show", "a variable", "a sentence", "a listing", "a long name"],
+)
+def test_a_table_s_cell_breaks_only_where_it_may(cell, wanted):
+    assert wrapping.in_tables(f"<tr>{cell}</tr>") == f"<tr>{wanted or cell}</tr>"

@@ -2,7 +2,7 @@
 
     from_pretrained(..., quantization_config=Refq4Config(...))   quantise while loading        what the user asks for
     config.json                                                  "quantization_config": {...}  what a checkpoint says
-    from_pretrained(quantised, quantization_config=...)          the two together              :meth:`for_checkpoint`
+    from_pretrained(quantised, quantization_config=...)          the two together              for_checkpoint below
 
 What the settings do to a model is in ``refq4/integrations/transformers.py``.
 """

@@ -4,6 +4,7 @@ pages from elsewhere   notebooks, READMEs and source files become pages, and lin
 generated passages     <!-- refq4: NAME ARGUMENT --> in a page is replaced by what passages.py makes
 maths                  LaTeX becomes MathML while the site is built: no script, no fonts                  (maths.py)
 notebooks              what mkdocs-jupyter renders loses its scripts and styles                           (cells.py)
+tables                 names in cells break after their joints, short cells not at all                    (wrapping.py)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import maths
 import passages
 import pipeline_page
 import places
+import wrapping
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
@@ -51,7 +53,6 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:
-    """Maths, in pages and in notebooks."""
-    if page.file.src_uri.endswith(".ipynb"):
-        return cells.clean(html, page.file.src_uri)
-    return maths.render(html)
+    """Maths, in pages and in notebooks, and where tables may break."""
+    notebook = page.file.src_uri.endswith(".ipynb")
+    return wrapping.in_tables(cells.clean(html, page.file.src_uri) if notebook else maths.render(html))

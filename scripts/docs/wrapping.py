@@ -1,0 +1,37 @@
+"""Where the lines of a table's cells may break: nowhere in a short cell, and in a long name only after its joints.
+
+Browsers break a name anywhere rather than let a table scroll (``gemm_4bit_1_scala`` ``r.c``). The style sheet forbids
+that; a test's name, which is longer than a column, gets places where it may break.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+
+SHORT = 22  # characters that stay on one line: "76% of the read limit"
+LONG_NAME = 29  # from here on a name may break; no environment variable is as long
+
+_CELL = re.compile(r"<td\b(?P<attributes>[^>]*)>(?P<content>.*?)</td>", re.DOTALL)
+_CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
+_NAME = re.compile(rf"\S{{{LONG_NAME},}}")
+_JOINT = re.compile(r"(?<=[_/.:,(\[=])(?=\w)")
+_TAG = re.compile(r"<[^>]+>")
+
+
+def in_tables(page: str) -> str:
+    """The page's HTML with class ``short`` on short cells and ``<wbr>`` in long names."""
+    return _CELL.sub(_cell, page)
+
+
+def _cell(match: re.Match[str]) -> str:
+    attributes, content = match["attributes"], match["content"]
+    if "<pre" in content or "class=" in attributes:  # a listing with numbered lines
+        return match[0]
+    if len(html.unescape(_TAG.sub("", content)).strip()) <= SHORT:
+        return f'<td class="short"{attributes}>{content}</td>'
+    return f"<td{attributes}>{_CODE.sub(_names, content)}</td>"
+
+
+def _names(code: re.Match[str]) -> str:
+    return _NAME.sub(lambda name: _JOINT.sub("<wbr>", name[0]), code[0])
