@@ -279,6 +279,15 @@ class Backend:
         """The canonical weight back, bit for bit what prepare_weight was given."""
         raise self._has_no("restore_weight")
 
+    # --- a shortcut (optional) --------------------------------------------------------------------------------------
+
+    def squared_error(self, weight: PackedWeight, exact: Tensor) -> tuple[float, float] | None:
+        """``(|exact - W4|², |exact|²)`` without W4 in memory; None: decode it with dequantize_4bit, and compare.
+
+        ``exact`` [weight.shape] has the dtype that W4 is decoded to.
+        """
+        return None
+
     # --- helpers for can_run ----------------------------------------------------------------------------------------
 
     def missing_op(self, call: Call) -> str | None:

@@ -37,6 +37,7 @@ __all__ = [
     "matmul_prepared",
     "quantize_4bit",
     "quantize_blockwise",
+    "squared_error",
     "wants_grad",
 ]
 
@@ -86,6 +87,17 @@ def dequantize_blockwise(
     """Codes uint8 [any shape] -> ``dtype`` [same shape]."""
     out: Tensor = torch.ops.refq4.dequantize_blockwise.default(q, absmax, code, blocksize, dtype, backend)
     return out
+
+
+def squared_error(weight: PackedWeight, exact: Tensor, backend: str) -> tuple[float, float] | None:
+    """exact [weight.shape] -> ``(|exact - W4|², |exact|²)``, or None where the backend that decodes has no such thing.
+
+    Two numbers for a report, which no graph takes part in: no op of torch's.
+    """
+    nested = weight.nested is not None
+    call = _elementwise_call("dequantize_4bit", exact, exact.dtype, weight.blocksize, weight.quant_type, nested)
+    found, _ = registry.resolve(call, backend)
+    return found.squared_error(_contiguous(weight), exact.contiguous())
 
 
 def matmul(op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str) -> Tensor:

@@ -6,15 +6,15 @@ Filled by :func:`refq4.quantize_model` and by :func:`refq4.checkpoint.quantize_c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from . import ops
 from .quantization import dequantize_4bit, slice_state
+from .registry import requested_backend
 from .state import QuantState
 from .trace import Shown
 
@@ -25,10 +25,7 @@ __all__ = ["LayerReport", "QuantizationReport", "layer_report", "squared_error"]
 
 WORST_SHOWN = 10
 _SECTION = 2**22  # elements decoded at once
-_SHARE = 2**18  # of those, what one thread takes at once on a CPU
-# Of a share, held in fp32 at once: it stays in the cache, and torch takes a single thread up to this size. Torch's own
-# threads would wait for each other after every step, which beside other work takes far longer than the steps.
-_CHUNK = 2**15
+_CHUNK = 2**18  # of those, held in fp32 at once: they stay in the cache between the steps
 _OTHERS_SHOWN = 5
 
 
@@ -160,33 +157,23 @@ def squared_error(weight: Tensor, packed: Tensor, state: QuantState) -> tuple[fl
     """
     flat = state.copy()
     flat.shape = torch.Size((weight.numel(),))  # blocks run over the flattened tensor: any multiple of one is a cut
-    bytes_ = flat.packed_weight(packed).packed
-    wanted = weight.detach().reshape(-1)
-    sums: list[tuple[float, float]] = []
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for start in range(0, weight.numel(), _SECTION):
-            stop = min(start + _SECTION, weight.numel())
-            section = slice_state(flat, start, stop)
-            assert section is not None, "_SECTION is a multiple of every blocksize"
-            decoded, exact = dequantize_4bit(bytes_[start // 2 : (stop + 1) // 2], section), wanted[start:stop]
-            if exact.is_cpu:
-                sums += pool.map(_squared_sums, _pieces(exact, _SHARE), _pieces(decoded, _SHARE))
-            else:  # one stream works it off, and the fewer steps the better
-                sums.append(_squared_sums(exact, decoded, _SECTION))
-    return sum(error for error, _ in sums), sum(norm for _, norm in sums)
-
-
-def _squared_sums(exact: Tensor, decoded: Tensor, chunk: int = _CHUNK) -> tuple[float, float]:
+    canonical, exact = flat.packed_weight(packed), weight.detach().reshape(-1)
+    if exact.dtype == state.dtype:
+        sums = ops.squared_error(canonical, exact, requested_backend(None))
+        if sums is not None:
+            return sums
     error = norm = 0.0
-    for wanted, near in zip(_pieces(exact, chunk), _pieces(decoded, chunk), strict=True):
-        wanted = wanted.float()
-        error += float(torch.linalg.vector_norm(near.float() - wanted)) ** 2
-        norm += float(torch.linalg.vector_norm(wanted)) ** 2
+    for start in range(0, weight.numel(), _SECTION):
+        stop = min(start + _SECTION, weight.numel())
+        section = slice_state(flat, start, stop)
+        assert section is not None, "_SECTION is a multiple of every blocksize"
+        decoded = dequantize_4bit(canonical.packed[start // 2 : (stop + 1) // 2], section)
+        for first in range(0, stop - start, _CHUNK):
+            wanted = exact[start + first : min(start + first + _CHUNK, stop)].float()
+            off = decoded[first : first + _CHUNK].float() - wanted
+            error += float(off.dot(off))
+            norm += float(wanted.dot(wanted))
     return error, norm
-
-
-def _pieces(flat: Tensor, size: int) -> Iterator[Tensor]:
-    return (flat[start : start + size] for start in range(0, flat.numel(), size))
 
 
 def _number(value: float) -> float | None:

@@ -39,6 +39,8 @@ from .threads import borrow_torch_threads
 
 __all__ = ["CpuBackend"]
 
+LARGEST_BLOCK_COMPARED = 4096  # ROOM_ELEMENTS in kernels/squared_error.c
+
 _Pointers = tuple[int | None, int | None, int | None, int | None, int | None, int]
 
 
@@ -178,6 +180,20 @@ class CpuBackend(Backend):
             codes.data_ptr(), bits, out.numel(), code.data_ptr(), blocksize, *_scale_pointers(absmax, nested),
             out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads(),
         )  # fmt: skip
+
+    def squared_error(self, weight: PackedWeight, exact: Tensor) -> tuple[float, float] | None:
+        if weight.blocksize > LARGEST_BLOCK_COMPARED:
+            return None
+        sums = torch.empty(2, dtype=torch.float64)
+        status = self.library().functions.refq4_squared_error(
+            weight.packed.data_ptr(), exact.numel(), weight.code.data_ptr(), weight.blocksize,
+            *_scale_pointers(weight.absmax, weight.nested), exact.data_ptr(), DTYPES[exact.dtype], sums.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if status != 0:
+            raise MemoryError(f"refq4's CPU backend found no scratch memory to compare {exact.numel()} elements")
+        error, norm = sums.tolist()
+        return error, norm
 
     # --- products ---------------------------------------------------------------------------------------------
 
@@ -327,6 +343,8 @@ def _declare(library: build.Library) -> None:
     f.refq4_quantize.argtypes = [pointer, c_int, c_int64, c_int64, pointer, pointer, c_int, c_int, pointer, pointer,
                                  c_int, c_int]  # fmt: skip
     f.refq4_dequantize.argtypes = [pointer, c_int, c_int64, pointer, c_int64, *scales, pointer, c_int, c_int]
+    f.refq4_squared_error.argtypes = [pointer, c_int64, pointer, c_int64, *scales, pointer, c_int, pointer, c_int]
+    f.refq4_squared_error.restype = c_int
     f.refq4_tile.argtypes = [pointer, *[c_int64] * 3, *scales, pointer, c_int]
     f.refq4_untile.argtypes = [pointer, *[c_int64] * 3, pointer, pointer, c_int]
     f.refq4_limit.argtypes = [c_int, pointer, c_int64, c_int]

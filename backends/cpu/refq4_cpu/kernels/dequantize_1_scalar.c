@@ -62,5 +62,5 @@ static void scalar_dequantize_item(void *context, int64_t item, int thread) {
     dequantize_item(context, item, scalar_whole_block, 0);
 }
 
-static void dequantize_1_scalar(const Dequantize *d) { dequantize_in_items(d, scalar_dequantize_item); }
+static inline void dequantize_1_scalar(const Dequantize *d) { dequantize_in_items(d, scalar_dequantize_item); }
 #endif

@@ -63,18 +63,17 @@ static void avx2_block_16_bits(const Dequantize *d, int64_t block, int stream) {
     }
 }
 
+static DequantizeBlock avx2_whole_block(const Dequantize *d) {
+    if (d->bits != 4 || d->weight.blocksize % (d->dtype == FP32 ? 16 : 64)) return scalar_whole_block;
+    return d->dtype == FP32 ? avx2_block_fp32 : avx2_block_16_bits;
+}
+
 static void avx2_dequantize_item(void *context, int64_t item, int thread) {
     (void)thread;
     const Dequantize *d = context;
     int stream = streams(d, 32);
-    dequantize_item(d, item, d->dtype == FP32 ? avx2_block_fp32 : avx2_block_16_bits, stream);
+    dequantize_item(d, item, avx2_whole_block(d), stream);
     if (stream) _mm_sfence(); /* the result must be there before another thread is told so */
 }
 
-static void dequantize_2_avx2(const Dequantize *d) {
-    if (d->bits != 4 || d->weight.blocksize % (d->dtype == FP32 ? 16 : 64)) {
-        dequantize_1_scalar(d);
-        return;
-    }
-    dequantize_in_items(d, avx2_dequantize_item);
-}
+static void dequantize_2_avx2(const Dequantize *d) { dequantize_in_items(d, avx2_dequantize_item); }

@@ -53,18 +53,16 @@ static void avx512_dequantize_block(const Dequantize *d, int64_t block, int stre
     }
 }
 
+static DequantizeBlock avx512_whole_block(const Dequantize *d) {
+    return d->bits != 4 || d->weight.blocksize % 32 ? scalar_whole_block : avx512_dequantize_block;
+}
+
 static void avx512_dequantize_item(void *context, int64_t item, int thread) {
     (void)thread;
     const Dequantize *d = context;
     int stream = streams(d, 64);
-    dequantize_item(d, item, avx512_dequantize_block, stream);
+    dequantize_item(d, item, avx512_whole_block(d), stream);
     if (stream) _mm_sfence(); /* the result must be there before another thread is told so */
 }
 
-static void dequantize_2_avx512(const Dequantize *d) {
-    if (d->bits != 4 || d->weight.blocksize % 32) {
-        dequantize_1_scalar(d);
-        return;
-    }
-    dequantize_in_items(d, avx512_dequantize_item);
-}
+static void dequantize_2_avx512(const Dequantize *d) { dequantize_in_items(d, avx512_dequantize_item); }

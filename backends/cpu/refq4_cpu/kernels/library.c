@@ -23,22 +23,26 @@
 #include "dequantize_2_avx512.c"
 #define QUANTIZE quantize_2_avx512
 #define DEQUANTIZE dequantize_2_avx512
+#define WHOLE_BLOCK avx512_whole_block
 #elif REFQ4_TIER >= 1
 #include "quantize_2_avx2.c"
 #include "dequantize_2_avx2.c"
 #define QUANTIZE quantize_2_avx2
 #define DEQUANTIZE dequantize_2_avx2
+#define WHOLE_BLOCK avx2_whole_block
 #else
 #include "quantize_1_scalar.c"
 #include "dequantize_1_scalar.c"
 #define QUANTIZE quantize_1_scalar
 #define DEQUANTIZE dequantize_1_scalar
+#define WHOLE_BLOCK(d) ((void)(d), scalar_whole_block)
 #endif
 #if REFQ4_TIER >= 3
 #include "gemm_4bit_4_avx512_bf16.c"
 #include "gemv_4bit_3_avx512_bf16.c"
 #endif
 
+#include "squared_error.c"
 #include "limits.c"
 
 #define EXPORT __attribute__((visibility("default")))
@@ -96,6 +100,15 @@ EXPORT void refq4_dequantize(const uint8_t *packed, int bits, int64_t numel, con
                     numel, (enum dtype)dtype, out, bits, threads};
     ask_for_large_pages(out, numel * (dtype == FP32 ? 4 : 2));
     DEQUANTIZE(&d);
+}
+
+EXPORT int refq4_squared_error(const uint8_t *packed, int64_t numel, const float *code, int64_t blocksize,
+                               const float *absmax, const uint8_t *q, const float *nested_absmax,
+                               const float *nested_code, const float *nested_offset, int64_t nested_blocksize,
+                               const void *exact, int dtype, double *error_and_norm, int threads) {
+    Dequantize d = {{packed, code, blocksize, absmax, q, nested_absmax, nested_code, nested_offset, nested_blocksize},
+                    numel, (enum dtype)dtype, NULL, 4, threads};
+    return squared_error(&d, exact, error_and_norm) ? OK : OUT_OF_MEMORY;
 }
 
 typedef struct {
