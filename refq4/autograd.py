@@ -82,16 +82,13 @@ class MatMul4Bit(torch.autograd.Function):
         return (grad_A, None, None, grad_bias, None, None)[: ctx.inputs]
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
-        tangent_A, tangent_bias = tangents[0], tangents[3]
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        tangent_A, tangent_bias = tangents[0], tangents[3]  # torch fills in zeros; none only for an operand not there
+        assert tangent_A is not None
         (B,) = ctx.saved_tensors
-        result = None
-        if tangent_A is not None:
-            weight = ctx.quant_state.packed_weight(B)
-            result = tangent_A @ ops.dequantize_4bit(weight, tangent_A.dtype, ctx.backend).t()
-        if tangent_bias is not None:
-            result = tangent_bias if result is None else result + tangent_bias
-        return result
+        weight = ctx.quant_state.packed_weight(B)
+        result = tangent_A @ ops.dequantize_4bit(weight, tangent_A.dtype, ctx.backend).t()
+        return result if tangent_bias is None else result + tangent_bias
 
     @staticmethod
     def vmap(

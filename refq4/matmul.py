@@ -97,14 +97,13 @@ def matmul_4bit(
         >>> matmul_4bit(torch.randn(2, 3, 64), B, state).shape
         torch.Size([2, 3, 8])
     """
-    _check_matmul(A, quant_state, out, bias)
+    _check_matmul(A, quant_state, bias)
     listener = current()
-    chosen = requested_backend(backend)
     A, bias = _autocast(A, bias)
     decision = choose_path(A, quant_state, prepared is not None)
     if out is not None and (wants_grad(A) or wants_grad(bias)):
         raise ValueError("out= can't be combined with a wanted gradient; call under torch.no_grad() or drop out=")
-    result = _run_path(decision, A, B, quant_state, bias, chosen, prepared)
+    result = _run_path(decision, A, B, quant_state, bias, backend, prepared)
     result = write_into("out", out, result)
     if listener is not None:
         listener.step(6, "dispatch to matmul_4bit", decision, result)
@@ -117,27 +116,28 @@ def _run_path(
     B: Tensor,
     state: QuantState,
     bias: Tensor | None,
-    backend: str,
+    backend: str | None,
     prepared: PreparedWeight | None,
 ) -> Tensor:
     if decision is PREPARED or decision is ONE_TOKEN:
         # The bias is fused unless its gradient is wanted: then torch adds it, and differentiates that.
         fused, added = (None, bias) if wants_grad(bias) else (bias, None)
-        if prepared is not None:
+        if prepared is not None:  # by the backend that made it
             result = ops.matmul_prepared(A, prepared, fused)
         else:
-            result = ops.matmul("gemv_4bit", A, state.packed_weight(B), fused, backend)
+            result = ops.matmul("gemv_4bit", A, state.packed_weight(B), fused, requested_backend(backend))
         return result if added is None else result + added
+    chosen = requested_backend(backend)
     if decision is FROM_K_BY_N:
-        return _matmul_k_by_n(A, B, state, bias, backend)
+        return _matmul_k_by_n(A, B, state, bias, chosen)
     if decision is STRADDLING and not torch.compiler.is_compiling():
         warn_caller(
             f"in_features {A.shape[-1]} is no multiple of the blocksize {state.blocksize}, so a single token takes the "
             f"slower MatMul4Bit path instead of gemv_4bit"
         )
     if torch.compiler.is_compiling():  # the op carries the same gradient, and Dynamo sees through it
-        return ops.matmul("gemm_4bit", A, state.packed_weight(B), bias, backend)
-    differentiable: Tensor = MatMul4Bit.apply(A, B, None, bias, state, backend)  # type: ignore[no-untyped-call]
+        return ops.matmul("gemm_4bit", A, state.packed_weight(B), bias, chosen)
+    differentiable: Tensor = MatMul4Bit.apply(A, B, None, bias, state, chosen)  # type: ignore[no-untyped-call]
     return differentiable
 
 
@@ -183,7 +183,7 @@ def gemv_4bit(
     """
     if state is None:
         raise ValueError("gemv_4bit needs state=, the QuantState that quantize_4bit returned with the weight")
-    _check_matmul(A, state, out, None)
+    _check_matmul(A, state, None)
     (n, k), _ = state.geometry()
     if A.shape[-1] != k:
         raise ValueError(f"A has {A.shape[-1]} features, the weight [N, K] = [{n}, {k}] wants {k}")
@@ -192,7 +192,7 @@ def gemv_4bit(
         return write_into("out", out, ops.matmul(op, A, state.packed_weight(B), None, requested_backend(backend)))
 
 
-def _check_matmul(A: Tensor, state: QuantState, out: Tensor | None, bias: Tensor | None) -> None:
+def _check_matmul(A: Tensor, state: QuantState, bias: Tensor | None) -> None:
     if not isinstance(state, QuantState):
         raise TypeError(f"quant_state must be the QuantState that quantize_4bit returned, got {state!r}")
     shape, _ = state.geometry()

@@ -28,7 +28,8 @@ from refq4 import ops, pipeline, registry
 from refq4.autograd import MatMul4Bit
 from refq4.backend import PreparedWeight
 from refq4.checks import check_codes, warn_caller
-from refq4.codebooks import Codebook
+from refq4.codebooks import Codebook, get_codebook
+from refq4.explain import _first_difference
 from refq4.nn import LinearNF4, Params4bit
 from refq4.quantization import slice_state
 from refq4.reference import ReferenceBackend
@@ -137,7 +138,18 @@ def test_whatever_acts_on_ops_sees_the_product_as_one_and_the_result_stays(recor
 def test_a_gradient_wanted_for_the_bias_alone_takes_the_way_that_tracks_it():
     B, state = F.quantize_4bit(A, quant_type="nf4")
     bias = torch.zeros(8, requires_grad=True)
-    ops.matmul("gemm_4bit", A, state.packed_weight(B), bias, "reference").sum().backward()
+
+    class Foreign(Loopback):
+        """What autograd can't look into, as a kernel in C is."""
+
+        name = "foreign"
+
+        def gemm_4bit(self, x: Any, weight: Any, bias: Any) -> torch.Tensor:
+            return super().gemm_4bit(x, weight, bias).detach()
+
+    with registry.isolated_registry():
+        refq4.register_backend(Foreign())
+        ops.matmul("gemm_4bit", A, state.packed_weight(B), bias, "foreign").sum().backward()
     assert torch.equal(bias.grad, torch.full((8,), 8.0))
 
 
@@ -237,6 +249,8 @@ def test_from_saved_entries_to_meta_everything_is_on_meta(layer):
         assert all(t.is_meta for t in held)
     assert weight.is_meta
     assert weight.data.is_meta
+    assert weight.quant_storage == weight.dtype == torch.uint8
+    assert Params4bit.from_prequantized(saved["weight"].to("meta"), stats, device="meta").is_meta
     on_meta = F.QuantState.from_dict({k: v if "bitsandbytes" in k else v.to("meta") for k, v in stats.items()})
     assert on_meta.offset.is_meta
 
@@ -247,6 +261,8 @@ def test_what_is_on_meta_alone_is_refused_by_its_name(layer):
     stats = {key: value for key, value in saved.items() if key.startswith("weight.")}
     with pytest.raises(ValueError, match=r"^weight: is on meta"):
         F.QuantState.from_dict(stats, packed=packed.to("meta"))
+    with pytest.raises(ValueError, match=r"^of\.a\.weight: is on meta"):
+        F.QuantState.from_dict({f"of.a.{key}": value for key, value in stats.items()}, packed=packed.to("meta"))
     all_there = {key: value if "bitsandbytes" in key else value.to("meta") for key, value in stats.items()}
     with pytest.raises(ValueError, match=r"is on meta"):
         F.QuantState.from_dict(all_there, device="cpu", packed=packed.to("meta"))
@@ -280,6 +296,10 @@ def test_a_key_is_shown_whole_up_to_200_characters(layer, length):
     assert (f"{key}.absmax" in str(error.value)) is (length == 200)
 
 
+def test_what_ops_read_of_a_weight_is_a_plain_tensor(layer):
+    assert type(layer.weight.readable()) is torch.Tensor
+
+
 def test_lending_in_inference_mode_leaves_an_ordinary_parameter():
     with registry.isolated_registry():
         refq4.register_backend(Recorder(own_layout=True))
@@ -289,6 +309,24 @@ def test_lending_in_inference_mode_leaves_an_ordinary_parameter():
         assert layer.weight.lent
         with torch._C.DisableTorchFunctionSubclass():
             assert not layer.weight.data.is_inference()
+
+
+def test_another_compute_dtype_asks_the_backend_again():
+    with registry.isolated_registry():
+        asked = []
+
+        class Choosy(Recorder):
+            def can_run(self, call: Any) -> None:
+                asked.append(call.dtype)
+
+        refq4.register_backend(Choosy(own_layout=True))
+        layer = LinearNF4(256, 64, compute_dtype=torch.bfloat16).to("cpu").eval()
+        with torch.no_grad(), refq4.use_backend("recorder"):
+            layer(torch.ones(3, 256))
+            layer.compute_dtype = torch.float32
+            asked.clear()
+            layer(torch.ones(3, 256))
+        assert asked == [torch.float32] * 2  # for its layout, and to run the product
 
 
 def test_new_data_for_a_lent_weight_ends_the_loan():
@@ -377,6 +415,19 @@ def test_a_wrong_tensor_to_fill_is_named():
         F.gemv_4bit(torch.ones(1, 128, dtype=torch.int32), B, state=state)
 
 
+def test_what_is_missing_to_decode_is_said():
+    B, state = F.quantize_4bit(A, quant_type="nf4")
+    for absmax, out in ((state.absmax, None), (None, torch.empty(8, 128)), (None, None)):
+        with pytest.raises(ValueError, match="absmax"):
+            F.dequantize_4bit(B, None, absmax, out)
+    q, blockwise = F.quantize_blockwise(A, blocksize=64)
+    for name in ("code", "blocksize"):
+        lacking = blockwise.copy()
+        setattr(lacking, name, None)
+        with pytest.raises(ValueError, match="has no code or no blocksize"):
+            F.dequantize_blockwise(q, lacking)
+
+
 def test_a_scalar_and_an_empty_tensor_have_no_pieces():
     for shape in ((), (4, 0), (0, 4)):
         _, state = F.quantize_4bit(torch.ones(shape), quant_type="nf4")
@@ -402,6 +453,7 @@ def test_values_beyond_fp32_are_infinite_in_their_own_direction_and_no_codebook(
         book = [value if i == (15 if value > 0 else 0) else (i - 7) / 8 for i in range(16)]
         with pytest.raises(ValueError, match="-inf" if value < 0 else r"[^-]inf|finite"):
             Codebook("far", book)
+    assert get_codebook("int4").encode([1e39, -1e39]) == get_codebook("int4").encode([1.0, -1.0])
 
 
 def test_operands_are_cast_both_and_rows_are_decoded_from_flat_bytes():
@@ -443,6 +495,7 @@ def test_steps_without_a_number_are_shown_without_one():
         table(torch.tensor([1]))
     assert "embedding rows" in t.text()
     assert "0 embedding rows" not in t.text()
+    assert sys.modules["refq4.trace"]._listeners == 0  # or every call from now on would look for one
 
 
 def test_a_comparison_names_each_backend_once_and_tells_all_it_knows(layer):
@@ -452,7 +505,20 @@ def test_a_comparison_names_each_backend_once_and_tells_all_it_knows(layer):
         assert len(set(report.backends)) == len(report.backends)
         assert report.backends[0] == "reference"
         told = refq4.compare(layer, A, backends=["reference", "recorder"]).to_dict()
+        shown = refq4.compare(layer, A, backends=["reference", "recorder"]).text(width=200)
     assert told.keys() == {"backends", "errors", "first_difference", "largest_difference", "traces"}
+    assert "(recorder: loopback g" in shown
+    assert refq4.compare(lambda: "same", backends=["reference"]).largest_difference("reference") == 0
+
+
+def test_a_trace_that_ends_early_differs_where_it_ends(layer):
+    with torch.no_grad(), refq4.use_backend("reference"), refq4.trace(keep_values=True) as whole:
+        layer(A)
+    with torch.no_grad(), refq4.use_backend("reference"), refq4.trace(keep_values=True) as part:
+        layer(A)
+    assert _first_difference(whole, part) is None
+    del part.calls[0].steps[3:]
+    assert _first_difference(whole, part) == (0, 3)
 
 
 def test_a_backend_with_fewer_steps_or_calls_differs_where_they_end(layer):

@@ -231,6 +231,7 @@ def test_rows_that_blocks_straddle_stay_canonical(cpu: CpuBackend, n: int, k: in
 # --- products -----------------------------------------------------------------------------------------------------
 
 SHAPES = [(64, 64, 64), (100, 128, 32), (33, 256, 256), (129, 1024, 64), (5, 4096, 4096), (1, 32, 32), (17, 8192, 128)]
+SHAPES += [(1040, 64, 64)]  # so narrow that an item of work holds more panels than the widest kernel takes at once
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

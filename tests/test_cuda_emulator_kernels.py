@@ -21,6 +21,7 @@ from refq4_cuda.emulator.transfer import TRANSFER
 from refq4_cuda.emulator.warp import COMPANY
 from refq4_cuda.geometry import RUNGS
 
+from refq4.backend import PackedWeight
 from refq4.codebooks import code_from_values, codebook_names, create_dynamic_map, get_codebook
 from refq4.testing.budget import assert_same_bits, assert_within_budget
 
@@ -166,6 +167,20 @@ def test_zeros_subnormals_infinities_and_nans_are_stored_as_the_reference_stores
     cases.run(launch.quantize(A, code, blocksize, True, packed, absmax, arch), arch)
     assert_same_bits(packed, wanted)
     cases.assert_same_numbers(absmax, scales)
+
+
+@pytest.mark.parametrize("arch", [75, 80], ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_halfway_between_two_half_precision_numbers_the_even_one_is_stored(dtype, arch):
+    ulp = torch.finfo(getattr(torch, dtype)).eps
+    scales = 1 + ulp * torch.tensor([0.5, 1.5, 2.5, 3.5, 0.75, 1.25])
+    codes = torch.arange(256, dtype=torch.uint8).repeat(6)  # NF4's last code is 1.0: those are the scales themselves
+    weight = PackedWeight(codes, scales, get_codebook("nf4").on("cpu").values, 512, (6, 512), "nf4")
+    wanted = cases.REFERENCE.dequantize_4bit(weight, getattr(torch, dtype))
+    assert ((wanted.float() - scales[:, None]).abs() == ulp / 2).any(dim=1).tolist() == [True] * 4 + [False] * 2
+    out = cases.poisoned((6, 512), wanted.dtype)
+    cases.run(launch.dequantize_4bit(weight, out, arch), arch)
+    assert_same_bits(out, wanted)
 
 
 @pytest.mark.parametrize("rung", RUNGS)
