@@ -11,12 +11,14 @@ import pickle
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from loopback import Loopback
+from threads import faults_of
 
 import refq4
 import refq4.functional as F
@@ -55,34 +57,22 @@ def test_threads_hammer_one_layer_while_another_switches_backends_and_get_the_re
                 with refq4.use_backend(name):
                     wanted[-1].append(layer(x))
     saved = layer.state_dict()
-    wrong: list[object] = []
-    done = threading.Event()
 
     def hammer(x: torch.Tensor, allowed: list[torch.Tensor]) -> None:
-        try:
-            with torch.no_grad():
-                for _ in range(30):
-                    y = layer(x)
-                    if not any(torch.equal(y, one) for one in allowed):
-                        wrong.append("another result")
-        except Exception as error:
-            wrong.append(error)
+        with torch.no_grad():
+            for _ in range(30):
+                y = layer(x)
+                if not any(torch.equal(y, one) for one in allowed):
+                    raise ValueError("another result")
 
-    def switch() -> None:
+    def switch(done: threading.Event) -> None:
         while not done.is_set():
             for name in names:
                 refq4.set_backend(name)
                 done.wait(0.001)  # the lock of the interpreter is for those who multiply
 
-    threads = [threading.Thread(target=hammer, args=pair) for pair in zip(inputs, wanted, strict=True)]
-    switcher = threading.Thread(target=switch)
-    for thread in (switcher, *threads):
-        thread.start()
-    for thread in threads:
-        thread.join()
-    done.set()
-    switcher.join()
-    assert not wrong
+    jobs = [partial(hammer, *pair) for pair in zip(inputs, wanted, strict=True)]
+    assert faults_of(jobs, meanwhile=switch) == []
     for key, value in layer.state_dict().items():
         assert_same_bits(value, saved[key], key)
 

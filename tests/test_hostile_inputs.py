@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import threading
+from functools import partial
 
 import pytest
 import torch
 from loopback import Loopback
+from threads import faults_of
 from torch import nn
 
 import refq4
@@ -382,32 +384,20 @@ def test_threads_share_a_layer_while_another_switches_backends():
     inputs = [torch.randn(1 + i % 3, 64) for i in range(8)]
     with torch.no_grad():
         wanted = [layer(x) for x in inputs]
-    wrong: list[object] = []
-    done = threading.Event()
 
     def work(x: torch.Tensor, y: torch.Tensor) -> None:
-        try:
-            with torch.no_grad():
-                for _ in range(100):
-                    if not torch.equal(layer(x), y):
-                        wrong.append("another result")
-        except Exception as error:
-            wrong.append(error)
+        with torch.no_grad():
+            for _ in range(100):
+                if not torch.equal(layer(x), y):
+                    raise ValueError("another result")
 
-    def switch() -> None:
+    def switch(done: threading.Event) -> None:
         while not done.is_set():
             for name in ("loopback", "reference", "auto"):
                 refq4.set_backend(name)
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, wanted, strict=True)]
-    switcher = threading.Thread(target=switch)
-    for thread in (switcher, *threads):
-        thread.start()
-    for thread in threads:
-        thread.join()
-    done.set()
-    switcher.join()
-    assert not wrong
+    jobs = [partial(work, *pair) for pair in zip(inputs, wanted, strict=True)]
+    assert faults_of(jobs, meanwhile=switch) == []
 
 
 def test_switching_the_backend_between_two_calls_keeps_the_result():
