@@ -17,7 +17,9 @@ PYTHONS = ["3.11", "3.12"]
 def tests(session: nox.Session) -> None:
     """The suite, as CI runs it, against the newest torch."""
     session.install("-e", ".[test]")
-    session.run("python", "-m", "pytest", "-n", "2", "--cov", "--require-peers", *session.posargs)
+    session.run(
+        "python", "-m", "pytest", "-n", "2", "--dist", "worksteal", "--cov", "--require-peers", *session.posargs
+    )
 
 
 @nox.session(python="3.11")

@@ -11,6 +11,7 @@ from types import ModuleType
 import hypothesis
 import pytest
 import torch
+from unmeasured import VARIABLE
 
 PEER = "0.50.2"
 
@@ -37,6 +38,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def compiled_code_of_this_run_only(tmp_path_factory: pytest.TempPathFactory) -> None:
     """torch caches compiled backward graphs on disk without looking at an op's autograd code: stale ones mislead."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that the test starts are left out of the coverage, which makes them a third faster."""
+    monkeypatch.delenv(VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -72,6 +72,7 @@ def test_the_other_ops_are_measured_too(bnb, capsys):
     assert cli.main(["bench", *sizes, "--quick"]) == 0
     out = capsys.readouterr().out
     for op in (
+        "ops on 64 x 64",
         "quantise fp32",
         "dequantise to bfloat16",
         "into memory at hand",

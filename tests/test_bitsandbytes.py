@@ -137,10 +137,8 @@ def test_normal_map_equals_the_peers_made_with_scipy(bnb, offset):
     assert_same_bits(torch.tensor(codebooks.create_normal_map(offset)), padded.unique())
 
 
-# --- ten million values ---------------------------------------------------------------------------------------------
-
 # Each dtype and each blocksize, and with ``-m slow`` each pair of them: both sides widen to fp32 before they scale.
-ten_millions = pytest.mark.parametrize(
+dtypes_and_blocksizes = pytest.mark.parametrize(
     ("dtype", "blocksize"),
     [
         pytest.param(
@@ -155,7 +153,10 @@ ten_millions = pytest.mark.parametrize(
 )
 
 
-@ten_millions
+# --- ten million values ---------------------------------------------------------------------------------------------
+
+
+@dtypes_and_blocksizes
 def test_nf4_bytes_scales_and_decoded_values_equal_the_peers_on_ten_million_values(bnb, dtype, blocksize):
     x = ten_million(dtype)
     theirs, their_state = bnb.functional.quantize_4bit(x, blocksize=blocksize, quant_type="nf4")
@@ -165,7 +166,7 @@ def test_nf4_bytes_scales_and_decoded_values_equal_the_peers_on_ten_million_valu
     assert_same_bits(F.dequantize_4bit(packed, state), peer_dequantize(bnb, theirs, their_state), "decoded")
 
 
-@ten_millions
+@dtypes_and_blocksizes
 def test_fp4_equals_the_peers_on_ten_million_values_outside_the_listed_intervals(bnb, dtype, blocksize):
     x = ten_million(dtype)
     theirs, their_state = bnb.functional.quantize_4bit(x, blocksize=blocksize, quant_type="fp4")
@@ -299,8 +300,7 @@ def ordinary() -> Tensor:
     return torch.randn(512, 4096, generator=torch.Generator().manual_seed(7)) * 0.02
 
 
-@dtypes
-@blocksizes
+@dtypes_and_blocksizes
 @quant_types
 def test_nested_offset_equals_and_bytes_are_nearer_than_the_peers(bnb, ordinary, quant_type, blocksize, dtype):
     x = ordinary.to(dtype)

@@ -65,16 +65,16 @@ def test_codes_and_scales_are_those_of_the_definition(A, name, blocksize):
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_at_a_threshold_are_scaled_by_the_reciprocal_not_divided(name):
     """Both roundings of x / absmax differ by a unit in the last place at most, so only weights that scale to within
-    one of a threshold can tell them apart: for 400 scales, each threshold's neighbours are quantised."""
+    one of a threshold can tell them apart: for 200 scales, each threshold's neighbours are quantised."""
     book = get_codebook(name)
-    scales = torch.rand(400, generator=torch.Generator().manual_seed(0)) + 1.0
+    scales = torch.rand(200, generator=torch.Generator().manual_seed(0)) + 1.0
     near = scales.unsqueeze(1) * torch.tensor(book.thresholds)
     A = torch.cat(
-        [scales.unsqueeze(1), near, near.nextafter(torch.tensor(-9.0)), torch.zeros(400, 33)], dim=1
-    )  # [400, 64]
+        [scales.unsqueeze(1), near, near.nextafter(torch.tensor(-9.0)), torch.zeros(200, 33)], dim=1
+    )  # [200, 64]
     codes, _ = plainly(A, book, 64)
     divided = book.encode((A / scales.unsqueeze(1)).clamp(-1, 1).view(-1).tolist())
-    assert sum(a != b for a, b in zip(codes, divided, strict=True)) > 100  # the weights do tell the two apart
+    assert sum(a != b for a, b in zip(codes, divided, strict=True)) > 50  # the weights do tell the two apart
     assert codes_of(A, name, 64).tolist() == codes
 
 

@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"who is measured: {_names(PEERS)}; on a GPU {_names(GPU_PEERS)}",
     )
-    parser.add_argument("--ops", action=argparse.BooleanOptionalAction, default=True, help="the other ops as well")
+    parser.add_argument(
+        "--ops", action=argparse.BooleanOptionalAction, default=True, help="the other ops as well, on the first shape"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here ('-': standard output)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the picture here (needs matplotlib)")
     parser.add_argument("--quick", action="store_true", help="the first shape, fewer M and rounds: about 20 s")
@@ -94,8 +96,8 @@ def _measured(asked: argparse.Namespace, console: Console) -> dict[str, Any]:
         )
         console.print(product_table(report["products"], n, k, report["limits"]))
     if asked.ops:
-        report["ops"] = ops(backend, asked.rounds)
-        console.print(ops_table(report["ops"]))
+        report["ops"] = ops(backend, asked.rounds, *asked.shapes[0])
+        console.print(ops_table(report["ops"], *asked.shapes[0]))
     return report
 
 

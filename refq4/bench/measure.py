@@ -104,7 +104,7 @@ def make_named(
     return made, missing
 
 
-def ops(backend: Backend, rounds: int, n: int = 4096, k: int = 4096) -> dict[str, dict[str, float]]:
+def ops(backend: Backend, rounds: int, n: int, k: int) -> dict[str, dict[str, float]]:
     """Milliseconds of the ops around the product, on a weight [n, k]: {op: {who: ms}}."""
     code, A = get_codebook("nf4").on("cpu"), torch.randn(n, k)
     packed, absmax = backend.quantize_4bit(A, code, 64)

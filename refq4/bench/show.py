@@ -54,9 +54,9 @@ def _share(gb_s: float, gflop_s: float, row: dict[str, Any], limit: dict[str, fl
     return f"{memory:.0%} read" if memory > arithmetic else f"{arithmetic:.0%} peak"
 
 
-def ops_table(rows: dict[str, dict[str, float]]) -> Table:
+def ops_table(rows: dict[str, dict[str, float]], n: int, k: int) -> Table:
     """One line per op."""
-    table = Table(title="ops on 4096 x 4096", title_justify="left")
+    table = Table(title=f"ops on {n} x {k}", title_justify="left")
     table.caption, table.caption_justify = "milliseconds; a copy of the result shows what the memory allows", "left"
     table.add_column("op")
     table.add_column("refq4", justify="right")
