@@ -217,7 +217,9 @@ def requested_backend(backend: str | None) -> str:
 
 
 def _from_environment() -> str:
-    name = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if ENVIRONMENT_VARIABLE not in os.environ:  # asked in every call: get() would raise and catch two errors first
+        return AUTO
+    name = os.environ[ENVIRONMENT_VARIABLE]
     if not name or name == AUTO:
         return AUTO
     try:

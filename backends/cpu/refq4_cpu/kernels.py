@@ -75,7 +75,9 @@ def forced() -> ProductKernel | None:
     Raises:
         ValueError: there is no such kernel; the message lists them.
     """
-    asked = os.environ.get(KERNEL_VARIABLE, "")
+    if KERNEL_VARIABLE not in os.environ:  # asked in every call: get() would raise and catch two errors first
+        return None
+    asked = os.environ[KERNEL_VARIABLE]
     if not asked:
         return None
     for kernel in PRODUCT_KERNELS:
