@@ -35,7 +35,8 @@ def _section(name: str, report: dict[str, Any]) -> str:
     products = show.gpu_table if on_gpu else show.product_table
     parts += [_markdown(products(report["products"], n, k, report["limits"])) for n, k in shapes]
     if "ops" in report:
-        ops = show.gpu_ops_table(report["ops"], report["limits"]) if on_gpu else show.ops_table(report["ops"])
+        limit, (n, k) = report["limits"], next(iter(shapes))  # the command times them on the first shape
+        ops = show.gpu_ops_table(report["ops"], limit) if on_gpu else show.ops_table(report["ops"], n, k)
         parts.append(_markdown(ops))
     for picture in sorted((places.ROOT / "docs" / "benchmarks").glob(f"{name}-*.png")):
         if not picture.stem.removeprefix(f"{name}-").count("-"):
