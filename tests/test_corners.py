@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 import sys
 import time
 import traceback
@@ -24,9 +25,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import refq4
 import refq4.functional as F
-from refq4 import ops, pipeline, registry
+from refq4 import matmul, ops, pipeline, registry
 from refq4.autograd import MatMul4Bit
-from refq4.backend import PreparedWeight
+from refq4.backend import Backend, PreparedWeight
 from refq4.checks import check_codes, warn_caller
 from refq4.codebooks import Codebook, get_codebook
 from refq4.explain import _first_difference
@@ -181,6 +182,25 @@ def test_the_reference_reads_no_layout_but_the_canonical():
         ReferenceBackend().gemm_4bit(A, prepared, None)
 
 
+def test_a_backend_is_asked_once_whether_it_is_available_and_need_not_describe_itself():
+    asked = []
+
+    class Quiet(ReferenceBackend):
+        name, priority = "quiet", -1
+        description = Backend.description
+
+        def available(self) -> None:
+            asked.append(self)
+
+    with registry.isolated_registry():
+        refq4.register_backend(Quiet())
+        with refq4.use_backend("quiet"):
+            for _ in range(3):
+                F.quantize_4bit(A)
+        assert registry.backend_info("quiet")["description"] == ""
+    assert len(asked) == 1
+
+
 # --- what ops promise before they run ---------------------------------------------------------------------------------
 
 
@@ -220,6 +240,27 @@ def test_the_reference_decodes_eight_bits_where_the_codes_are():
     q, absmax = torch.zeros(64, dtype=torch.uint8, device="meta"), torch.ones(1, device="meta")
     code = torch.ones(256, device="meta")
     assert ReferenceBackend().dequantize_blockwise(q, absmax, code, 64, torch.float32).is_meta
+
+
+def test_what_is_made_on_meta_is_there_with_its_tables():
+    packed, state = F.quantize_4bit(A.to("meta"), quant_type="nf4")
+    assert all(t.is_meta for t in (packed, state.absmax, state.code))
+    assert F.get_4bit_type("nf4", device="meta").is_meta
+
+
+def test_tables_are_single_precision_whatever_the_default_is():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert F.create_dynamic_map(True, 3, 8).dtype == F.get_4bit_type("nf4").dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_only_what_is_not_finite_draws_the_warning_about_its_mean():
+    F.quantize_4bit(A, compress_statistics=True, allow_nonfinite=True)
+    with pytest.warns(UserWarning, match="its mean scale does too"):
+        F.quantize_4bit(A * torch.inf, compress_statistics=True, allow_nonfinite=True)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -276,6 +317,8 @@ def test_entries_that_claim_more_than_they_hold_are_refused_by_their_names(layer
             F.QuantState.from_dict(stats | {key: _claiming(stats[key])})
     with pytest.raises(ValueError, match=r"^some\.weight: shape \[8, 128\] packs into"):
         layer.quant_state.check_packed(torch.zeros(3, dtype=torch.uint8), "some.weight")
+    with pytest.raises(ValueError, match=r"^weight: shape \[8, 128\] packs into"):
+        layer.quant_state.check_packed(torch.zeros(3, dtype=torch.uint8))
 
 
 def _claiming(like: torch.Tensor) -> torch.Tensor:
@@ -327,6 +370,21 @@ def test_another_compute_dtype_asks_the_backend_again():
             asked.clear()
             layer(torch.ones(3, 256))
         assert asked == [torch.float32] * 2  # for its layout, and to run the product
+
+
+def test_a_lent_weight_comes_home_for_who_reads_it_by_keyword():
+    with registry.isolated_registry():
+        refq4.register_backend(Recorder(own_layout=True))
+        layer = LinearNF4(256, 64).to("cpu").eval()
+        wanted = layer.weight.stored().clone()
+        with torch.no_grad(), refq4.use_backend("recorder"):
+            layer(torch.ones(3, 256))
+        assert layer.weight.lent
+        assert torch.equal(torch.clone(input=layer.weight), wanted)
+
+
+def test_a_weight_of_nothing_is_empty():
+    assert Params4bit().numel() == 0
 
 
 def test_new_data_for_a_lent_weight_ends_the_loan():
@@ -459,6 +517,15 @@ def test_values_beyond_fp32_are_infinite_in_their_own_direction_and_no_codebook(
 def test_operands_are_cast_both_and_rows_are_decoded_from_flat_bytes():
     (x, bias), decision = pipeline.cast_operands(torch.ones(1, 64), torch.ones(8), torch.bfloat16)
     assert (x.dtype, bias.dtype, decision) == (torch.bfloat16, torch.bfloat16, pipeline.CAST_INPUT)
+
+
+@pytest.mark.parametrize("module", [pipeline, matmul], ids=lambda module: module.__name__)
+def test_every_decision_says_what_and_why(module):
+    decisions = {name: thing for name, thing in vars(module).items() if isinstance(thing, pipeline.Decision)}
+    assert decisions
+    for name, decision in decisions.items():
+        assert re.fullmatch(r"\w.*", decision.choice), name
+        assert re.fullmatch(r"\w.{10,}", decision.why), name
 
 
 # --- what people are shown --------------------------------------------------------------------------------------------
