@@ -134,12 +134,13 @@ BROKEN = "tests/<wbr>test_<wbr>memory.<wbr>py::<wbr>test_<wbr>a_<wbr>long_<wbr>n
         ("<td><code>REFQ4_CUDA_EMULATOR_ARCH</code> or so</td>", None),
         ("<td>a sentence of more than twenty-two characters</td>", None),
         ('<td class="code"><pre>1</pre></td>', None),
+        (r"<td><code>a \|\| b</code></td>", '<td class="short"><code>a || b</code></td>'),
         (
             f"<td><code>pytest {LONG}</code></td>",
             f"<td><code>pytest {BROKEN}</code></td>",
         ),
     ],
-    ids=["short", "entities count as what they show", "a variable", "a sentence", "a listing", "a long name"],
+    ids=["short", "entities", "a variable", "a sentence", "a listing", "an escaped bar", "a long name"],
 )
 def test_a_table_s_cell_breaks_only_where_it_may(cell, wanted):
     assert wrapping.in_tables(f"<tr>{cell}</tr>") == f"<tr>{wanted or cell}</tr>"

@@ -28,6 +28,7 @@ def _cell(match: re.Match[str]) -> str:
     attributes, content = match["attributes"], match["content"]
     if "<pre" in content or "class=" in attributes:  # a listing with numbered lines
         return match[0]
+    content = _CODE.sub(lambda code: code[0].replace(r"\|", "|"), content)  # as GitHub shows it
     if len(html.unescape(_TAG.sub("", content)).strip()) <= SHORT:
         return f'<td class="short"{attributes}>{content}</td>'
     return f"<td{attributes}>{_CODE.sub(_names, content)}</td>"
