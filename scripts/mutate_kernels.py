@@ -35,7 +35,7 @@ from mutate_kernels_server import tier_of
 C, CUDA = Path("backends/cpu/refq4_cpu/kernels"), Path("backends/cuda/refq4_cuda/kernels")
 C_FILES = (
     "refq4.h", "tiles.h", "driver.h", "tiles_2_avx2.h", "quantize_1_scalar.c", "quantize_2_avx2.c",
-    "dequantize_1_scalar.c", "dequantize_2_avx2.c", "gemv_4bit_1_scalar.c", "gemm_4bit_1_scalar.c",
+    "dequantize_1_scalar.c", "dequantize_2_avx2.c", "squared_error.c", "gemv_4bit_1_scalar.c", "gemm_4bit_1_scalar.c",
     "gemv_4bit_2_avx2.c", "gemm_4bit_2_avx2.c", "gemm_4bit_3_avx2_bytes.c", "gemm_4bit_4_avx2_blocked.c",
 )  # fmt: skip
 CUDA_FILES = (
@@ -49,7 +49,14 @@ NOT_FOR_MUTANTS = ("knows_every_instruction", "guard_pages_do_fault", "design_le
 # The tests of test_cpu_ops.py that can tell something about a file, by what its name begins with.
 STORAGE = "quantises|tails|zeros|thresholds|eight_bit|dequantises|written_past|number_is_read|guard_pages"
 PRODUCTS = "tiles|products|straddle|multiplies|rung|same_bits|infinite|strided|tokens|guard_pages"
-ABOUT = {"quantize": STORAGE, "dequantize": STORAGE, "gem": PRODUCTS, "driver": PRODUCTS, "tiles": PRODUCTS}
+ABOUT = {
+    "squared": "squared_error|longer_than",
+    "quantize": STORAGE,
+    "dequantize": STORAGE,
+    "gem": PRODUCTS,
+    "driver": PRODUCTS,
+    "tiles": PRODUCTS,
+}
 # Which variants of the CUDA kernels reach a function of a header, or a part of a file, and what a test must be about.
 REACHES = [
     ("device.cuh", "pack_bf16", "T_BF16", ""),

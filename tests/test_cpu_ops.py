@@ -283,7 +283,7 @@ def test_every_rung_serves_when_it_is_named_and_keeps_the_budget(
     monkeypatch.setenv("REFQ4_CPU_KERNEL", name)
     backend, weight, ran = CpuBackend(), random_weight(80, 512), 0
     for dtype in DTYPES:
-        for m in (1, 7):
+        for m in (1, 7, 200):  # the last is more than one chunk of tokens
             call = Call("gemm_4bit", "cpu", dtype, m, 80, 512, 64, "nf4")
             x = torch.randn(m, 512, generator=torch.Generator().manual_seed(m)).to(dtype)
             if (reason := backend.can_run(call)) is not None:
