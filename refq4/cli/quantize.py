@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--skip", action="append", default=[], metavar="PATTERN", help="leave these layers alone (repeatable)"
     )
-    command.add_argument("--no-errors", action="store_true", help="don't measure each layer's error: half the time")
+    command.add_argument("--no-errors", action="store_true", help="don't measure each layer's error: quicker")
     command.add_argument("--force", action="store_true", help="replace OUT_DIR, if it is a model directory")
     options.add_backend(command)
     options.add_json(command)
