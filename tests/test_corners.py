@@ -29,7 +29,7 @@ from refq4 import matmul, ops, pipeline, registry
 from refq4.autograd import MatMul4Bit
 from refq4.backend import Backend, PreparedWeight
 from refq4.checks import check_codes, warn_caller
-from refq4.codebooks import Codebook, get_codebook
+from refq4.codebooks import Codebook, _dynamic_map_values, get_codebook
 from refq4.explain import _first_difference
 from refq4.nn import LinearNF4, Params4bit
 from refq4.quantization import slice_state
@@ -249,12 +249,20 @@ def test_what_is_made_on_meta_is_there_with_its_tables():
 
 
 def test_tables_are_single_precision_whatever_the_default_is():
-    before = torch.get_default_dtype()
+    before, single = torch.get_default_dtype(), _dynamic_map_values(True, 7, 8)
     torch.set_default_dtype(torch.float64)
     try:
         assert F.create_dynamic_map(True, 3, 8).dtype == F.get_4bit_type("nf4").dtype == torch.float32
+        assert _dynamic_map_values(True, 7, 8) == single
     finally:
         torch.set_default_dtype(before)
+
+
+def test_what_is_not_said_is_plain_scales_a_shape_of_torch_and_the_lowest_priority():
+    for quantize in (F.quantize_4bit, F.quantize_nf4, F.quantize_fp4):
+        assert not quantize(A)[1].nested
+    assert isinstance(F.QuantState(torch.ones(16), shape=[8, 128]).shape, torch.Size)
+    assert Backend.priority == 1
 
 
 def test_only_what_is_not_finite_draws_the_warning_about_its_mean():
@@ -491,11 +499,15 @@ def test_a_scalar_and_an_empty_tensor_have_no_pieces():
         _, state = F.quantize_4bit(torch.ones(shape), quant_type="nf4")
         piece = slice_state(state, 0, state.shape.numel())
         assert piece is None if shape != (0, 4) else piece.shape == (0, 4), shape
+    _, state = F.quantize_4bit(A, blocksize=32, quant_type="nf4")
+    assert slice_state(state, 64, 256) is slice_state(state, 0, 64) is None  # whole blocks, half a row
 
 
 def test_a_code_of_256_entries_decodes_every_byte_and_one_of_255_is_asked():
     q = torch.full((4,), 255, dtype=torch.uint8)
     check_codes(q, torch.zeros(256))
+    for nothing_to_look_at in (q[:0], q.to("meta")):
+        check_codes(nothing_to_look_at, torch.zeros(16))
     with pytest.raises(ValueError, match="code has 255 entries, and the largest of the codes to decode is 255"):
         check_codes(q, torch.zeros(255))
 
