@@ -83,26 +83,13 @@ def test_an_impossible_dynamic_map_is_refused(bits, exponents):
 
 
 def test_the_other_formats_are_what_their_names_say():
-    assert [round(6 * v, 6) for v in get_codebook("e2m1").values[:8]] == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-    assert [round(7 * v) for v in get_codebook("int4").values] == [
-        7,
-        6,
-        5,
-        4,
-        3,
-        2,
-        1,
-        0,
-        0,
-        -1,
-        -2,
-        -3,
-        -4,
-        -5,
-        -6,
-        -7,
-    ]
-    assert [round(127 * v) for v in get_codebook("iq4nl").values] == list(codebooks._IQ4_NL)
+    published = {
+        "e2m1": (6, [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]),
+        "int4": (7, [*range(7, -1, -1), *range(0, -8, -1)]),
+        "iq4nl": (127, [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]),
+    }
+    for name, (unit, values) in published.items():
+        assert [round(unit * v, 5) for v in get_codebook(name).values] == values
     assert get_codebook("af4").values[0] == 1.0
     assert get_codebook("af4").values[8] == 0.0
 
