@@ -142,6 +142,16 @@ def test_values_at_and_beside_every_threshold_fall_on_the_references_side(cpu: C
         assert torch.equal(cpu.quantize_4bit(A, code, 64)[0], REFERENCE.quantize_4bit(A, code, 64)[0]), name
 
 
+def test_eight_bit_values_at_and_beside_every_threshold_fall_on_the_references_side(cpu: CpuBackend) -> None:
+    code = code_from_values(create_dynamic_map())
+    for c in (code, Code(code.values[:100], code.thresholds[:99], code.order[:100])):
+        t = c.thresholds
+        near = torch.cat([t, torch.nextafter(t, t + 1), torch.nextafter(t, t - 1)])
+        rows = torch.cat([near, torch.zeros(-near.numel() % 63)]).view(-1, 63)
+        A = torch.cat([rows, torch.ones(rows.shape[0], 1)], dim=1)  # a 1 in each block of 64: nothing is scaled
+        assert torch.equal(cpu.quantize_blockwise(A, c, 64)[0], REFERENCE.quantize_blockwise(A, c, 64)[0])
+
+
 @pytest.mark.parametrize("blocksize", [64, 256, 4096])
 def test_the_eight_bit_stage_matches_bit_for_bit(cpu: CpuBackend, blocksize: int) -> None:
     code = code_from_values(create_dynamic_map())
