@@ -64,9 +64,10 @@ def main() -> int:
     if options.again:
         forget_survivors(WORK / "results.jsonl")
     covered = coverage_of(tree, options.fresh or options.again)
-    chosen = drawn(tree, modules, options.sample)
+    every = drawn(tree, modules)
+    chosen = every[: options.sample]
     results = run(tree, chosen, covered, options)
-    report = summary(chosen, results, everything=options.sample is None)
+    report = summary(chosen, results, of=len(every))
     mutation_page.show(report, diffs=options.show)
     if options.write:
         mutation_page.write("core", report)
@@ -187,14 +188,14 @@ def coverage_of(tree: Path, fresh: bool) -> Covered:
 # --- the mutants ------------------------------------------------------------------------------------------------------
 
 
-def drawn(tree: Path, modules: list[str], sample: int | None) -> list[Mutant]:
-    """All mutants in a random order that is always the same, or the first of them: any part of a run is a sample."""
+def drawn(tree: Path, modules: list[str]) -> list[Mutant]:
+    """All mutants in a random order that is always the same: the first of them, however many, are a sample."""
     every: list[Mutant] = []
     for name in tqdm(modules, desc="mutating", unit="module", disable=None):
         file = f"refq4/{name}.py"
         if (tree / file).exists():
             every += kept_mutants(file, (tree / file).read_bytes())
-    return sorted(every, key=shuffled)[:sample]
+    return sorted(every, key=shuffled)
 
 
 def kept_mutants(file: str, source: bytes) -> list[Mutant]:
@@ -299,8 +300,8 @@ def watch(server: subprocess.Popen[bytes], total: int, log: Path | None, until: 
             bar.update(done() - before - bar.n)
 
 
-def summary(mutants: list[Mutant], results: dict[str, dict[str, Any]], everything: bool) -> dict[str, Any]:
-    """The report: totals of each module, and the survivors."""
+def summary(mutants: list[Mutant], results: dict[str, dict[str, Any]], of: int) -> dict[str, Any]:
+    """The report: totals of each module, and the survivors; ``of`` is how many mutants there are in all."""
     tried = [m for m in mutants if results.get(m.key, {}).get("status") in ("killed", "survived")]
     tried = [m for m in tried if "emulator does not know" not in str(results[m.key].get("by"))]
     modules: dict[str, dict[str, int]] = {}
@@ -312,8 +313,8 @@ def summary(mutants: list[Mutant], results: dict[str, dict[str, Any]], everythin
     return {
         "what": "core",
         "seed": SEED,
-        "mutants in all": len(mutants) if everything else None,
-        "complete": everything and len(tried) == len(mutants),
+        "mutants in all": of,
+        "complete": len(tried) == of,
         "files": {file: modules[file] for file in sorted(modules)},
         "survivors": [
             {"key": m.key, "file": m.file, "function": m.function, "before": m.before, "after": m.after}

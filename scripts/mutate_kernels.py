@@ -84,9 +84,10 @@ def main() -> int:
         raise SystemExit(f"no file's name contains one of {options.only}")
     tree = Path(options.tree) if options.tree else mutate_core.copied_tree()
     known = seconds_of_tests(tree, options.fresh or options.again)
-    chosen = [mutant for file in files for mutant in drawn(tree, file, options.sample)]
+    every = [drawn(tree, file) for file in files]
+    chosen = [mutant for mutants in every for mutant in mutants[: options.sample]]
     results = run(tree, mixed(chosen), known, options)
-    report = mutate_core.summary(chosen, results, everything=options.sample is None) | {"what": "kernels"}
+    report = mutate_core.summary(chosen, results, of=sum(map(len, every))) | {"what": "kernels"}
     report["left out"] = left_out(chosen, results)
     mutation_page.show(report, diffs=options.show)
     if options.write:
@@ -102,10 +103,10 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def drawn(tree: Path, file: Path, sample: int | None) -> list[Mutant]:
-    """The file's mutants in a random order that is always the same, or the first of them."""
+def drawn(tree: Path, file: Path) -> list[Mutant]:
+    """The file's mutants in a random order that is always the same."""
     every = mutants_of(str(file), (tree / file).read_text())
-    return sorted(every, key=mutate_core.shuffled)[:sample]
+    return sorted(every, key=mutate_core.shuffled)
 
 
 def mixed(mutants: list[Mutant]) -> list[Mutant]:

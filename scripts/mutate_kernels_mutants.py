@@ -52,7 +52,7 @@ _TYPES = {
 _TUNING = re.compile(
     r"^\s*(?:enum\b|typedef\b|template\b|KERNEL|DYNAMIC_SHARED|case\b|_Pragma|static const \w+ \w+\[.*\{NULL)|"
     r"prefetch|p->threads|q->threads|d->threads|threads > 1|STREAM_BYTES|ask_for_large_pages|"
-    r"scratch\(|__asm__ volatile\(\"\"|_Alignas\(\d+\) float sums"
+    r"scratch\(|__asm__ volatile\(\"\"|^\s*\"\+x\"\(|_Alignas\(\d+\) float sums"
 )
 _TUNING_FUNCTIONS = {"choose_run", "ask_for_large_pages", "scratch"}
 

@@ -391,3 +391,11 @@ def test_the_reference_names_what_it_does():
 def test_a_name_like_no_other_gets_the_list_and_no_suggestion():
     with pytest.raises(refq4.UnknownBackendError, match=r"^unknown backend 'zzzzzz'\. Known: "):
         refq4.set_backend("zzzzzz")
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "double quantisation"])
+def test_a_backend_that_may_compare_a_weight_is_told_what_it_would_decode(recorder, nested):
+    B, state = F.quantize_4bit(A.half(), blocksize=32, compress_statistics=nested, quant_type="nf4")
+    recorder.calls.clear()
+    assert ops.squared_error(state.packed_weight(B), A.half(), "recorder") is None
+    assert recorder.calls == [Call("dequantize_4bit", "cpu", torch.float16, 1, 1, 1024, 32, "nf4", nested)]
