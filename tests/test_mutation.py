@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,8 @@ def test_the_page_is_that_of_its_reports_and_no_survivor_is_without_an_explanati
     core, kernels = (json.loads((mutation_page.REPORTS / f"{name}.json").read_text()) for name in ("core", "kernels"))
     assert mutation_page.PAGE.read_text() == mutation_page.page(core, kernels), "run scripts/mutation_page.py"
     assert not mutation_page.unexplained(core) + mutation_page.unexplained(kernels)
+    used = [mutation_page.explanation(survivor) for survivor in core["survivors"] + kernels["survivors"]]
+    assert [e for e in tomllib.loads(mutation_page.EXPLAINED.read_text())["survivor"] if e not in used] == []
     assert mutation_page.scores(core)["all"].share >= 0.90
     assert mutation_page.scores(kernels)["all"].share >= 0.95
 
