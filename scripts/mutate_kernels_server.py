@@ -141,7 +141,7 @@ def put_in_c(mutant: Mutant, kernels: Path) -> None:
 def tier_of(mutant: Mutant) -> str:
     """The tier that is compiled for a mutant: plain C where the file is part of it, AVX2 for what every rung shares."""
     name = Path(mutant.file).name
-    shared = mutant.function in ("dequantize_item", "dequantize_in_items", "streams")
+    shared = mutant.function in ("dequantize_blocks", "dequantize_item", "dequantize_in_items", "streams")
     return "c" if ("scalar" in name or name == "refq4.h") and not shared else "avx2"
 
 

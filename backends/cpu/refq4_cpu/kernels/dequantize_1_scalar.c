@@ -35,14 +35,19 @@ static inline int streams(const Dequantize *d, uintptr_t align) {
 /* One whole block; stream: past the caches. */
 typedef void (*DequantizeBlock)(const Dequantize *d, int64_t block, int stream);
 
-/* One item: `whole_block` for each block that is whole, this rung for a short last one. */
-static inline void dequantize_item(const Dequantize *d, int64_t item, DequantizeBlock whole_block, int stream) {
-    int64_t per = ceil_div(DEQUANTIZE_ITEM, d->weight.blocksize), whole = d->numel / d->weight.blocksize;
-    int64_t last = ceil_div(d->numel, d->weight.blocksize);
-    for (int64_t b = item * per; b < min64((item + 1) * per, last); b++) {
+/* Blocks `from` to `to`: `whole_block` for each that is whole, this rung for a short last one. */
+static inline void dequantize_blocks(const Dequantize *d, int64_t from, int64_t to, DequantizeBlock whole_block,
+                                     int stream) {
+    int64_t whole = d->numel / d->weight.blocksize;
+    for (int64_t b = from; b < to; b++) {
         if (b < whole) whole_block(d, b, stream);
         else scalar_dequantize_block(d, b);
     }
+}
+
+static inline void dequantize_item(const Dequantize *d, int64_t item, DequantizeBlock whole_block, int stream) {
+    int64_t per = ceil_div(DEQUANTIZE_ITEM, d->weight.blocksize), last = ceil_div(d->numel, d->weight.blocksize);
+    dequantize_blocks(d, item * per, min64((item + 1) * per, last), whole_block, stream);
 }
 
 static inline void dequantize_in_items(const Dequantize *d, WorkFn item) {

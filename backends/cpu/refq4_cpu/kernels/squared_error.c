@@ -40,17 +40,14 @@ static void squared_error_item(void *context, int64_t item, int thread) {
     Dequantize d = s->decode;
     _Alignas(64) float room[ROOM_ELEMENTS];
     DequantizeBlock whole_block = WHOLE_BLOCK(&d);
-    int64_t bs = d.weight.blocksize, per = ROOM_ELEMENTS / bs, whole = d.numel / bs, last = ceil_div(d.numel, bs);
+    int64_t bs = d.weight.blocksize, per = ROOM_ELEMENTS / bs, last = ceil_div(d.numel, bs);
     int64_t items_blocks = ceil_div(DEQUANTIZE_ITEM, bs), end = min64((item + 1) * items_blocks, last);
     double *sums = s->sums + 2 * item;
     sums[0] = sums[1] = 0;
     for (int64_t from = item * items_blocks; from < end; from += per) {
         int64_t to = min64(from + per, end), first = from * bs, count = min64(to * bs, d.numel) - first;
         d.out = (void *)((uintptr_t)room - (uintptr_t)first * (d.dtype == FP32 ? 4 : 2)); /* element `first` at its start */
-        for (int64_t b = from; b < to; b++) {
-            if (b < whole) whole_block(&d, b, 0);
-            else scalar_dequantize_block(&d, b);
-        }
+        dequantize_blocks(&d, from, to, whole_block, 0);
         if (d.dtype == FP32) add_squares(s->exact, room, first, count, FP32, sums);
         else if (d.dtype == BF16) add_squares(s->exact, room, first, count, BF16, sums);
         else add_squares(s->exact, room, first, count, FP16, sums);
