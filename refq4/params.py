@@ -25,6 +25,20 @@ from .state import QuantState
 __all__ = ["Params4bit"]
 
 
+def _of_the_state(name: str, field: str, second: bool = False) -> Any:
+    """A field of the quant state, or of its scales' state; a property, since Dynamo compiles no ``__getattr__``."""
+
+    def read(self: Params4bit) -> Any:
+        state = self.quant_state
+        owner = state.state2 if second and state is not None else state
+        if owner is None:
+            why = "it is not quantised" if state is None else "its scales are not quantised"
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}': {why}")
+        return getattr(owner, field)
+
+    return property(read)
+
+
 class Params4bit(LentBytes, nn.Parameter):
     """A weight that is quantised the first time it is moved to a device (the CPU counts). Frozen.
 
@@ -33,6 +47,8 @@ class Params4bit(LentBytes, nn.Parameter):
 
     A dtype cast (``.half()``, ``.to(torch.bfloat16)``) changes a weight that is not quantised yet, and leaves a
     quantised one alone: its bytes are codes, whatever dtype they are stored under.
+
+    The fields of the quant state are attributes as well, under their names in a state dict (``weight.absmax``).
 
     Args:
         data: the weight [N, K], or packed bytes together with ``quant_state`` and ``bnb_quantized=True``.
@@ -59,6 +75,17 @@ class Params4bit(LentBytes, nn.Parameter):
     quant_storage: torch.dtype
     quant_state: QuantState | None
     bnb_quantized: bool
+
+    absmax = _of_the_state("absmax", "absmax")
+    code = _of_the_state("code", "code")
+    quant_map = _of_the_state("quant_map", "code")
+    offset = _of_the_state("offset", "offset")
+    state2 = _of_the_state("state2", "state2")
+    nested_offset = _of_the_state("nested_offset", "offset")
+    nested_absmax = _of_the_state("nested_absmax", "absmax", second=True)
+    nested_blocksize = _of_the_state("nested_blocksize", "blocksize", second=True)
+    nested_quant_map = _of_the_state("nested_quant_map", "code", second=True)
+    nested_dtype = _of_the_state("nested_dtype", "dtype", second=True)
 
     def __new__(
         cls,

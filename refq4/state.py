@@ -74,6 +74,13 @@ class QuantState:
         """Whether the scales themselves are quantised."""
         return self.state2 is not None
 
+    def __getattr__(self, name: str) -> Tensor:
+        """The JSON tensor, under the last part of its state-dict key: FSDP looks keys up attribute by attribute."""
+        if f"quant_state.{name}" == f"{JSON_KEY}{self.__dict__.get('quant_type')}":
+            found: Tensor = self.as_dict(packed=True)[f"quant_state.{name}"]
+            return found
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
     # --- to and from a state dict -----------------------------------------------------------------------------------
 
     def as_dict(self, packed: bool = False) -> dict[str, Any]:

@@ -246,6 +246,69 @@ def test_a_weight_moves_from_one_module_to_another():
     assert_within_budget(other(x).detach(), x, one.weight, one.quant_state, other.bias)
 
 
+# --- the fields of the quant state, as attributes of the weight -------------------------------------------------------
+
+OF_THE_STATE = {  # the names that bitsandbytes gives, and where the value is
+    "absmax": lambda state: state.absmax,
+    "code": lambda state: state.code,
+    "quant_map": lambda state: state.code,
+    "offset": lambda state: state.offset,
+    "state2": lambda state: state.state2,
+    "nested_offset": lambda state: state.offset,
+    "nested_absmax": lambda state: state.state2.absmax,
+    "nested_blocksize": lambda state: state.state2.blocksize,
+    "nested_quant_map": lambda state: state.state2.code,
+    "nested_dtype": lambda state: state.state2.dtype,
+}
+OF_THE_SCALES = {"nested_absmax", "nested_blocksize", "nested_quant_map", "nested_dtype"}
+nestings = pytest.mark.parametrize("nested", [pytest.param(False, id="plain"), pytest.param(True, id="nested")])
+
+
+@nestings
+@pytest.mark.parametrize("name", OF_THE_STATE)
+def test_a_weight_gives_the_fields_of_its_state_as_attributes(name, nested):
+    weight = Linear4bit(64, 8, quant_type="nf4", compress_statistics=nested).to("cpu").weight
+    if nested or name not in OF_THE_SCALES:
+        assert getattr(weight, name) is OF_THE_STATE[name](weight.quant_state)
+    else:
+        assert not hasattr(weight, name)
+        with pytest.raises(AttributeError, match=f"no attribute '{name}': its scales are not quantised"):
+            getattr(weight, name)
+
+
+@pytest.mark.parametrize("name", OF_THE_STATE)
+def test_a_weight_that_is_not_quantised_has_none_of_those_attributes(name):
+    weight = Params4bit(torch.randn(8, 64), quant_type="nf4")
+    assert not hasattr(weight, name)
+    with pytest.raises(AttributeError, match=f"no attribute '{name}': it is not quantised"):
+        getattr(weight, name)
+
+
+@nestings
+@pytest.mark.parametrize("quant_type", refq4.codebooks.codebook_names())
+def test_every_key_of_a_state_dict_leads_to_its_tensor_attribute_by_attribute(quant_type, nested):
+    layer = Linear4bit(64, 8, quant_type=quant_type, compress_statistics=nested).to("cpu")
+    for key, tensor in layer.state_dict().items():
+        found = layer
+        for name in key.split("."):
+            found = getattr(found, name)
+        assert_same_bits(found.detach(), tensor, key)
+
+
+def test_a_name_that_no_state_has_is_named_in_the_error():
+    layer = layer_of()
+    for owner, name in ((layer.weight, "absmin"), (layer.quant_state, "bitsandbytes__nf5")):
+        assert not hasattr(owner, name)
+        with pytest.raises(AttributeError, match=name):
+            getattr(owner, name)
+
+
+def test_those_attributes_compile_whole():
+    layer = layer_of()
+    compiled = torch.compile(lambda x: x * layer.weight.absmax.sum(), fullgraph=True, backend="eager")
+    assert_same_bits(compiled(torch.ones(3)), torch.ones(3) * layer.weight.quant_state.absmax.sum())
+
+
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
 
