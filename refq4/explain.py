@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from .registry import automatic_backends, backend_info, use_backend
 from .trace import Shown, StepRecord, Trace, trace
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import RenderableType
+    from rich.text import Text
 
 __all__ = ["Comparison", "Explanation", "compare", "explain"]
 
@@ -62,7 +63,7 @@ class Explanation(Shown):
             "flops": self.flops,
         }
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def _parts(self) -> Iterator[RenderableType]:
         yield self.trace
         total = sum(self.bytes_moved.values())
         parts = ", ".join(f"{name} {size:,}" for name, size in self.bytes_moved.items() if size)
@@ -156,7 +157,7 @@ class Comparison(Shown):
             "traces": {name: self.traces[name].to_dict() for name in ran},
         }
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def _parts(self) -> Iterator[RenderableType]:
         from rich.table import Table
 
         first, ran = self.backends[0], [name for name in self.backends if name in self.results]
@@ -173,16 +174,18 @@ class Comparison(Shown):
         for name, why in self.errors.items():
             yield f"{name}: could not run it: {why}"
 
-    def _cell(self, backend: str, call: int, step: int) -> str:
+    def _cell(self, backend: str, call: int, step: int) -> Text:
+        from .verbatim import words
+
         mine = _step(self.traces[backend], call, step)
         if mine is None:
-            return "[bold]no such step[/]"
+            return words(("no such step", "bold"))
         ran = "".join(f" ({op.backend}: {op.kernel})" for op in mine.ops)
         if self.first_difference.get(backend) == (call, step):
             theirs = _step(self.traces[self.backends[0]], call, step)
             by = _difference(theirs.value, mine.value) if theirs is not None else math.inf
-            return f"[bold red]first difference, {by:.3g}[/]: {mine.choice}{ran}"
-        return f"{mine.choice}{ran}"
+            return words((f"first difference, {by:.3g}", "bold red"), f": {mine.choice}{ran}")
+        return words(f"{mine.choice}{ran}")
 
 
 def compare(fn: Callable[..., Any], *args: Any, backends: Iterable[str] | None = None) -> Comparison:

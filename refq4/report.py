@@ -6,6 +6,7 @@ Filled by :func:`refq4.quantize_model` and by :func:`refq4.checkpoint.quantize_c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from .state import QuantState
 from .trace import Shown
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import RenderableType
 
 __all__ = ["LayerReport", "QuantizationReport", "layer_report", "squared_error"]
 
@@ -91,8 +92,7 @@ class QuantizationReport(Shown):
         figures = {"bits": _number(self.bits), "mean_error": _number(self.error), "quantised": self.quantised}
         return figures | {"other": self.other, "layers": layers, "left": dict(self.left)}
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.markup import escape
+    def _parts(self) -> Iterator[RenderableType]:
         from rich.table import Table
 
         error = "" if math.isnan(self.error) else f", mean relative error of a layer {self.error:.4f}"
@@ -108,12 +108,12 @@ class QuantizationReport(Shown):
             table.add_column(column, justify="right")
         for layer in worst:
             measured = "not measured" if math.isnan(layer.error) else f"{layer.error:.4f}"
-            table.add_row(escape(layer.name), str(list(layer.shape)), f"{layer.bits:.3f}", measured)
+            table.add_row(layer.name, str(list(layer.shape)), f"{layer.bits:.3f}", measured)
         if worst:
             yield table
         for why, names in self._left_by_reason().items():
             others = f" and {len(names) - _OTHERS_SHOWN} more" if len(names) > _OTHERS_SHOWN else ""
-            yield escape(f"left alone ({why}): {', '.join(names[:_OTHERS_SHOWN])}{others}")
+            yield f"left alone ({why}): {', '.join(names[:_OTHERS_SHOWN])}{others}"
 
     def _left_by_reason(self) -> dict[str, list[str]]:
         reasons: dict[str, list[str]] = {}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
 
 __all__ = ["CallRecord", "Decision", "OpRecord", "StepRecord", "Trace", "current", "trace"]
@@ -106,7 +106,19 @@ class CallRecord:
 
 
 class Shown:
-    """A report that prints as text and shows as HTML in Jupyter; subclasses have ``__rich_console__``."""
+    """A report that prints as text and shows as HTML in Jupyter; subclasses have ``_parts``."""
+
+    def _parts(self) -> Iterator[RenderableType]:
+        """Give strings and tables, from top to bottom; strings are shown as they are."""
+        raise NotImplementedError
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw the parts on any console as on refq4's own, which takes no string for markup."""
+        from .verbatim import Console as Verbatim  # here, so that importing refq4 stays quick
+
+        ours = Verbatim(force_jupyter=False)
+        for part in self._parts():
+            yield from ours.render(part, options)
 
     def __str__(self) -> str:
         return self.text()
@@ -132,9 +144,9 @@ class Shown:
     def _shown(self, **settings: Any) -> Any:
         import io
 
-        from rich.console import Console  # here, so that importing refq4 stays quick
+        from .verbatim import Console as Verbatim
 
-        console = Console(file=io.StringIO(), force_jupyter=False, **settings)  # in Jupyter it would display, too
+        console = Verbatim(file=io.StringIO(), force_jupyter=False, **settings)  # in Jupyter it would display, too
         console.print(self)
         return console
 
@@ -206,8 +218,8 @@ class Trace(Shown):
         calls = [{"title": call.title, "steps": [step.to_dict() for step in call.steps]} for call in self.calls]
         return {"calls": calls, "ops": [asdict(op) for op in self.ops]}
 
-    def tables(self) -> list[Table]:
-        """One rich table per call."""
+    def _tables(self) -> list[Table]:
+        """Make one rich table per call."""
         from rich.table import Table
 
         tables = []
@@ -225,8 +237,8 @@ class Trace(Shown):
             tables.append(table)
         return tables
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        tables = self.tables()
+    def _parts(self) -> Iterator[RenderableType]:
+        tables = self._tables()
         yield from tables
         if not tables:
             yield "(no call was recorded: compiled code is not traced)"

@@ -29,11 +29,11 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import refq4
+from refq4 import verbatim
 from refq4.integrations.transformers import Refq4Config
 
 ENGINES = {"refq4": Refq4Config, "bitsandbytes": BitsAndBytesConfig}
@@ -64,7 +64,7 @@ def main() -> int:
         return 0
     with checkpoint(asked) as (path, parameters):
         report = machine() | {"parameters": parameters} | (generate if asked.what == "generate" else qlora)(path, asked)
-    Console(stderr=asked.json == "-", width=120).print(table(report))
+    verbatim.console(stderr=asked.json == "-").print(table(report))
     if asked.json == "-":
         print(json.dumps(report, indent=1))
     elif asked.json:

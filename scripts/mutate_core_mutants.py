@@ -37,6 +37,7 @@ TEXT_FUNCTIONS = {
     "_repr_html_",
     "__rich__",
     "__rich_console__",
+    "_parts",
 }
 _TYPES_ONLY = (cst.Annotation, cst.Decorator, cst.Import, cst.ImportFrom, cst.Assert)
 _TEXT_CALLS = {"warn_caller", "add_note"}

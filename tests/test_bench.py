@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-from rich.console import Console
 
 from refq4 import cli
 from refq4.bench import gpu
@@ -15,6 +14,7 @@ from refq4.bench.measure import interleaved
 from refq4.bench.plot import speedups
 from refq4.bench.show import gpu_ops_table, gpu_table, weight_bytes
 from refq4.registry import check_usable
+from refq4.verbatim import Console
 
 pytestmark = pytest.mark.reference_only("it names its backends itself")
 

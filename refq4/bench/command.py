@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from ..registry import check_usable, use_backend
+from ..verbatim import Console, console
 from . import gpu
 from .measure import limits, machine, ops, products
 from .peers import DEVICE_DTYPES, GPU_PEERS, PEERS, Peer
@@ -68,7 +68,7 @@ def bench(asked: argparse.Namespace) -> int:
     torch.set_num_threads(asked.threads)
     try:
         with use_backend(asked.backend):
-            report = _measured(asked, _console(to_stderr=asked.json == Path("-")))
+            report = _measured(asked, console(stderr=asked.json == Path("-"), piped_width=160))
     finally:
         torch.set_num_threads(threads)
         logging.disable(logging.NOTSET)
@@ -99,11 +99,6 @@ def _measured(asked: argparse.Namespace, console: Console) -> dict[str, Any]:
         report["ops"] = ops(backend, asked.rounds, *asked.shapes[0])
         console.print(ops_table(report["ops"], *asked.shapes[0]))
     return report
-
-
-def _console(to_stderr: bool) -> Console:
-    console = Console(stderr=to_stderr)
-    return console if console.is_terminal else Console(stderr=to_stderr, width=160)  # a file has no width
 
 
 def _cores() -> int:

@@ -21,12 +21,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
+from tqdm import tqdm
 
 from ..backend import Backend, PackedWeight
 from ..codebooks import get_codebook
+from ..verbatim import Console
 from .measure import machine, make_named
 from .peers import DEVICE_DTYPES, GPU_PEERS, Product, random_weights
 from .show import gpu_ops_table, gpu_table
@@ -106,7 +106,7 @@ def products(
     made, missing = make_named(GPU_PEERS, peers, backend, random_weights(n, k, layers, device), dtype)
     rows = []
     with torch.inference_mode():
-        for m in track(tokens, description=f"{n} x {k}", transient=True, console=Console(stderr=True)):
+        for m in tqdm(tokens, desc=f"{n} x {k}", leave=False, disable=None):
             x = torch.randn(m, k, device=device).to(dtype)
             passes = {name: partial(_through, product, x, layers) for name, product in made.items()}
             ms = {

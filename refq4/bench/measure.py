@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
+from tqdm import tqdm
 
 from ..backend import Backend, PackedWeight
 from ..codebooks import get_codebook
@@ -80,7 +79,7 @@ def products(
     made, missing = make_named(PEERS, peers, backend, random_weights(n, k, layers), dtype)
     rows = []
     with torch.inference_mode():
-        for m in track(tokens, description=f"{n} x {k}", transient=True, console=Console(stderr=True)):
+        for m in tqdm(tokens, desc=f"{n} x {k}", leave=False, disable=None):
             x = torch.randn(m, k).to(dtype)
             runs: dict[str, Run] = {name: partial(call, x) for name, call in made.items()}
             medians = interleaved(runs, max(15, rounds // max(1, m // 4)), layers, layers if m < 32 else 1)

@@ -62,8 +62,8 @@ class CheckpointReport(QuantizationReport):
         keys = ("files", "bytes_before", "bytes_after", "left_out", "guessed")
         return super().to_dict() | {key: getattr(self, key) for key in keys}
 
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        yield from super().__rich_console__(console, options)
+    def _parts(self) -> Iterator[Any]:
+        yield from super()._parts()
         ratio = self.bytes_before / max(self.bytes_after, 1)
         yield f"{self.bytes_before / 1e6:,.1f} MB became {self.bytes_after / 1e6:,.1f} MB, {ratio:.2f} times smaller"
         if self.guessed:

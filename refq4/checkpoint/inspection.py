@@ -8,6 +8,7 @@ not the end but a line in the report. Data is read in pieces: a file need not fi
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from .sources import FromSafetensors, FromTorch, Source
 from .tensors import FLOATS, SafetensorsReader
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import RenderableType
 
 __all__ = ["CheckpointContents", "Problem", "TensorReport", "inspect_checkpoint"]
 
@@ -105,25 +106,25 @@ class CheckpointContents(Shown):
             "problems": [asdict(problem) for problem in self.problems],
         }
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.markup import escape
+    def _parts(self) -> Iterator[RenderableType]:
+        from ..verbatim import words
 
         small = [tensor for tensor in self.tensors if tensor.quantised]
         size, small_size = (sum(tensor.nbytes for tensor in some) for some in (self.tensors, small))
-        yield (
-            f"[bold]{escape(self.path)}[/]: {self.format}, {len(self.tensors)} tensors, {size / 1e6:,.2f} MB; "
-            f"{len(small)} of them in 4 bits, {small_size / 1e6:,.2f} MB"
+        yield words(
+            (self.path, "bold"),
+            f": {self.format}, {len(self.tensors)} tensors, {size / 1e6:,.2f} MB; "
+            f"{len(small)} of them in 4 bits, {small_size / 1e6:,.2f} MB",
         )
         if self.tensors:
             yield self._table()
         if len(self.tensors) > self.limit:
             yield f"and {len(self.tensors) - self.limit} more: --limit, --match, --json"
         for problem in self.problems:
-            yield f"[bold red]wrong[/]  {escape(problem.key)}: {escape(problem.what)}"
+            yield words(("wrong", "bold red"), f"  {problem.key}: {problem.what}")
         yield "nothing is wrong" if not self.problems else f"{len(self.problems)} wrong"
 
     def _table(self) -> Any:
-        from rich.markup import escape
         from rich.table import Table
 
         table = Table()
@@ -134,7 +135,7 @@ class CheckpointContents(Shown):
         table.add_column("codes 0 to 15", no_wrap=True)
         table.add_column("absmax", no_wrap=True)
         for tensor in self.tensors[: self.limit]:
-            shown = [escape(tensor.key), tensor.format, str(list(tensor.shape)), f"{tensor.bits:.3g}"]
+            shown = [tensor.key, tensor.format, str(list(tensor.shape)), f"{tensor.bits:.3g}"]
             shown.append(f"{tensor.nbytes / 1e3:,.1f}")
             if tensor.codes is not None and tensor.scales is not None and tensor.scale_range is not None:
                 low, high = tensor.scale_range

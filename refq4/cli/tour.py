@@ -6,10 +6,10 @@ import argparse
 from itertools import takewhile
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ..tour import TourReport, tour
+from ..verbatim import Console, words
 from . import options
 from .console import console, print_json
 
@@ -48,8 +48,11 @@ def _tour(arguments: argparse.Namespace) -> int:
 
 def _print_tour(report: TourReport, out: Console) -> None:
     out.print(
-        f"[bold]{report.model}[/]: {report.quantised / 1e6:.1f} M of {report.parameters / 1e6:.1f} M parameters are in "
-        f"{len(report.formats[0].layers)} linear layers, now in 4 bits"
+        words(
+            (report.model, "bold"),
+            f": {report.quantised / 1e6:.1f} M of {report.parameters / 1e6:.1f} M parameters are in "
+            f"{len(report.formats[0].layers)} linear layers, now in 4 bits",
+        )
     )
     out.print(_layer_table(report))
     out.print(_format_table(report))

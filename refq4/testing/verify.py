@@ -17,7 +17,7 @@ from .cases import Case, catalogue, simpler
 from .conformance import CHECKS, Outcome, check
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import RenderableType
     from rich.table import Table
 
 __all__ = ["CheckReport", "Failure", "Report", "shrink", "verify"]
@@ -175,8 +175,8 @@ class Report(Shown):
             ],
         }
 
-    def table(self) -> Table:
-        """One row per check."""
+    def _table(self) -> Table:
+        """Make one row per check."""
         from rich.table import Table  # here, so that importing refq4 stays quick
 
         table = Table(
@@ -199,24 +199,24 @@ class Report(Shown):
             table.add_row(c.name, *map(str, numbers), *products, style="red" if c.differs else "")
         return table
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.text import Text
+    def _parts(self) -> Iterator[RenderableType]:
+        from ..verbatim import words
 
-        yield self.table()
+        yield self._table()
         for title, counters in (("refused", "refused"), ("known differences", "known")):
             reasons: Counter[str] = sum((getattr(c, counters) for c in self.checks), Counter())
             if reasons:
-                yield Text(f"\n{title}:", style="bold")
+                yield words((f"\n{title}:", "bold"))
                 for reason, times in reasons.most_common():
-                    yield Text(f"  {times} times: {reason}")
+                    yield words(f"  {times} times: {reason}")
         for failure in self.failures:
-            yield Text(f"\n{failure.smallest.check} differs, on the smallest input found:", style="bold red")
-            yield Text(failure.message)
+            yield words((f"\n{failure.smallest.check} differs, on the smallest input found:", "bold red"))
+            yield words(failure.message)
             if failure.hint:
-                yield Text(f"{failure.met!r}: {failure.hint}", style="bold")
-            yield Text(f"again:\n{failure.snippet()}")
+                yield words((f"{failure.met!r}: {failure.hint}", "bold"))
+            yield words(f"again:\n{failure.snippet()}")
         verdict = f"{self.backend} {'agrees with' if self.agrees else 'DIFFERS from'} {self.against}"
-        yield Text(f"\n{verdict}", style="bold green" if self.agrees else "bold red")
+        yield words((f"\n{verdict}", "bold green" if self.agrees else "bold red"))
 
 
 def verify(

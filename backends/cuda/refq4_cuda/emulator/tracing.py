@@ -12,6 +12,7 @@ tensor + bytes; for a warp, the 32 values in brackets, or one if they agree.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from .program import FLOAT, SIGNED, UNSIGNED
 from .semantics import PURE
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import RenderableType
 
     from ..launch import Launch
 
@@ -63,7 +64,7 @@ class ThreadTrace(Shown):
         """The lines whose instruction matches a regular expression."""
         return [line for line in self.lines if re.search(pattern, line.text)]
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def _parts(self) -> Iterator[RenderableType]:
         from rich.table import Table
 
         table = Table(title=self.title, title_justify="left", title_style="bold")
