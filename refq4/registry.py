@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from . import remedies
 from .backend import (
     OPS,
     Backend,
@@ -263,7 +264,7 @@ def resolve(call: Call, requested: str) -> tuple[Backend, list[tuple[str, str]]]
             return backend, passed_over
         passed_over.append((entry.name, str(reason)))
     if not _registry():
-        raise BackendUnavailableError(_NOT_INSTALLED)
+        raise BackendUnavailableError(_not_installed())
     raise BackendUnsupportedError(f"no backend can run {call}: " + "; ".join(f"{n}: {r}" for n, r in passed_over))
 
 
@@ -284,7 +285,7 @@ def check_usable(name: str) -> Backend | None:
     entry = entries.get(name) if isinstance(name, str) else None
     if entry is None:
         if not entries:
-            raise UnknownBackendError(f"unknown backend {name!r}: {_NOT_INSTALLED}")
+            raise UnknownBackendError(f"unknown backend {name!r}: {_not_installed()}")
         near = difflib.get_close_matches(str(name), [*entries, AUTO], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         known = ", ".join([*sorted(entries), AUTO])
@@ -295,10 +296,12 @@ def check_usable(name: str) -> Backend | None:
     return backend
 
 
-_NOT_INSTALLED = (
-    "no backends are registered, because refq4 itself is not installed (they are found through its metadata). "
-    "In a checkout, run: pip install -e ."
-)
+def _not_installed() -> str:
+    return (
+        "no backends are registered, because refq4 itself is not installed (they are found through its metadata). "
+        f"Run: {remedies.install()}"
+    )
+
 
 _HOW_KNOWN = (
     f"A backend becomes known by refq4.register_backend(...) in the script or by an entry point in the group "

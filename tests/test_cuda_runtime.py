@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import refq4
-from refq4 import registry
+from refq4 import registry, remedies
 from refq4.backend import OPS, Call, PackedWeight, PreparedWeight
 from refq4.buildcache import CacheError
 from refq4.codebooks import get_codebook
@@ -173,7 +173,7 @@ def test_with_torch_for_the_cpu_the_remedy_is_another_torch_or_the_emulator():
 def test_without_cuda_python_the_remedy_is_the_extra():
     told = reason("import sys; sys.modules['cuda'] = None\n" + ASK)
     assert told.startswith("cuda-python is not installed (")
-    assert "pip install 'refq4[cuda]', or 'refq4[cuda12]'" in told
+    assert f"{remedies.install('cuda')}, or with [cuda12] for [cuda]" in told
 
 
 def test_without_nvrtc_the_remedy_is_the_extra(tmp_path):
@@ -184,7 +184,7 @@ def test_without_nvrtc_the_remedy_is_the_extra(tmp_path):
     paths = [str(tmp_path), *(p for p in sys.path if p and Path(p).is_dir() and "site-packages" not in p)]
     told = reason(ASK, "-S", PYTHONPATH=os.pathsep.join(paths))
     assert told.startswith("NVRTC, which compiles the kernels, is not installed (")
-    assert "pip install 'refq4[cuda]'" in told
+    assert remedies.install("cuda") in told
 
 
 def test_without_a_driver_the_remedy_is_a_driver_or_the_emulator(tmp_path):

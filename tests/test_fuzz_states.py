@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refq4 import statedict
+from refq4 import remedies, statedict
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import fuzz_states
@@ -139,4 +139,4 @@ def test_shown_states_are_those_that_were_tried():
 def test_atheris_where_it_is_missing_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "atheris", None)
     assert command(monkeypatch, "--atheris") == 2
-    assert "pip install -e '.[fuzz]'" in capsys.readouterr().err
+    assert remedies.install("fuzz") in capsys.readouterr().err

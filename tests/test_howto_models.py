@@ -26,9 +26,8 @@ def test_the_page_about_transformers_runs_from_top_to_bottom(tmp_path, monkeypat
     for block in blocks:
         exec(compile(block, "docs/how-to/transformers.md", "exec"), names)
     assert 0.05 < names["worst"] < 0.12
-    short = (
-        (DOCS.parent / "README.md").read_text().split("pip install 'refq4[transformers]'\n", 1)[1].split("```", 1)[0]
-    )
+    install, rest = "pip install -e '.[transformers]'", (DOCS.parent / "README.md").read_text()
+    short = rest.split(install, 1)[1].split("\n", 1)[1].split("```", 1)[0]
     exec(compile(short, "README.md", "exec"), names | {"path": "full"})
     with torch.no_grad():
         ids = names["ids"]

@@ -8,6 +8,7 @@ import contextvars
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from loopback import Loopback
 
 import refq4
 import refq4.functional as F
-from refq4 import registry
+from refq4 import registry, remedies
 from refq4.backend import OPS, Backend, Call
 from refq4.reference import ReferenceBackend
 
@@ -283,9 +284,9 @@ def test_an_uninstalled_checkout_finds_no_backends_and_hints_at_installing(monke
     monkeypatch.setattr(registry, "entry_points", lambda group: [])
     monkeypatch.setattr(registry, "_entries", None)
     monkeypatch.setattr(registry, "_ordered", None)
-    with pytest.raises(refq4.BackendUnavailableError, match=r"pip install -e \."):
+    with pytest.raises(refq4.BackendUnavailableError, match=re.escape(remedies.install())):
         F.quantize_4bit(torch.ones(64))
-    with pytest.raises(refq4.UnknownBackendError, match=r"pip install -e \."):
+    with pytest.raises(refq4.UnknownBackendError, match=re.escape(remedies.install())):
         refq4.set_backend("reference")
 
 
@@ -363,6 +364,7 @@ def test_the_layers_know_no_device():
 
 def test_backends_import_contract_codebooks_and_layout_only():
     allowed = {"refq4.backend", "refq4.codebooks", "refq4.layout", "refq4.buildcache"}
+    allowed |= {"refq4.remedies"}  # for messages: what to install, and from where
     allowed |= {"refq4.trace"}  # for Shown, by which a report prints and shows itself
     paths = [
         path for path in (ROOT.parent / "backends").rglob("*.py") if path.name != "__main__.py"

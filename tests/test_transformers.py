@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 import refq4
+from refq4 import remedies
 from refq4.codebooks import codebook_names
 from refq4.integrations import transformers as integration
 from refq4.integrations.transformers import Refq4Config
@@ -488,4 +489,4 @@ import refq4.integrations.transformers
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "pip install 'refq4[transformers]'" in done.stderr
+    assert remedies.install("transformers") in done.stderr

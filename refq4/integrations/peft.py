@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import remedies
+
 try:
     from peft.tuners.lora import LoraConfig, LoraModel
 except ImportError as error:
-    raise ImportError(f"this needs peft: pip install 'refq4[transformers]' ({error})") from error
+    raise ImportError(f"this needs peft: {remedies.install('transformers')} ({error})") from error
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 

@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import remedies
+
 try:
     import transformers  # noqa: F401 (a clear word where it is missing)
 except ImportError as error:
-    raise ImportError(f"this needs transformers: pip install 'refq4[transformers]' ({error})") from error
+    raise ImportError(f"this needs transformers: {remedies.install('transformers')} ({error})") from error
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D

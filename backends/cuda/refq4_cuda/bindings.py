@@ -17,8 +17,9 @@ from types import ModuleType
 
 import torch
 
+from refq4.remedies import install
+
 __all__ = [
-    "EXTRA",
     "CudaError",
     "dotted",
     "driver_bindings",
@@ -28,7 +29,6 @@ __all__ = [
     "why_no_gpu",
 ]
 
-EXTRA = "pip install 'refq4[cuda]', or 'refq4[cuda12]' where torch and the driver are of CUDA 12"
 EMULATOR = "without a GPU, the backend cuda-emulator runs the same kernels"
 
 OLDEST = (7, 5)  # the compute capability that the kernels ask for
@@ -38,6 +38,10 @@ _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 class CudaError(RuntimeError):
     """Something of CUDA is missing, too old, or failed; the message says what and what to do."""
+
+
+def _extra() -> str:
+    return f"{install('cuda')}, or with [cuda12] for [cuda] where torch and the driver are of CUDA 12"
 
 
 def why_no_gpu() -> str | None:
@@ -77,7 +81,7 @@ def nvrtc_bindings() -> ModuleType:
         nvrtc.nvrtcVersion()  # cuda-python opens the library at the first call
     except Exception as error:
         raise CudaError(
-            f"NVRTC, which compiles the kernels, is not installed ({_first_line(error)}): {EXTRA}"
+            f"NVRTC, which compiles the kernels, is not installed ({_first_line(error)}): {_extra()}"
         ) from error
     return nvrtc
 
@@ -87,7 +91,7 @@ def nvrtc_version() -> int:
     """Of the NVRTC that compiles here: 13000 is 13.0."""
     status, major, minor = nvrtc_bindings().nvrtcVersion()
     if status:
-        raise CudaError(f"NVRTC does not tell its version (status {int(status)}): install it again: {EXTRA}")
+        raise CudaError(f"NVRTC does not tell its version (status {int(status)}): install it again: {_extra()}")
     return 1000 * int(major) + 10 * int(minor)
 
 
@@ -113,7 +117,7 @@ def driver_bindings() -> ModuleType:
     if found // 1000 < nvrtc // 1000:
         raise CudaError(
             f"the NVIDIA driver is too old (it is for CUDA {dotted(found)}, and the NVRTC installed is of CUDA "
-            f"{dotted(nvrtc)}): update the driver, or pip install 'refq4[cuda12]' for a driver of CUDA 12"
+            f"{dotted(nvrtc)}): update the driver, or {install('cuda12')} for a driver of CUDA 12"
         )
     if status or int(driver.cuDeviceGetCount()[1]) == 0:
         raise CudaError(
@@ -137,7 +141,7 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(f"cuda.bindings.{name}")
     except ImportError as error:
-        raise CudaError(f"cuda-python is not installed ({_first_line(error)}): {EXTRA}") from error
+        raise CudaError(f"cuda-python is not installed ({_first_line(error)}): {_extra()}") from error
 
 
 def _first_line(error: BaseException) -> str:
