@@ -1,6 +1,6 @@
 """Where compiled kernels are kept: build once, find again, trust nothing that others could have written.
 
-A backend that compiles on first use needs the same five things, whatever it compiles:
+A backend that compiles on first use needs the same six things, whatever it compiles:
 
     1. a directory        REFQ4_CACHE_DIR, else the user's cache directory; refused if others can write to it
     2. a key              a hash of all that the result depends on (source, flags, compiler, device)
@@ -8,6 +8,7 @@ A backend that compiles on first use needs the same five things, whatever it com
     4. all or nothing     written under a temporary name and renamed, so no one ever loads half a file
     5. a check            the file's digest beside it: a truncated file is built again instead of loaded, and so is one
                           that others own or can write to
+    6. a memory           what a compiler refused once, it is not given again in this process (RefusedError)
 
 Not here: what is compiled, and how. This file knows neither C nor CUDA, and needs neither numpy nor torch.
 """
@@ -21,7 +22,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["CACHE_VARIABLE", "CacheError", "cache_directory", "cached", "cache_key"]
+__all__ = ["CACHE_VARIABLE", "CacheError", "RefusedError", "cache_directory", "cached", "cache_key"]
 
 CACHE_VARIABLE = "REFQ4_CACHE_DIR"
 LOCK_SECONDS = 300  # a build takes seconds: who waits longer waits for a process that hangs
@@ -29,6 +30,13 @@ LOCK_SECONDS = 300  # a build takes seconds: who waits longer waits for a proces
 
 class CacheError(RuntimeError):
     """The cache can't be used; the message says why and what to do."""
+
+
+class RefusedError(RuntimeError):
+    """A compiler's refusal: the same input would be refused again, so :func:`cached` does not build it again."""
+
+
+_refused: dict[Path, RefusedError] = {}  # in this process
 
 
 def cache_directory(kind: str) -> Path:
@@ -79,7 +87,8 @@ def cached(directory: Path, name: str, build: Callable[[Path], None]) -> Path:
     Args:
         directory: from :func:`cache_directory`.
         name: the file's name, with a :func:`cache_key` in it.
-        build: writes the file at the path it is given. What it raises, this raises, and nothing is kept.
+        build: writes the file at the path it is given. What it raises, this raises, and no file is kept. A
+            :class:`RefusedError` is raised again, without another build, each time that this process asks.
 
     Raises:
         CacheError: another process holds the lock for minutes, or the directory can't be written.
@@ -87,12 +96,17 @@ def cached(directory: Path, name: str, build: Callable[[Path], None]) -> Path:
     path = directory / name
     if _intact(path):
         return path
+    if (refused := _refused.get(path)) is not None:
+        raise type(refused)(*refused.args)
     import filelock
 
     try:
         with filelock.FileLock(directory / f"{name}.lock", timeout=LOCK_SECONDS):
             if not _intact(path):  # another process may have built it while this one waited
                 _build(path, build)
+    except RefusedError as error:
+        _refused[path] = type(error)(*error.args)  # a copy: the traceback would keep every frame alive
+        raise
     except filelock.Timeout:
         raise CacheError(
             f"another process has been building {path} for {LOCK_SECONDS} s. If none is, delete {path}.lock"

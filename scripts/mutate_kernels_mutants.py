@@ -11,7 +11,7 @@ Source text is enough for that: comments, strings, preprocessor lines and declar
 out is not arithmetic, and no result depends on it:
 
     tuning         enum lines, choose_run, how many threads a product gets, prefetching, streaming stores, large pages,
-                   barriers to the optimiser (an __asm__ without an instruction), the sizes of scratch memory and of
+                   barriers to the optimiser (KEEP_IN_REGISTERS), the sizes of scratch memory and of
                    arrays (the guard pages and sanitizers are about those)
     files          threads.c, limits.c, cpu_features.c; library.c, which hands arguments on
     loop steps     ++ and the sign of a loop's step: such a mutant only runs away
@@ -52,7 +52,7 @@ _TYPES = {
 _TUNING = re.compile(
     r"^\s*(?:enum\b|typedef\b|template\b|KERNEL|DYNAMIC_SHARED|case\b|_Pragma|static const \w+ \w+\[.*\{NULL)|"
     r"prefetch|p->threads|q->threads|d->threads|threads > 1|STREAM_BYTES|ask_for_large_pages|"
-    r"scratch\(|__asm__ volatile\(\"\"|^\s*\"\+x\"\(|_Alignas\(\d+\) float sums"
+    r"scratch\(|KEEP_IN_REGISTERS|^\s*\"\+x\"\(|_Alignas\(\d+\) float sums"
 )
 _TUNING_FUNCTIONS = {"choose_run", "ask_for_large_pages", "scratch"}
 

@@ -1,6 +1,6 @@
 """Run the CPU kernels under AddressSanitizer and UBSan, each tier over the catalogue of ``python -m refq4 verify``.
 
-    python scripts/sanitize_cpu.py             every tier this machine runs, the deep catalogue
+    python scripts/sanitize_cpu.py             every tier (emulated where the processor lacks it), the deep catalogue
     python scripts/sanitize_cpu.py --quick     the same on the quick one
 
 The sanitizers must be loaded before Python, so each tier runs in a process of its own with the compiler's libasan
@@ -24,10 +24,10 @@ def main() -> int:
     """Run the tiers; returns how many failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="about 400 cases a tier instead of 7,000")
-    parser.add_argument("--tier", action="append", choices=build.supported_tiers(), help="only this tier (repeatable)")
+    parser.add_argument("--tier", action="append", choices=list(build.TIERS), help="only this tier (repeatable)")
     options = parser.parse_args()
     failed = 0
-    for tier in options.tier or build.supported_tiers():
+    for tier in options.tier or build.TIERS:
         run = sanitized(tier, "--quick" if options.quick else "--deep")
         print(f"{tier:12} {'clean' if run.returncode == 0 else 'FAILED'}", flush=True)
         if run.returncode:
@@ -40,7 +40,8 @@ def sanitized(tier: str, depth: str) -> subprocess.CompletedProcess[str]:
     """``python -m refq4 verify`` of one tier, its kernels compiled with both sanitizers."""
     with tempfile.TemporaryDirectory(prefix="refq4-sanitized-") as cache:
         environment = os.environ | {
-            "REFQ4_CPU_TIER": tier,
+            build.TIER_VARIABLE: tier,
+            build.EMULATE_VARIABLE: "1",
             "REFQ4_CPU_CFLAGS": FLAGS,
             "REFQ4_CACHE_DIR": cache,
             "LD_PRELOAD": " ".join(_runtime(name) for name in ("libasan.so", "libubsan.so")),

@@ -9,11 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from refq4.backend import BackendUnavailableError, Call, PackedWeight
 from refq4.buildcache import CacheError, cache_directory, cache_key, cached
+from refq4.codebooks import get_codebook
 
 pytest.importorskip("refq4_cpu", reason="the package refq4_cpu is not installed")
+import cpu_tiers
 from refq4_cpu import CpuBackend, build
+from refq4_cpu.kernels import PRODUCT_KERNELS
 
 
 @pytest.fixture
@@ -102,7 +107,7 @@ def _start(**environment: str) -> subprocess.Popen[str]:
 @_needs_compiler
 def test_two_processes_at_once_compile_one_library(empty_cache: Path) -> None:
     both = [_start(REFQ4_CPU_TIER="c"), _start(REFQ4_CPU_TIER="c")]
-    (out_a, err_a), (out_b, err_b) = (process.communicate(timeout=120) for process in both)
+    (out_a, err_a), (out_b, err_b) = (process.communicate(timeout=600) for process in both)
     assert [process.returncode for process in both] == [0, 0], err_a + err_b
     assert out_a == out_b
     assert (err_a + err_b).count("compiling the c kernels") == 1
@@ -111,11 +116,11 @@ def test_two_processes_at_once_compile_one_library(empty_cache: Path) -> None:
 
 @_needs_compiler
 def test_a_truncated_library_is_compiled_again(empty_cache: Path) -> None:
-    first = _start(REFQ4_CPU_TIER="c").communicate(timeout=120)
+    first = _start(REFQ4_CPU_TIER="c").communicate(timeout=600)
     (library,) = (empty_cache / "cpu").glob("refq4_cpu-c-*.so")
     library.write_bytes(library.read_bytes()[:4096])
-    second = _start(REFQ4_CPU_TIER="c").communicate(timeout=120)
-    third = _start(REFQ4_CPU_TIER="c").communicate(timeout=120)
+    second = _start(REFQ4_CPU_TIER="c").communicate(timeout=600)
+    third = _start(REFQ4_CPU_TIER="c").communicate(timeout=600)
     assert first[0] == second[0] == third[0]
     assert "compiling" in second[1]
     assert "compiling" not in third[1]
@@ -144,7 +149,136 @@ def test_a_compiler_error_is_shown_with_the_command(empty_cache: Path, monkeypat
     monkeypatch.setenv("REFQ4_CPU_CFLAGS", "-Dmin64=syntax(error")
     build._load.cache_clear()
     with pytest.raises(build.BuildError, match=r"(?s)CPU kernels failed.*error.*The command was.*library\.c"):
-        build.load("c")
+        build.load(build.Tier("c"))
+
+
+@_needs_compiler
+def test_a_compile_that_failed_is_not_tried_again(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("REFQ4_CPU_TIER", "c")
+    monkeypatch.setenv("REFQ4_CPU_CFLAGS", "-Dmin64=syntax(error")
+    build._load.cache_clear()
+    reasons = [CpuBackend().available() for _ in range(2)]
+    with pytest.raises(BackendUnavailableError, match=r"(?s)CPU kernels failed.*The command was") as failure:
+        CpuBackend().library()
+    assert reasons == [str(failure.value).removeprefix("backend 'cpu': ")] * 2
+    assert capfd.readouterr().err.count("compiling the c kernels") == 1
+    monkeypatch.delenv("REFQ4_CPU_CFLAGS")
+    assert CpuBackend().available() is None, "other flags are another compile"
+
+
+IN_A_LAYER = """
+import torch, refq4
+layer = refq4.nn.LinearNF4(64, 32).to("cpu").eval()
+with refq4.trace() as t:
+    layer(torch.randn(1, 64)), layer(torch.randn(1, 64))
+print(t.text(width=1000))
+try:
+    refq4.set_backend("cpu")
+except refq4.backend.BackendUnavailableError as error:
+    print("by name:", error)
+"""
+
+
+@_needs_compiler
+def test_where_the_kernels_do_not_compile_auto_takes_the_reference_and_says_why(empty_cache: Path) -> None:
+    environment = {**os.environ, "REFQ4_CPU_TIER": "c", "REFQ4_CPU_CFLAGS": "-Dmin64=syntax(error"}
+    environment.pop("REFQ4_BACKEND", None)
+    done = subprocess.run([sys.executable, "-c", IN_A_LAYER], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("compiling the c kernels") == 1
+    assert "passed over cpu: compiling the CPU kernels failed" in done.stdout
+    assert "by name: backend 'cpu' is not available: compiling the CPU kernels failed" in done.stdout
+
+
+# --- tiers that the processor lacks ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor with no instruction beyond those of every compiler's default."""
+    monkeypatch.setattr(build, "cpu_features", lambda: 0)
+    monkeypatch.delenv(build.TIER_VARIABLE, raising=False)
+    monkeypatch.delenv(build.EMULATE_VARIABLE, raising=False)
+
+
+@_needs_compiler
+@pytest.mark.usefixtures("bare_processor")
+def test_a_tier_that_the_processor_lacks_is_refused_and_the_refusal_says_how_to_emulate_it(monkeypatch) -> None:
+    monkeypatch.setenv(build.TIER_VARIABLE, "avx512")
+    for value in (None, "", "0"):
+        if value is not None:
+            monkeypatch.setenv(build.EMULATE_VARIABLE, value)
+        assert CpuBackend().available() == (
+            "the environment variable REFQ4_CPU_TIER='avx512': this machine can't run that tier, only c. "
+            "To run it emulated, which is slow, set REFQ4_CPU_EMULATE=1"
+        )
+    monkeypatch.setenv(build.EMULATE_VARIABLE, "yes")
+    assert CpuBackend().available() == "the environment variable REFQ4_CPU_EMULATE='yes' is neither '0' nor '1'"
+
+
+@_needs_compiler
+@pytest.mark.usefixtures("bare_processor")
+def test_no_tier_is_emulated_that_was_not_named(monkeypatch) -> None:
+    monkeypatch.setenv(build.EMULATE_VARIABLE, "1")
+    assert build.chosen_tier() == build.Tier("c")
+    monkeypatch.setenv(build.TIER_VARIABLE, "c")
+    assert build.chosen_tier() == build.Tier("c")
+
+
+@_needs_compiler
+@pytest.mark.usefixtures("bare_processor")
+def test_without_simde_an_emulated_tier_names_the_package(monkeypatch) -> None:
+    monkeypatch.setenv(build.TIER_VARIABLE, "avx2")
+    monkeypatch.setenv(build.EMULATE_VARIABLE, "1")
+    monkeypatch.setattr(build, "_finds_simde", lambda command: False)
+    assert CpuBackend().available() == (
+        "the tier 'avx2' can't be emulated: the compiler finds no <simde/x86/avx512.h>. Install SIMDe's headers, on "
+        "Debian and Ubuntu with `apt-get install libsimde-dev`"
+    )
+
+
+@_needs_compiler
+@pytest.mark.usefixtures("bare_processor")
+def test_an_emulated_tier_says_so_everywhere_and_is_not_calibrated(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setenv(build.TIER_VARIABLE, "avx2")
+    monkeypatch.setenv(build.EMULATE_VARIABLE, "1")
+    cpu_tiers.require("avx2", request)
+    backend = CpuBackend()
+    info = backend.info()
+    assert (info["tier"], info["tiers"], info["calibration"]) == ("avx2 (emulated)", ["c"], {})
+    assert "refq4_cpu-avx2-emulated-" in info["library"]
+    call = Call("gemm_4bit", "cpu", torch.float32, 4, 64, 128, 64, "nf4")
+    assert backend.kernel(call) == "gemm_4bit_2_avx2 (emulated)"
+    assert backend.kernel(call._replace(op="quantize_4bit")) == "quantize_2_avx2 (emulated)"
+
+
+@_needs_compiler
+def test_an_emulated_tier_gives_the_bits_of_the_processor(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Sums included: a fused multiply-add is emulated as one. Compared where the processor has AVX2 to compare with."""
+    tiers = [build.Tier("avx2", emulated=True), cpu_tiers.require("avx2", request)]
+    code, results = get_codebook("nf4").on("cpu"), []
+    random = torch.Generator().manual_seed(0)
+    A, x = torch.randn(48, 512, generator=random), torch.randn(7, 512, generator=random)
+    for tier in tiers:
+        monkeypatch.setattr(build, "chosen_tier", lambda tier=tier: tier)
+        backend, found = CpuBackend(), []
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            packed, absmax = backend.quantize_4bit(A.to(dtype), code, 64)
+            weight = PackedWeight(packed, absmax, code.values, 64, (48, 512), "nf4")
+            found += [packed, absmax, backend.dequantize_4bit(weight, dtype)]
+            for kernel in PRODUCT_KERNELS:
+                for m in (1, 7):
+                    if kernel.refuses(tier.number, dtype, m, 512, 64, "canonical") is None:
+                        found.append(backend._product(x[:m].to(dtype), weight, None, kernel))
+        results.append(found)
+    assert len(results[0]) == 9 + 8 + 11 + 8, "bits, and the products of each kernel that takes the dtype"
+    assert all(torch.equal(emulated, native) for emulated, native in zip(*results, strict=True))
 
 
 @_needs_compiler
@@ -176,7 +310,7 @@ def test_every_tier_compiles_also_where_it_cannot_run(tier: str) -> None:
     """A change made on a machine with AVX2 must not break the sources of AVX-512."""
     if tier != "c" and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip(f"the tier {tier} is for x86-64, this is {platform.machine()}")
-    library = build.load(tier)  # loading runs none of it
+    library = build.load(build.Tier(tier))  # loading runs none of it
     assert all(hasattr(library.functions, f"refq4_{name}") for name in ("product", "quantize", "dequantize", "tile"))
 
 
@@ -219,7 +353,7 @@ print("clean")
 def test_concurrent_callers_and_a_forked_child_get_the_same_bits(pool: str) -> None:
     environment = {**os.environ, "REFQ4_CPU_THREADS": pool}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", THREADS], env=environment, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-W", "ignore", "-c", THREADS], env=environment, capture_output=True, text=True, timeout=600,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -228,11 +362,6 @@ def test_concurrent_callers_and_a_forked_child_get_the_same_bits(pool: str) -> N
 
 @_needs_compiler
 def test_both_pools_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from refq4.backend import PackedWeight
-    from refq4.codebooks import get_codebook
-
     code, results = get_codebook("nf4").on("cpu"), []
     A, x = torch.randn(300, 256), torch.randn(20, 256).bfloat16()
     for pool in ("torch", "own", "torch"):

@@ -19,6 +19,7 @@ import sys
 import pytest
 
 pytest.importorskip("refq4_cpu", reason="the package refq4_cpu is not installed")
+import cpu_tiers
 from refq4_cpu import CpuBackend, build
 
 if (reason := CpuBackend().available()) is not None:
@@ -95,16 +96,15 @@ print("clean")
 """
 
 
-def _run(tier: str, *arguments: str, threads: str = "torch") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, build.TIER_VARIABLE: tier, "REFQ4_CPU_THREADS": threads}
+def _run(tier: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | cpu_tiers.environment(tier)
     command = [sys.executable, "-c", GUARDED, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.parametrize("tier", list(build.TIERS))
-def test_operands_against_guard_pages_do_not_fault(tier: str) -> None:
-    if tier not in build.supported_tiers():
-        pytest.skip(f"this processor can't run the tier {tier}")
+def test_operands_against_guard_pages_do_not_fault(tier: str, request: pytest.FixtureRequest) -> None:
+    cpu_tiers.require(tier, request)
     done = _run(tier)
     assert done.returncode == 0, f"exit status {done.returncode} (-11 is a fault)\n{done.stderr[-2000:]}"
     assert done.stdout.strip() == "clean"

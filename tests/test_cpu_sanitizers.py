@@ -20,6 +20,6 @@ pytestmark = pytest.mark.reference_only("it names its backend itself")
 def test_the_best_tier_is_clean_on_the_quick_catalogue():
     if (reason := CpuBackend().available()) is not None:
         pytest.skip(f"the CPU backend is not available: {reason}")
-    run = sanitize_cpu.sanitized(build.chosen_tier(), "--quick")
+    run = sanitize_cpu.sanitized(build.chosen_tier().name, "--quick")
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
     assert "cpu agrees with reference" in run.stdout

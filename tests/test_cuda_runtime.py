@@ -357,6 +357,19 @@ def test_an_error_quotes_the_line_and_tells_options_and_remedy(kernels, change, 
     assert "... failed" in capfd.readouterr().err
 
 
+def test_a_source_that_nvrtc_refused_is_not_compiled_again(kernels, capfd):
+    (kernels / "f.cu").write_text(KERNEL.replace("twice(p", "thrice(p"))
+    messages = []
+    for _ in range(2):
+        with pytest.raises(nvrtc.CompileError) as failure:
+            nvrtc.compile_variant(variant(), 90)
+        messages.append(str(failure.value))
+    assert messages[0] == messages[1]
+    assert capfd.readouterr().err.count("compiling") == 1
+    (kernels / "f.cu").write_text(KERNEL)
+    assert nvrtc.compile_variant(variant(), 90).data, "another source is another compile"
+
+
 def test_what_nvrtc_or_the_package_lacks_is_named(kernels, monkeypatch):
     with pytest.raises(
         nvrtc.CompileError, match=r"NVRTC 13\.\d does not compile for sm_20, only for 75, 80, .*pip install"

@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
 
 NOT_RUN = {  # a command that starts like this -> why
     "python3 -m venv .venv &&": "installs; CI's own command is one of the two (tests/test_house.py)",
-    "command -v chromium": "installs a browser with the system's packages",
+    "command -v chromium": "installs a browser and headers with the system's packages",
     "pip install": "installs",
     "REFQ4_CPU_CFLAGS=": "a debugger waits for a person",
     "REFQ4_CPU_KERNEL=": "my_script.py stands for a program of the reader's",
@@ -40,6 +40,7 @@ SLOW = {  # the same, for what takes minutes on two cores
     "python -m refq4_cuda.host",
     "python -m refq4 verify",
     "REFQ4_CPU_TIER=c python -m refq4 verify",
+    "REFQ4_CPU_TIER=avx512 REFQ4_CPU_EMULATE=1 python -m refq4 verify",
 }
 # A backend called mine stands for the reader's own; here it is the CPU backend, asked the quick questions.
 STAND_INS = {"--import mine.py --backend mine": "--backend cpu --quick"}

@@ -39,6 +39,9 @@ from .threads import borrow_torch_threads
 
 __all__ = ["CpuBackend"]
 
+# What finding, compiling and loading the kernels can end with.
+_UNUSABLE = (build.BuildError, CacheError, OSError, ValueError)
+
 LARGEST_BLOCK_COMPARED = 4096  # ROOM_ELEMENTS in kernels/squared_error.c
 
 _Pointers = tuple[int | None, int | None, int | None, int | None, int | None, int]
@@ -64,9 +67,9 @@ class CpuBackend(Backend):
         if os.name != "posix" or sys.byteorder != "little":
             return "its kernels are written for POSIX threads and little-endian memory; use the reference"
         try:
-            build.chosen_tier()
             forced()
-        except (build.BuildError, CacheError, ValueError) as error:
+            self._loaded()  # compiled, too: what does not compile here is found before a call relies on it
+        except _UNUSABLE as error:
             return str(error)
         return None
 
@@ -78,21 +81,24 @@ class CpuBackend(Backend):
         if call.layout not in ("canonical", TILES):
             return f"it reads the layouts canonical and {TILES}, not {call.layout}"
         if call.op in ("gemv_4bit", "gemm_4bit") and (kernel := forced()) is not None:
-            tier = build.TIERS[self.library().tier][0]
+            tier = self.library().tier.number
             return kernel.refuses(tier, call.dtype, call.m, call.k, call.blocksize, call.layout)
         return None
 
     def kernel(self, call: Call) -> str:
         tier = self.library().tier
         if call.op in ("gemv_4bit", "gemm_4bit"):
-            return self._kernel_for(call.dtype, call.m, call.k, call.blocksize, call.layout).name
-        rung = {"avx512_bf16": "2_avx512", "avx512": "2_avx512", "avx2": "2_avx2"}.get(tier, "1_scalar")
-        return f"{call.op.partition('_')[0]}_{rung if call.op in ('quantize_4bit', 'dequantize_4bit') else '1_scalar'}"
+            name = self._kernel_for(call.dtype, call.m, call.k, call.blocksize, call.layout).name
+        else:
+            rung = {"avx512_bf16": "2_avx512", "avx512": "2_avx512", "avx2": "2_avx2"}.get(tier.name, "1_scalar")
+            in_c = call.op not in ("quantize_4bit", "dequantize_4bit")
+            name = f"{call.op.partition('_')[0]}_{'1_scalar' if in_c else rung}"
+        return f"{name} (emulated)" if tier.emulated else name
 
     def info(self) -> dict[str, Any]:
         library = self.library()
         return {
-            "tier": library.tier,
+            "tier": str(library.tier),
             "tiers": build.supported_tiers(),
             "processor": build.processor_name(),
             "compiler": library.compiler.version,
@@ -124,17 +130,21 @@ class CpuBackend(Backend):
         Raises:
             BackendUnavailableError: it can't be compiled or loaded.
         """
-        if self._library is None:
-            with self._lock:
-                if self._library is None:
-                    try:
-                        library = build.load()
-                        self._threads = borrow_torch_threads(library.functions)
-                    except (build.BuildError, CacheError, OSError, ValueError) as error:
-                        raise BackendUnavailableError(f"backend 'cpu': {error}") from error
-                    _declare(library)
-                    self._library = library
-        return self._library
+        if self._library is not None:
+            return self._library
+        try:
+            return self._loaded()
+        except _UNUSABLE as error:
+            raise BackendUnavailableError(f"backend 'cpu': {error}") from error
+
+    def _loaded(self) -> build.Library:
+        with self._lock:
+            if self._library is None:
+                library = build.load()
+                self._threads = borrow_torch_threads(library.functions)
+                _declare(library)
+                self._library = library
+            return self._library
 
     # --- quantising and dequantising --------------------------------------------------------------------------
 
@@ -245,7 +255,7 @@ class CpuBackend(Backend):
         return kernel
 
     def _choose(self, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str) -> ProductKernel:
-        tier = build.TIERS[self.library().tier][0]
+        tier = self.library().tier.number
         asked = forced()
         if asked is not None:
             if (reason := asked.refuses(tier, dtype, m, k, blocksize, layout)) is not None:
@@ -262,6 +272,9 @@ class CpuBackend(Backend):
         if self._winners is None:
             with self._lock:
                 library = self.library()
+                if library.tier.emulated:  # how fast that is tells nothing: the first candidate serves
+                    self._winners = {}
+                    return self._winners
                 # One weight for all timings; made only if the file is missing.
                 weights: dict[str, PackedWeight | PreparedWeight] = {}
 
@@ -272,14 +285,14 @@ class CpuBackend(Backend):
                         weights[TILES] = canonical if prepared is None else prepared
                     return self._product(x, weights[layout], None, kernel, threads=1)
 
-                self._winners = calibrated(library.path, build.TIERS[library.tier][0], multiply)
+                self._winners = calibrated(library.path, library.tier.number, multiply)
         return self._winners
 
     # --- the tile layout --------------------------------------------------------------------------------------
 
     def prepare_weight(self, weight: PackedWeight) -> PreparedWeight | None:
         """Tiles (``kernels/tiles.h``), or None where no kernel of this tier reads them or rows and blocks don't fit."""
-        if len(weight.shape) != 2 or not can_tile(weight.shape[1], weight.blocksize) or self.library().tier == "c":
+        if len(weight.shape) != 2 or not can_tile(weight.shape[1], weight.blocksize) or self.library().tier.name == "c":
             return None
         n, k = weight.shape
         panels, record = -(-n // 16), 64 + 8 * weight.blocksize

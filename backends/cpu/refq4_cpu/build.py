@@ -10,6 +10,10 @@
 The best tier that the processor *and* the operating system can run is taken (``kernels/cpu_features.c`` asks both);
 ``REFQ4_CPU_TIER`` names another one. A tier is one translation unit, ``kernels/library.c``, compiled in about two
 seconds on first use and kept in the cache (``refq4/buildcache.py``).
+
+A tier that the processor lacks runs emulated, if it is named and ``REFQ4_CPU_EMULATE=1`` allows it: the same sources,
+compiled without an -m flag against SIMDe's C versions of the instructions (``kernels/emulated_simd.h``). That is slow,
+and there for tests.
 """
 
 from __future__ import annotations
@@ -28,11 +32,23 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from refq4.buildcache import cache_directory, cache_key, cached
+from refq4.buildcache import RefusedError, cache_directory, cache_key, cached
 
-__all__ = ["TIERS", "TIER_VARIABLE", "BuildError", "Compiler", "Library", "find_compiler", "load", "supported_tiers"]
+__all__ = [
+    "EMULATE_VARIABLE",
+    "TIERS",
+    "TIER_VARIABLE",
+    "BuildError",
+    "Compiler",
+    "Library",
+    "Tier",
+    "find_compiler",
+    "load",
+    "supported_tiers",
+]
 
 TIER_VARIABLE = "REFQ4_CPU_TIER"
+EMULATE_VARIABLE = "REFQ4_CPU_EMULATE"
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
@@ -46,11 +62,17 @@ TIERS: dict[str, tuple[int, int | None, tuple[str, ...]]] = {
 
 # -ffp-contract=off: a fused multiply-add where the definition rounds twice would change bits (block_scale).
 # -fno-strict-aliasing: records hold scales and codes in one stream, read through pointers of both types.
-_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread")
+_FLAGS = ("-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread")
+_NATIVE = ("-O3",)
+_EMULATED = ("-O1", "-DREFQ4_EMULATED")  # -O3 would compile for minutes
 
 
 class BuildError(RuntimeError):
     """Compiling or choosing a tier failed; the message says why and what to do."""
+
+
+class CompileError(BuildError, RefusedError):
+    """The compiler refused the kernels; the message quotes it and gives the command."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +84,34 @@ class Compiler:
 
 
 @dataclass(frozen=True)
+class Tier:
+    """A tier in effect, and whether this processor runs its instructions or SIMDe's C stands in for them."""
+
+    name: str
+    emulated: bool = False
+
+    @property
+    def number(self) -> int:
+        """``REFQ4_TIER`` of ``kernels/library.c``: the higher, the more instructions."""
+        return TIERS[self.name][0]
+
+    def __str__(self) -> str:
+        return f"{self.name} (emulated)" if self.emulated else self.name
+
+
+@dataclass(frozen=True)
 class Library:
     """A tier, compiled and loaded."""
 
-    tier: str
+    tier: Tier
     path: Path
     key: str
     compiler: Compiler
     functions: ctypes.CDLL
 
 
-def load(tier: str | None = None) -> Library:
-    """The library of a tier; the one in ``REFQ4_CPU_TIER``, or the best, if none is named.
+def load(tier: Tier | None = None) -> Library:
+    """The library of a tier; of :func:`chosen_tier` if none is given.
 
     Raises:
         BuildError: no compiler, an unknown or unsupported tier, or the compiler failed.
@@ -83,12 +121,15 @@ def load(tier: str | None = None) -> Library:
 
 
 @cache
-def _load(tier: str, _cache: str | None, _cc: str | None) -> Library:
-    number, _, flags = TIERS[tier]
+def _load(tier: Tier, _cache: str | None, _cc: str | None) -> Library:
     compiler = find_compiler()
-    command = [*compiler.command, *_FLAGS, *extra_flags(), *flags, f"-DREFQ4_TIER={number}", "library.c"]
+    flags = (*_EMULATED, *_FLAGS) if tier.emulated else (*_NATIVE, *_FLAGS, *TIERS[tier.name][2])
+    command = [*compiler.command, *flags, *extra_flags(), f"-DREFQ4_TIER={tier.number}", "library.c"]
+    if tier.emulated:
+        command.append("-lm")  # fmaf, where there is no instruction for it
     key = cache_key(*_sources(), *command, compiler.version, platform.machine(), processor_name())
-    path = _compiled(f"refq4_cpu-{tier}-{key}.so", command, f"the {tier} kernels")
+    stem = f"refq4_cpu-{tier.name}{'-emulated' if tier.emulated else ''}"
+    path = _compiled(f"{stem}-{key}.so", command, f"the {tier} kernels")
     return Library(tier, path, key, compiler, ctypes.CDLL(str(path)))
 
 
@@ -98,20 +139,52 @@ def supported_tiers() -> list[str]:
     return [name for name, (_, bit, _) in TIERS.items() if bit is None or features >> bit & 1]
 
 
-def chosen_tier() -> str:
-    """The tier in effect: the one asked for, checked, or the best."""
-    possible = supported_tiers()
+def chosen_tier() -> Tier:
+    """The tier in effect: the one asked for, checked, or the best that is not emulated."""
+    possible, emulate = supported_tiers(), _emulation_allowed()
     asked = os.environ.get(TIER_VARIABLE, "")
     if not asked:
-        return possible[0]
+        return Tier(possible[0])
     if asked not in TIERS:
         raise BuildError(f"the environment variable {TIER_VARIABLE}={asked!r} is no tier; known: {', '.join(TIERS)}")
-    if asked not in possible:
+    if asked in possible:
+        return Tier(asked)
+    if not emulate:
         raise BuildError(
             f"the environment variable {TIER_VARIABLE}={asked!r}: this machine can't run that tier, only "
-            f"{', '.join(possible)}"
+            f"{', '.join(possible)}. To run it emulated, which is slow, set {EMULATE_VARIABLE}=1"
         )
-    return asked
+    if (missing := emulation_lacks()) is not None:
+        raise BuildError(f"the tier {asked!r} can't be emulated: {missing}")
+    return Tier(asked, emulated=True)
+
+
+def _emulation_allowed() -> bool:
+    asked = os.environ.get(EMULATE_VARIABLE, "")
+    if asked not in ("", "0", "1"):
+        raise BuildError(f"the environment variable {EMULATE_VARIABLE}={asked!r} is neither '0' nor '1'")
+    return asked == "1"
+
+
+def emulation_lacks() -> str | None:
+    """None if tiers can be emulated here, else what is missing and how to get it."""
+    if _finds_simde((*find_compiler().command, *extra_flags())):
+        return None
+    return (
+        "the compiler finds no <simde/x86/avx512.h>. Install SIMDe's headers, on Debian and Ubuntu with "
+        "`apt-get install libsimde-dev`"
+    )
+
+
+@cache
+def _finds_simde(command: tuple[str, ...]) -> bool:
+    probe = "#if !__has_include(<simde/x86/avx512.h>)\n#error\n#endif\n"
+    return (
+        subprocess.run(
+            [*command, "-E", "-x", "c", "-"], input=probe, capture_output=True, text=True, check=False
+        ).returncode
+        == 0
+    )
 
 
 def cpu_features() -> int:
@@ -178,7 +251,7 @@ def _compiled(name: str, command: list[str], what: str) -> Path:
         if what:
             print(took, file=sys.stderr, flush=True)
         if done.returncode != 0:
-            raise BuildError(_failure(full, done.stderr))
+            raise CompileError(_failure(full, done.stderr))
 
     return cached(cache_directory("cpu"), name, build)
 

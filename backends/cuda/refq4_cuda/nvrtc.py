@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from refq4.buildcache import cache_directory, cache_key, cached
+from refq4.buildcache import RefusedError, cache_directory, cache_key, cached
 
 from .bindings import CudaError, dotted, nvrtc_bindings, nvrtc_version
 
@@ -40,7 +40,7 @@ _OPTIONS = ("-std=c++17", "-default-device", "--ftz=false", "--prec-div=true", "
 _CUBIN_OPTIONS = ("--ptxas-options=-v",)
 
 
-class CompileError(CudaError):
+class CompileError(CudaError, RefusedError):
     """NVRTC refused a kernel; the message quotes the lines at fault and says how to repeat it."""
 
 

@@ -11,7 +11,7 @@
  *
  * A large result goes past the caches (streaming stores): writing it through them would first read what it overwrites.
  */
-#include <immintrin.h>
+#include "simd.h"
 #include "dequantize_1_scalar.c"
 
 static inline void store32(void *at, __m256i v, int stream) {

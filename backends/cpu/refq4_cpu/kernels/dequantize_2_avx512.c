@@ -9,7 +9,7 @@
  * so each look-up comes out in memory order. Upper index bits that are not zero are not read. A large result goes
  * past the caches (streaming stores): writing it through them would first read what it overwrites.
  */
-#include <immintrin.h>
+#include "simd.h"
 #include "dequantize_1_scalar.c"
 
 static inline void store64(void *at, __m512i v, int stream) {

@@ -6,10 +6,9 @@
  * Otherwise it is gemm_4bit_3_avx512.c with a panel as two halves of eight rows. Sixteen registers hold few sums: up to
  * four tokens, and the totals to which each part of a block is added stay in memory, where they cost one load a part.
  */
-#include <immintrin.h>
+#include "simd.h"
 #include "driver.h"
 
-#define UNROLL_AVX2 _Pragma("GCC unroll 8")
 
 static inline __attribute__((always_inline)) __m256 avx2_lookup(__m256i codes, int s, __m256 low, __m256 high) {
     __m256i index = _mm256_srli_epi32(codes, 4 * s);
@@ -39,20 +38,20 @@ static inline __attribute__((always_inline)) void avx2_tile(const float *x, cons
             tiles += 64;
         }
         __m256 block[4][2];
-        UNROLL_AVX2 for (int m = 0; m < MT; m++) block[m][0] = block[m][1] = _mm256_setzero_ps();
+        UNROLL for (int m = 0; m < MT; m++) block[m][0] = block[m][1] = _mm256_setzero_ps();
         for (int64_t g = 0; g < part; g++, x += 8 * MT, tiles += 64) {
-            UNROLL_AVX2 for (int half = 0; half < 2; half++) {
+            UNROLL for (int half = 0; half < 2; half++) {
                 __m256i codes = _mm256_loadu_si256((const __m256i *)(tiles + 32 * half));
-                UNROLL_AVX2 for (int s = 0; s < 8; s++) {
+                UNROLL for (int s = 0; s < 8; s++) {
                     __m256 w = avx2_lookup(codes, s, low, high);
-                    UNROLL_AVX2 for (int m = 0; m < MT; m++)
+                    UNROLL for (int m = 0; m < MT; m++)
                         block[m][half] = _mm256_fmadd_ps(w, _mm256_set1_ps(x[s * MT + m]), block[m][half]);
                 }
             }
         }
-        UNROLL_AVX2 for (int half = 0; half < 2; half++) {
+        UNROLL for (int half = 0; half < 2; half++) {
             const float *scale = (const float *)absmax + 8 * half;
-            UNROLL_AVX2 for (int m = 0; m < MT; m++)
+            UNROLL for (int m = 0; m < MT; m++)
                 add_scaled(sums + m * MAX_PANELS * PANEL + 8 * half, block[m][half], scale);
         }
         first = first + part == groups ? 0 : first + part;

@@ -21,7 +21,7 @@
  * The table is rounded to bf16 (bf16_table.h), so this is for bf16 activations only: for those, what it rounds away is
  * less than the reference's rounding of each weight.
  */
-#include <immintrin.h>
+#include "simd.h"
 #include "bf16_table.h"
 #include "driver.h"
 
@@ -40,7 +40,7 @@ static inline ByteTable byte_registers(const uint8_t *table) {
 static inline __attribute__((always_inline)) void byte_lookup(__m256i index, const ByteTable *t, __m256 w[2][2]) {
     __m256i upper = _mm256_shuffle_epi8(t->upper, index), lower = _mm256_shuffle_epi8(t->lower, index);
     __m256i pairs[2] = {_mm256_unpacklo_epi8(lower, upper), _mm256_unpackhi_epi8(lower, upper)};
-    UNROLL_AVX2 for (int i = 0; i < 2; i++) {
+    UNROLL for (int i = 0; i < 2; i++) {
         w[i][0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs[i], 16));
         w[i][1] = _mm256_castsi256_ps(_mm256_and_si256(pairs[i], t->upper_half));
     }
@@ -50,19 +50,19 @@ static inline __attribute__((always_inline)) void byte_lookup(__m256i index, con
 static inline __attribute__((always_inline)) void add_group(__m256 sum[4][2][2], const int h, const __m256i *codes,
                                                             const double *pairs, const ByteTable *t, const int MT) {
     __m256i bytes = _mm256_loadu_si256(codes);
-    UNROLL_AVX2 for (int low = 0; low < 2; low++) {
+    UNROLL for (int low = 0; low < 2; low++) {
         __m256 w[2][2];
         byte_lookup(_mm256_and_si256(low ? bytes : _mm256_srli_epi32(bytes, 4), t->nibble), t, w);
-        UNROLL_AVX2 for (int odd = 0; odd < 2; odd++)
-            UNROLL_AVX2 for (int m = 0; m < MT; m++) {
+        UNROLL for (int odd = 0; odd < 2; odd++)
+            UNROLL for (int m = 0; m < MT; m++) {
                 __m256 value = _mm256_castpd_ps(_mm256_broadcast_sd(pairs + (2 * low + odd) * MT + m));
-                UNROLL_AVX2 for (int i = 0; i < 2; i++) sum[m][h][i] = _mm256_fmadd_ps(w[i][odd], value, sum[m][h][i]);
+                UNROLL for (int i = 0; i < 2; i++) sum[m][h][i] = _mm256_fmadd_ps(w[i][odd], value, sum[m][h][i]);
             }
         /* Left alone, gcc keeps constants in registers and sums in memory, where each waits for the store before it:
          * saying that all eight sums are needed in registers here takes a third off four tokens' time. */
         if (MT == 4)
-            __asm__ volatile("" : "+x"(sum[0][h][0]), "+x"(sum[0][h][1]), "+x"(sum[1][h][0]), "+x"(sum[1][h][1]),
-                                  "+x"(sum[2][h][0]), "+x"(sum[2][h][1]), "+x"(sum[3][h][0]), "+x"(sum[3][h][1]));
+            KEEP_IN_REGISTERS("+x"(sum[0][h][0]), "+x"(sum[0][h][1]), "+x"(sum[1][h][0]), "+x"(sum[1][h][1]),
+                              "+x"(sum[2][h][0]), "+x"(sum[2][h][1]), "+x"(sum[3][h][0]), "+x"(sum[3][h][1]));
     }
 }
 
@@ -75,19 +75,19 @@ static inline __attribute__((always_inline)) void bytes_tile(const float *x, con
     clear_totals(sums, MT);
     int64_t part = min64(groups, PART_GROUPS_BF16);
     for (int64_t i = 0, first = 0; i < blocks * (groups / part); i++) {
-        UNROLL_AVX2 for (int half = 0; half < 2; half += HALVES) {
+        UNROLL for (int half = 0; half < 2; half += HALVES) {
             __m256 sum[4][2][2]; /* token, half, rows 0 1 4 5 or 2 3 6 7 */
-            UNROLL_AVX2 for (int m = 0; m < MT; m++)
-                UNROLL_AVX2 for (int h = 0; h < HALVES; h++) sum[m][h][0] = sum[m][h][1] = _mm256_setzero_ps();
+            UNROLL for (int m = 0; m < MT; m++)
+                UNROLL for (int h = 0; h < HALVES; h++) sum[m][h][0] = sum[m][h][1] = _mm256_setzero_ps();
             for (int64_t g = 0; g < part; g++) {
                 const uint8_t *codes = tiles + 64 + 64 * (first + g);
                 if (half == 0) _mm_prefetch((const char *)codes + 1152, _MM_HINT_T0); /* across page ends */
-                UNROLL_AVX2 for (int h = 0; h < HALVES; h++)
+                UNROLL for (int h = 0; h < HALVES; h++)
                     add_group(sum, h, (const __m256i *)codes + half + h, (const double *)x + 4 * MT * g, &t, MT);
             }
-            UNROLL_AVX2 for (int h = 0; h < HALVES; h++) {
+            UNROLL for (int h = 0; h < HALVES; h++) {
                 const float *scale = (const float *)tiles + 8 * (half + h);
-                UNROLL_AVX2 for (int m = 0; m < MT; m++)
+                UNROLL for (int m = 0; m < MT; m++)
                     add_scaled(sums + m * MAX_PANELS * PANEL + 8 * (half + h), _mm256_hadd_ps(sum[m][h][0], sum[m][h][1]),
                                scale);
             }

@@ -9,12 +9,8 @@
  * The look-up runs on other ports than the multiply-adds, so from four tokens on it is hidden behind them. Scales stay
  * out of the inner loop: a block's sum times its absmax is added to the total, once per block.
  */
-#include <immintrin.h>
+#include "simd.h"
 #include "driver.h"
-
-#ifndef UNROLL
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
 
 static inline __attribute__((always_inline)) void fp32_tile(const float *x, const uint8_t *tiles, int64_t stride,
                                                             int64_t blocks, int64_t groups, __m512 table, float *sums,

@@ -20,7 +20,7 @@
  * Codes are multiplied unscaled. The sum of a part of a block is scaled and added to the total, in an order that depends
  * on neither M nor the threads; for bf16 it is rung 3's, so both give the same bits.
  */
-#include <immintrin.h>
+#include "simd.h"
 #include "driver.h"
 
 enum { DEPTH = 256, ROW_TOKENS = 6, CHUNK_TOKENS = 192, RUN_PANELS = 8 };
@@ -67,9 +67,9 @@ static void blocked_pack(void *context, int64_t tile, int thread) {
 /* Eight codes of sixteen rows -> eight steps of singles. */
 static inline void decode_singles(const __m256i *group, const float *code, float *out) {
     __m256 low = _mm256_loadu_ps(code), high = _mm256_loadu_ps(code + 8);
-    UNROLL_AVX2 for (int half = 0; half < 2; half++) {
+    UNROLL for (int half = 0; half < 2; half++) {
         __m256i codes = _mm256_loadu_si256(group + half);
-        UNROLL_AVX2 for (int s = 0; s < 8; s++) /* shift s brings down k = s ^ 1 */
+        UNROLL for (int s = 0; s < 8; s++) /* shift s brings down k = s ^ 1 */
             _mm256_store_ps(out + (s ^ 1) * PANEL + 8 * half, avx2_lookup(codes, s, low, high));
     }
 }
@@ -77,11 +77,11 @@ static inline void decode_singles(const __m256i *group, const float *code, float
 /* Eight codes of eight rows -> four steps of pairs. */
 static inline void decode_pairs(const __m256i *codes, const ByteTable *t, float *out) {
     __m256i bytes = _mm256_loadu_si256(codes);
-    UNROLL_AVX2 for (int low = 0; low < 2; low++) {
+    UNROLL for (int low = 0; low < 2; low++) {
         __m256 w[2][2];
         byte_lookup(_mm256_and_si256(low ? bytes : _mm256_srli_epi32(bytes, 4), t->nibble), t, w);
-        UNROLL_AVX2 for (int odd = 0; odd < 2; odd++)
-            UNROLL_AVX2 for (int i = 0; i < 2; i++) _mm256_store_ps(out + (2 * low + odd) * PANEL + 8 * i, w[i][odd]);
+        UNROLL for (int odd = 0; odd < 2; odd++)
+            UNROLL for (int i = 0; i < 2; i++) _mm256_store_ps(out + (2 * low + odd) * PANEL + 8 * i, w[i][odd]);
     }
 }
 
@@ -109,16 +109,16 @@ static inline __attribute__((always_inline)) void blocked_tile(const float *x, c
                                                                const int PAIRS) {
     for (const float *end = w + steps * PANEL; w < end; scales += PANEL) {
         __m256 sum[ROW_TOKENS][2];
-        UNROLL_AVX2 for (int m = 0; m < MT; m++) sum[m][0] = sum[m][1] = _mm256_setzero_ps();
+        UNROLL for (int m = 0; m < MT; m++) sum[m][0] = sum[m][1] = _mm256_setzero_ps();
         for (const float *stop = w + part * PANEL; w < stop; x += MT << PAIRS, w += PANEL) {
             __m256 w0 = _mm256_load_ps(w), w1 = _mm256_load_ps(w + 8);
-            UNROLL_AVX2 for (int m = 0; m < MT; m++) {
+            UNROLL for (int m = 0; m < MT; m++) {
                 __m256 value = PAIRS ? _mm256_castpd_ps(_mm256_broadcast_sd((const double *)x + m)) : _mm256_broadcast_ss(x + m);
                 sum[m][0] = _mm256_fmadd_ps(w0, value, sum[m][0]);
                 sum[m][1] = _mm256_fmadd_ps(w1, value, sum[m][1]);
             }
         }
-        UNROLL_AVX2 for (int m = 0; m < MT; m++) {
+        UNROLL for (int m = 0; m < MT; m++) {
             if (PAIRS) {
                 add_scaled(sums + m * PANEL, _mm256_hadd_ps(sum[m][0], sum[m][1]), scales);
             } else {

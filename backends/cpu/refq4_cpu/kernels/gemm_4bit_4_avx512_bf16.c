@@ -15,11 +15,9 @@
  * vdpbf16ps treats bf16 subnormals as zero, and its sums are not scaled until a block is complete: |x| beyond about
  * 1e36 can overflow here where scaled weights would not.
  */
-#include <immintrin.h>
+#include "simd.h"
 #include "bf16_table.h"
 #include "driver.h"
-
-#define UNROLL _Pragma("GCC unroll 16")
 
 static inline __attribute__((always_inline)) void bf16_tile(const uint32_t *x, const uint8_t *tiles, int64_t stride,
                                                             int64_t blocks, int64_t groups, __m512i table, float *sums,

@@ -13,7 +13,7 @@
  * Lanes 0-3 and 4-7 are the two halves of a chunk, so a blocksize of 32 needs two scales, any larger one a single one.
  * Four rows go together and share the loads of x. A last chunk of 32 codes is copied, for a load reads 32 bytes.
  */
-#include <immintrin.h>
+#include "simd.h"
 #include "driver.h"
 
 enum { CHUNK_AVX2 = 64, ROWS_AVX2 = 4, SETS_AVX2 = 8 }; /* an item is 8 sets of 4 rows */
@@ -28,11 +28,11 @@ typedef struct GemvPlanAvx2 {
 
 static inline __attribute__((always_inline)) __m256 chunk_sum_avx2(__m256i bytes, const float *x, const ByteTable *t) {
     __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-    UNROLL_AVX2 for (int low = 0; low < 2; low++) {
+    UNROLL for (int low = 0; low < 2; low++) {
         __m256 w[2][2];
         byte_lookup(_mm256_and_si256(low ? bytes : _mm256_srli_epi32(bytes, 4), t->nibble), t, w);
-        UNROLL_AVX2 for (int i = 0; i < 2; i++)
-            UNROLL_AVX2 for (int odd = 0; odd < 2; odd++)
+        UNROLL for (int i = 0; i < 2; i++)
+            UNROLL for (int odd = 0; odd < 2; odd++)
                 sum[i] = _mm256_fmadd_ps(w[i][odd], _mm256_load_ps(x + 8 * (4 * low + 2 * i + odd)), sum[i]);
     }
     return _mm256_add_ps(sum[0], sum[1]);
@@ -56,7 +56,7 @@ static inline __attribute__((always_inline)) void gemv_rows_avx2(const GemvPlanA
     }
     for (int64_t k = 0; k < K; k += CHUNK_AVX2) {
         int64_t here = min64(CHUNK_AVX2, K - k), b = k >> shift;
-        UNROLL_AVX2 for (int r = 0; r < ROWS_AVX2; r++) {
+        UNROLL for (int r = 0; r < ROWS_AVX2; r++) {
             const uint8_t *at = bytes[r] + k / 2;
             _Alignas(32) uint8_t end[32] = {0};
             if (here < CHUNK_AVX2) at = memcpy(end, at, 16);

@@ -12,7 +12,7 @@
  * The eight products of a lane share a block (blocksize >= 32 is a multiple of 8), hence one scale per lane and chunk.
  * Four rows go together and share the loads of x. The end of a row is read through a mask; x is padded with zeros.
  */
-#include <immintrin.h>
+#include "simd.h"
 #include "refq4.h"
 #include "tiles.h"
 
@@ -33,7 +33,7 @@ typedef struct {
  * `here` is how many blocks of the row the chunk has: those past the end are not read. */
 static inline __attribute__((always_inline)) __m512 lane_scales(const float *scale, int64_t here, const int per_chunk) {
     __m512 lanes = _mm512_set1_ps(scale[0]);
-    _Pragma("GCC unroll 4") for (int i = 1; i < per_chunk; i++)
+    UNROLL for (int i = 1; i < per_chunk; i++)
         if (i < here)
             lanes = _mm512_mask_mov_ps(lanes, (__mmask16)(0xFFFFu << (i * 16 / per_chunk)), _mm512_set1_ps(scale[i]));
     return lanes;
@@ -77,7 +77,7 @@ static void write_rows(const GemvPlan *plan, int64_t item, int64_t rows, const _
 static inline __attribute__((always_inline)) __m512 fp32_chunk(__m512i codes, const void *x_order, const void *table) {
     const float *x = x_order;
     __m512 code = _mm512_loadu_ps(table), sum = _mm512_setzero_ps();
-    _Pragma("GCC unroll 8") for (int s = 0; s < 8; s++)
+    UNROLL for (int s = 0; s < 8; s++)
         sum = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * s), code), _mm512_load_ps(x + 16 * s), sum);
     return sum;
 }
@@ -93,7 +93,7 @@ static inline __attribute__((always_inline)) __m512 fp32_chunk(__m512i codes, co
         __m512 total[ROWS];                                                                                            \
         for (int r = 0; r < ROWS; r++) total[r] = _mm512_setzero_ps();                                                 \
         for (; c < K / CHUNK; c++, x += X_BYTES)                                                                       \
-            _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) {                                                   \
+            UNROLL for (int r = 0; r < ROWS; r++) {                                                                    \
                 const uint8_t *bytes = set.bytes[r] + c * 64;                                                          \
                 _mm_prefetch((const char *)bytes + ROWS * (K / 2), _MM_HINT_T0);                                       \
                 __m512 scales = lane_scales(set.absmax[r] + c * CHUNK / bs, PER, PER);                                 \

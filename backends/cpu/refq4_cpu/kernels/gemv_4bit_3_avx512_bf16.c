@@ -13,7 +13,7 @@ static inline __attribute__((always_inline)) __m512 bf16_chunk(__m512i codes, co
     const uint32_t *x = x_order;
     __m512i values = _mm512_loadu_si512(table);
     __m512 sum = _mm512_setzero_ps();
-    _Pragma("GCC unroll 4") for (int s = 0; s < 4; s++)
+    UNROLL for (int s = 0; s < 4; s++)
         sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * s), values),
                                (__m512bh)_mm512_load_si512(x + 16 * s));
     return sum;

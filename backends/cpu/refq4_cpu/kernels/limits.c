@@ -7,7 +7,7 @@
  * Each thread takes pieces of the work like any product's; 0 where the tier has no such instruction.
  */
 #if REFQ4_TIER >= 1
-#include <immintrin.h>
+#include "simd.h"
 #endif
 #include "refq4.h"
 
@@ -45,11 +45,11 @@ static void fma_piece(void *context, int64_t item, int thread) {
     (void)thread;
     Limit *l = context;
     VECTOR sum[SUMS], a = SET1(1), b = SET1(1e-9f);
-    __asm__ volatile("" : "+v"(a), "+v"(b));
-    _Pragma("GCC unroll 16") for (int j = 0; j < SUMS; j++) sum[j] = SET1((float)(item + j));
+    KEEP_IN_REGISTERS("+v"(a), "+v"(b)); /* or the loop is computed beforehand */
+    UNROLL for (int j = 0; j < SUMS; j++) sum[j] = SET1((float)(item + j));
     for (int i = 0; i < STEPS; i++)
-        _Pragma("GCC unroll 16") for (int j = 0; j < SUMS; j++) sum[j] = MULTIPLY_ADD(a, b, sum[j]);
-    _Pragma("GCC unroll 16") for (int j = 1; j < SUMS; j++) sum[0] += sum[j];
+        UNROLL for (int j = 0; j < SUMS; j++) sum[j] = MULTIPLY_ADD(a, b, sum[j]);
+    UNROLL for (int j = 1; j < SUMS; j++) sum[0] += sum[j];
     atomic_fetch_add(&l->sink, bits_of(sum[0][0]));
 }
 #endif
@@ -60,12 +60,12 @@ static void dot_piece(void *context, int64_t item, int thread) {
     Limit *l = context;
     __m512 sum[SUMS];
     __m512i a = _mm512_set1_epi16(0x3F80), b = _mm512_set1_epi16(0x3C00);
-    __asm__ volatile("" : "+v"(a), "+v"(b));
-    _Pragma("GCC unroll 16") for (int j = 0; j < SUMS; j++) sum[j] = _mm512_set1_ps((float)(item + j));
+    KEEP_IN_REGISTERS("+v"(a), "+v"(b)); /* or the loop is computed beforehand */
+    UNROLL for (int j = 0; j < SUMS; j++) sum[j] = _mm512_set1_ps((float)(item + j));
     for (int i = 0; i < STEPS; i++)
-        _Pragma("GCC unroll 16") for (int j = 0; j < SUMS; j++)
+        UNROLL for (int j = 0; j < SUMS; j++)
             sum[j] = _mm512_dpbf16_ps(sum[j], (__m512bh)a, (__m512bh)b);
-    _Pragma("GCC unroll 16") for (int j = 1; j < SUMS; j++) sum[0] += sum[j];
+    UNROLL for (int j = 1; j < SUMS; j++) sum[0] += sum[j];
     atomic_fetch_add(&l->sink, bits_of(sum[0][0]));
 }
 #endif

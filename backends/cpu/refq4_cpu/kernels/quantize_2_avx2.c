@@ -12,7 +12,7 @@
  *     4 x 8 ranks in dwords -> 32 in bytes (vpackssdw, vpackuswb, vpermd) -> 32 codes by `order` (vpshufb)
  *     -> 16 bytes: first * 16 + second (vpmaddubsw), packed
  */
-#include <immintrin.h>
+#include "simd.h"
 #include "quantize_1_scalar.c"
 
 static inline __m256 load8(const void *p, enum dtype dtype, int64_t i) {

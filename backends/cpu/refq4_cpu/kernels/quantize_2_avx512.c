@@ -8,7 +8,7 @@
  *
  *     qword     [ second code (high dword) | first code (low dword) ]   byte = first << 4 | second
  */
-#include <immintrin.h>
+#include "simd.h"
 #include "quantize_1_scalar.c"
 
 static inline __m512 load16(const void *p, enum dtype dtype, int64_t i) {

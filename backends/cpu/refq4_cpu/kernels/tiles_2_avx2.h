@@ -7,7 +7,7 @@
  */
 #ifndef TILES_2_AVX2_H
 #define TILES_2_AVX2_H
-#include <immintrin.h>
+#include "simd.h"
 #include "tiles.h"
 
 static inline __attribute__((always_inline)) void transpose8(__m256i r[8]) {
@@ -44,10 +44,10 @@ static void tile_panel_avx2(const Weight *w, int64_t N, int64_t K, int64_t panel
     for (int64_t g = 0; g < K / 8; g += 8)
         for (int half = 0; half < 2; half++) {
             __m256i rows[8];
-            _Pragma("GCC unroll 8") for (int r = 0; r < 8; r++)
+            UNROLL for (int r = 0; r < 8; r++)
                 rows[r] = _mm256_loadu_si256((const __m256i *)(bytes + (8 * half + r) * (K / 2) + 4 * g));
             transpose8(rows);
-            _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) {
+            UNROLL for (int i = 0; i < 8; i++) {
                 uint8_t *at = out + ((g + i) >> shift) * record + 64 + ((g + i) & (groups - 1)) * 64 + 32 * half;
                 _mm256_storeu_si256((__m256i *)at, rows[i]);
             }

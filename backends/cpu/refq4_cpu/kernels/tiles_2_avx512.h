@@ -8,7 +8,7 @@
  */
 #ifndef TILES_2_AVX512_H
 #define TILES_2_AVX512_H
-#include <immintrin.h>
+#include "simd.h"
 #include "tiles.h"
 
 static inline __attribute__((always_inline)) void transpose16(__m512i r[16]) {
@@ -49,10 +49,10 @@ static void tile_panel_avx512(const Weight *w, int64_t N, int64_t K, int64_t pan
             ((float *)(out + b * record))[r] = block_scale(w, (panel * PANEL + r) * blocks + b);
     for (int64_t g = 0; g < K / 8; g += 16) {
         __m512i rows[PANEL];
-        _Pragma("GCC unroll 16") for (int r = 0; r < PANEL; r++)
+        UNROLL for (int r = 0; r < PANEL; r++)
             rows[r] = _mm512_loadu_si512(bytes + r * (K / 2) + 4 * g);
         transpose16(rows);
-        _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++)
+        UNROLL for (int i = 0; i < 16; i++)
             _mm512_storeu_si512(out + ((g + i) >> shift) * record + 64 + ((g + i) & (groups - 1)) * 64, rows[i]);
     }
 }

@@ -1,0 +1,21 @@
+"""Every tier of the CPU backend on every machine: emulated where the processor lacks its instructions."""
+
+from __future__ import annotations
+
+import pytest
+from refq4_cpu import build
+
+
+def environment(tier: str) -> dict[str, str]:
+    """What a process needs in its environment to run a tier."""
+    return {build.TIER_VARIABLE: tier, build.EMULATE_VARIABLE: "1"}
+
+
+def require(tier: str, request: pytest.FixtureRequest) -> build.Tier:
+    """The tier as it runs here; skips the test only where it has to be emulated and SIMDe is not installed."""
+    if tier in build.supported_tiers():
+        return build.Tier(tier)
+    if (missing := build.emulation_lacks()) is not None:
+        stop = pytest.fail if request.config.getoption("--require-peers") else pytest.skip
+        stop(f"this processor lacks the tier {tier}, and it can't be emulated: {missing}")
+    return build.Tier(tier, emulated=True)
