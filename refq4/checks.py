@@ -1,15 +1,23 @@
-"""Checks at the boundary: what users hand to the public functions, looked at once, with errors that say what to do."""
+"""Checks at the boundary: what callers hand over, checked once, with errors that say what to do.
+
+Two boundaries share them. The public functions check what only they know (an output, a storage dtype). The ops
+(``refq4/ops.py``) check all that reaches a backend, and a backend hands it to C or CUDA as addresses: there
+:func:`checked_weight` and :func:`check_product` hold each tensor to the length, dtype and device that the sizes of the
+call want. No other place does, and nothing passes by.
+"""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import layout
-from .state import BLOCKSIZES, WEIGHT_DTYPES
+from .backend import Nested, PackedWeight
+from .statedict import BLOCKSIZES, WEIGHT_DTYPES, describe
 from .trace import show
 
 ACTIVATION_DTYPES = (*WEIGHT_DTYPES, torch.float64)
@@ -18,7 +26,7 @@ ACTIVATION_DTYPES = (*WEIGHT_DTYPES, torch.float64)
 def check_floats(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     """A TypeError unless ``tensor`` is a dense tensor of one of the dtypes."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
-        wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        wanted = ", ".join(map(_name, dtypes))
         raise TypeError(f"{name} must be a tensor of {wanted}, got {show(tensor)}; cast it first")
     if tensor.layout != torch.strided:
         layout_name = str(tensor.layout).removeprefix("torch.")
@@ -32,28 +40,150 @@ def check_blocksize(blocksize: int) -> int:
     return int(blocksize)
 
 
+def check_features(A: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless ``A`` is [..., K] for a weight of ``shape`` [N, K]."""
+    n, k = shape
+    if A.dim() == 0 or A.shape[-1] != k:
+        raise ValueError(
+            f"A has shape {list(A.shape)}, but the weight is [N, K] = [{n}, {k}]: A's last dimension must be {k}"
+        )
+
+
+def check_bias(bias: Tensor, n: int, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless ``bias`` is [n], one number for each output of a weight of ``shape``."""
+    if bias.shape != (n,):
+        raise ValueError(f"bias has shape {list(bias.shape)}, the weight [N, K] = {list(shape)} wants [{n}]")
+
+
+def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device: torch.device) -> None:
+    """Raise unless A [..., K] and bias [N] fit a weight of ``shape`` [N, K] on ``device``, in dtype and device, too."""
+    if len(shape) != 2:
+        raise ValueError(f"a product wants a weight of two dimensions [N, K], this one has shape {list(shape)}")
+    check_floats("A", A, ACTIVATION_DTYPES)
+    check_features(A, shape)
+    if A.device != device:
+        raise ValueError(f"A is on {A.device}, the weight on {device}: move one (layer.to(device))")
+    if bias is not None:
+        check_bias(bias, shape[0], shape)
+        if bias.dtype != A.dtype or bias.device != device:
+            raise ValueError(f"bias must be {_name(A.dtype)} on {device} as A is, got {show(bias)} on {bias.device}")
+    if A.data_ptr() == 0 and A.numel() and not A.is_meta:
+        raise ValueError(f"A {show(A)} has no memory: its storage was freed, or never allocated")
+
+
+def checked_weight(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    shape: tuple[int, ...],
+    quant_type: str,
+    absmax2: Tensor | None,
+    code2: Tensor | None,
+    offset: Tensor | None,
+    blocksize2: int,
+) -> PackedWeight:
+    """The weight in the form that a backend reads by address: contiguous, and as long as its sizes say.
+
+    Args:
+        packed, absmax, code, blocksize, shape, quant_type: the fields of :class:`~refq4.backend.PackedWeight`.
+        absmax2, code2, offset, blocksize2: those of :class:`~refq4.backend.Nested`; None, None, None and 0 where the
+            scales are not quantised.
+
+    Raises:
+        ValueError: a size is no size, or a tensor does not fit it in length, dtype or device; the message names it.
+    """
+    check_positive("blocksize", blocksize)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"a weight has no shape {list(shape)}")
+    shape, device = torch.Size(shape), packed.device
+    blocks = layout.block_count(shape.numel(), blocksize)
+    packed = _row("the packed weight", packed, torch.uint8, layout.packed_bytes(shape.numel()), device)
+    absmax = _row("absmax", absmax, torch.float32 if absmax2 is None else torch.uint8, blocks, device)
+    code = _row("code", code, torch.float32, 16, device)
+    nested = None
+    if absmax2 is not None:
+        if code2 is None or offset is None:
+            raise ValueError("this weight's scales are quantised, but their code or their offset is missing")
+        check_positive("the blocksize of the scales", blocksize2)
+        nested = Nested(
+            _row("state2.absmax", absmax2, torch.float32, layout.block_count(blocks, blocksize2), device),
+            _row("state2.code", code2, torch.float32, 256, device),
+            _row("offset", offset, torch.float32, 1, device),
+            blocksize2,
+        )
+    return PackedWeight(packed, absmax, code, blocksize, tuple(shape), quant_type, nested)
+
+
+def check_prepared(tensors: Sequence[Tensor], shape: Sequence[int], blocksize: int) -> tuple[int, int]:
+    """[N, K] of a weight in a backend's own layout, or a ValueError. What the layout wants, its backend checks."""
+    check_positive("blocksize", blocksize)
+    if not tensors or len(shape) != 2 or min(shape) < 0:
+        raise ValueError(f"a prepared weight has tensors and a shape [N, K], got {len(tensors)} and {list(shape)}")
+    return shape[0], shape[1]
+
+
+def _row(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> Tensor:
+    if tensor.numel() != numel or tensor.dtype != dtype:
+        raise ValueError(f"this weight needs {numel} {_name(dtype)} elements in {name}, it has {describe(tensor)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the packed weight on {device}: move one")
+    return tensor.contiguous()
+
+
+def check_positive(name: str, size: int) -> None:
+    """Raise a ValueError unless ``size`` is a number of elements above 0."""
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+
+
 def check_storage(dtype: torch.dtype) -> None:
     """A ValueError unless packed bytes can be stored under ``dtype``."""
     if dtype not in layout.STORAGE_DTYPES:
-        wanted = ", ".join(str(d).removeprefix("torch.") for d in layout.STORAGE_DTYPES)
+        wanted = ", ".join(map(_name, layout.STORAGE_DTYPES))
         raise ValueError(f"quant_storage must be one of {wanted}, got {dtype!r}")
 
 
+def check_quantisable(A: Tensor, blocksize: int) -> None:
+    """Raise unless A can be quantised in blocks of ``blocksize``: a TypeError for its dtype, a ValueError for that."""
+    check_floats("A", A, WEIGHT_DTYPES)
+    check_positive("blocksize", blocksize)
+
+
+def check_code(code: Tensor, device: torch.device) -> None:
+    """Raise a ValueError unless ``code`` is a table of the 8-bit stage: fp32 [2 to 256] on ``device``."""
+    if code.dim() != 1 or not 2 <= code.numel() <= 256 or code.dtype != torch.float32:
+        raise ValueError(f"code must be fp32 [2 to 256], got {show(code)}")
+    if code.device != device:
+        raise ValueError(f"code is on {code.device}, what it encodes on {device}: move one")
+
+
+def check_blockwise(q: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> None:
+    """Raise unless each uint8 code of ``q`` has its entry in ``code``, and each of its blocks a scale in ``absmax``."""
+    if q.dtype != torch.uint8:
+        raise TypeError(f"dequantize_blockwise decodes uint8 codes, got {show(q)}")
+    check_code(code, q.device)
+    check_scales(absmax, q.shape, blocksize)
+    if absmax.device != q.device:
+        raise ValueError(f"absmax is on {absmax.device}, the codes on {q.device}: move one")
+    if code.numel() < 256 and q.numel() and not q.is_meta:
+        largest = int(q.max())
+        if largest >= code.numel():
+            raise ValueError(f"code has {code.numel()} entries, and the largest of the codes to decode is {largest}")
+
+
 def check_scales(absmax: Tensor, shape: torch.Size, blocksize: int) -> None:
-    """A ValueError unless ``absmax`` has one fp32 scale for each block of ``shape``."""
+    """Raise a ValueError unless ``absmax`` has one fp32 scale for each block of ``shape``."""
+    check_positive("blocksize", blocksize)
     blocks = layout.block_count(shape.numel(), blocksize)
     if absmax.numel() != blocks or absmax.dtype != torch.float32:
         raise ValueError(f"shape {list(shape)} at blocksize {blocksize} has {blocks} fp32 scales, got {show(absmax)}")
 
 
-def check_codes(q: Tensor, code: Tensor) -> None:
-    """A ValueError unless every uint8 code has its entry in ``code``; backends look them up without asking."""
-    if code.dtype != torch.float32 or code.dim() != 1:
-        raise ValueError(f"code must be fp32 [2 to 256], got {show(code)}")
-    if code.numel() < 256 and q.numel() and not q.is_meta and not torch.compiler.is_compiling():
-        largest = int(q.max())
-        if largest >= code.numel():
-            raise ValueError(f"code has {code.numel()} entries, and the largest of the codes to decode is {largest}")
+def check_target(dtype: torch.dtype) -> None:
+    """Raise a TypeError unless codes can be decoded to ``dtype``."""
+    if dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"codes decode to {', '.join(map(_name, ACTIVATION_DTYPES))}, not to {_name(dtype)}")
 
 
 def write_into(name: str, given: Tensor | None, result: Tensor) -> Tensor:
@@ -71,3 +201,7 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("refq4", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import ops
 from .autograd import MatMul4Bit
 from .backend import PreparedWeight
-from .checks import ACTIVATION_DTYPES, check_floats, warn_caller, write_into
+from .checks import ACTIVATION_DTYPES, check_bias, check_features, check_floats, warn_caller, write_into
 from .ops import wants_grad
 from .registry import requested_backend
 from .state import QuantState
@@ -45,7 +45,7 @@ def choose_path(A: Tensor, quant_state: QuantState, prepared: bool = False) -> D
     if prepared:
         return PREPARED
     (n, k), blocksize = quant_state.geometry()
-    if A.shape[-1] != k and A.shape[-1] == n:
+    if A.dim() and A.shape[-1] != k and A.shape[-1] == n:
         return FROM_K_BY_N
     if A.numel() == 0:
         return NOTHING
@@ -97,10 +97,14 @@ def matmul_4bit(
         >>> matmul_4bit(torch.randn(2, 3, 64), B, state).shape
         torch.Size([2, 3, 8])
     """
-    _check_matmul(A, quant_state, bias)
+    n, k = shape = _check_matmul(A, quant_state)
     listener = current()
     A, bias = _autocast(A, bias)
     decision = choose_path(A, quant_state, prepared is not None)
+    if decision is not FROM_K_BY_N:
+        check_features(A, shape)
+    if bias is not None:
+        check_bias(bias, k if decision is FROM_K_BY_N else n, shape)
     if out is not None and (wants_grad(A) or wants_grad(bias)):
         raise ValueError("out= can't be combined with a wanted gradient; call under torch.no_grad() or drop out=")
     result = _run_path(decision, A, B, quant_state, bias, backend, prepared)
@@ -183,33 +187,21 @@ def gemv_4bit(
     """
     if state is None:
         raise ValueError("gemv_4bit needs state=, the QuantState that quantize_4bit returned with the weight")
-    _check_matmul(A, state, None)
-    (n, k), _ = state.geometry()
-    if A.shape[-1] != k:
-        raise ValueError(f"A has {A.shape[-1]} features, the weight [N, K] = [{n}, {k}] wants {k}")
+    check_features(A, _check_matmul(A, state))
     op = "gemv_4bit" if A.numel() == A.shape[-1] else "gemm_4bit"
     with torch.no_grad():
         return write_into("out", out, ops.matmul(op, A, state.packed_weight(B), None, requested_backend(backend)))
 
 
-def _check_matmul(A: Tensor, state: QuantState, bias: Tensor | None) -> None:
+def _check_matmul(A: Tensor, state: QuantState) -> torch.Size:
+    """[N, K] of the weight, or an error; the rest is checked with what is computed (refq4/ops.py)."""
     if not isinstance(state, QuantState):
         raise TypeError(f"quant_state must be the QuantState that quantize_4bit returned, got {state!r}")
     shape, _ = state.geometry()
     if len(shape) != 2:
         raise ValueError(f"a product wants a weight of two dimensions [N, K], this one has shape {list(shape)}")
     check_floats("A", A, ACTIVATION_DTYPES)
-    n, k = shape
-    if A.dim() == 0 or A.shape[-1] not in (k, n):
-        raise ValueError(
-            f"A has shape {list(A.shape)}, but the weight is [N, K] = [{n}, {k}]: A's last dimension must be {k}"
-        )
-    if bias is not None and bias.numel() not in (n, k):
-        raise ValueError(f"bias has shape {list(bias.shape)}, the weight [N, K] = [{n}, {k}] wants [{n}]")
-    if A.device != state.absmax.device:
-        raise ValueError(
-            f"A is on {A.device}, the weight's quant_state on {state.absmax.device}: move one (layer.to(device))"
-        )
+    return shape
 
 
 def _autocast(A: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,8 @@ can be told to use another one.
                              |  vmap            a batch dimension is just more tokens
                              '- real kernel     registry.resolve(Call) -> backend.gemm_4bit
 
-The weight's arguments (``_WEIGHT``) are those of PackedWeight, flattened.
+The weight's arguments (``_WEIGHT``) are those of PackedWeight, flattened. Each real kernel checks every operand
+(``refq4/checks.py``): a backend reads them by address.
 """
 
 from __future__ import annotations
@@ -27,6 +28,15 @@ from torch.utils._pytree import tree_leaves
 
 from . import layout, registry
 from .backend import Backend, Call, Nested, PackedWeight, PreparedWeight
+from .checks import (
+    check_blockwise,
+    check_code,
+    check_prepared,
+    check_product,
+    check_quantisable,
+    check_target,
+    checked_weight,
+)
 from .codebooks import code_from_values, get_codebook
 from .trace import OpRecord, current
 
@@ -96,8 +106,10 @@ def squared_error(weight: PackedWeight, exact: Tensor, backend: str) -> tuple[fl
     """
     nested = weight.nested is not None
     call = _elementwise_call("dequantize_4bit", exact, exact.dtype, weight.blocksize, weight.quant_type, nested)
+    if exact.shape != weight.shape:
+        raise ValueError(f"W4 has shape {list(weight.shape)}, what it is compared with {list(exact.shape)}")
     found, _ = registry.resolve(call, backend)
-    return found.squared_error(_contiguous(weight), exact.contiguous())
+    return found.squared_error(weight, exact.contiguous())
 
 
 def matmul(op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str) -> Tensor:
@@ -125,6 +137,7 @@ def matmul_prepared(A: Tensor, weight: PreparedWeight, bias: Tensor | None) -> T
 def _nothing_intercepts(A: Tensor) -> bool:
     return (
         type(A) is Tensor
+        and not A.is_neg()
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
@@ -182,6 +195,7 @@ def _elementwise_call(op: str, tensor: Tensor, dtype: torch.dtype, blocksize: in
 def _quantize_4bit(
     A: Tensor, blocksize: int, quant_type: str, allow_nonfinite: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
+    check_quantisable(A, blocksize)
     call = _elementwise_call("quantize_4bit", A, A.dtype, blocksize, quant_type, False)
     code = get_codebook(quant_type).on(A.device)
     packed, absmax = _run(call, backend, lambda b: b.quantize_4bit(A.contiguous(), code, blocksize))
@@ -205,7 +219,8 @@ def _refuse_nonfinite(absmax: Tensor, blocksize: int) -> None:
 
 def _dequantize_4bit(*args: Any) -> Tensor:
     *flat, dtype, backend = args
-    weight = _unflatten(*flat)
+    weight = checked_weight(*flat)
+    check_target(dtype)
     numel = torch.Size(weight.shape).numel()
     call = Call(
         "dequantize_4bit",
@@ -218,11 +233,13 @@ def _dequantize_4bit(*args: Any) -> Tensor:
         weight.quant_type,
         weight.nested is not None,
     )
-    result: Tensor = _run(call, backend, lambda b: b.dequantize_4bit(_contiguous(weight), dtype))
+    result: Tensor = _run(call, backend, lambda b: b.dequantize_4bit(weight, dtype))
     return result
 
 
 def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -> tuple[Tensor, Tensor]:
+    check_quantisable(A, blocksize)
+    check_code(code, A.device)
     call = _elementwise_call("quantize_blockwise", A, A.dtype, blocksize, f"{code.numel()} values", False)
     rule = code_from_values(code)
     q, absmax = _run(call, backend, lambda b: b.quantize_blockwise(A.contiguous(), rule, blocksize))
@@ -232,6 +249,8 @@ def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -
 def _dequantize_blockwise(
     q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
+    check_blockwise(q, absmax, code, blocksize)
+    check_target(dtype)
     call = _elementwise_call("dequantize_blockwise", q, dtype, blocksize, f"{code.numel()} values", False)
     result: Tensor = _run(
         call,
@@ -244,20 +263,22 @@ def _dequantize_blockwise(
 def _matmul(op: str) -> Callable[..., Tensor]:
     def real(A: Tensor, *args: Any) -> Tensor:
         *flat, bias, backend = args
-        return _product(op, A, _unflatten(*flat), bias, backend)
+        return _product(op, A, checked_weight(*flat), bias, backend)
 
     return real
 
 
 def _product(op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str) -> Tensor:
+    check_product(A, weight.shape, bias, weight.packed.device)
     n, k = weight.shape
     if A.numel() == 0 or n == 0:
         return _nothing_to_sum(A, n, bias)
-    x = (A if A.dim() == 2 else A.reshape(-1, k)).contiguous()
+    x, bias = _rows(A, k), bias if bias is None else bias.contiguous()
+    if op == "gemv_4bit" and x.shape[0] != 1:
+        raise ValueError(f"gemv_4bit takes one token, A {list(A.shape)} has {x.shape[0]}: use gemm_4bit")
     nested = weight.nested is not None
     call = Call(op, A.device.type, A.dtype, x.shape[0], n, k, weight.blocksize, weight.quant_type, nested)
-    result: Tensor = _run(call, backend, lambda b: getattr(b, op)(x, _contiguous(weight), bias))
-    return result if A.dim() == 2 else result.view(*A.shape[:-1], n)
+    return _as_rows_of(A, _run(call, backend, lambda b: getattr(b, op)(x, weight, bias)))
 
 
 def _matmul_prepared(
@@ -270,32 +291,43 @@ def _matmul_prepared(
     bias: Tensor | None,
     backend: str,
 ) -> Tensor:
-    n, k = shape
+    n, k = check_prepared(tensors, shape, blocksize)
     prepared = PreparedWeight(backend, layout_name, tuple(tensors), (n, k), blocksize, quant_type)
     return _product_prepared(A, prepared, bias)
 
 
 def _product_prepared(A: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:
+    check_product(A, weight.shape, bias, weight.tensors[0].device)
     n, k = weight.shape
     if A.numel() == 0 or n == 0:
         return _nothing_to_sum(A, n, bias)
-    x = (A if A.dim() == 2 else A.reshape(-1, k)).contiguous()
+    x, bias = _rows(A, k), bias if bias is None else bias.contiguous()
     op = "gemv_4bit" if x.shape[0] == 1 else "gemm_4bit"
     call = Call(op, A.device.type, A.dtype, x.shape[0], n, k, weight.blocksize, weight.quant_type, layout=weight.layout)
-    result: Tensor = _run(call, weight.backend, lambda b: getattr(b, op)(x, weight, bias))
-    return result if A.dim() == 2 else result.view(*A.shape[:-1], n)
+    return _as_rows_of(A, _run(call, weight.backend, lambda b: getattr(b, op)(x, weight, bias)))
+
+
+def _rows(A: Tensor, k: int) -> Tensor:
+    """A [..., K] as contiguous rows [M, K]."""
+    return (A if A.dim() == 2 else A.reshape(-1, k)).contiguous()
+
+
+def _as_rows_of(A: Tensor, y: Tensor) -> Tensor:
+    """The product y [M, N] as [..., N] of A [..., K]: a tensor of its own, not a view.
+
+    autograd forbids writing in place to a view that a custom Function returned, and ``ReLU(inplace=True)`` or
+    ``y += 1`` after a layer do that.
+    """
+    if A.dim() == 2:
+        return y
+    fresh: Tensor = torch.ops.aten._unsafe_view.default(y, (*A.shape[:-1], y.shape[-1]))
+    return fresh
 
 
 def _nothing_to_sum(A: Tensor, n: int, bias: Tensor | None) -> Tensor:
     """No tokens, no outputs, or K = 0: an empty result, or the bias. Backends never see such a call."""
     y = A.new_zeros((*A.shape[:-1], n))
     return y if bias is None else y + bias
-
-
-def _contiguous(weight: PackedWeight) -> PackedWeight:
-    if weight.packed.is_contiguous() and weight.absmax.is_contiguous():
-        return weight
-    return weight._replace(packed=weight.packed.contiguous(), absmax=weight.absmax.contiguous())
 
 
 # --- fakes: shapes and dtypes, nothing else -------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import layout, registry
 from .backend import Backend, Call, PackedWeight, PreparedWeight
-from .checks import ACTIVATION_DTYPES, check_floats, warn_caller
+from .checks import ACTIVATION_DTYPES, check_features, check_floats, warn_caller
 from .lending import LentBytes
 from .matmul import matmul_4bit
 from .ops import wants_grad
@@ -70,13 +70,15 @@ def linear_4bit(layer: Linear4bit, x: Tensor) -> Tensor:
         torch.Size([2, 3, 8])
     """
     check_floats("the input of a 4-bit layer", x, ACTIVATION_DTYPES)
+    check_features(x, layer.weight_shape)
     listener = current()
     with nullcontext() if listener is None else listener.call(f"{type(layer).__name__}.forward(x {show(x)})"):
         state, decision = recover_quant_state(layer)
         if listener is not None:
             listener.step(1, "recover the quant state", decision, state)
 
-        prepared, decision = choose_layout(layer, state, x)
+        backend = registry.requested_backend(None)  # once: what another thread sets in the middle of a call comes later
+        prepared, decision = choose_layout(layer, state, x, backend)
         if listener is not None:
             listener.step(2, "ask for the backend's layout", decision, prepared and prepared.layout)
 
@@ -95,7 +97,7 @@ def linear_4bit(layer: Linear4bit, x: Tensor) -> Tensor:
             listener.step(5, "cast the operands", decision, a)
 
         stored = layer.weight if prepared is not None else stored_weight(layer)
-        y = matmul_4bit(a, stored, state, bias=bias, prepared=prepared)  # tells the trace itself
+        y = matmul_4bit(a, stored, state, bias=bias, backend=backend, prepared=prepared)  # tells the trace itself
 
         y, decision = cast_back(y, x.dtype)
         if listener is not None:
@@ -163,7 +165,9 @@ class PreparedCache(NamedTuple):
     prepared: PreparedWeight | None
 
 
-def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[PreparedWeight | None, Decision]:
+def choose_layout(
+    layer: Linear4bit, state: QuantState, x: Tensor, backend: str | None = None
+) -> tuple[PreparedWeight | None, Decision]:
     """Step 2: ask the backend whether it wants the weight in a layout of its own (a CPU backend repacks it, say).
 
     Only for inference, as in bitsandbytes: training decodes the canonical bytes in backward anyway. The weight lends
@@ -188,21 +192,21 @@ def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[Prep
     if torch.compiler.is_compiling():
         cache = layer._prepared
         return (cache.prepared, LAYOUT_OWN) if cache and cache.prepared else (None, LAYOUT_COMPILING)
-    requested = registry.requested_backend(None)
+    requested = registry.requested_backend(backend)
     asked = (requested, registry.changes(), layer.compute_dtype or x.dtype, x.numel())
     versions = _versions(layer.weight, state.absmax)
     cache = layer._prepared
     # "is" for the state: comparing it would read tensors
     same = cache is not None and cache.state is state and cache.versions == versions
     if cache is None or not same or cache.asked != asked:
-        backend, _ = registry.resolve(_layout_call(layer, state, x), requested)
-        if cache is not None and same and cache.backend == backend.name:
+        found, _ = registry.resolve(_layout_call(layer, state, x), requested)
+        if cache is not None and same and cache.backend == found.name:
             prepared = cache.prepared
         else:
             layer._prepared = None  # the old one goes before the new one comes: never three copies
-            prepared = _prepare(layer.weight, state, backend)
+            prepared = _prepare(layer.weight, state, found)
             versions = _versions(layer.weight, state.absmax)
-        layer._prepared = cache = PreparedCache(asked, backend.name, state, versions, prepared)
+        layer._prepared = cache = PreparedCache(asked, found.name, state, versions, prepared)
     return cache.prepared, LAYOUT_OWN if cache.prepared else LAYOUT_NONE
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import layout
 from .backend import Nested, PackedWeight
+from .checks import check_positive, checked_weight
 from .lending import LentBytes
 from .statedict import (
     BLOCKSIZES,
@@ -22,7 +23,6 @@ from .statedict import (
     WEIGHT_DTYPES,
     Reader,
     check_packed,
-    describe,
     json_to_tensor,
 )
 
@@ -180,15 +180,9 @@ class QuantState:
         if self.code is None:
             raise ValueError("this QuantState has no code: make it with quantize_4bit or from_dict")
         packed, name = layout.from_storage(stored, shape.numel()), self.quant_type or "custom"
-        nested, blocks = self._second_level(), layout.block_count(shape.numel(), blocksize)
-        absmax = _row("absmax", self.absmax, torch.float32 if nested is None else torch.uint8, blocks)
-        if nested is not None:
-            blocks2 = layout.block_count(blocks, nested.blocksize)
-            absmax2 = _row("state2.absmax", nested.absmax, torch.float32, blocks2)
-            code2, offset = _row("state2.code", nested.code, torch.float32, 256), nested.offset
-            nested = Nested(absmax2, code2, _row("offset", offset, torch.float32, 1), nested.blocksize)
-        code = _row("code", self.code, torch.float32, 16)
-        return PackedWeight(packed, absmax, code, blocksize, tuple(shape), name, nested)
+        second = self._second_level()
+        flat = (None, None, None, 0) if second is None else second
+        return checked_weight(packed, self.absmax, self.code, blocksize, tuple(shape), name, *flat)
 
     def geometry(self) -> tuple[torch.Size, int]:
         """Shape and blocksize of a 4-bit state; a ValueError for the state of an 8-bit blockwise tensor."""
@@ -196,6 +190,7 @@ class QuantState:
             raise ValueError(
                 "this QuantState has no shape: it belongs to an 8-bit blockwise tensor, not to a 4-bit one"
             )
+        check_positive("blocksize", self.blocksize)
         return self.shape, self.blocksize
 
     def _second_level(self) -> Nested | None:
@@ -249,13 +244,6 @@ class QuantState:
         shape = "8-bit" if self.shape is None else f"{self.quant_type} {list(self.shape)}"
         nested = ", double quantisation" if self.nested else ""
         return f"QuantState({shape}, {_name(self.dtype)}, blocksize {self.blocksize}{nested})"
-
-
-def _row(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> Tensor:
-    """The tensor as a backend reads it, by address and without asking for its length: so that is asked here."""
-    if tensor.numel() != numel or tensor.dtype != dtype:
-        raise ValueError(f"this QuantState needs {numel} {_name(dtype)} elements in {name}, it has {describe(tensor)}")
-    return tensor.contiguous()
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -232,7 +232,7 @@ class CpuBackend(Backend):
         if isinstance(weight, PreparedWeight):
             if kernel is None:
                 kernel = self._kernel_for(dtype, m, k, weight.blocksize, weight.layout)
-            tiles, code = weight.tensors[0], weight.tensors[1]
+            tiles, code = _checked_tiles(weight)
             pointers = (tiles.data_ptr(), None, code.data_ptr(), weight.blocksize, None, None, None, None, None, 0)
         else:
             if kernel is None:
@@ -295,8 +295,7 @@ class CpuBackend(Backend):
         if len(weight.shape) != 2 or not can_tile(weight.shape[1], weight.blocksize) or self.library().tier.name == "c":
             return None
         n, k = weight.shape
-        panels, record = -(-n // 16), 64 + 8 * weight.blocksize
-        tiles = torch.empty(panels * (k // weight.blocksize) * record, dtype=torch.uint8)
+        tiles = torch.empty(_tile_bytes(n, k, weight.blocksize), dtype=torch.uint8)
         self.library().functions.refq4_tile(
             weight.packed.data_ptr(), n, k, weight.blocksize, *_scale_pointers(weight.absmax, weight.nested),
             tiles.data_ptr(), torch.get_num_threads(),
@@ -309,7 +308,7 @@ class CpuBackend(Backend):
 
     def restore_weight(self, prepared: PreparedWeight) -> PackedWeight:
         n, k = prepared.shape
-        tiles, code, *kept = prepared.tensors
+        (tiles, code), kept = _checked_tiles(prepared), prepared.tensors[2:]
         packed = torch.empty(packed_bytes(n * k), dtype=torch.uint8)
         absmax = kept[0] if kept else torch.empty(block_count(n * k, prepared.blocksize), dtype=torch.float32)
         self.library().functions.refq4_untile(
@@ -318,6 +317,29 @@ class CpuBackend(Backend):
         )  # fmt: skip
         nested = Nested(kept[1], kept[2], kept[3], int(kept[4])) if kept else None
         return PackedWeight(packed, absmax, code, prepared.blocksize, (n, k), prepared.quant_type, nested)
+
+
+def _tile_bytes(n: int, k: int, blocksize: int) -> int:
+    """Panels of sixteen rows, each a record of 64 bytes of scales and 8 bytes of codes an element for every block."""
+    return -(-n // 16) * (k // blocksize) * (64 + 8 * blocksize)
+
+
+def _checked_tiles(weight: PreparedWeight) -> tuple[Tensor, Tensor]:
+    """Tiles and code, once they are known to be as long as the shape wants: the core can't know, and C doesn't ask."""
+    (n, k), blocksize = weight.shape, weight.blocksize
+    if not can_tile(k, blocksize):
+        raise ValueError(f"tiles hold no weight of K = {k} at blocksize {blocksize}")
+    wanted = (("tiles", torch.uint8, _tile_bytes(n, k, blocksize)), ("code", torch.float32, 16))
+    for (name, dtype, numel), tensor in zip(wanted, weight.tensors, strict=False):
+        fits = tensor.dtype == dtype and tensor.numel() == numel and tensor.device.type == "cpu"
+        if not (fits and tensor.is_contiguous()):
+            raise ValueError(
+                f"{name} of a weight [{n}, {k}] at blocksize {blocksize} must be {numel} contiguous {dtype} elements "
+                f"on the CPU, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+    if len(weight.tensors) < 2:
+        raise ValueError("a weight in tiles comes with its code")
+    return weight.tensors[0], weight.tensors[1]
 
 
 def _scale_pointers(absmax: Tensor, nested: Nested | None) -> _Pointers:
