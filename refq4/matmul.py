@@ -45,7 +45,7 @@ def choose_path(A: Tensor, quant_state: QuantState, prepared: bool = False) -> D
     if prepared:
         return PREPARED
     (n, k), blocksize = quant_state.geometry()
-    if A.dim() and A.shape[-1] != k and A.shape[-1] == n:
+    if A.shape[-1] != k and A.shape[-1] == n:
         return FROM_K_BY_N
     if A.numel() == 0:
         return NOTHING
@@ -100,9 +100,9 @@ def matmul_4bit(
     n, k = shape = _check_matmul(A, quant_state)
     listener = current()
     A, bias = _autocast(A, bias)
-    decision = choose_path(A, quant_state, prepared is not None)
-    if decision is not FROM_K_BY_N:
+    if A.dim() == 0 or A.shape[-1] != n:
         check_features(A, shape)
+    decision = choose_path(A, quant_state, prepared is not None)
     if bias is not None:
         check_bias(bias, k if decision is FROM_K_BY_N else n, shape)
     if out is not None and (wants_grad(A) or wants_grad(bias)):

@@ -90,19 +90,19 @@ class _Holds4bitWeight(nn.Module):
     def _apply_to_rebuilt(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> Any:
         """The same for a weight that was rebuilt as a plain parameter of its bytes: the state is the module's.
 
-        Bytes stored under a float dtype are shown to ``fn`` as the integers they are, or a cast would destroy them.
+        The bytes are shown to ``fn`` as the integers they are, whatever they are stored under, and of what comes back
+        only a new place counts: a cast of codes would destroy them.
         """
         weight = self.weight
-        if self.quant_state is None or not weight.is_floating_point():
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        else:
-            self._parameters["weight"] = None
-            try:
-                super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-                with torch.no_grad():
-                    weight.data = fn(weight.data.view(torch.uint8)).view(weight.dtype)
-            finally:
-                self._parameters["weight"] = weight
+
+        def move(tensor: Tensor) -> Tensor:
+            if tensor is not weight or self.quant_state is None:
+                return fn(tensor)
+            plain = tensor.view(torch.uint8)
+            moved = fn(plain)
+            return (moved if moved.dtype == torch.uint8 else plain.to(moved.device)).view(tensor.dtype)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         if self.quant_state is not None:
             self.quant_state = self.quant_state.copy().to(self.weight.device)
         return self

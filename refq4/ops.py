@@ -137,8 +137,8 @@ def matmul_prepared(A: Tensor, weight: PreparedWeight, bias: Tensor | None) -> T
 def _nothing_intercepts(A: Tensor) -> bool:
     return (
         type(A) is Tensor
-        and not A.is_neg()
         and not torch.compiler.is_compiling()
+        and not A.is_neg()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and torch._C._functorch.maybe_current_level() is None

@@ -217,6 +217,16 @@ class Params4bit(LentBytes, nn.Parameter):
         """``.to(torch.float64)``; such a weight can't be quantised."""
         return self.to(torch.float64)
 
+    def type(self, dtype: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
+        """As ``Tensor.type``: without a dtype the name of the type; with one a cast, as ``.to(dtype)`` is.
+
+        A type of another device (``torch.cuda.FloatTensor``) also moves, as it does there.
+        """
+        if dtype is None:
+            return super().type()
+        like = torch.empty(0, device=self.device).type(dtype)  # torch knows all the ways to name a type
+        return self.to(like.device, like.dtype, non_blocking) if like.device != self.device else self.to(like.dtype)
+
     def _quantize(self, weight: Tensor) -> Params4bit:
         packed, state = quantize_4bit(
             weight,

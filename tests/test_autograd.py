@@ -244,3 +244,44 @@ def test_an_eager_product_meets_every_mode_that_looks_at_ops(packed):
     assert wanted.requires_grad
     bias = torch.zeros(6, requires_grad=True)
     assert ops.matmul("gemm_4bit", A, weight, bias, "reference").requires_grad
+
+
+# --- a result is a tensor of its own ----------------------------------------------------------------------------------
+
+SHAPES = pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 64), (2, 3, 64), (2, 1, 3, 64)], ids=str)
+
+
+@SHAPES
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "double quantisation"])
+def test_in_place_ops_after_a_layer_work_and_differentiate_as_after_nn_linear(shape, training, nested):
+    layer = refq4.nn.LinearNF4(64, 8, compress_statistics=nested).to("cpu").train(training)
+    plain = torch.nn.Linear(64, 8)
+    plain.weight.data = F.dequantize_4bit(layer.weight, layer.quant_state)
+    plain.bias.data = layer.bias.detach().clone()
+    x, results = torch.randn(shape), []
+    for linear in (layer, plain):
+        norm = torch.nn.LayerNorm(64)
+        torch.nn.Sequential(norm, linear, torch.nn.ReLU(inplace=True))(x).sum().backward()
+        y = linear(norm(x))
+        y += 1
+        y.mul_(2).sin().sum().backward()
+        results.append((y.detach(), norm.weight.grad, linear.bias.grad))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@SHAPES
+def test_no_result_is_a_view_with_a_gradient_or_without(shape):
+    B, state = F.quantize_4bit(torch.randn(8, 64), quant_type="nf4")
+    layer = refq4.nn.LinearNF4(64, 8).to("cpu")
+    for wanted in (True, False):
+        A = torch.randn(shape, requires_grad=wanted)
+        calls = [
+            lambda A: F.matmul_4bit(A, B, state),
+            layer.train(),
+            layer.eval(),
+            torch.compile(layer, backend="eager"),
+        ]
+        for call in calls:
+            assert call(A)._base is None

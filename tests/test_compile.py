@@ -162,3 +162,52 @@ def test_opcheck_passes_for_the_other_ops():
     p = backend.prepare_weight(state.packed_weight(B))
     args = (torch.randn(2, 64), list(p.tensors), p.layout, list(p.shape), 64, "nf4", None, "loopback")
     torch.library.opcheck(torch.ops.refq4.matmul_prepared.default, args)
+
+
+# --- what a compiled layer must not remember --------------------------------------------------------------------------
+
+
+def load(layer, other):
+    layer.load_state_dict(other.state_dict())
+
+
+def copy_into_the_data(layer, other):
+    layer.weight.data.copy_(other.weight.data)
+    layer.weight.quant_state = layer.quant_state = other.quant_state
+
+
+def swap_the_parameter(layer, other):
+    layer.weight, layer.quant_state = other.weight, other.quant_state
+
+
+def move_and_load(layer, other):
+    layer.to("meta").to_empty(device="cpu")
+    load(layer, other)
+
+
+@pytest.mark.xfail(strict=True, reason="while tracing, step 2 takes the prepared form without asking what it is of")
+@pytest.mark.parametrize("change", [load, copy_into_the_data, swap_the_parameter, move_and_load])
+def test_a_layer_whose_weight_changed_before_it_was_compiled_computes_with_the_new_one(change):
+    backend = refq4.register_backend(Loopback(own_layout=True))
+    refq4.set_backend("loopback")
+    layer, other, x = layer_of(bias=False).eval(), layer_of(bias=False).eval(), torch.randn(3, 64)
+    with torch.no_grad():
+        layer(x)
+        assert backend.seen["prepare_weight"] == 1
+        change(layer, other)
+        wanted = F.matmul_4bit(x, other.weight.data, other.quant_state, backend="reference")
+        torch.testing.assert_close(torch.compile(layer, backend="eager")(x), wanted)
+
+
+@pytest.mark.xfail(strict=True, reason="while tracing, step 2 takes the prepared form of whichever backend made it")
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_layer_prepared_by_one_backend_compiles_for_the_one_that_is_asked_for(tokens):
+    backend = refq4.register_backend(Loopback(own_layout=True))
+    layer, x = layer_of().eval(), torch.randn(tokens, 64)
+    with torch.no_grad():
+        with refq4.use_backend("loopback"):
+            layer(x)
+        before = backend.seen.copy()
+        with refq4.use_backend("reference"):
+            torch.compile(layer, backend="eager")(x)
+    assert backend.seen == before

@@ -28,7 +28,7 @@ import refq4.functional as F
 from refq4 import matmul, ops, pipeline, registry
 from refq4.autograd import MatMul4Bit
 from refq4.backend import Backend, PreparedWeight
-from refq4.checks import check_codes, warn_caller
+from refq4.checks import check_blockwise, warn_caller
 from refq4.codebooks import Codebook, _dynamic_map_values, get_codebook
 from refq4.explain import _first_difference
 from refq4.nn import LinearNF4, Params4bit
@@ -505,11 +505,12 @@ def test_a_scalar_and_an_empty_tensor_have_no_pieces():
 
 def test_a_code_of_256_entries_decodes_every_byte_and_one_of_255_is_asked():
     q = torch.full((4,), 255, dtype=torch.uint8)
-    check_codes(q, torch.zeros(256))
-    for nothing_to_look_at in (q[:0], q.to("meta")):
-        check_codes(nothing_to_look_at, torch.zeros(16))
+    check_blockwise(q, torch.zeros(1), torch.zeros(256), 32)
+    for codes, device in ((q[:0], "cpu"), (q, "meta")):  # nothing to look at
+        absmax = torch.zeros(-(-codes.numel() // 32), device=device)
+        check_blockwise(codes.to(device), absmax, torch.zeros(16, device=device), 32)
     with pytest.raises(ValueError, match="code has 255 entries, and the largest of the codes to decode is 255"):
-        check_codes(q, torch.zeros(255))
+        check_blockwise(q, torch.zeros(1), torch.zeros(255), 32)
 
 
 def test_a_warning_points_at_the_first_line_outside_the_package():

@@ -97,9 +97,15 @@ def test_a_dtype_alone_casts_a_weight_that_is_not_quantised_yet():
         lambda m: m.float(),
         lambda m: m.to(torch.bfloat16),
         lambda m: m.double(),
+        lambda m: m.type(torch.float32),
+        lambda m: m.type(torch.bfloat16),
+        lambda m: m.type("torch.DoubleTensor"),
+        lambda m: m.type(torch.FloatTensor),
+        lambda m: nn.Sequential(m).type(torch.float16)[0],
     ],
-    ids=["half", "bfloat16", "float", "to(bfloat16)", "double"],
-)
+    ids=["half", "bfloat16", "float", "to(bfloat16)", "double", "type(float32)", "type(bfloat16)",
+         "type('torch.DoubleTensor')", "type(torch.FloatTensor)", "the model's type(float16)"],
+)  # fmt: skip
 def test_casting_a_quantised_module_casts_the_bias_and_never_the_packed_bytes(cast, storage):
     layer = layer_of(quant_storage=storage)
     packed, state = layer.weight.detach().clone(), copy.deepcopy(layer.quant_state)
@@ -117,8 +123,21 @@ def test_casting_a_quantised_module_casts_the_bias_and_never_the_packed_bytes(ca
 
 def test_casting_the_parameter_itself_keeps_a_quantised_one():
     weight = layer_of(quant_storage=torch.bfloat16).weight
-    for cast in (weight.half, weight.float, weight.bfloat16, weight.double):
+    for cast in (weight.half, weight.float, weight.bfloat16, weight.double, lambda: weight.type(torch.float32)):
         assert cast() is weight
+    assert weight.type() == "torch.BFloat16Tensor"
+
+
+def test_a_cast_by_type_changes_a_weight_that_is_not_quantised_yet():
+    layer = Linear4bit(64, 8, quant_type="nf4").type(torch.float16)
+    assert (layer.weight.dtype, layer.weight.bnb_quantized, layer.weight.shape) == (torch.float16, False, (8, 64))
+    assert isinstance(layer.weight, Params4bit)
+
+
+def test_casting_an_embedding_by_type_leaves_its_table_alone():
+    table, ids = refq4.nn.EmbeddingNF4(10, 64).to("cpu"), torch.tensor([3, 1])
+    wanted = table(ids)
+    assert_same_bits(table.type(torch.float16)(ids), wanted)
 
 
 def test_moving_to_meta_does_not_quantise_and_a_quantised_layer_follows():

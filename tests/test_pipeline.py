@@ -56,9 +56,10 @@ def test_step_1_recovers_the_state_from_the_module_when_the_parameter_was_rebuil
     assert "packed" in repr(layer)
     bias, stored = layer.bias.detach().clone(), layer.weight.detach().clone()
     for dtype in (torch.float16, torch.bfloat16, torch.float32):  # moving and casting the module: never the bytes
-        layer.to("cpu", dtype)
-        assert layer.bias.dtype == dtype
-        assert_same_bits(layer.weight.detach(), stored)
+        for cast in (lambda dtype: layer.to("cpu", dtype), layer.type):
+            cast(dtype)
+            assert layer.bias.dtype == dtype
+            assert_same_bits(layer.weight.detach(), stored)
     layer.bias.data = bias
     assert_same_bits(layer(x), wanted)
 
@@ -338,3 +339,30 @@ def test_an_embedding_is_saved_and_loaded():
     other.load_state_dict(table.state_dict())
     ids = torch.arange(50)
     assert_same_bits(other(ids), table(ids))
+
+
+# --- a choice of backend is made once ---------------------------------------------------------------------------------
+
+
+class Switches(Loopback):
+    """Chooses another backend for the process as soon as it is asked, as another thread might at that moment."""
+
+    def can_run(self, call):
+        refq4.set_backend("reference")
+        return super().can_run(call)
+
+    def wrong_device(self, call):
+        refq4.set_backend("reference")
+        return super().wrong_device(call)
+
+
+@pytest.mark.parametrize("own_layout", [False, True], ids=["stored bytes", "own layout"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_choice_that_changes_in_the_middle_of_a_call_is_for_the_next_one(tokens, own_layout):
+    refq4.register_backend(Switches(own_layout))
+    layer, x = layer_of().eval(), torch.randn(tokens, 64)
+    refq4.set_backend("loopback")
+    with torch.no_grad(), refq4.trace() as t:
+        layer(x)
+        layer(x)
+    assert [[op.backend for op in call.steps[5].ops] for call in t.calls] == [["loopback"], ["reference"]]
