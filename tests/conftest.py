@@ -6,11 +6,13 @@ import importlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import hypothesis
 import pytest
 import torch
+from peer_path import CANONICAL, computing_on
 from unmeasured import VARIABLE
 
 PEER = "0.50.2"
@@ -66,3 +68,10 @@ def bnb(request: pytest.FixtureRequest) -> ModuleType:
         stop = pytest.fail if request.config.getoption("--require-peers") else pytest.skip
         stop(f"bitsandbytes {missing}: pip install -e '.[test]', or pip install bitsandbytes=={PEER}")
     return peer
+
+
+@pytest.fixture
+def peer_path(request: pytest.FixtureRequest, bnb: ModuleType) -> Iterator[str]:
+    """The way in which the peer's layers compute in this test, whatever the processor: tests/peer_path.py."""
+    with computing_on(bnb, getattr(request, "param", CANONICAL)) as path:
+        yield path
