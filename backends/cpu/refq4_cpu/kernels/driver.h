@@ -33,6 +33,9 @@ enum { MAX_TOKENS = 8, MAX_PANELS = 4 };
  * rounding is larger. In one chain over a block of 4096, each addition would round at the size of the whole sum. */
 enum { PART_GROUPS_FP32 = 4, PART_GROUPS_BF16 = 8 };
 
+/* For fp32, as many parts are added up before their subtotal is added to the total. bf16's own rounding is larger. */
+enum { SUBTOTAL_PARTS = SUBTOTAL_ELEMENTS / (8 * PART_GROUPS_FP32) };
+
 /* x_tile: see pack_tile. tiles: the first of NP panels, `stride` bytes apart. sums: [MT][16*MAX_PANELS]. */
 typedef void (*TileKernel)(const void *x_tile, const uint8_t *tiles, int64_t stride, int64_t blocks, int64_t groups,
                            const void *table, float *sums);

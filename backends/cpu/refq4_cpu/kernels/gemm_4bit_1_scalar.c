@@ -25,15 +25,18 @@ static void decode_row(const Weight *w, int64_t first, int64_t count, float *out
 }
 
 static float dot(const float *a, const float *b, int64_t count) {
-    float lane[LANES] = {0}, sum = 0;
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES)
-        for (int j = 0; j < LANES; j++) lane[j] += a[i + j] * b[i + j];
-    for (; i < count; i++) lane[i % LANES] += a[i] * b[i];
+    float total[LANES] = {0};
+    for (int64_t i = 0; i < count;) {
+        float lane[LANES] = {0}; /* a subtotal */
+        int64_t end = min64(i + SUBTOTAL_ELEMENTS, count);
+        for (; i + LANES <= end; i += LANES)
+            for (int j = 0; j < LANES; j++) lane[j] += a[i + j] * b[i + j];
+        for (; i < end; i++) lane[i % LANES] += a[i] * b[i];
+        for (int j = 0; j < LANES; j++) total[j] += lane[j];
+    }
     for (int half = LANES / 2; half; half /= 2)
-        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
-    sum = lane[0];
-    return sum;
+        for (int j = 0; j < half; j++) total[j] += total[j + half];
+    return total[0];
 }
 
 static void scalar_row(void *context, int64_t n, int thread) {

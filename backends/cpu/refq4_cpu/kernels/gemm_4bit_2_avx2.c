@@ -4,7 +4,7 @@
  *     vblendvps      takes the second where the code's top bit is set; it reads the sign bit, so the code is shifted up
  *
  * Otherwise it is gemm_4bit_3_avx512.c with a panel as two halves of eight rows. Sixteen registers hold few sums: up to
- * four tokens, and the totals to which each part of a block is added stay in memory, where they cost one load a part.
+ * four tokens, and the subtotals to which each part of a block is added lie in memory, where they cost one load a part.
  */
 #include "simd.h"
 #include "driver.h"
@@ -25,14 +25,24 @@ static inline __attribute__((always_inline)) void add_scaled(float *at, __m256 s
     _mm256_storeu_ps(at, _mm256_fmadd_ps(sum, _mm256_loadu_ps(scale), _mm256_loadu_ps(at)));
 }
 
+/* total[0 .. 15] += subtotal[0 .. 15], which becomes zero */
+static inline __attribute__((always_inline)) void add_subtotal_avx2(float *total, float *subtotal) {
+    UNROLL for (int i = 0; i < PANEL; i += 8) {
+        _mm256_storeu_ps(total + i, _mm256_add_ps(_mm256_loadu_ps(total + i), _mm256_loadu_ps(subtotal + i)));
+        _mm256_storeu_ps(subtotal + i, _mm256_setzero_ps());
+    }
+}
+
 static inline __attribute__((always_inline)) void avx2_tile(const float *x, const uint8_t *tiles, int64_t blocks,
                                                             int64_t groups, const float *table, float *sums,
                                                             const int MT) {
     __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+    float *subtotals = sums + PANEL; /* where a second panel's totals would lie */
     clear_totals(sums, MT);
-    int64_t part = min64(groups, PART_GROUPS_FP32);
+    clear_totals(subtotals, MT);
+    int64_t part = min64(groups, PART_GROUPS_FP32), parts = blocks * (groups / part);
     const uint8_t *absmax = tiles;
-    for (int64_t i = 0, first = 0; i < blocks * (groups / part); i++) {
+    for (int64_t i = 0, first = 0; i < parts; i++) {
         if (first == 0) { /* a new record */
             absmax = tiles;
             tiles += 64;
@@ -52,9 +62,12 @@ static inline __attribute__((always_inline)) void avx2_tile(const float *x, cons
         UNROLL for (int half = 0; half < 2; half++) {
             const float *scale = (const float *)absmax + 8 * half;
             UNROLL for (int m = 0; m < MT; m++)
-                add_scaled(sums + m * MAX_PANELS * PANEL + 8 * half, block[m][half], scale);
+                add_scaled(subtotals + m * MAX_PANELS * PANEL + 8 * half, block[m][half], scale);
         }
         first = first + part == groups ? 0 : first + part;
+        if (i % SUBTOTAL_PARTS == SUBTOTAL_PARTS - 1 || i == parts - 1)
+            for (int m = 0; m < MT; m++)
+                add_subtotal_avx2(sums + m * MAX_PANELS * PANEL, subtotals + m * MAX_PANELS * PANEL);
     }
 }
 

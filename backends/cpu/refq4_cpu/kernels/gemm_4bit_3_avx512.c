@@ -7,18 +7,26 @@
  *     vfmadd              sums[n] += w[n][k] * x[k]      with x[k] broadcast to all rows
  *
  * The look-up runs on other ports than the multiply-adds, so from four tokens on it is hidden behind them. Scales stay
- * out of the inner loop: a block's sum times its absmax is added to the total, once per block.
+ * out of the inner loop: the sum of a part of a block times its absmax is added to a subtotal in a register, and the
+ * subtotal now and then to the total, in memory.
  */
 #include "simd.h"
 #include "driver.h"
 
+/* total[0 .. 15] += subtotal, which becomes zero */
+static inline __attribute__((always_inline)) void add_subtotal(float *total, __m512 *subtotal) {
+    _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), *subtotal));
+    *subtotal = _mm512_setzero_ps();
+}
+
 static inline __attribute__((always_inline)) void fp32_tile(const float *x, const uint8_t *tiles, int64_t stride,
                                                             int64_t blocks, int64_t groups, __m512 table, float *sums,
                                                             const int MT, const int NP) {
-    __m512 total[MAX_TOKENS][MAX_PANELS];
-    UNROLL for (int m = 0; m < MT; m++) UNROLL for (int p = 0; p < NP; p++) total[m][p] = _mm512_setzero_ps();
-    int64_t record = 64 + 64 * groups, part = min64(groups, PART_GROUPS_FP32);
-    for (int64_t i = 0, first = 0; i < blocks * (groups / part); i++) {
+    __m512 subtotal[MAX_TOKENS][MAX_PANELS];
+    UNROLL for (int m = 0; m < MT; m++) UNROLL for (int p = 0; p < NP; p++) subtotal[m][p] = _mm512_setzero_ps();
+    memset(sums, 0, (size_t)MT * MAX_PANELS * PANEL * sizeof(float));
+    int64_t record = 64 + 64 * groups, part = min64(groups, PART_GROUPS_FP32), parts = blocks * (groups / part);
+    for (int64_t i = 0, first = 0; i < parts; i++) {
         __m512 block[MAX_TOKENS][MAX_PANELS];
         UNROLL for (int m = 0; m < MT; m++) UNROLL for (int p = 0; p < NP; p++) block[m][p] = _mm512_setzero_ps();
         for (int64_t g = first; g < first + part; g++, x += 8 * MT) {
@@ -40,16 +48,17 @@ static inline __attribute__((always_inline)) void fp32_tile(const float *x, cons
         }
         UNROLL for (int p = 0; p < NP; p++) {
             __m512 absmax = _mm512_loadu_ps(tiles + p * stride);
-            UNROLL for (int m = 0; m < MT; m++) total[m][p] = _mm512_fmadd_ps(block[m][p], absmax, total[m][p]);
+            UNROLL for (int m = 0; m < MT; m++) subtotal[m][p] = _mm512_fmadd_ps(block[m][p], absmax, subtotal[m][p]);
         }
         first += part;
         if (first == groups) { /* the next record */
             first = 0;
             tiles += record;
         }
+        if (i % SUBTOTAL_PARTS == SUBTOTAL_PARTS - 1 || i == parts - 1)
+            UNROLL for (int m = 0; m < MT; m++)
+                UNROLL for (int p = 0; p < NP; p++) add_subtotal(sums + (m * MAX_PANELS + p) * PANEL, &subtotal[m][p]);
     }
-    UNROLL for (int m = 0; m < MT; m++)
-        UNROLL for (int p = 0; p < NP; p++) _mm512_storeu_ps(sums + (m * MAX_PANELS + p) * PANEL, total[m][p]);
 }
 
 #define KERNEL(MT, NP)                                                                                                  \

@@ -18,7 +18,8 @@
  *               first all steps of rows 0 .. 7, then those of rows 8 .. 15
  *
  * Codes are multiplied unscaled. The sum of a part of a block is scaled and added to the total, in an order that depends
- * on neither M nor the threads; for bf16 it is rung 3's, so both give the same bits.
+ * on neither M nor the threads; for bf16 it is rung 3's, so both give the same bits. In singles, the parts of a piece are
+ * added up first: a subtotal (SUBTOTAL_ELEMENTS in refq4.h, but of DEPTH elements).
  */
 #include "simd.h"
 #include "driver.h"
@@ -166,7 +167,15 @@ static void blocked_item(void *context, int64_t item, int thread) {
             float *s = sums + (i - first) * panel_sums;
             for (int64_t t = tile0; t < tile1; t++, s += ROW_TOKENS * PANEL) {
                 int64_t m = blocked_start(plan, t), mt = blocked_start(plan, t + 1) - m;
-                blocked_tiles[plan->pairs][mt](plan->x + k0 * p->M + m * depth, &decoded, depth, plan->part, s);
+                const float *x = plan->x + k0 * p->M + m * depth;
+                if (plan->pairs) {
+                    blocked_tiles[1][mt](x, &decoded, depth, plan->part, s);
+                    continue;
+                }
+                _Alignas(64) float subtotals[ROW_TOKENS * PANEL];
+                memset(subtotals, 0, (size_t)(mt * PANEL) * sizeof(float));
+                blocked_tiles[0][mt](x, &decoded, depth, plan->part, subtotals);
+                for (int64_t j = 0; j < mt * PANEL; j++) s[j] += subtotals[j];
             }
         }
     }

