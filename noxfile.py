@@ -3,6 +3,7 @@
 pipx run nox                        all of it, an hour; needs python3.11 and python3.12
 pipx run nox -s tests-3.12          one session
 pipx run nox -s package             build, check and install the wheel and the sdist
+pipx run nox -s portable            what holds on macOS and Windows as well, five minutes
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import nox
 
 nox.options.sessions = ["tests", "oldest", "package", "docs"]
 PYTHONS = ["3.11", "3.12"]
+# Tests that need PyTorch and nothing else: no compiler, no Unix, no other library.
+_NAMES = ("codebooks", "golden", "state", "layers", "pipeline", "quantize_model")
+PORTABLE = [f"tests/test_{name}.py" for name in _NAMES]
 
 
 @nox.session(python=PYTHONS)
@@ -26,8 +30,17 @@ def tests(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     """The oldest torch of pyproject.toml, without the libraries that want a newer one."""
     session.install("torch==2.8.0", "-e", ".", "pytest", "hypothesis", "expecttest")
-    files = ("codebooks", "golden", "state", "layers", "pipeline", "quantize_model", "quantize_checkpoint")
-    session.run("python", "-m", "pytest", *(f"tests/test_{name}.py" for name in files), *session.posargs)
+    session.run("python", "-m", "pytest", *PORTABLE, "tests/test_quantize_checkpoint.py", *session.posargs)
+
+
+@nox.session
+def portable(session: nox.Session) -> None:
+    """What macOS and Windows are asked, with the Python that runs nox: the layer on the reference."""
+    session.install("torch==2.13.0", "-e", ".", "pytest", "hypothesis", "expecttest")
+    session.env["PYTHONUTF8"] = "1"  # Windows would read and print in the code page of its country
+    session.run("python", "-m", "pytest", *PORTABLE, *session.posargs)
+    session.run("python", "-m", "refq4", "verify", "--backend", "reference", "--quick")
+    session.run("python", "-m", "refq4", "info")
 
 
 @nox.session(python=PYTHONS)

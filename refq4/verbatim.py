@@ -24,11 +24,11 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class Console(rich_console.Console):
-    """A console without markup, emoji codes and guessed colours; takes the arguments of rich's own."""
+    """A console without markup and emoji codes; takes the arguments of rich's own."""
 
-    def render_str(self, text: str, *, style: Any = "", justify: Any = None, overflow: Any = None, **_: Any) -> Text:
-        """Make a string into a text of one style: rich calls this for each string that it is given."""
-        return Text(visible(text), style=style, justify=justify, overflow=overflow)
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """Make a string into a text: rich calls this for each string that it is given. Numbers may get a colour."""
+        return super().render_str(visible(text), **(settings | {"markup": False, "emoji": False}))
 
     def on_broken_pipe(self) -> None:
         """Raise on: rich calls this where it caught the error, and would exit with 1 by itself."""

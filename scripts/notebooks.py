@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,11 +26,10 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from tqdm import tqdm
 
-import refq4
-
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 TIMING = "timing"  # the tag of a cell whose output is the machine's: times, names of kernels, cores
 NO_WIDGETS = "IProgress not found"  # tqdm's warning where ipywidgets is not installed: its bars are text then
+COMPILING = re.compile(r"refq4: compiling [^\n]* \.\.\. \d+\.\d s\n")
 SECONDS = 600  # a cell that takes longer hangs; a whole notebook takes some ten
 
 METADATA = {
@@ -84,7 +84,8 @@ def execute(notebook: nbformat.NotebookNode, **callbacks: Any) -> None:
         CellExecutionError: a cell raised.
         ValueError: a cell wrote to stderr (a warning, as a rule): what it warns of belongs mended, or caught and shown.
     """
-    refq4.backend_info("cpu")  # compiles its kernels if that is still to be done, and says so on stderr: not in a cell
+    import matplotlib.font_manager  # noqa: F401 (at the first import it lists the fonts, and complains if that takes long)
+
     with _kernel() as manager:
         client = NotebookClient(
             notebook,
@@ -99,9 +100,20 @@ def execute(notebook: nbformat.NotebookNode, **callbacks: Any) -> None:
         client.execute(env=os.environ | {"PYTHONHASHSEED": "0", "PYTHONWARNINGS": f"ignore:{NO_WIDGETS}"})
     notebook.metadata = nbformat.from_dict(METADATA)  # the kernel has added the version of this Python
     for cell in notebook.cells:
-        for output in cell.get("outputs", []):
+        for output in _without_progress(cell):
             if output.get("name") == "stderr":
                 raise ValueError(f"{cell.id} wrote to stderr: {output.text}\n--- the cell ---\n{cell.source}")
+
+
+def _without_progress(cell: nbformat.NotebookNode) -> list[Any]:
+    """Take the lines about compiling, which are there at the first run only, from what a cell wrote to stderr."""
+    outputs = cell.get("outputs", [])
+    for output in outputs:
+        if output.get("name") == "stderr":
+            output.text = COMPILING.sub("", output.text)
+    if outputs:
+        cell.outputs = [output for output in outputs if output.get("name") != "stderr" or output.text]
+    return cell.get("outputs", [])
 
 
 @contextmanager

@@ -36,12 +36,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.fixture(autouse=True, scope="session")
-def compiled_code_of_this_run_only(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """torch caches compiled backward graphs on disk without looking at an op's autograd code: stale ones mislead."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
-
-
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that the test starts are left out of the coverage, which makes them a third faster."""

@@ -14,17 +14,24 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from patience import BUSY, until
 from safetensors.torch import load_file, save_file
 
+import refq4
 from refq4 import cli
 from refq4.checkpoint import places
 
 COMMAND = [sys.executable, "-m", "refq4"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left_to_compile() -> None:
+    """The first use of the CPU kernels compiles them and says so on stderr, which tests here read."""
+    refq4.backend_info("cpu")
 
 
 @pytest.fixture
@@ -110,14 +117,14 @@ def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path):
         file.truncate(8 + len(text) + 2**33)
     command = [*COMMAND, "quantize", tmp_path / "model", tmp_path / "out"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    for _ in range(2400):
-        written = [file.stat().st_blocks for file in tmp_path.glob(".out.partial-*/*")]
-        if any(written):
-            break
+
+    def writing() -> bool:
         assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
+        return any(file.stat().st_blocks for file in tmp_path.glob(".out.partial-*/*"))
+
+    until(writing, "the first bytes of the output")
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=BUSY)
     assert (process.returncode, error.strip()) == (cli.INTERRUPTED, "refq4 quantize: interrupted")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

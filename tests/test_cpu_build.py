@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import BUSY
 
 from refq4.backend import BackendUnavailableError, Call, PackedWeight
 from refq4.buildcache import CacheError, cache_directory, cache_key, cached
@@ -107,7 +108,7 @@ def _start(**environment: str) -> subprocess.Popen[str]:
 @_needs_compiler
 def test_two_processes_at_once_compile_one_library(empty_cache: Path) -> None:
     both = [_start(REFQ4_CPU_TIER="c"), _start(REFQ4_CPU_TIER="c")]
-    (out_a, err_a), (out_b, err_b) = (process.communicate(timeout=600) for process in both)
+    (out_a, err_a), (out_b, err_b) = (process.communicate(timeout=BUSY) for process in both)
     assert [process.returncode for process in both] == [0, 0], err_a + err_b
     assert out_a == out_b
     assert (err_a + err_b).count("compiling the c kernels") == 1
@@ -116,11 +117,11 @@ def test_two_processes_at_once_compile_one_library(empty_cache: Path) -> None:
 
 @_needs_compiler
 def test_a_truncated_library_is_compiled_again(empty_cache: Path) -> None:
-    first = _start(REFQ4_CPU_TIER="c").communicate(timeout=600)
+    first = _start(REFQ4_CPU_TIER="c").communicate(timeout=BUSY)
     (library,) = (empty_cache / "cpu").glob("refq4_cpu-c-*.so")
     library.write_bytes(library.read_bytes()[:4096])
-    second = _start(REFQ4_CPU_TIER="c").communicate(timeout=600)
-    third = _start(REFQ4_CPU_TIER="c").communicate(timeout=600)
+    second = _start(REFQ4_CPU_TIER="c").communicate(timeout=BUSY)
+    third = _start(REFQ4_CPU_TIER="c").communicate(timeout=BUSY)
     assert first[0] == second[0] == third[0]
     assert "compiling" in second[1]
     assert "compiling" not in third[1]
@@ -354,7 +355,7 @@ print("clean")
 def test_concurrent_callers_and_a_forked_child_get_the_same_bits(pool: str) -> None:
     environment = {**os.environ, "REFQ4_CPU_THREADS": pool}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", THREADS], env=environment, capture_output=True, text=True, timeout=600,
+        [sys.executable, "-W", "ignore", "-c", THREADS], env=environment, capture_output=True, text=True, timeout=BUSY,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -17,6 +17,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import BUSY
 
 pytest.importorskip("refq4_cpu", reason="the package refq4_cpu is not installed")
 import cpu_tiers
@@ -99,7 +100,7 @@ print("clean")
 def _run(tier: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | cpu_tiers.environment(tier)
     command = [sys.executable, "-c", GUARDED, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=BUSY, check=False)
 
 
 @pytest.mark.parametrize("tier", list(build.TIERS))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import BUSY
 
 import refq4
 from refq4 import registry, remedies
@@ -49,7 +50,7 @@ def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(code: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process of its own; its failure is the test's."""
     command = [sys.executable, *options, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=BUSY)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -469,7 +470,7 @@ def told(fake_driver: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         capture_output=True,
         text=True,
         env=os.environ | {"LD_LIBRARY_PATH": str(fake_driver)},
-        timeout=120,
+        timeout=BUSY,
     )
     assert done.returncode == 0, done.stderr
     return {

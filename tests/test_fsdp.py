@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from patience import BUSY
 from torch.distributed.device_mesh import init_device_mesh
 
 import refq4
@@ -91,7 +92,7 @@ def test_two_processes_share_a_models_weights_and_agree_with_one_that_has_them_a
         )
         for rank in (0, 1)
     ]
-    said = [process.communicate(timeout=300) for process in running]
+    said = [process.communicate(timeout=BUSY) for process in running]
     for process, (out, err) in zip(running, said, strict=True):
         assert process.returncode == 0, err
         assert out.endswith("done\n")

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from loopback import Loopback
+from patience import BUSY
 from threads import faults_of
 
 import refq4
@@ -114,7 +115,7 @@ def test_the_child_of_a_fork_uses_the_layer_that_its_parent_used(backend):
     if backend == "cpu" and (reason := refq4.backend_info("cpu")["reason"]) is not None:
         pytest.skip(reason)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK, backend], capture_output=True, text=True, timeout=180, check=False
+        [sys.executable, "-W", "ignore", "-c", FORK, backend], capture_output=True, text=True, timeout=BUSY, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "clean"

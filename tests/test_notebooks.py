@@ -67,6 +67,19 @@ def test_every_picture_says_what_it_shows(source):
     assert pictures
 
 
+def test_what_is_said_about_compiling_is_no_output_and_any_other_word_on_stderr_is_an_error():
+    """The first run on a machine compiles, a later one does not: a cell shows the same."""
+    said = "import sys; say = sys.stderr.write; say('refq4: compiling a.cu (once) ...'); say(' 0.1 s\\n')"
+    clean, dirty = (nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"{said}{more}")]) for more in WORDS)
+    notebooks.execute(clean)
+    assert [text_of(cell) for cell in clean.cells] == ["shown"]
+    with pytest.raises(ValueError, match="wrote to stderr: a warning"):
+        notebooks.execute(dirty)
+
+
+WORDS = ("; print('shown', end='')", "; _ = say('a warning')")
+
+
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 

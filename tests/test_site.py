@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 from bs4 import BeautifulSoup
-from playwright.sync_api import Browser, Page, sync_playwright
+from patience import BUSY
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 from public_names import names
 from site_server import FLAGS, built_site, chromium, served
 
@@ -25,6 +26,7 @@ from refq4.codebooks import get_codebook
 from refq4.reference import ReferenceBackend
 
 pytestmark = pytest.mark.reference_only("it is about the documentation")
+MILLISECONDS = 1000 * BUSY
 PHONE, SCREEN = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 
@@ -47,16 +49,23 @@ def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
         stop = pytest.fail if request.config.getoption("--require-peers") else pytest.skip
         stop("no Chromium to open the documentation in: apt-get install -y chromium, or put one on the PATH")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=found, args=FLAGS, timeout=MILLISECONDS)
         yield browser
         browser.close()
 
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    context = browser.new_context(viewport=SCREEN)
+    context = new_context(browser)
     yield context.new_page()
     context.close()
+
+
+def new_context(browser: Browser, **settings: object) -> BrowserContext:
+    """A window of its own, on a machine that may be busy."""
+    context = browser.new_context(viewport=SCREEN, **settings)
+    context.set_default_timeout(MILLISECONDS)
+    return context
 
 
 def pages_of(site: Path) -> dict[str, Path]:
@@ -148,7 +157,8 @@ def test_every_page_opens_without_errors_fits_phone_and_screen_and_asks_no_other
 
 def test_search_finds_a_word_without_a_server_s_help(address, page):
     page.goto(address)
-    page.locator(".md-search__input").fill("straddle")
+    # Typed, since the page listens to keys: fill() gives it the focus and, on a busy machine, the word too late.
+    page.locator(".md-search__input").press_sequentially("straddle")
     page.locator(".md-search-result__item").first.wait_for()
     assert page.locator(".md-search-result__item a").first.get_attribute("href").startswith(address)
 
@@ -227,7 +237,7 @@ def test_steps_are_chosen_with_the_keyboard(address, page):
 
 
 def test_without_a_script_all_steps_are_there(browser, address):
-    context = browser.new_context(viewport=SCREEN, java_script_enabled=False)
+    context = new_context(browser, java_script_enabled=False)
     page = context.new_page()
     page.goto(address)
     assert page.locator(".panels .panel:visible").count() == 7
