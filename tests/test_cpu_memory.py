@@ -27,8 +27,8 @@ if (reason := CpuBackend().available()) is not None:
     pytest.skip(f"the CPU backend is not available: {reason}", allow_module_level=True)
 
 GUARDED = r"""
-import ctypes, mmap, sys
-import torch
+import ctypes, mmap, sys, warnings
+import torch, refq4
 from refq4.backend import Nested, PackedWeight
 from refq4.codebooks import Code, code_from_values, create_dynamic_map, get_codebook
 from refq4_cpu import CpuBackend
@@ -93,6 +93,27 @@ for AT_END in (True, False):
                             assert not y.isnan().any(), "an output was not written"
     torch.empty = plain_empty
     kept.clear()
+
+# The same through the public layer, with every size that has another meaning there in place of K.
+warnings.simplefilter("ignore")
+refq4.set_backend("cpu")
+for AT_END in (True, False):
+    for n, k, bs in SHAPES[:5]:
+        layer = refq4.nn.LinearNF4(k, n, blocksize=bs).to("cpu")
+        state = layer.weight.quant_state
+        state.absmax, state.code, layer.bias.data = g(state.absmax), g(state.code), g(layer.bias.data)
+        for features in {k, n, k - 1, k + 1, bs, n * k // 2}:
+            for shape in ((features,), (2, features), (1, 3, features)):
+                x, right = g(torch.randn(shape)), features == k
+                for call in (layer.train(), layer.eval(), torch.no_grad()(layer.eval()),
+                             lambda x: refq4.functional.gemv_4bit(x, layer.weight, state=state)):
+                    try:
+                        y = call(x)
+                    except ValueError:
+                        assert not right
+                    else:
+                        assert right and not y.isnan().any(), (n, k, shape)
+        kept.clear()
 print("clean")
 """
 
