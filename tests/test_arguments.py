@@ -1,7 +1,7 @@
 """Every argument gets where it is meant to go: short forms pass on all of theirs, and a backend is told the whole call.
 
 An argument that is accepted and dropped makes no noise: the default does nearly the same. So each test here gives every
-argument a value that is not its default, and looks at the other end. (Found by mutation testing.)
+argument a value that is not its default, and looks at the other end.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Corners that no other test looked into, each found by mutation testing: docs/mutation-testing.md.
+"""Corners that no other test looks into.
 
 The meta device serves as the second device that a machine without a GPU lacks: what is dropped on the way shows there
 as a tensor on the CPU.

@@ -37,7 +37,6 @@ NOT_RUN = {  # a command that starts like this -> why
 }
 SLOW = {  # the same, for what takes minutes on two cores
     "python -m refq4 bench",
-    "python -m refq4_cuda.host",
     "python -m refq4 verify",
     "REFQ4_CPU_TIER=c python -m refq4 verify",
     "REFQ4_CPU_TIER=avx512 REFQ4_CPU_EMULATE=1 python -m refq4 verify",

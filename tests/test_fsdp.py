@@ -100,7 +100,7 @@ def test_two_processes_share_a_models_weights_and_agree_with_one_that_has_them_a
 
 @pytest.fixture
 def group_of_one(tmp_path):
-    """A process group in this process, so that what it runs counts as run (coverage, mutation testing)."""
+    """A process group in this process, so that what it runs counts as run (coverage)."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'alone'}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

@@ -23,7 +23,6 @@ READMES = {
     "CONTRIBUTING.md": "project/contributing.md",
     "backends/cpu/README.md": "reference/backend-cpu.md",
     "backends/cuda/README.md": "reference/backend-cuda.md",
-    "backends/cuda/refq4_cuda/host/README.md": "reference/backend-cuda-host.md",
 }
 if (ROOT / "notebooks" / "README.md").exists():
     READMES["notebooks/README.md"] = "notebooks/index.md"

@@ -3,9 +3,6 @@
  * Dimensions, everywhere: M tokens, N out_features, K in_features; y[m][n] = sum over k of x[m][k] * w[n][k].
  * No header is included: NVRTC then needs nothing but this folder. A kernel is compiled for one dtype of activations
  * or results, named by a macro: T_FP32, T_BF16 or T_FP16.
- *
- * With REFQ4_HOST the functions below "on the device" come from host.h instead, as plain C++, and the kernels run
- * unchanged under a debugger.
  */
 #pragma once
 
@@ -63,10 +60,6 @@ struct ProductArguments {
     int row_warps; /* how many of a CTA's warps stand side by side along N; the others share K */
     int splits;
 };
-
-#ifdef REFQ4_HOST
-#include "host.h"
-#else
 
 /* --- on the device ------------------------------------------------------------------------------------------------ */
 
@@ -152,7 +145,6 @@ DEVICE void multiply_16x8x16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
 #endif
 }
-#endif /* REFQ4_HOST */
 
 /* --- the dtype this file is compiled for -------------------------------------------------------------------------- */
 
