@@ -1,6 +1,6 @@
 """refq4: the 4-bit linear layer of bitsandbytes (QLoRA's NF4 and FP4), taken apart.
 
-read it     codebooks -> layout -> state -> reference -> pipeline -> nn       (files, in reading order)
+read it     one_page -> codebooks -> layout -> state -> reference -> pipeline -> nn       (files, in reading order)
 run it      layer = refq4.nn.LinearNF4(4096, 4096).to("cpu");  layer(x)
 watch it    with refq4.trace() as t: layer(x);  print(t)
 swap it     refq4.set_backend("cpu");  refq4.compare(layer, x)
