@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -299,3 +299,26 @@ def test_the_class_for_other_layers_is_pefts_own():
     config._register_custom_module({refq4.nn.Linear4bit: Mine})
     model = get_peft_model(nn.Sequential(refq4.nn.LinearNF4(64, 8).to("cpu")), config)
     assert type(model.base_model.model[0]) is Mine
+
+
+def test_adalora_which_adds_to_a_layers_result_in_place_trains(quantised):
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(quantised, quantization_config=Refq4Config())
+    before = copy.deepcopy(model.state_dict())
+    model = get_peft_model(
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False),
+        AdaLoraConfig(init_r=4, target_r=2, total_step=20, target_modules=TARGETS, task_type="CAUSAL_LM"),
+    )
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(16):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    after = {name.replace(".base_layer", ""): value for name, value in model.base_model.model.state_dict().items()}
+    for name, value in before.items():
+        if "weight." in name or value.dtype == torch.uint8:
+            assert_same_bits(after[name], value, name)
