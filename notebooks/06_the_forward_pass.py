@@ -134,10 +134,10 @@ assert layer.compute_dtype is None
 print(f"\n{caught[0].category.__name__}: {caught[0].message}")
 
 # %% [markdown]
-# That is the first warning of three. It means: nobody chose the precision of this layer, and float16 it is. The
-# remedy is to choose: `compute_dtype=torch.float16` if you mean it, `torch.bfloat16` for range, `torch.float32` to be
-# exact. Its second form comes if you chose float32 and send float16, which costs time on machines where half
-# precision is faster:
+# That is the first warning of three. It means: nobody chose the precision of this layer, so it computes in the input's
+# float16. The remedy is to choose: `compute_dtype=torch.float16` if you mean it, `torch.bfloat16` for range,
+# `torch.float32` to be exact. Its second form comes if you chose float32 and send float16, which costs time on
+# machines where half precision is faster:
 
 # %%
 with warnings.catch_warnings(record=True) as caught:

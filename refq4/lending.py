@@ -4,9 +4,9 @@
                     <-- stored() ---------  a fresh copy of the bytes, for a state dict or one product
                     <-- come home --------  training, or anything else that reads the parameter
 
-Who only asks for shape, dtype or device does not disturb the loan. Who reads or writes the parameter itself through
-any torch function gets the bytes back first, and the parameter keeps them from then on: it is read by others than
-its layer (a tied embedding, say), and to restore it for each of them would cost more than the second copy.
+Reading shape, dtype or device does not restore the bytes. Any other torch function on the parameter does, before it
+runs, and the parameter keeps them from then on: something besides its layer reads it (a tied embedding, say), and
+restoring the bytes at each of its calls would cost more than a second copy.
 
 Threads may infer, save and differentiate through one layer at once: those all read ``stored()``. To read the parameter
 itself in one thread while another infers for the first time is a race, as any write beside a read is.

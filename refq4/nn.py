@@ -29,7 +29,7 @@ __all__ = ["Embedding4bit", "EmbeddingFP4", "EmbeddingNF4", "Linear4bit", "Linea
 
 
 class _AnyName:
-    """Has every attribute of a public name: itself."""
+    """An object of which every public attribute is the object itself."""
 
     def __getattr__(self, name: str) -> _AnyName:
         if name.startswith("_"):
@@ -53,14 +53,14 @@ class _Holds4bitWeight(nn.Module):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """Of the weight that was or will be quantised."""
+        """Shape of the weight, before or after it is quantised."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_prepared": None}  # another process or copy makes its own
 
     def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module.train``; a layer that is to be trained has its stored bytes at home."""
+        """As ``nn.Module.train``; training mode restores the stored bytes, which backward reads."""
         if mode and isinstance(self.weight, Params4bit):
             self._prepared = None
             self.weight.come_home()

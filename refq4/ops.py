@@ -150,7 +150,7 @@ def _nothing_intercepts(A: Tensor) -> bool:
 def wants_grad(tensor: Tensor | None) -> bool:
     """Whether a derivative of this operand may be wanted, in reverse or (jvp, jacfwd) in forward mode.
 
-    Forward mode marks its tensors in no way that can be asked for, so inside it everything counts as wanted.
+    Forward mode leaves no mark on its tensors that could be read, so inside it every operand counts as wanted.
     """
     if tensor is None:
         return False

@@ -219,7 +219,7 @@ def _prepare(weight: Tensor, state: QuantState, backend: Backend) -> PreparedWei
 
 
 def stored_weight(layer: Linear4bit) -> Tensor:
-    """The canonical bytes of a layer's weight, home again if a prepared form had them: what training reads."""
+    """Return the canonical bytes of a layer's weight, restored first if only the prepared form holds them."""
     weight = layer.weight
     if torch.compiler.is_compiling() or not isinstance(weight, LentBytes):
         return cast(Tensor, weight)
@@ -299,11 +299,13 @@ def choose_compute_dtype(layer: Linear4bit, x: Tensor) -> tuple[torch.dtype | No
 
 
 def _warn_fp16(compute_dtype: torch.dtype | None, single_token: bool) -> None:
-    what = "inference will be slow" if single_token else "inference and training will be slow"
     if compute_dtype is None:
-        what = "float16 it is, with its narrow range" + ("" if single_token else ", in training too")
-        text = f"Linear4bit got float16 input and no compute_dtype was set: {what}. Set compute_dtype to choose."
+        text = (
+            "compute_dtype is not set, so this float16 input is computed in float16, which overflows above 65,504. "
+            "Pass compute_dtype=torch.bfloat16 or torch.float32 to the layer, or torch.float16 to keep it."
+        )
     else:
+        what = "inference will be slow" if single_token else "inference and training will be slow"
         text = f"Linear4bit got float16 input but computes in float32: {what}. Set compute_dtype=torch.float16."
     warn_caller(text)
 

@@ -5,9 +5,9 @@ The choice goes through five places; the first that says something wins:
     backend="cpu" on the call  >  with use_backend("cpu")  >  set_backend("cpu")  >  REFQ4_BACKEND=cpu  >  "auto"
 
 A backend chosen by name is strict: what it can't do raises. "auto" asks each available backend in order of priority
-whether it can run the call and takes the first that can; the reference stands last and can run everything. A backend
-of negative priority is for those who name it: auto never asks it. Whether a backend is available is asked when it is
-needed and not before: listing backends, or a call on the CPU, starts no driver of another device.
+whether it can run the call and takes the first that can; the reference stands last and can run everything. "auto"
+never asks a backend of negative priority, which is chosen by name only. Availability is checked when it is needed and
+not before: listing backends, or a call on the CPU, starts no driver of another device.
 
 Backends are found through the entry-point group ``refq4.backends`` (and :func:`register_backend`). One that fails
 to import is listed with its error and disturbs nothing else.
@@ -115,7 +115,7 @@ _while_compiling: str = AUTO
 
 
 def changes() -> int:
-    """How often a backend was added or removed: who remembers what :func:`resolve` said compares this."""
+    """Version counter of the registry. Callers that cache the result of :func:`resolve` compare it."""
     return _changes
 
 

@@ -9,8 +9,8 @@
                                                and, nested: nested_blocksize, nested_dtype, nested_offset
 
 The keys are bitsandbytes'. Every field, every dtype and every length is checked against the shape that the file claims,
-and what is checked is what the tensors hold: nothing is allocated on the file's word. Whatever is wrong, a ValueError
-names the key, what was found and what was wanted. How that is tested: docs/hardening.md.
+and the checks look at what the tensors hold: no memory is allocated because a file claims a size. Whatever is wrong,
+a ValueError names the key, what was found and what was wanted. How that is tested: docs/hardening.md.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 
 Twice, because an engine rounds its scales elsewhere; a unit in the last place, because the result is rounded to the
 output dtype once whatever happens before. The maximum is over all outputs and, where those are few, over eight orders
-of the sum: one output may come out nearly exact by luck of the order, and no engine owes anybody that luck. Where the
-reference itself gives NaN or an infinity (fp16 overflow, say), the engine must give the same.
+of the sum: one output may be nearly exact by chance, so the budget takes the largest error over eight summation orders.
+Where the reference itself gives NaN or an infinity (fp16 overflow, say), the engine must give the same.
 """
 
 from __future__ import annotations

@@ -346,7 +346,7 @@ def _layer(asked: _Asked, backend: str) -> nn.Linear4bit:
 
 
 def _one_nan(values: Tensor) -> Tensor:
-    """NaNs have many bit patterns, and which one comes out of arithmetic is nobody's promise: one for all."""
+    """Replace every NaN by one bit pattern: which of the many comes out of arithmetic is not specified."""
     return (
         torch.where(values.isnan(), torch.full_like(values, float("nan")), values)
         if values.is_floating_point()

@@ -4,8 +4,8 @@
     bar.warp.sync, shfl      the lanes named in the mask
     mma                      all 32 lanes of the warp
 
-``gather`` says which lanes of a group have their whole company there; the scheduler lets the others wait at the
-instruction. Whoever waits to the end without company is a divergence, and an error.
+``gather`` says which groups of lanes are complete: all participating lanes have arrived. The scheduler lets the others
+wait at the instruction. A lane that waits to the end for lanes that never arrive is a divergence, and an error.
 
 mma.m16n8k16: registers of lane 4 g + t (g = 0..7, t = 0..3), each with two 16-bit numbers, low half first.
 
