@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from refq4.codebooks import get_codebook
 pytest.importorskip("refq4_cpu", reason="the package refq4_cpu is not installed")
 import cpu_tiers
 from refq4_cpu import CpuBackend, build
+from refq4_cpu.arguments import WEIGHT_FIELDS
 from refq4_cpu.kernels import PRODUCT_KERNELS
 
 
@@ -314,6 +316,27 @@ def test_every_tier_compiles_also_where_it_cannot_run(tier: str) -> None:
         pytest.skip(f"the tier {tier} is for x86-64, this is {platform.machine()}")
     library = build.load(build.Tier(tier))  # loading runs none of it
     assert all(hasattr(library.functions, f"refq4_{name}") for name in ("product", "quantize", "dequantize", "tile"))
+
+
+@_needs_compiler
+def test_python_packs_a_weight_as_the_compiler_lays_it_out() -> None:
+    formats = ["@" + "".join(letter for _, letter in WEIGHT_FIELDS[:i]) for i in range(len(WEIGHT_FIELDS) + 1)]
+    lines = [
+        f'_Static_assert(offsetof(Weight, {name}) == {struct.calcsize(f"{before}0{letter}")}, "{name}");'
+        for (name, letter), before in zip(WEIGHT_FIELDS, formats, strict=False)
+    ]
+    lines.append(f'_Static_assert(sizeof(Weight) == {struct.calcsize(formats[-1])}, "size");')
+    assert _syntax_errors("\n".join(lines)) == ""
+    # The comparison itself can fail:
+    assert "packed" in _syntax_errors('_Static_assert(offsetof(Weight, packed) == 8, "packed");')
+
+
+def _syntax_errors(lines: str) -> str:
+    """What the compiler says to C lines after refq4.h; empty if it accepts them."""
+    command = [*build.find_compiler().command, "-std=gnu11", "-w", "-fsyntax-only", "-I", str(build.kernel_directory())]
+    source = f'#include "refq4.h"\n{lines}\n'
+    done = subprocess.run([*command, "-x", "c", "-"], input=source, capture_output=True, text=True, check=False)
+    return done.stderr
 
 
 # --- threads --------------------------------------------------------------------------------------------------------

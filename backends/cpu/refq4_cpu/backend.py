@@ -10,7 +10,6 @@ import os
 import statistics
 import sys
 import threading
-from ctypes import c_double, c_int, c_int64, c_void_p
 from typing import Any, NoReturn
 
 import torch
@@ -30,6 +29,7 @@ from refq4.codebooks import Code
 from refq4.layout import block_count, packed_bytes
 
 from . import build
+from .arguments import code_struct, declare, weight_struct
 from .calibrate import BLOCKSIZE as CALIBRATION_BLOCKSIZE
 from .calibrate import MEASURED_M, Winners, calibrated
 from .calibrate import K as CALIBRATION_K
@@ -43,8 +43,6 @@ __all__ = ["CpuBackend"]
 _UNUSABLE = (build.BuildError, CacheError, OSError, ValueError)
 
 LARGEST_BLOCK_COMPARED = 4096  # ROOM_ELEMENTS in kernels/squared_error.c
-
-_Pointers = tuple[int | None, int | None, int | None, int | None, int | None, int]
 
 
 class CpuBackend(Backend):
@@ -142,7 +140,7 @@ class CpuBackend(Backend):
             if self._library is None:
                 library = build.load()
                 self._threads = borrow_torch_threads(library.functions)
-                _declare(library)
+                declare(library.functions)
                 self._library = library
             return self._library
 
@@ -187,8 +185,8 @@ class CpuBackend(Backend):
     ) -> None:
         codes, code, absmax = codes.contiguous(), code.contiguous(), absmax.contiguous()
         self.library().functions.refq4_dequantize(
-            codes.data_ptr(), bits, out.numel(), code.data_ptr(), blocksize, *_scale_pointers(absmax, nested),
-            out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads(),
+            weight_struct(codes, code, blocksize, absmax, nested), bits, out.numel(), out.data_ptr(), DTYPES[out.dtype],
+            torch.get_num_threads(),
         )  # fmt: skip
 
     def squared_error(self, weight: PackedWeight, exact: Tensor) -> tuple[float, float] | None:
@@ -196,8 +194,7 @@ class CpuBackend(Backend):
             return None
         sums = torch.empty(2, dtype=torch.float64)
         status = self.library().functions.refq4_squared_error(
-            weight.packed.data_ptr(), exact.numel(), weight.code.data_ptr(), weight.blocksize,
-            *_scale_pointers(weight.absmax, weight.nested), exact.data_ptr(), DTYPES[exact.dtype], sums.data_ptr(),
+            _struct(weight), exact.numel(), exact.data_ptr(), DTYPES[exact.dtype], sums.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         if status != 0:
@@ -228,20 +225,18 @@ class CpuBackend(Backend):
         if y.numel() == 0:
             return y
         x = x if x.is_contiguous() else x.contiguous()
-        pointers: tuple[int | None, ...]
         if isinstance(weight, PreparedWeight):
             if kernel is None:
                 kernel = self._kernel_for(dtype, m, k, weight.blocksize, weight.layout)
-            tiles, code = _checked_tiles(weight)
-            pointers = (tiles.data_ptr(), None, code.data_ptr(), weight.blocksize, None, None, None, None, None, 0)
+            tensor, code = _checked_tiles(weight)
+            tiles, as_struct = tensor.data_ptr(), code_struct(code, weight.blocksize)
         else:
             if kernel is None:
                 kernel = self._kernel_for(dtype, m, k, weight.blocksize, "canonical")
-            pointers = (None, weight.packed.data_ptr(), weight.code.data_ptr(), weight.blocksize,
-                        *_scale_pointers(weight.absmax, weight.nested))  # fmt: skip
+            tiles, as_struct = None, _struct(weight)
         status = self.library().functions.refq4_product(
             kernel.index, x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), DTYPES[dtype], m, n, k,
-            *pointers, threads or torch.get_num_threads(),
+            tiles, as_struct, threads or torch.get_num_threads(),
         )  # fmt: skip
         if status != 0:
             _raise(status, kernel, m, n, k)
@@ -296,10 +291,7 @@ class CpuBackend(Backend):
             return None
         n, k = weight.shape
         tiles = torch.empty(_tile_bytes(n, k, weight.blocksize), dtype=torch.uint8)
-        self.library().functions.refq4_tile(
-            weight.packed.data_ptr(), n, k, weight.blocksize, *_scale_pointers(weight.absmax, weight.nested),
-            tiles.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+        self.library().functions.refq4_tile(_struct(weight), n, k, tiles.data_ptr(), torch.get_num_threads())
         kept = [tiles, weight.code]
         if weight.nested is not None:  # tiles hold the scales undone; the way back needs the bytes they came from
             nested = weight.nested
@@ -342,12 +334,8 @@ def _checked_tiles(weight: PreparedWeight) -> tuple[Tensor, Tensor]:
     return weight.tensors[0], weight.tensors[1]
 
 
-def _scale_pointers(absmax: Tensor, nested: Nested | None) -> _Pointers:
-    """absmax, q, nested absmax, nested code, offset, nested blocksize: what refq4.h's Weight holds, in its order."""
-    if nested is None:
-        return absmax.data_ptr(), None, None, None, None, 0
-    second = nested.absmax.data_ptr(), nested.code.data_ptr(), nested.offset.data_ptr()
-    return None, absmax.data_ptr(), *second, nested.blocksize
+def _struct(weight: PackedWeight) -> bytes:
+    return weight_struct(weight.packed, weight.code, weight.blocksize, weight.absmax, weight.nested)
 
 
 def _calibration_weight() -> PackedWeight:
@@ -367,23 +355,3 @@ def _raise(status: int, kernel: ProductKernel, m: int, n: int, k: int) -> NoRetu
     if status == -1:
         raise MemoryError(f"refq4's CPU kernel {kernel.name} found no scratch memory for M={m}, N={n}, K={k}")
     raise BackendUnsupportedError(f"backend 'cpu': the compiled library has no kernel {kernel.name} (status {status})")
-
-
-def _declare(library: build.Library) -> None:
-    """Argument types once: ctypes would otherwise guess, and pass 64-bit sizes as 32-bit ints."""
-    f, pointer = library.functions, c_void_p
-    scales = [pointer] * 5 + [c_int64]
-    f.refq4_product.argtypes = [c_int, *[pointer] * 3, c_int, *[c_int64] * 3, *[pointer] * 3, c_int64, *scales, c_int]
-    f.refq4_product.restype = c_int
-    f.refq4_quantize.argtypes = [pointer, c_int, c_int64, c_int64, pointer, pointer, c_int, c_int, pointer, pointer,
-                                 c_int, c_int]  # fmt: skip
-    f.refq4_dequantize.argtypes = [pointer, c_int, c_int64, pointer, c_int64, *scales, pointer, c_int, c_int]
-    f.refq4_squared_error.argtypes = [pointer, c_int64, pointer, c_int64, *scales, pointer, c_int, pointer, c_int]
-    f.refq4_squared_error.restype = c_int
-    f.refq4_tile.argtypes = [pointer, *[c_int64] * 3, *scales, pointer, c_int]
-    f.refq4_untile.argtypes = [pointer, *[c_int64] * 3, pointer, pointer, c_int]
-    f.refq4_limit.argtypes = [c_int, pointer, c_int64, c_int]
-    f.refq4_limit.restype = c_double
-    f.refq4_ask_for_large_pages.argtypes = [pointer, c_int64]
-    for function in (f.refq4_ask_for_large_pages, f.refq4_quantize, f.refq4_dequantize, f.refq4_tile, f.refq4_untile):
-        function.restype = None

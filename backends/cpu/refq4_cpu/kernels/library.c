@@ -76,13 +76,9 @@ static const ProductFn product_kernels[] = {
 };
 
 EXPORT int refq4_product(int kernel, const void *x, const void *bias, void *y, int dtype, int64_t M, int64_t N, int64_t K,
-                         const uint8_t *tiles, const uint8_t *packed, const float *code, int64_t blocksize,
-                         const float *absmax, const uint8_t *q, const float *nested_absmax, const float *nested_code,
-                         const float *nested_offset, int64_t nested_blocksize, int threads) {
+                         const uint8_t *tiles, const Weight *weight, int threads) {
     if (kernel < 0 || kernel >= (int)(sizeof product_kernels / sizeof *product_kernels)) return NO_SUCH_KERNEL;
-    Product p = {x, bias, y, (enum dtype)dtype, M, N, K,
-                 {packed, code, blocksize, absmax, q, nested_absmax, nested_code, nested_offset, nested_blocksize},
-                 tiles, threads};
+    Product p = {x, bias, y, (enum dtype)dtype, M, N, K, *weight, tiles, threads};
     return product_kernels[kernel](&p) ? OK : OUT_OF_MEMORY;
 }
 
@@ -93,21 +89,15 @@ EXPORT void refq4_quantize(const void *x, int dtype, int64_t numel, int64_t bloc
     QUANTIZE(&q);
 }
 
-EXPORT void refq4_dequantize(const uint8_t *packed, int bits, int64_t numel, const float *code, int64_t blocksize,
-                             const float *absmax, const uint8_t *q, const float *nested_absmax, const float *nested_code,
-                             const float *nested_offset, int64_t nested_blocksize, void *out, int dtype, int threads) {
-    Dequantize d = {{packed, code, blocksize, absmax, q, nested_absmax, nested_code, nested_offset, nested_blocksize},
-                    numel, (enum dtype)dtype, out, bits, threads};
+EXPORT void refq4_dequantize(const Weight *weight, int bits, int64_t numel, void *out, int dtype, int threads) {
+    Dequantize d = {*weight, numel, (enum dtype)dtype, out, bits, threads};
     ask_for_large_pages(out, numel * (dtype == FP32 ? 4 : 2));
     DEQUANTIZE(&d);
 }
 
-EXPORT int refq4_squared_error(const uint8_t *packed, int64_t numel, const float *code, int64_t blocksize,
-                               const float *absmax, const uint8_t *q, const float *nested_absmax,
-                               const float *nested_code, const float *nested_offset, int64_t nested_blocksize,
-                               const void *exact, int dtype, double *error_and_norm, int threads) {
-    Dequantize d = {{packed, code, blocksize, absmax, q, nested_absmax, nested_code, nested_offset, nested_blocksize},
-                    numel, (enum dtype)dtype, NULL, 4, threads};
+EXPORT int refq4_squared_error(const Weight *weight, int64_t numel, const void *exact, int dtype, double *error_and_norm,
+                               int threads) {
+    Dequantize d = {*weight, numel, (enum dtype)dtype, NULL, 4, threads};
     return squared_error(&d, exact, error_and_norm) ? OK : OUT_OF_MEMORY;
 }
 
@@ -130,12 +120,9 @@ static void untile_item(void *context, int64_t panel, int thread) {
     untile_panel(r->tiles, r->N, r->K, r->weight->blocksize, panel, r->packed, r->absmax);
 }
 
-EXPORT void refq4_tile(const uint8_t *packed, int64_t N, int64_t K, int64_t blocksize, const float *absmax,
-                       const uint8_t *q, const float *nested_absmax, const float *nested_code,
-                       const float *nested_offset, int64_t nested_blocksize, uint8_t *tiles, int threads) {
-    Weight w = {packed, NULL, blocksize, absmax, q, nested_absmax, nested_code, nested_offset, nested_blocksize};
-    Rearrange r = {&w, N, K, tiles, NULL, NULL};
-    ask_for_large_pages(tiles, ceil_div(N, PANEL) * panel_bytes(K, blocksize));
+EXPORT void refq4_tile(const Weight *weight, int64_t N, int64_t K, uint8_t *tiles, int threads) {
+    Rearrange r = {weight, N, K, tiles, NULL, NULL};
+    ask_for_large_pages(tiles, ceil_div(N, PANEL) * panel_bytes(K, weight->blocksize));
     run_parallel(tile_item, &r, ceil_div(N, PANEL), threads);
 }
 

@@ -11,6 +11,7 @@
 
 #include <math.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,6 +28,8 @@ enum dtype { FP32 = 0, BF16 = 1, FP16 = 2 };
  *
  * With double quantisation absmax is NULL, and  absmax[i] = nested_code[q[i]] * nested_absmax[i / nested_blocksize]
  * + *nested_offset, each operation rounded to fp32 (the file is compiled with -ffp-contract=off for that).
+ *
+ * Python fills this struct in (refq4_cpu/arguments.py), nine words of eight bytes.
  */
 typedef struct {
     const uint8_t *packed;
@@ -37,6 +40,8 @@ typedef struct {
     const float *nested_absmax, *nested_code, *nested_offset;
     int64_t nested_blocksize;
 } Weight;
+_Static_assert(sizeof(Weight) == 72, "refq4_cpu/arguments.py packs nine words of eight bytes");
+_Static_assert(offsetof(Weight, blocksize) == 16 && offsetof(Weight, nested_blocksize) == 64, "in this order");
 
 /* A product in full. `tiles` is the weight in the tile layout (tiles.h) or NULL; then `weight` is canonical. */
 typedef struct {
