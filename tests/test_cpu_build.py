@@ -20,8 +20,8 @@ from refq4.codebooks import get_codebook
 pytest.importorskip("refq4_cpu", reason="the package refq4_cpu is not installed")
 import cpu_tiers
 from refq4_cpu import CpuBackend, build
-from refq4_cpu.arguments import WEIGHT_FIELDS
-from refq4_cpu.kernels import PRODUCT_KERNELS
+from refq4_cpu.arguments import WEIGHT_FIELDS, declare
+from refq4_cpu.kernels import PRODUCT_KERNELS, ProductKernel, addresses
 
 
 @pytest.fixture
@@ -316,6 +316,23 @@ def test_every_tier_compiles_also_where_it_cannot_run(tier: str) -> None:
         pytest.skip(f"the tier {tier} is for x86-64, this is {platform.machine()}")
     library = build.load(build.Tier(tier))  # loading runs none of it
     assert all(hasattr(library.functions, f"refq4_{name}") for name in ("product", "quantize", "dequantize", "tile"))
+    declare(library.functions)
+    found, has = addresses(library), {kernel.name for kernel in PRODUCT_KERNELS if kernel.tier <= library.tier.number}
+    assert set(found) == has, "each kernel of the tier is found by its name"
+    assert len(set(found.values())) == len(found)
+    assert all(
+        (library.functions.refq4_kernel(kernel.name.encode()) is None) == (kernel.name not in has)
+        for kernel in PRODUCT_KERNELS
+    )
+
+
+@_needs_compiler
+def test_a_kernel_that_the_library_lacks_is_an_error_when_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    misspelt = ProductKernel("gemm_4bit_1_scaler", 0)
+    monkeypatch.setattr("refq4_cpu.kernels.PRODUCT_KERNELS", (*PRODUCT_KERNELS, misspelt))
+    assert "has no kernel gemm_4bit_1_scaler, which refq4_cpu/kernels.py lists" in (CpuBackend().available() or "")
+    with pytest.raises(BackendUnavailableError, match=r"must stand in the table of kernels/library\.c under that name"):
+        CpuBackend().library()
 
 
 @_needs_compiler

@@ -49,7 +49,9 @@ def code_struct(code: Tensor, blocksize: int) -> bytes:
 def declare(functions: CDLL) -> None:
     """Set every function's argument types: ctypes would otherwise pass 64-bit sizes as 32-bit integers."""
     f, pointer, weight = functions, c_void_p, c_char_p
-    f.refq4_product.argtypes = [c_int, *[pointer] * 3, c_int, *[c_int64] * 3, pointer, weight, c_int]
+    f.refq4_kernel.argtypes = [c_char_p]
+    f.refq4_kernel.restype = pointer
+    f.refq4_product.argtypes = [*[pointer] * 4, c_int, *[c_int64] * 3, pointer, weight, c_int]
     f.refq4_product.restype = c_int
     f.refq4_quantize.argtypes = [pointer, c_int, c_int64, c_int64, pointer, pointer, c_int, c_int, pointer, pointer,
                                  c_int, c_int]  # fmt: skip

@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 import threading
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from .calibrate import BLOCKSIZE as CALIBRATION_BLOCKSIZE
 from .calibrate import MEASURED_M, Winners, calibrated
 from .calibrate import K as CALIBRATION_K
 from .calibrate import N as CALIBRATION_N
-from .kernels import DTYPES, TILES, ProductKernel, can_tile, candidates, forced
+from .kernels import DTYPES, TILES, ProductKernel, addresses, can_tile, candidates, forced
 from .threads import borrow_torch_threads
 
 __all__ = ["CpuBackend"]
@@ -55,6 +55,7 @@ class CpuBackend(Backend):
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._library: build.Library | None = None
+        self._addresses: dict[str, int] = {}  # of the library's product kernels
         self._threads = ""
         self._winners: Winners | None = None
         self._chosen: dict[tuple[Any, ...], ProductKernel] = {}
@@ -139,8 +140,9 @@ class CpuBackend(Backend):
         with self._lock:
             if self._library is None:
                 library = build.load()
-                self._threads = borrow_torch_threads(library.functions)
                 declare(library.functions)
+                self._addresses = addresses(library)
+                self._threads = borrow_torch_threads(library.functions)
                 self._library = library
             return self._library
 
@@ -235,11 +237,11 @@ class CpuBackend(Backend):
                 kernel = self._kernel_for(dtype, m, k, weight.blocksize, "canonical")
             tiles, as_struct = None, _struct(weight)
         status = self.library().functions.refq4_product(
-            kernel.index, x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), DTYPES[dtype], m, n, k,
-            tiles, as_struct, threads or torch.get_num_threads(),
+            self._addresses[kernel.name], x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+            DTYPES[dtype], m, n, k, tiles, as_struct, threads or torch.get_num_threads(),
         )  # fmt: skip
         if status != 0:
-            _raise(status, kernel, m, n, k)
+            raise MemoryError(f"refq4's CPU kernel {kernel.name} found no scratch memory for M={m}, N={n}, K={k}")
         return y
 
     def _kernel_for(self, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str) -> ProductKernel:
@@ -349,9 +351,3 @@ def _calibration_weight() -> PackedWeight:
         (CALIBRATION_N, CALIBRATION_K),
         "calibration",
     )
-
-
-def _raise(status: int, kernel: ProductKernel, m: int, n: int, k: int) -> NoReturn:
-    if status == -1:
-        raise MemoryError(f"refq4's CPU kernel {kernel.name} found no scratch memory for M={m}, N={n}, K={k}")
-    raise BackendUnsupportedError(f"backend 'cpu': the compiled library has no kernel {kernel.name} (status {status})")

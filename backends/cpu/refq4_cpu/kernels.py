@@ -1,9 +1,9 @@
 """The product kernels and which of them serves a call.
 
-The same list stands in ``kernels/library.c``; here is what each one asks for. Choosing takes two steps: what *can*
-serve (tier, dtype, layout, shape), then, among several that can, what was fastest when this machine was calibrated
-(``calibrate.py``). ``REFQ4_CPU_KERNEL`` names one and skips both the calibration and the mercy: if it can't serve
-a call, the call is refused with the reason.
+Each kernel is known by its name, which is also its file's and its C function's; the library is asked for it once, when
+it is loaded. Choosing takes two steps: what *can* serve (tier, dtype, layout, shape), then, among several that can,
+what was fastest when this machine was calibrated (``calibrate.py``). ``REFQ4_CPU_KERNEL`` selects one kernel;
+calibration and fallback are skipped, and a call that the kernel can't serve is refused with the reason.
 """
 
 from __future__ import annotations
@@ -13,7 +13,19 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["DTYPES", "KERNEL_VARIABLE", "PRODUCT_KERNELS", "TILES", "ProductKernel", "can_tile", "candidates", "forced"]
+from . import build
+
+__all__ = [
+    "DTYPES",
+    "KERNEL_VARIABLE",
+    "PRODUCT_KERNELS",
+    "TILES",
+    "ProductKernel",
+    "addresses",
+    "can_tile",
+    "candidates",
+    "forced",
+]
 
 KERNEL_VARIABLE = "REFQ4_CPU_KERNEL"
 TILES = "tiles16"  # the layout of kernels/tiles.h
@@ -28,7 +40,6 @@ class ProductKernel:
     """One rung: a file in ``kernels/`` and what it asks for."""
 
     name: str
-    index: int  # its place in library.c's table
     tier: int  # the lowest REFQ4_TIER that has it
     dtypes: frozenset[torch.dtype] = _ALL
     reads_tiles: bool = True
@@ -51,17 +62,33 @@ class ProductKernel:
 
 
 PRODUCT_KERNELS = (
-    ProductKernel("gemv_4bit_1_scalar", 0, 0, reads_tiles=False, any_shape=True),
-    ProductKernel("gemm_4bit_1_scalar", 1, 0, reads_tiles=False, any_shape=True),
-    ProductKernel("gemm_4bit_2_avx2", 2, 1),
-    ProductKernel("gemm_4bit_3_avx2_bytes", 3, 1, dtypes=_BF16),
-    ProductKernel("gemm_4bit_4_avx2_blocked", 4, 1),
-    ProductKernel("gemv_4bit_2_avx2", 5, 1, dtypes=_BF16, reads_tiles=False, one_token=True),
-    ProductKernel("gemm_4bit_3_avx512", 6, 2),
-    ProductKernel("gemv_4bit_2_avx512", 7, 2, reads_tiles=False, one_token=True),
-    ProductKernel("gemm_4bit_4_avx512_bf16", 8, 3, dtypes=_BF16),
-    ProductKernel("gemv_4bit_3_avx512_bf16", 9, 3, dtypes=_BF16, reads_tiles=False, one_token=True),
+    ProductKernel("gemv_4bit_1_scalar", 0, reads_tiles=False, any_shape=True),
+    ProductKernel("gemm_4bit_1_scalar", 0, reads_tiles=False, any_shape=True),
+    ProductKernel("gemm_4bit_2_avx2", 1),
+    ProductKernel("gemm_4bit_3_avx2_bytes", 1, dtypes=_BF16),
+    ProductKernel("gemm_4bit_4_avx2_blocked", 1),
+    ProductKernel("gemv_4bit_2_avx2", 1, dtypes=_BF16, reads_tiles=False, one_token=True),
+    ProductKernel("gemm_4bit_3_avx512", 2),
+    ProductKernel("gemv_4bit_2_avx512", 2, reads_tiles=False, one_token=True),
+    ProductKernel("gemm_4bit_4_avx512_bf16", 3, dtypes=_BF16),
+    ProductKernel("gemv_4bit_3_avx512_bf16", 3, dtypes=_BF16, reads_tiles=False, one_token=True),
 )
+
+
+def addresses(library: build.Library) -> dict[str, int]:
+    """The address of each product kernel that the library's tier has, by name.
+
+    Raises:
+        BuildError: the library has no kernel of a name above.
+    """
+    wanted = [kernel.name for kernel in PRODUCT_KERNELS if kernel.tier <= library.tier.number]
+    found = {name: library.functions.refq4_kernel(name.encode()) for name in wanted}
+    if missing := [name for name, address in found.items() if address is None]:
+        raise build.BuildError(
+            f"{library.path} has no kernel {', '.join(missing)}, which refq4_cpu/kernels.py lists for the tier "
+            f"{library.tier}. Each of them must stand in the table of kernels/library.c under that name"
+        )
+    return found
 
 
 def can_tile(k: int, blocksize: int) -> bool:

@@ -48,7 +48,7 @@ static void scalar_row(void *context, int64_t n, int thread) {
         store_from_fp32(p->y, p->dtype, m * p->N + n, dot(row, plan->x + m * p->K, p->K) + bias);
 }
 
-static int gemm_1_scalar(const Product *p) {
+static int gemm_4bit_1_scalar(const Product *p) {
     float *x = scratch((size_t)(p->M * p->K) * 4), *rows = scratch((size_t)(p->threads * p->K) * 4);
     int ok = x && rows;
     if (ok) {

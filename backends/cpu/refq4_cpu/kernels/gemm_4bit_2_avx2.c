@@ -90,4 +90,4 @@ static const Engine avx2_engine = {
     .kernel = {{0}, {avx2_tile_1}, {avx2_tile_2}, {avx2_tile_3}, {avx2_tile_4}},
 };
 
-static int gemm_2_avx2(const Product *p) { return tile_product(&avx2_engine, p); }
+static int gemm_4bit_2_avx2(const Product *p) { return tile_product(&avx2_engine, p); }

@@ -128,4 +128,4 @@ static const Engine bytes_engine = {
     .kernel = {{0}, {bytes_tile_1}, {bytes_tile_2}, {bytes_tile_3}, {bytes_tile_4}},
 };
 
-static int gemm_3_avx2_bytes(const Product *p) { return tile_product(&bytes_engine, p); }
+static int gemm_4bit_3_avx2_bytes(const Product *p) { return tile_product(&bytes_engine, p); }

@@ -84,4 +84,4 @@ static const Engine fp32_engine = {
                {fp32_tile_6x1, fp32_tile_6x2}, {fp32_tile_7x1, fp32_tile_7x2}, {fp32_tile_8x1, fp32_tile_8x2}},
 };
 
-static int gemm_3_avx512(const Product *p) { return tile_product(&fp32_engine, p); }
+static int gemm_4bit_3_avx512(const Product *p) { return tile_product(&fp32_engine, p); }

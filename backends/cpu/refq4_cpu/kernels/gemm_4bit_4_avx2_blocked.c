@@ -187,7 +187,7 @@ static void blocked_item(void *context, int64_t item, int thread) {
         }
 }
 
-static int gemm_4_avx2_blocked(const Product *p) {
+static int gemm_4bit_4_avx2_blocked(const Product *p) {
     BlockedPlan plan = {.p = p, .pairs = p->dtype == BF16, .undo_scale = 1, .token_tiles = ceil_div(p->M, ROW_TOKENS),
                         .panels = ceil_div(p->N, PANEL)};
     if (plan.pairs) plan.undo_scale = byte_table(p->weight.code, plan.table);

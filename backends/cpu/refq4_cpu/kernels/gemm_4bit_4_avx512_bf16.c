@@ -88,4 +88,4 @@ static const Engine bf16_engine = {
                {bf16_tile_8x1, bf16_tile_8x2}},
 };
 
-static int gemm_4_avx512_bf16(const Product *p) { return tile_product(&bf16_engine, p); }
+static int gemm_4bit_4_avx512_bf16(const Product *p) { return tile_product(&bf16_engine, p); }

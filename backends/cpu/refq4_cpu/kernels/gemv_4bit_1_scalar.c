@@ -21,7 +21,7 @@ static void gemv_scalar_row(void *context, int64_t n, int thread) {
     }
 }
 
-static int gemv_1_scalar(const Product *p) {
+static int gemv_4bit_1_scalar(const Product *p) {
     run_parallel(gemv_scalar_row, (void *)p, p->N, p->threads);
     return 1;
 }

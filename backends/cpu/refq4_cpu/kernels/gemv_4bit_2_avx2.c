@@ -88,7 +88,7 @@ static void gemv_item_avx2(void *context, int64_t item, int thread) {
     for (int64_t row = item * SETS_AVX2 * ROWS_AVX2; row < last; row += ROWS_AVX2) plan->four_rows(plan, row, &t);
 }
 
-static int gemv_2_avx2(const Product *p) {
+static int gemv_4bit_2_avx2(const Product *p) {
     int64_t chunks = ceil_div(p->K, CHUNK_AVX2);
     float *x = scratch((size_t)(chunks * CHUNK_AVX2) * 4);
     if (!x) return 0;

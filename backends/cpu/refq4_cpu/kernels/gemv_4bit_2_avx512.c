@@ -129,7 +129,7 @@ static int run_gemv(WorkFn per_1, WorkFn per_2, WorkFn per_4, GemvPlan *plan, vo
     return ok;
 }
 
-static int gemv_2_avx512(const Product *p) {
+static int gemv_4bit_2_avx512(const Product *p) {
     int64_t chunks = ceil_div(p->K, CHUNK);
     float *x = scratch((size_t)(chunks * CHUNK) * 4);
     if (!x) return 0;

@@ -23,7 +23,7 @@ GEMV_ROWS(bf16_rows, bf16_chunk, 256, 1)
 GEMV_ROWS(bf16_rows, bf16_chunk, 256, 2)
 GEMV_ROWS(bf16_rows, bf16_chunk, 256, 4)
 
-static int gemv_3_avx512_bf16(const Product *p) {
+static int gemv_4bit_3_avx512_bf16(const Product *p) {
     int64_t chunks = ceil_div(p->K, CHUNK);
     uint32_t *order = scratch((size_t)(chunks * CHUNK) * 2);
     if (!order) return 0;

@@ -2,8 +2,8 @@
  *
  *     REFQ4_TIER    0 plain C    1 AVX2    2 AVX-512    3 AVX-512 with BF16
  *
- * Kernels have numbers, their places in the table below; refq4_cpu/kernels.py holds the same list with what each one
- * asks for. A kernel that a tier does not have, or can't run this call, answers with a negative status.
+ * Python asks for each product kernel by name, once, when it has loaded the library (refq4_cpu/kernels.py, which says
+ * what each one takes). The name is the one of its file and of its function.
  */
 #include "refq4.h"
 #include "driver.h"
@@ -47,7 +47,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { OK = 0, OUT_OF_MEMORY = -1, NO_SUCH_KERNEL = -2 };
+enum { OK = 0, OUT_OF_MEMORY = -1 };
 
 EXPORT void refq4_use_torch_threads(void *gomp_parallel) {
     if (pool.forked) return; /* its helpers stayed behind in the parent */
@@ -61,25 +61,40 @@ EXPORT double refq4_limit(int what, const uint8_t *buffer, int64_t bytes, int th
 }
 
 typedef int (*ProductFn)(const Product *);
-static const ProductFn product_kernels[] = {
-    gemv_1_scalar,
-    gemm_1_scalar,
+#define NAMED(function) {#function, function}
+static const struct {
+    const char *name;
+    ProductFn run;
+} product_kernels[] = {
+    NAMED(gemv_4bit_1_scalar),
+    NAMED(gemm_4bit_1_scalar),
 #if REFQ4_TIER >= 1
-    gemm_2_avx2, gemm_3_avx2_bytes, gemm_4_avx2_blocked, gemv_2_avx2,
+    NAMED(gemm_4bit_2_avx2),
+    NAMED(gemm_4bit_3_avx2_bytes),
+    NAMED(gemm_4bit_4_avx2_blocked),
+    NAMED(gemv_4bit_2_avx2),
 #endif
 #if REFQ4_TIER >= 2
-    gemm_3_avx512, gemv_2_avx512,
+    NAMED(gemm_4bit_3_avx512),
+    NAMED(gemv_4bit_2_avx512),
 #endif
 #if REFQ4_TIER >= 3
-    gemm_4_avx512_bf16, gemv_3_avx512_bf16,
+    NAMED(gemm_4bit_4_avx512_bf16),
+    NAMED(gemv_4bit_3_avx512_bf16),
 #endif
 };
 
-EXPORT int refq4_product(int kernel, const void *x, const void *bias, void *y, int dtype, int64_t M, int64_t N, int64_t K,
-                         const uint8_t *tiles, const Weight *weight, int threads) {
-    if (kernel < 0 || kernel >= (int)(sizeof product_kernels / sizeof *product_kernels)) return NO_SUCH_KERNEL;
+/* The kernel of that name, for refq4_product; NULL if this tier has none. */
+EXPORT ProductFn refq4_kernel(const char *name) {
+    for (size_t i = 0; i < sizeof product_kernels / sizeof *product_kernels; i++)
+        if (strcmp(product_kernels[i].name, name) == 0) return product_kernels[i].run;
+    return NULL;
+}
+
+EXPORT int refq4_product(ProductFn kernel, const void *x, const void *bias, void *y, int dtype, int64_t M, int64_t N,
+                         int64_t K, const uint8_t *tiles, const Weight *weight, int threads) {
     Product p = {x, bias, y, (enum dtype)dtype, M, N, K, *weight, tiles, threads};
-    return product_kernels[kernel](&p) ? OK : OUT_OF_MEMORY;
+    return kernel(&p) ? OK : OUT_OF_MEMORY;
 }
 
 EXPORT void refq4_quantize(const void *x, int dtype, int64_t numel, int64_t blocksize, const float *thresholds,
