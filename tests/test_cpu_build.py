@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -354,6 +356,52 @@ def _syntax_errors(lines: str) -> str:
     source = f'#include "refq4.h"\n{lines}\n'
     done = subprocess.run([*command, "-x", "c", "-"], input=source, capture_output=True, text=True, check=False)
     return done.stderr
+
+
+# --- kernel files that can be opened alone ---------------------------------------------------------------------------
+
+SOURCES = sorted(path.name for path in build.kernel_directory().glob("*.[ch]"))
+
+
+def _compile_line(name: str) -> list[str]:
+    """The command at the top of a kernel file, as words."""
+    head = (build.kernel_directory() / name).read_text().partition("*/")[0]
+    (line,) = re.findall(r"^ \* (cc .*)$", head, re.MULTILINE)
+    return shlex.split(line)
+
+
+@_needs_compiler
+@pytest.mark.parametrize("name", SOURCES)
+def test_each_kernel_file_compiles_alone_by_the_line_at_its_top(name: str, tmp_path: Path) -> None:
+    words = _compile_line(name)
+    assert words[-1] == name
+    flags = words[1:-1]
+    native = platform.machine() in ("x86_64", "AMD64")
+    if not native:  # the same file against SIMDe's versions of the instructions
+        flags = [flag for flag in flags if not flag.startswith("-m")] + ["-DREFQ4_EMULATED"]
+    if "-DREFQ4_EMULATED" in flags and (missing := build.emulation_lacks()) is not None:
+        pytest.skip(missing)
+    compiler = [*build.find_compiler().command, *flags, "-Werror", "-fsyntax-only"]
+    done = subprocess.run([*compiler, name], cwd=build.kernel_directory(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_compile_line_has_the_flags_of_its_tier(name: str) -> None:
+    flags = _compile_line(name)[1:-1]
+    tiers = {number: set(extra) for number, _, extra in build.TIERS.values()}
+    words = next((flag for flag in flags if flag.startswith("-DREFQ4_TIER=")), "-DREFQ4_TIER=1")
+    number = int(words.partition("=")[2])
+    assert {flag for flag in flags if flag.startswith("-m")} <= tiers[number]
+    suffix = next((tier for tier in build.TIERS if tier != "c" and tier in name), None)
+    assert suffix is None or build.TIERS[suffix][0] == number
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_macro_is_longer_than_three_lines(name: str) -> None:
+    text = (build.kernel_directory() / name).read_text()
+    macros = re.findall(r"^#define(?:.*\\\n)*.*$", text, re.MULTILINE)
+    assert [macro for macro in macros if macro.count("\n") > 2] == []
 
 
 # --- threads --------------------------------------------------------------------------------------------------------

@@ -30,11 +30,8 @@ from refq4.layout import block_count, packed_bytes
 
 from . import build
 from .arguments import code_struct, declare, weight_struct
-from .calibrate import BLOCKSIZE as CALIBRATION_BLOCKSIZE
-from .calibrate import MEASURED_M, Winners, calibrated
-from .calibrate import K as CALIBRATION_K
-from .calibrate import N as CALIBRATION_N
-from .kernels import DTYPES, TILES, ProductKernel, addresses, can_tile, candidates, forced
+from .calibrate import MEASURED_M, Winners, calibrated, winner
+from .kernels import DTYPES, TILES, ProductKernel, addresses, can_tile, candidates, checked_tiles, forced, tile_bytes
 from .threads import borrow_torch_threads
 
 __all__ = ["CpuBackend"]
@@ -230,7 +227,7 @@ class CpuBackend(Backend):
         if isinstance(weight, PreparedWeight):
             if kernel is None:
                 kernel = self._kernel_for(dtype, m, k, weight.blocksize, weight.layout)
-            tensor, code = _checked_tiles(weight)
+            tensor, code = checked_tiles(weight)
             tiles, as_struct = tensor.data_ptr(), code_struct(code, weight.blocksize)
         else:
             if kernel is None:
@@ -261,28 +258,14 @@ class CpuBackend(Backend):
         able = candidates(tier, dtype, m, k, blocksize, layout)
         if not able:
             raise BackendUnsupportedError(f"backend 'cpu': no kernel of tier {self.library().tier} reads {layout}")
-        row = self._calibration().get(f"{str(dtype).removeprefix('torch.')} {layout}", {})
-        winner = row.get(str(max(measured for measured in MEASURED_M if measured <= m)))
-        return next((kernel for kernel in able if kernel.name == winner), able[0])
+        fastest = winner(self._calibration(), dtype, m, layout)
+        return next((kernel for kernel in able if kernel.name == fastest), able[0])
 
     def _calibration(self) -> Winners:
         if self._winners is None:
             with self._lock:
                 library = self.library()
-                if library.tier.emulated:  # how fast that is tells nothing: the first candidate serves
-                    self._winners = {}
-                    return self._winners
-                # One weight for all timings; made only if the file is missing.
-                weights: dict[str, PackedWeight | PreparedWeight] = {}
-
-                def multiply(kernel: ProductKernel, x: Tensor, layout: str) -> Tensor:
-                    if not weights:
-                        weights["canonical"] = canonical = _calibration_weight()
-                        prepared = self.prepare_weight(canonical)
-                        weights[TILES] = canonical if prepared is None else prepared
-                    return self._product(x, weights[layout], None, kernel, threads=1)
-
-                self._winners = calibrated(library.path, library.tier.number, multiply)
+                self._winners = {} if library.tier.emulated else calibrated(library, self.prepare_weight, self._product)
         return self._winners
 
     # --- the tile layout --------------------------------------------------------------------------------------
@@ -292,7 +275,7 @@ class CpuBackend(Backend):
         if len(weight.shape) != 2 or not can_tile(weight.shape[1], weight.blocksize) or self.library().tier.name == "c":
             return None
         n, k = weight.shape
-        tiles = torch.empty(_tile_bytes(n, k, weight.blocksize), dtype=torch.uint8)
+        tiles = torch.empty(tile_bytes(n, k, weight.blocksize), dtype=torch.uint8)
         self.library().functions.refq4_tile(_struct(weight), n, k, tiles.data_ptr(), torch.get_num_threads())
         kept = [tiles, weight.code]
         if weight.nested is not None:  # tiles hold the scales undone; the way back needs the bytes they came from
@@ -302,7 +285,7 @@ class CpuBackend(Backend):
 
     def restore_weight(self, prepared: PreparedWeight) -> PackedWeight:
         n, k = prepared.shape
-        (tiles, code), kept = _checked_tiles(prepared), prepared.tensors[2:]
+        (tiles, code), kept = checked_tiles(prepared), prepared.tensors[2:]
         packed = torch.empty(packed_bytes(n * k), dtype=torch.uint8)
         absmax = kept[0] if kept else torch.empty(block_count(n * k, prepared.blocksize), dtype=torch.float32)
         self.library().functions.refq4_untile(
@@ -313,41 +296,5 @@ class CpuBackend(Backend):
         return PackedWeight(packed, absmax, code, prepared.blocksize, (n, k), prepared.quant_type, nested)
 
 
-def _tile_bytes(n: int, k: int, blocksize: int) -> int:
-    """Panels of sixteen rows, each a record of 64 bytes of scales and 8 bytes of codes an element for every block."""
-    return -(-n // 16) * (k // blocksize) * (64 + 8 * blocksize)
-
-
-def _checked_tiles(weight: PreparedWeight) -> tuple[Tensor, Tensor]:
-    """Tiles and code, once they are known to be as long as the shape wants: the core can't know, and C doesn't ask."""
-    (n, k), blocksize = weight.shape, weight.blocksize
-    if not can_tile(k, blocksize):
-        raise ValueError(f"tiles hold no weight of K = {k} at blocksize {blocksize}")
-    wanted = (("tiles", torch.uint8, _tile_bytes(n, k, blocksize)), ("code", torch.float32, 16))
-    for (name, dtype, numel), tensor in zip(wanted, weight.tensors, strict=False):
-        fits = tensor.dtype == dtype and tensor.numel() == numel and tensor.device.type == "cpu"
-        if not (fits and tensor.is_contiguous()):
-            raise ValueError(
-                f"{name} of a weight [{n}, {k}] at blocksize {blocksize} must be {numel} contiguous {dtype} elements "
-                f"on the CPU, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            )
-    if len(weight.tensors) < 2:
-        raise ValueError("a weight in tiles comes with its code")
-    return weight.tensors[0], weight.tensors[1]
-
-
 def _struct(weight: PackedWeight) -> bytes:
     return weight_struct(weight.packed, weight.code, weight.blocksize, weight.absmax, weight.nested)
-
-
-def _calibration_weight() -> PackedWeight:
-    numel = CALIBRATION_N * CALIBRATION_K
-    random = torch.Generator().manual_seed(4)
-    return PackedWeight(
-        torch.randint(0, 256, (numel // 2,), dtype=torch.uint8, generator=random),
-        torch.rand(numel // CALIBRATION_BLOCKSIZE, generator=random) + 0.5,
-        torch.linspace(-1, 1, 16),
-        CALIBRATION_BLOCKSIZE,
-        (CALIBRATION_N, CALIBRATION_K),
-        "calibration",
-    )

@@ -12,15 +12,18 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from refq4.backend import PackedWeight, PreparedWeight
 from refq4.buildcache import cache_key, cached
 
+from . import build
 from .kernels import TILES, ProductKernel, candidates
 
-__all__ = ["MEASURED_M", "Winners", "calibrated"]
+__all__ = ["MEASURED_M", "Winners", "calibrated", "winner"]
 
 MEASURED_M = (1, 2, 4, 8, 16, 32)
 N, K, BLOCKSIZE = 512, 4096, 64
@@ -28,28 +31,51 @@ REPEATS = 5
 
 # "bfloat16 tiles16" -> {"1": kernel name, "2": ..., ...}
 Winners = dict[str, dict[str, str]]
-# (kernel, x, layout) -> one product on the calibration weight
-Multiply = Callable[[ProductKernel, Tensor, str], object]
+# layout -> the calibration weight in it
+Weights = dict[str, PackedWeight | PreparedWeight]
+Prepare = Callable[[PackedWeight], PreparedWeight | None]
 
 
-def calibrated(path: Path, tier: int, multiply: Multiply) -> Winners:
-    """The winners from the file beside the library at ``path``, measured if there is none.
+class Product(Protocol):
+    """One product with a named kernel: the backend's own way to run it."""
 
-    Args:
-        path: the compiled library.
-        tier: its REFQ4_TIER.
-        multiply: runs one kernel once, on a weight of [N, K] in the layout named.
-    """
+    def __call__(
+        self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: None, kernel: ProductKernel, threads: int
+    ) -> object: ...
 
-    def build(target: Path) -> None:
-        target.write_text(json.dumps(_measure(tier, multiply), indent=1))
 
-    name = f"{path.stem}-{cache_key(str((MEASURED_M, N, K, BLOCKSIZE, REPEATS)))[:8]}.calibration.json"
-    winners: Winners = json.loads(cached(path.parent, name, build).read_text())
+def winner(winners: Winners, dtype: torch.dtype, m: int, layout: str) -> str | None:
+    """The name of the kernel that was fastest for such a product, or None if there was no choice to measure."""
+    measured = max(tokens for tokens in MEASURED_M if tokens <= m)
+    return winners.get(_row(dtype, layout), {}).get(str(measured))
+
+
+def calibrated(library: build.Library, prepare: Prepare, product: Product) -> Winners:
+    """The winners from the file beside the library, measured if there is none."""
+
+    def build_it(target: Path) -> None:
+        canonical = _weight()
+        tiles = prepare(canonical)
+        weights: Weights = {"canonical": canonical, TILES: canonical if tiles is None else tiles}
+        target.write_text(json.dumps(_measure(library.tier.number, weights, product), indent=1))
+
+    name = f"{library.path.stem}-{cache_key(str((MEASURED_M, N, K, BLOCKSIZE, REPEATS)))[:8]}.calibration.json"
+    winners: Winners = json.loads(cached(library.path.parent, name, build_it).read_text())
     return winners
 
 
-def _measure(tier: int, multiply: Multiply) -> Winners:
+def _row(dtype: torch.dtype, layout: str) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {layout}"
+
+
+def _weight() -> PackedWeight:
+    random = torch.Generator().manual_seed(4)
+    packed = torch.randint(0, 256, (N * K // 2,), dtype=torch.uint8, generator=random)
+    absmax = torch.rand(N * K // BLOCKSIZE, generator=random) + 0.5
+    return PackedWeight(packed, absmax, torch.linspace(-1, 1, 16), BLOCKSIZE, (N, K), "calibration")
+
+
+def _measure(tier: int, weights: Weights, product: Product) -> Winners:
     winners: Winners = {}
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for layout in ("canonical", TILES):
@@ -58,18 +84,20 @@ def _measure(tier: int, multiply: Multiply) -> Winners:
                 able = candidates(tier, dtype, m, K, BLOCKSIZE, layout)
                 if len(able) > 1:
                     x = torch.randn(m, K, generator=torch.Generator().manual_seed(m)).to(dtype)
-                    row[str(m)] = _fastest(able, x, layout, multiply).name
+                    row[str(m)] = _fastest(able, x, weights[layout], product).name
             if row:
-                winners[f"{str(dtype).removeprefix('torch.')} {layout}"] = row
+                winners[_row(dtype, layout)] = row
     return winners
 
 
-def _fastest(able: tuple[ProductKernel, ...], x: Tensor, layout: str, multiply: Multiply) -> ProductKernel:
+def _fastest(
+    able: tuple[ProductKernel, ...], x: Tensor, weight: PackedWeight | PreparedWeight, product: Product
+) -> ProductKernel:
     """Interleaved, so that a slow moment of the machine hits all alike; the shortest time, the one least disturbed."""
     times: dict[str, list[float]] = {kernel.name: [] for kernel in able}
     for _ in range(REPEATS + 1):
         for kernel in able:
             start = time.perf_counter()
-            multiply(kernel, x, layout)
+            product(x, weight, None, kernel, threads=1)
             times[kernel.name].append(time.perf_counter() - start)
     return min(able, key=lambda kernel: min(times[kernel.name]))

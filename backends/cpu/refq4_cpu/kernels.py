@@ -12,6 +12,9 @@ import os
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from refq4.backend import PreparedWeight
 
 from . import build
 
@@ -24,7 +27,9 @@ __all__ = [
     "addresses",
     "can_tile",
     "candidates",
+    "checked_tiles",
     "forced",
+    "tile_bytes",
 ]
 
 KERNEL_VARIABLE = "REFQ4_CPU_KERNEL"
@@ -94,6 +99,33 @@ def addresses(library: build.Library) -> dict[str, int]:
 def can_tile(k: int, blocksize: int) -> bool:
     """Whether the tile layout (and all kernels but the scalar ones) can hold such rows."""
     return blocksize >= 32 and blocksize & (blocksize - 1) == 0 and k % blocksize == 0
+
+
+def tile_bytes(n: int, k: int, blocksize: int) -> int:
+    """Panels of sixteen rows, each a record of 64 bytes of scales and 8 bytes of codes an element for every block."""
+    return -(-n // 16) * (k // blocksize) * (64 + 8 * blocksize)
+
+
+def checked_tiles(weight: PreparedWeight) -> tuple[Tensor, Tensor]:
+    """The tensors of tiles and code, checked against the shape: the core does not know these sizes, and C does not ask.
+
+    Raises:
+        ValueError: one of them is missing, or has another dtype, size or device.
+    """
+    (n, k), blocksize = weight.shape, weight.blocksize
+    if not can_tile(k, blocksize):
+        raise ValueError(f"tiles hold no weight of K = {k} at blocksize {blocksize}")
+    wanted = (("tiles", torch.uint8, tile_bytes(n, k, blocksize)), ("code", torch.float32, 16))
+    for (name, dtype, numel), tensor in zip(wanted, weight.tensors, strict=False):
+        fits = tensor.dtype == dtype and tensor.numel() == numel and tensor.device.type == "cpu"
+        if not (fits and tensor.is_contiguous()):
+            raise ValueError(
+                f"{name} of a weight [{n}, {k}] at blocksize {blocksize} must be {numel} contiguous {dtype} elements "
+                f"on the CPU, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+    if len(weight.tensors) < 2:
+        raise ValueError("a weight in tiles comes with its code")
+    return weight.tensors[0], weight.tensors[1]
 
 
 def forced() -> ProductKernel | None:

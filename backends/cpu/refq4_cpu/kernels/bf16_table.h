@@ -4,6 +4,8 @@
  * of the sums in fp32. table_factor looks for the c at which the sixteen round best. For FP4 (c = 12) and the integer
  * codes there is one where nothing is lost; for NF4 the error is well below what rounding each weight to bf16 costs,
  * which is what the reference does.
+ *
+ * cc -O3 -DREFQ4_TIER=0 -fsyntax-only bf16_table.h
  */
 #ifndef BF16_TABLE_H
 #define BF16_TABLE_H

@@ -7,6 +7,8 @@
  *     bit 1   AVX-512 F, BW, DQ, VL, with opmask and zmm registers saved
  *     bit 2   AVX-512 BF16 on top of that (vdpbf16ps)
  *     bit 3   AMX-BF16 with tile registers saved (reported; no tier uses it yet)
+ *
+ * cc -O1 -fsyntax-only cpu_features.c
  */
 #include <stdint.h>
 

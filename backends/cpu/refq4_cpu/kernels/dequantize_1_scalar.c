@@ -1,7 +1,10 @@
-/* Dequantising, rung 1: look up, multiply in fp32, round once. 4-bit codes two a byte, 8-bit codes one a byte. */
+/* Dequantising, rung 1: look up, multiply in fp32, round once. 4-bit codes two a byte, 8-bit codes one a byte.
+ *
+ * cc -O3 -DREFQ4_TIER=0 -fsyntax-only dequantize_1_scalar.c
+ */
 #ifndef DEQUANTIZE_SCALAR
 #define DEQUANTIZE_SCALAR
-#include "refq4.h"
+#include "threads.c"
 
 typedef struct {
     Weight weight; /* for 8-bit codes: packed holds one code a byte, code has 256 values */

@@ -10,6 +10,8 @@
  *     fp32       4 bytes -> eight dwords shifted by 4 0 12 8 20 16 28 24; two vpermps and a blend (gemm_4bit_2_avx2.c)
  *
  * A large result goes past the caches (streaming stores): writing it through them would first read what it overwrites.
+ *
+ * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_TIER=1 -fsyntax-only dequantize_2_avx2.c
  */
 #include "simd.h"
 #include "dequantize_1_scalar.c"

@@ -12,10 +12,12 @@
  *
  * Every output is summed in one order that depends on neither M, nor the thread count, nor who computes it: a token's
  * result has the same bits alone and in a batch.
+ *
+ * cc -O3 -DREFQ4_TIER=0 -fsyntax-only driver.h
  */
 #ifndef DRIVER_H
 #define DRIVER_H
-#include "refq4.h"
+#include "threads.c"
 #include "tiles.h"
 #if REFQ4_TIER >= 2
 #include "tiles_2_avx512.h"
@@ -36,9 +38,13 @@ enum { PART_GROUPS_FP32 = 4, PART_GROUPS_BF16 = 8 };
 /* For fp32, as many parts are added up before their subtotal is added to the total. bf16's own rounding is larger. */
 enum { SUBTOTAL_PARTS = SUBTOTAL_ELEMENTS / (8 * PART_GROUPS_FP32) };
 
-/* x_tile: see pack_tile. tiles: the first of NP panels, `stride` bytes apart. sums: [MT][16*MAX_PANELS]. */
-typedef void (*TileKernel)(const void *x_tile, const uint8_t *tiles, int64_t stride, int64_t blocks, int64_t groups,
-                           const void *table, float *sums);
+_Static_assert(8 * PART_GROUPS_FP32 == 32, "a part is no longer than the shortest block");
+_Static_assert(SUBTOTAL_PARTS * 8 * PART_GROUPS_FP32 == SUBTOTAL_ELEMENTS, "a subtotal is whole parts");
+
+/* x: a tile of it, see pack_tile. tiles: the first of NP panels, `stride` bytes apart. sums: [MT][16*MAX_PANELS]. */
+#define TILE_KERNEL_PARAMETERS                                                                                         \
+    const void *x, const uint8_t *tiles, int64_t stride, int64_t blocks, int64_t groups, const void *table, float *sums
+typedef void (*TileKernel)(TILE_KERNEL_PARAMETERS);
 
 /* How a kernel wants x: see pack_tile. */
 enum x_order { ONE_FP32 = 0, BF16_PAIRS, FP32_PAIRS };

@@ -6,6 +6,8 @@
  *
  * SIMDe names each instruction it has by a macro, so what is filled in here is what it has no macro for.
  * Debian's 0.7.4 lacks all of it; newer versions have some.
+ *
+ * cc -DREFQ4_EMULATED -fsyntax-only emulated_simd.h
  */
 #ifndef EMULATED_SIMD_H
 #define EMULATED_SIMD_H

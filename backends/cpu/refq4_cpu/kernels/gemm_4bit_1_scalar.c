@@ -5,8 +5,10 @@
  *
  * It reads the canonical layout element by element, so it takes any shape: blocks that straddle rows, odd K (rows that
  * begin in the middle of a byte), any blocksize. The faster rungs hand such shapes to it.
+ *
+ * cc -O3 -DREFQ4_TIER=0 -fsyntax-only gemm_4bit_1_scalar.c
  */
-#include "refq4.h"
+#include "threads.c"
 
 enum { LANES = 16 }; /* independent sums: what a compiler needs to use vector registers without reordering a sum */
 

@@ -5,10 +5,15 @@
  *
  * Otherwise it is gemm_4bit_3_avx512.c with a panel as two halves of eight rows. Sixteen registers hold few sums: up to
  * four tokens, and the subtotals to which each part of a block is added lie in memory, where they cost one load a part.
+ *
+ * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_TIER=1 -fsyntax-only gemm_4bit_2_avx2.c
  */
+#ifndef GEMM_4BIT_2_AVX2_C
+#define GEMM_4BIT_2_AVX2_C
 #include "simd.h"
 #include "driver.h"
 
+_Static_assert(2 * sizeof(__m256i) == GROUP_BYTES, "a group is two registers of eight rows");
 
 static inline __attribute__((always_inline)) __m256 avx2_lookup(__m256i codes, int s, __m256 low, __m256 high) {
     __m256i index = _mm256_srli_epi32(codes, 4 * s);
@@ -33,9 +38,10 @@ static inline __attribute__((always_inline)) void add_subtotal_avx2(float *total
     }
 }
 
-static inline __attribute__((always_inline)) void avx2_tile(const float *x, const uint8_t *tiles, int64_t blocks,
-                                                            int64_t groups, const float *table, float *sums,
-                                                            const int MT) {
+static inline __attribute__((always_inline)) void avx2_tile(const float *x, const uint8_t *tiles, int64_t stride,
+                                                            int64_t blocks, int64_t groups, const float *table,
+                                                            float *sums, const int MT) {
+    (void)stride; /* one panel */
     __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
     float *subtotals = sums + PANEL; /* where a second panel's totals would lie */
     clear_totals(sums, MT);
@@ -71,12 +77,8 @@ static inline __attribute__((always_inline)) void avx2_tile(const float *x, cons
     }
 }
 
-#define KERNEL(MT)                                                                                                      \
-    static void avx2_tile_##MT(const void *x, const uint8_t *tiles, int64_t stride, int64_t blocks, int64_t groups,     \
-                               const void *table, float *sums) {                                                        \
-        (void)stride;                                                                                                   \
-        avx2_tile(x, tiles, blocks, groups, table, sums, MT);                                                           \
-    }
+#define KERNEL(MT) static void avx2_tile_##MT(TILE_KERNEL_PARAMETERS) {                                                \
+        avx2_tile(x, tiles, stride, blocks, groups, table, sums, MT); }
 KERNEL(1) KERNEL(2) KERNEL(3) KERNEL(4)
 #undef KERNEL
 
@@ -91,3 +93,4 @@ static const Engine avx2_engine = {
 };
 
 static int gemm_4bit_2_avx2(const Product *p) { return tile_product(&avx2_engine, p); }
+#endif

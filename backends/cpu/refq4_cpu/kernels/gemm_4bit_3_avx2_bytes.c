@@ -20,10 +20,17 @@
  *
  * The table is rounded to bf16 (bf16_table.h), so this is for bf16 activations only: for those, what it rounds away is
  * less than the reference's rounding of each weight.
+ *
+ * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_TIER=1 -fsyntax-only gemm_4bit_3_avx2_bytes.c
  */
+#ifndef GEMM_4BIT_3_AVX2_BYTES_C
+#define GEMM_4BIT_3_AVX2_BYTES_C
 #include "simd.h"
 #include "bf16_table.h"
 #include "driver.h"
+#include "gemm_4bit_2_avx2.c" /* clear_totals, add_scaled */
+
+_Static_assert(sizeof(__m256i) == 8 * 8 / 2, "eight rows of eight codes are one register");
 
 typedef struct {
     __m256i upper, lower, nibble, upper_half;
@@ -68,9 +75,10 @@ static inline __attribute__((always_inline)) void add_group(__m256 sum[4][2][2],
 
 /* HALVES: a panel's two halves of eight rows together (few tokens: more sums that don't wait for each other), or one
  * after the other (more tokens: sixteen registers hold no more sums). An output's order of summing is the same. */
-static inline __attribute__((always_inline)) void bytes_tile(const float *x, const uint8_t *tiles, int64_t blocks,
-                                                             int64_t groups, const uint8_t *table, float *sums,
-                                                             const int MT, const int HALVES) {
+static inline __attribute__((always_inline)) void bytes_tile(const float *x, const uint8_t *tiles, int64_t stride,
+                                                             int64_t blocks, int64_t groups, const uint8_t *table,
+                                                             float *sums, const int MT, const int HALVES) {
+    (void)stride; /* one panel */
     const ByteTable t = byte_registers(table);
     clear_totals(sums, MT);
     int64_t part = min64(groups, PART_GROUPS_BF16);
@@ -101,12 +109,8 @@ static inline __attribute__((always_inline)) void bytes_tile(const float *x, con
     }
 }
 
-#define KERNEL(MT, HALVES)                                                                                              \
-    static void bytes_tile_##MT(const void *x, const uint8_t *tiles, int64_t stride, int64_t blocks, int64_t groups,    \
-                                const void *table, float *sums) {                                                       \
-        (void)stride;                                                                                                   \
-        bytes_tile(x, tiles, blocks, groups, table, sums, MT, HALVES);                                                  \
-    }
+#define KERNEL(MT, HALVES) static void bytes_tile_##MT(TILE_KERNEL_PARAMETERS) {                                       \
+        bytes_tile(x, tiles, stride, blocks, groups, table, sums, MT, HALVES); }
 KERNEL(1, 2) KERNEL(2, 2) KERNEL(3, 1) KERNEL(4, 1)
 #undef KERNEL
 
@@ -129,3 +133,4 @@ static const Engine bytes_engine = {
 };
 
 static int gemm_4bit_3_avx2_bytes(const Product *p) { return tile_product(&bytes_engine, p); }
+#endif

@@ -9,9 +9,13 @@
  * The look-up runs on other ports than the multiply-adds, so from four tokens on it is hidden behind them. Scales stay
  * out of the inner loop: the sum of a part of a block times its absmax is added to a subtotal in a register, and the
  * subtotal now and then to the total, in memory.
+ *
+ * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -DREFQ4_TIER=2 -fsyntax-only gemm_4bit_3_avx512.c
  */
 #include "simd.h"
 #include "driver.h"
+
+_Static_assert(sizeof(__m512i) == GROUP_BYTES, "a group is one register");
 
 /* total[0 .. 15] += subtotal, which becomes zero */
 static inline __attribute__((always_inline)) void add_subtotal(float *total, __m512 *subtotal) {
@@ -61,11 +65,8 @@ static inline __attribute__((always_inline)) void fp32_tile(const float *x, cons
     }
 }
 
-#define KERNEL(MT, NP)                                                                                                  \
-    static void fp32_tile_##MT##x##NP(const void *x, const uint8_t *tiles, int64_t stride, int64_t blocks,              \
-                                      int64_t groups, const void *table, float *sums) {                                 \
-        fp32_tile(x, tiles, stride, blocks, groups, _mm512_loadu_ps(table), sums, MT, NP);                              \
-    }
+#define KERNEL(MT, NP) static void fp32_tile_##MT##x##NP(TILE_KERNEL_PARAMETERS) {                                     \
+        fp32_tile(x, tiles, stride, blocks, groups, _mm512_loadu_ps(table), sums, MT, NP); }
 KERNEL(1, 1) KERNEL(1, 2) KERNEL(1, 4) KERNEL(2, 1) KERNEL(2, 2) KERNEL(2, 4) KERNEL(3, 1) KERNEL(3, 2)
 KERNEL(4, 1) KERNEL(4, 2) KERNEL(5, 1) KERNEL(5, 2) KERNEL(6, 1) KERNEL(6, 2) KERNEL(7, 1) KERNEL(7, 2)
 KERNEL(8, 1) KERNEL(8, 2)

@@ -20,11 +20,16 @@
  * Codes are multiplied unscaled. The sum of a part of a block is scaled and added to the total, in an order that depends
  * on neither M nor the threads; for bf16 it is rung 3's, so both give the same bits. In singles, the parts of a piece are
  * added up first: a subtotal (SUBTOTAL_ELEMENTS in refq4.h, but of DEPTH elements).
+ *
+ * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_TIER=1 -fsyntax-only gemm_4bit_4_avx2_blocked.c
  */
 #include "simd.h"
 #include "driver.h"
+#include "gemm_4bit_2_avx2.c"       /* avx2_lookup */
+#include "gemm_4bit_3_avx2_bytes.c" /* byte_lookup, byte_table */
 
 enum { DEPTH = 256, ROW_TOKENS = 6, CHUNK_TOKENS = 192, RUN_PANELS = 8 };
+_Static_assert(sizeof(float) * ROW_TOKENS * DEPTH == 6 << 10 && sizeof(float) * DEPTH * PANEL == 16 << 10, "as drawn");
 
 typedef struct {
     const Product *p;
@@ -131,15 +136,22 @@ static inline __attribute__((always_inline)) void blocked_tile(const float *x, c
 }
 
 typedef void (*BlockedTile)(const float *x, const Decoded *d, int64_t depth, int64_t part, float *sums);
-#define KERNEL(MT)                                                                                                      \
-    static void singles_tile_##MT(const float *x, const Decoded *d, int64_t depth, int64_t part, float *sums) {         \
-        blocked_tile(x, d->values, d->scales, depth, part, sums, MT, 0);                                                \
-    }                                                                                                                   \
-    static void pairs_tile_##MT(const float *x, const Decoded *d, int64_t depth, int64_t part, float *sums) {           \
-        blocked_tile(x, d->values, d->scales, depth / 2, part / 2, sums, MT, 1);                                        \
-        blocked_tile(x, d->values + depth / 2 * PANEL, d->scales + 8, depth / 2, part / 2, sums + 8, MT, 1);            \
-    }
-KERNEL(1) KERNEL(2) KERNEL(3) KERNEL(4) KERNEL(5) KERNEL(6)
+static inline __attribute__((always_inline)) void singles_tile(const float *x, const Decoded *d, int64_t depth,
+                                                               int64_t part, float *sums, const int MT) {
+    blocked_tile(x, d->values, d->scales, depth, part, sums, MT, 0);
+}
+
+static inline __attribute__((always_inline)) void pairs_tile(const float *x, const Decoded *d, int64_t depth,
+                                                             int64_t part, float *sums, const int MT) {
+    blocked_tile(x, d->values, d->scales, depth / 2, part / 2, sums, MT, 1);
+    blocked_tile(x, d->values + depth / 2 * PANEL, d->scales + 8, depth / 2, part / 2, sums + 8, MT, 1);
+}
+
+#define KERNEL(ORDER, MT)                                                                                              \
+    static void ORDER##_tile_##MT(const float *x, const Decoded *d, int64_t depth, int64_t part, float *sums) {        \
+        ORDER##_tile(x, d, depth, part, sums, MT); }
+KERNEL(singles, 1) KERNEL(singles, 2) KERNEL(singles, 3) KERNEL(singles, 4) KERNEL(singles, 5) KERNEL(singles, 6)
+KERNEL(pairs, 1) KERNEL(pairs, 2) KERNEL(pairs, 3) KERNEL(pairs, 4) KERNEL(pairs, 5) KERNEL(pairs, 6)
 #undef KERNEL
 static const BlockedTile blocked_tiles[2][ROW_TOKENS + 1] = {
     {NULL, singles_tile_1, singles_tile_2, singles_tile_3, singles_tile_4, singles_tile_5, singles_tile_6},

@@ -14,10 +14,16 @@
  *
  * vdpbf16ps treats bf16 subnormals as zero, and its sums are not scaled until a block is complete: |x| beyond about
  * 1e36 can overflow here where scaled weights would not.
+ *
+ * cc -O3 -mfma -mf16c -mavx512dq -mavx512vl -mavx512bf16 -DREFQ4_TIER=3 -fsyntax-only gemm_4bit_4_avx512_bf16.c
  */
+#ifndef GEMM_4BIT_4_AVX512_BF16_C
+#define GEMM_4BIT_4_AVX512_BF16_C
 #include "simd.h"
 #include "bf16_table.h"
 #include "driver.h"
+
+_Static_assert(sizeof(__m512i) == GROUP_BYTES, "a group is one register");
 
 static inline __attribute__((always_inline)) void bf16_tile(const uint32_t *x, const uint8_t *tiles, int64_t stride,
                                                             int64_t blocks, int64_t groups, __m512i table, float *sums,
@@ -60,11 +66,8 @@ static inline __attribute__((always_inline)) void bf16_tile(const uint32_t *x, c
         UNROLL for (int p = 0; p < NP; p++) _mm512_storeu_ps(sums + (m * MAX_PANELS + p) * PANEL, total[m][p]);
 }
 
-#define KERNEL(MT, NP)                                                                                                  \
-    static void bf16_tile_##MT##x##NP(const void *x, const uint8_t *tiles, int64_t stride, int64_t blocks,              \
-                                      int64_t groups, const void *table, float *sums) {                                 \
-        bf16_tile(x, tiles, stride, blocks, groups, _mm512_loadu_si512(table), sums, MT, NP);                           \
-    }
+#define KERNEL(MT, NP) static void bf16_tile_##MT##x##NP(TILE_KERNEL_PARAMETERS) {                                     \
+        bf16_tile(x, tiles, stride, blocks, groups, _mm512_loadu_si512(table), sums, MT, NP); }
 /* More panels at few tokens, fewer at many: 4 to 16 independent sums hide the latency, more would spill. */
 KERNEL(1, 1) KERNEL(1, 2) KERNEL(1, 4) KERNEL(2, 1) KERNEL(2, 2) KERNEL(2, 4) KERNEL(3, 1) KERNEL(3, 2) KERNEL(3, 4)
 KERNEL(4, 1) KERNEL(4, 2) KERNEL(4, 4) KERNEL(5, 1) KERNEL(5, 2) KERNEL(6, 1) KERNEL(6, 2) KERNEL(7, 1) KERNEL(7, 2)
@@ -89,3 +92,4 @@ static const Engine bf16_engine = {
 };
 
 static int gemm_4bit_4_avx512_bf16(const Product *p) { return tile_product(&bf16_engine, p); }
+#endif

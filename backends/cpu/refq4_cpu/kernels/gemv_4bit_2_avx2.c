@@ -12,11 +12,15 @@
  *
  * Lanes 0-3 and 4-7 are the two halves of a chunk, so a blocksize of 32 needs two scales, any larger one a single one.
  * Four rows go together and share the loads of x. A last chunk of 32 codes is copied, for a load reads 32 bytes.
+ *
+ * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_TIER=1 -fsyntax-only gemv_4bit_2_avx2.c
  */
 #include "simd.h"
 #include "driver.h"
+#include "gemm_4bit_3_avx2_bytes.c" /* byte_lookup, byte_table */
 
 enum { CHUNK_AVX2 = 64, ROWS_AVX2 = 4, SETS_AVX2 = 8 }; /* an item is 8 sets of 4 rows */
+_Static_assert(CHUNK_AVX2 / 2 == sizeof(__m256i), "a chunk's codes are one register");
 
 typedef struct GemvPlanAvx2 {
     const Product *p;

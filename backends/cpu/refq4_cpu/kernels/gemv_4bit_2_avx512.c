@@ -11,12 +11,16 @@
  *
  * The eight products of a lane share a block (blocksize >= 32 is a multiple of 8), hence one scale per lane and chunk.
  * Four rows go together and share the loads of x. The end of a row is read through a mask; x is padded with zeros.
+ *
+ * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -DREFQ4_TIER=2 -fsyntax-only gemv_4bit_2_avx512.c
  */
+#ifndef GEMV_4BIT_2_AVX512_C
+#define GEMV_4BIT_2_AVX512_C
 #include "simd.h"
-#include "refq4.h"
-#include "tiles.h"
+#include "threads.c"
 
 enum { CHUNK = 128, ROWS = 4, SETS = 8 }; /* an item is 8 sets of 4 rows */
+_Static_assert(CHUNK / 2 == sizeof(__m512i), "a chunk's codes are one register");
 
 typedef struct {
     const Product *p;
@@ -82,39 +86,47 @@ static inline __attribute__((always_inline)) __m512 fp32_chunk(__m512i codes, co
     return sum;
 }
 
-/* The loop that both GEMV rungs share: CHUNK_SUM multiplies 128 codes of a row with x. Whole chunks without a mask,
- * then the row's end with one. PER is blocks in a chunk. The hardware's prefetcher begins anew with every row, so the
- * next four are asked for while these are multiplied: a quarter faster on weights that come from memory. */
-#define GEMV_ROWS(NAME, CHUNK_SUM, X_BYTES, PER)                                                                       \
-    static void NAME##_set_##PER(const GemvPlan *plan, int64_t item, int thread) {                                     \
-        int64_t K = plan->p->K, bs = plan->p->weight.blocksize, c = 0, left = K % CHUNK;                               \
-        const uint8_t *x = plan->x;                                                                                    \
-        RowSet set = row_set(plan, item, thread);                                                                      \
-        __m512 total[ROWS];                                                                                            \
-        for (int r = 0; r < ROWS; r++) total[r] = _mm512_setzero_ps();                                                 \
-        for (; c < K / CHUNK; c++, x += X_BYTES)                                                                       \
-            UNROLL for (int r = 0; r < ROWS; r++) {                                                                    \
-                const uint8_t *bytes = set.bytes[r] + c * 64;                                                          \
-                _mm_prefetch((const char *)bytes + ROWS * (K / 2), _MM_HINT_T0);                                       \
-                __m512 scales = lane_scales(set.absmax[r] + c * CHUNK / bs, PER, PER);                                 \
-                total[r] = _mm512_fmadd_ps(CHUNK_SUM(_mm512_loadu_si512(bytes), x, plan->table), scales, total[r]);    \
-            }                                                                                                          \
-        for (int r = 0; left && r < ROWS; r++) {                                                                       \
-            __m512i codes = _mm512_maskz_loadu_epi8(((__mmask64)1 << left / 2) - 1, set.bytes[r] + c * 64);            \
-            __m512 scales = lane_scales(set.absmax[r] + c * CHUNK / bs, left / bs, PER);                               \
-            total[r] = _mm512_fmadd_ps(CHUNK_SUM(codes, x, plan->table), scales, total[r]);                            \
-        }                                                                                                              \
-        write_rows(plan, item, set.rows, total);                                                                       \
-    }                                                                                                                  \
-    static void NAME##_##PER(void *context, int64_t item, int thread) {                                                \
-        const GemvPlan *plan = context;                                                                                \
-        int64_t last = min64((item + 1) * SETS, ceil_div(plan->p->N, ROWS));                                           \
-        for (int64_t set = item * SETS; set < last; set++) NAME##_set_##PER(plan, set, thread);                        \
+/* Multiplies 128 codes of a row with x: a sum in each lane, not yet scaled. */
+typedef __m512 ChunkSum(__m512i codes, const void *x_order, const void *table);
+
+/* Four rows: whole chunks without a mask, then the row's end with one. The hardware's prefetcher begins anew with every
+ * row, so the next four are asked for while these are multiplied: a quarter faster on weights that come from memory. */
+static inline __attribute__((always_inline)) void gemv_set(const GemvPlan *plan, int64_t item, int thread,
+                                                           ChunkSum *const chunk_sum, const int x_bytes,
+                                                           const int per_chunk) {
+    int64_t K = plan->p->K, bs = plan->p->weight.blocksize, c = 0, left = K % CHUNK;
+    const uint8_t *x = plan->x;
+    RowSet set = row_set(plan, item, thread);
+    __m512 total[ROWS];
+    for (int r = 0; r < ROWS; r++) total[r] = _mm512_setzero_ps();
+    for (; c < K / CHUNK; c++, x += x_bytes)
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            const uint8_t *bytes = set.bytes[r] + c * 64;
+            _mm_prefetch((const char *)bytes + ROWS * (K / 2), _MM_HINT_T0);
+            __m512 scales = lane_scales(set.absmax[r] + c * CHUNK / bs, per_chunk, per_chunk);
+            total[r] = _mm512_fmadd_ps(chunk_sum(_mm512_loadu_si512(bytes), x, plan->table), scales, total[r]);
+        }
+    for (int r = 0; left && r < ROWS; r++) {
+        __m512i codes = _mm512_maskz_loadu_epi8(((__mmask64)1 << left / 2) - 1, set.bytes[r] + c * 64);
+        __m512 scales = lane_scales(set.absmax[r] + c * CHUNK / bs, left / bs, per_chunk);
+        total[r] = _mm512_fmadd_ps(chunk_sum(codes, x, plan->table), scales, total[r]);
     }
+    write_rows(plan, item, set.rows, total);
+}
+
+/* A work item of both GEMV rungs: `x_bytes` of x for a chunk, a chunk of a row has `per_chunk` blocks. All three are
+ * constants where this is called: the compiler makes a loop for each. */
+static inline __attribute__((always_inline)) void gemv_rows(const GemvPlan *plan, int64_t item, int thread,
+                                                            ChunkSum *const chunk_sum, const int x_bytes,
+                                                            const int per_chunk) {
+    int64_t last = min64((item + 1) * SETS, ceil_div(plan->p->N, ROWS));
+    for (int64_t set = item * SETS; set < last; set++) gemv_set(plan, set, thread, chunk_sum, x_bytes, per_chunk);
+}
+
 /* K is a multiple of the blocksize, so a row has an end of part of a chunk only if blocks are shorter than one. */
-GEMV_ROWS(fp32_rows, fp32_chunk, 512, 1)
-GEMV_ROWS(fp32_rows, fp32_chunk, 512, 2)
-GEMV_ROWS(fp32_rows, fp32_chunk, 512, 4)
+static void fp32_rows_1(void *plan, int64_t item, int thread) { gemv_rows(plan, item, thread, fp32_chunk, 512, 1); }
+static void fp32_rows_2(void *plan, int64_t item, int thread) { gemv_rows(plan, item, thread, fp32_chunk, 512, 2); }
+static void fp32_rows_4(void *plan, int64_t item, int thread) { gemv_rows(plan, item, thread, fp32_chunk, 512, 4); }
 
 /* Frees x. */
 static int run_gemv(WorkFn per_1, WorkFn per_2, WorkFn per_4, GemvPlan *plan, void *x) {
@@ -142,3 +154,4 @@ static int gemv_4bit_2_avx512(const Product *p) {
     GemvPlan plan = {p, x, p->weight.code, 1, NULL};
     return run_gemv(fp32_rows_1, fp32_rows_2, fp32_rows_4, &plan, x);
 }
+#endif

@@ -5,9 +5,14 @@
  *
  *     x_order   [K/128 chunks][4 shifts][16 lanes] pairs
  *
- * The table is gemm_4bit_4_avx512_bf16.c's: the sixteen values twice, times a factor that the sums are freed of. The
- * helpers are gemv_4bit_2_avx512.c's; library.c includes both before this file.
+ * The table is gemm_4bit_4_avx512_bf16.c's: it holds the sixteen values twice, multiplied by a factor by which the sums
+ * are divided at the end. The loop over rows is gemv_4bit_2_avx512.c's.
+ *
+ * cc -O3 -mfma -mf16c -mavx512dq -mavx512vl -mavx512bf16 -DREFQ4_TIER=3 -fsyntax-only gemv_4bit_3_avx512_bf16.c
  */
+#include "simd.h"
+#include "gemm_4bit_4_avx512_bf16.c" /* bf16_table */
+#include "gemv_4bit_2_avx512.c"      /* gemv_rows, run_gemv */
 
 static inline __attribute__((always_inline)) __m512 bf16_chunk(__m512i codes, const void *x_order, const void *table) {
     const uint32_t *x = x_order;
@@ -19,9 +24,9 @@ static inline __attribute__((always_inline)) __m512 bf16_chunk(__m512i codes, co
     return sum;
 }
 
-GEMV_ROWS(bf16_rows, bf16_chunk, 256, 1)
-GEMV_ROWS(bf16_rows, bf16_chunk, 256, 2)
-GEMV_ROWS(bf16_rows, bf16_chunk, 256, 4)
+static void bf16_rows_1(void *plan, int64_t item, int thread) { gemv_rows(plan, item, thread, bf16_chunk, 256, 1); }
+static void bf16_rows_2(void *plan, int64_t item, int thread) { gemv_rows(plan, item, thread, bf16_chunk, 256, 2); }
+static void bf16_rows_4(void *plan, int64_t item, int thread) { gemv_rows(plan, item, thread, bf16_chunk, 256, 4); }
 
 static int gemv_4bit_3_avx512_bf16(const Product *p) {
     int64_t chunks = ceil_div(p->K, CHUNK);

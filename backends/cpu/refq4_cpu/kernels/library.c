@@ -4,10 +4,10 @@
  *
  * Python asks for each product kernel by name, once, when it has loaded the library (refq4_cpu/kernels.py, which says
  * what each one takes). The name is the one of its file and of its function.
+ *
+ * cc -std=gnu11 -O3 -ffp-contract=off -fno-strict-aliasing -mavx2 -mfma -mf16c -DREFQ4_TIER=1 -S library.c
  */
-#include "refq4.h"
 #include "driver.h"
-#include "threads.c"
 #include "gemv_4bit_1_scalar.c"
 #include "gemm_4bit_1_scalar.c"
 #if REFQ4_TIER >= 1

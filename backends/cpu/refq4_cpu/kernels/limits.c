@@ -5,11 +5,13 @@
  *     DOT     bf16 pairs with vdpbf16ps, in GFLOP/s
  *
  * Each thread takes pieces of the work like any product's; 0 where the tier has no such instruction.
+ *
+ * cc -O3 -DREFQ4_TIER=0 -fsyntax-only limits.c
  */
 #if REFQ4_TIER >= 1
 #include "simd.h"
 #endif
-#include "refq4.h"
+#include "threads.c"
 
 enum { READ = 0, FMA = 1, DOT = 2, SUMS = 12, PIECES = 64, STEPS = 100000 };
 

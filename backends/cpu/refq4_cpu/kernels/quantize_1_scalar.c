@@ -4,10 +4,12 @@
  *     scaled    clamp(x * (1/absmax), -1, 1) in fp32; where 1/absmax is no finite number, x * 0
  *     rank      how many thresholds lie below it: a binary search, true comparisons go up, so a NaN has rank 0
  *     code      order[rank]
+ *
+ * cc -O3 -DREFQ4_TIER=0 -fsyntax-only quantize_1_scalar.c
  */
 #ifndef QUANTIZE_SCALAR
 #define QUANTIZE_SCALAR
-#include "refq4.h"
+#include "threads.c"
 
 typedef struct {
     const void *x;

@@ -1,10 +1,13 @@
-/* What every kernel file shares: the weight as C sees it, the number formats, the thread pool's one function.
+/* What every kernel file shares: the weight as C sees it, and the number formats.
  *
  * One tier is one translation unit: library.c includes the files its tier can run and is compiled with that tier's
- * flags. So everything here is static, and a file reads on its own once this page is known.
+ * flags. So everything is static. A file also compiles alone, for an editor or to look at one kernel: each has its
+ * includes, and the command stands at the top. It is run in this folder.
  *
  * Dimensions, everywhere: M tokens, N out_features, K in_features; y[m][n] = sum over k of x[m][k] * w[n][k].
  * All sizes are 64-bit.
+ *
+ * cc -O3 -DREFQ4_TIER=0 -fsyntax-only refq4.h
  */
 #ifndef REFQ4_H
 #define REFQ4_H
@@ -132,9 +135,5 @@ static inline void store_from_fp32(void *p, enum dtype dtype, int64_t i, float v
     if (dtype == FP32) ((float *)p)[i] = v;
     else ((uint16_t *)p)[i] = dtype == BF16 ? fp32_to_bf16(v) : fp32_to_fp16(v);
 }
-
-/* threads.c: fn(context, item, thread) for every item once, by at most `threads` threads; thread < threads. */
-typedef void (*WorkFn)(void *context, int64_t item, int thread);
-static void run_parallel(WorkFn fn, void *context, int64_t items, int threads);
 
 #endif

@@ -1,4 +1,7 @@
-/* The vector instructions, from the compiler, or emulated where the processor lacks them (REFQ4_EMULATED). */
+/* The vector instructions, from the compiler, or emulated where the processor lacks them (REFQ4_EMULATED).
+ *
+ * cc -O3 -mavx2 -mfma -mf16c -fsyntax-only simd.h
+ */
 #ifndef SIMD_H
 #define SIMD_H
 #ifdef REFQ4_EMULATED

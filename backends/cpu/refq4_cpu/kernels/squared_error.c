@@ -3,7 +3,15 @@
  *     per stretch    whole blocks, decoded by this tier's rung into a room that stays in the first cache
  *     per element    w and w4 in fp32: (w - w4)² and w² into one of sixteen lanes, so that a compiler can vectorise
  *     per item       lanes into two doubles; items are added in their order, whichever thread had them
+ *
+ * cc -O3 -DREFQ4_TIER=0 -fsyntax-only squared_error.c
  */
+#include "dequantize_1_scalar.c"
+
+#ifndef WHOLE_BLOCK /* library.c names its tier's rung */
+#define WHOLE_BLOCK(d) ((void)(d), scalar_whole_block)
+#endif
+
 enum { ROOM_ELEMENTS = 4096, SUM_LANES = 16 };
 
 typedef struct {

@@ -18,12 +18,19 @@
  *
  * A second caller at the same time (another Python thread) finds the pool busy and works alone, so the machine is
  * never asked for more threads than one caller's.
+ *
+ * cc -O3 -DREFQ4_TIER=0 -fsyntax-only threads.c
  */
+#ifndef THREADS_C
+#define THREADS_C
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <time.h>
 #include "refq4.h"
+
+/* One work item, on thread number `thread`. */
+typedef void (*WorkFn)(void *context, int64_t item, int thread);
 
 #define MAX_HELPERS 255
 #define SPIN_NANOSECONDS 50000 /* a helper looks for the next job this long before it sleeps */
@@ -144,6 +151,7 @@ static void run_on_own_threads(void) {
     }
 }
 
+/* fn(context, item, thread) for every item once, by at most `threads` threads; thread < threads. */
 static void run_parallel(WorkFn fn, void *context, int64_t items, int threads) {
     int idle = 0;
     if (threads <= 1 || items <= 1 || !atomic_compare_exchange_strong(&pool.busy, &idle, 1)) {
@@ -160,3 +168,4 @@ static void run_parallel(WorkFn fn, void *context, int64_t items, int threads) {
     else run_on_own_threads();
     atomic_store(&pool.busy, 0);
 }
+#endif

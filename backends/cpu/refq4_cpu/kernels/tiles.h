@@ -17,14 +17,17 @@
  * Only whole dwords move, so the way back is exact. It needs a blocksize that is a power of two from
  * 32 on, and blocks that don't straddle rows (K % blocksize == 0);
  * rows past N are zeros. Scales are fp32 here: double quantisation is undone when the tiles are made.
+ *
+ * cc -O3 -DREFQ4_TIER=0 -fsyntax-only tiles.h
  */
 #ifndef TILES_H
 #define TILES_H
 #include "refq4.h"
 
-enum { PANEL = 16 };
+enum { PANEL = 16, SCALES_BYTES = PANEL * sizeof(float), GROUP_BYTES = PANEL * 8 / 2 };
+_Static_assert(SCALES_BYTES == 64 && GROUP_BYTES == 64, "scales and groups are one zmm register each");
 
-static inline int64_t record_bytes(int64_t blocksize) { return 64 + 8 * blocksize; }
+static inline int64_t record_bytes(int64_t blocksize) { return SCALES_BYTES + blocksize * (GROUP_BYTES / 8); }
 static inline int64_t panel_bytes(int64_t K, int64_t blocksize) { return K / blocksize * record_bytes(blocksize); }
 
 /* Rows 16*panel .. of the canonical weight -> one panel of tiles. Sixteen read streams, one write stream. */

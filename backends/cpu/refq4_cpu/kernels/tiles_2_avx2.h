@@ -4,11 +4,15 @@
  *     row 0   | g0 g1 g2 ... g7 |         column j of four rows side by side      group 0   | row 0 ... row 7 |
  *     ...                            ->                                      ->   ...
  *     row 7   | g0 g1 g2 ... g7 |                                                 group 7   | row 0 ... row 7 |
+ *
+ * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_TIER=1 -fsyntax-only tiles_2_avx2.h
  */
 #ifndef TILES_2_AVX2_H
 #define TILES_2_AVX2_H
 #include "simd.h"
 #include "tiles.h"
+
+_Static_assert(8 * sizeof(uint32_t) == sizeof(__m256i) && 2 * sizeof(__m256i) == GROUP_BYTES, "half a group");
 
 static inline __attribute__((always_inline)) void transpose8(__m256i r[8]) {
     __m256i t[8];

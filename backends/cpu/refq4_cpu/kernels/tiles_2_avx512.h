@@ -5,11 +5,15 @@
  *     row 0   | g0 g1 g2 ... g15 |      column j of four rows side by side     group 0   | row 0 ... row 15 |
  *     ...                          ->                                     ->   ...
  *     row 15  | g0 g1 g2 ... g15 |                                             group 15  | row 0 ... row 15 |
+ *
+ * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -DREFQ4_TIER=2 -fsyntax-only tiles_2_avx512.h
  */
 #ifndef TILES_2_AVX512_H
 #define TILES_2_AVX512_H
 #include "simd.h"
 #include "tiles.h"
+
+_Static_assert(sizeof(__m512i) == GROUP_BYTES, "sixteen rows, a whole group");
 
 static inline __attribute__((always_inline)) void transpose16(__m512i r[16]) {
     __m512i t[16];
