@@ -1,6 +1,6 @@
 """The matrix of releases: every Python and the oldest and newest torch that refq4 says it supports.
 
-pipx run nox                        all of it, an hour; needs python3.11 and python3.12
+pipx run nox                        all of it, an hour; needs python3.11 to python3.14
 pipx run nox -s tests-3.12          one session
 pipx run nox -s package             build, check and install the wheel and the sdist
 pipx run nox -s portable            what holds on macOS and Windows as well, five minutes
@@ -11,7 +11,7 @@ from __future__ import annotations
 import nox
 
 nox.options.sessions = ["tests", "oldest", "package", "docs"]
-PYTHONS = ["3.11", "3.12"]
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 # Tests that need PyTorch and nothing else: no compiler, no Unix, no other library.
 _NAMES = ("codebooks", "golden", "state", "layers", "pipeline", "quantize_model")
 PORTABLE = [f"tests/test_{name}.py" for name in _NAMES]

@@ -7,10 +7,12 @@ back goes through files, as it does for users.
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import re
 import subprocess
 import sys
+import tomllib
 import weakref
 from pathlib import Path
 
@@ -35,6 +37,7 @@ import refq4
 from refq4 import remedies
 from refq4.codebooks import codebook_names
 from refq4.integrations import transformers as integration
+from refq4.integrations import versions
 from refq4.integrations.transformers import Refq4Config
 from refq4.testing import assert_same_bits
 from refq4.testing.budget import Budget
@@ -520,3 +523,37 @@ import refq4.integrations.transformers
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert remedies.install("transformers") in done.stderr
+
+
+# --- versions -------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_pyproject_the_page_and_the_check_at_import_name_the_same_versions():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = project["optional-dependencies"]["transformers"]
+    assert {f"{name}>={oldest},<{before}" for name, (oldest, before) in versions.TRIED.items()} < set(pinned)
+    page = (ROOT / "docs/how-to/transformers.md").read_text()
+    assert set(re.findall(r"`(\w+>=[^`]+)`", page)) == set(pinned)
+
+
+@pytest.mark.parametrize("library", versions.TRIED)
+def test_an_older_library_is_refused_and_a_newer_one_warned_of(monkeypatch, library):
+    oldest, before = versions.TRIED[library]
+    first, second = (int(part) for part in oldest.split("."))
+
+    def found(version: str) -> None:
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == library else "0")
+        versions.check(library)
+
+    for inside in (oldest, f"{oldest}.0", f"{first}.{second + 1}.7"):
+        found(inside)
+    for older in (f"{first}.{second - 1}.99", f"{first - 1}.99" if first else "0.1.dev0", "0.1"):
+        with pytest.raises(
+            ImportError, match=f"tried with {library} {oldest} and newer, before {before}; this is {older}"
+        ):
+            found(older)
+    for newer in (before, f"{first + 1}", f"{before}.dev0"):
+        with pytest.warns(UserWarning, match=f"tried with {library} .*; this is {newer}, and may or may not work"):
+            found(newer)

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import remedies
+from . import versions
 
 try:
+    versions.check("peft")
     from peft.tuners.lora import LoraConfig, LoraModel
 except ImportError as error:
     raise ImportError(f"this needs peft: {remedies.install('transformers')} ({error})") from error

@@ -7,8 +7,8 @@
     quantised          file -> weight, weight.absmax, ... -> Restore -> Linear4bit     of refq4 or of bitsandbytes
 
 transformers finds the quantiser by name (``register_quantizer``) and asks it which modules to replace before loading,
-what to do with each tensor, and how to go back. Written against transformers 5.24, whose loader is in
-``transformers/core_model_loading.py``. The config class is in ``refq4/integrations/config.py``.
+what to do with each tensor, and how to go back. Its loader, in ``transformers/core_model_loading.py``, changes from
+version to version; those that were tried are in ``versions.py``. The config class is in ``config.py``.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import remedies
+from . import versions
 
-try:
-    import transformers  # noqa: F401 (a clear word where it is missing)
+try:  # a clear word where it is missing or too old
+    import transformers  # noqa: F401
+
+    versions.check("transformers")
 except ImportError as error:
     raise ImportError(f"this needs transformers: {remedies.install('transformers')} ({error})") from error
 from transformers import BitsAndBytesConfig, PreTrainedModel

@@ -1,0 +1,43 @@
+"""The versions of other libraries that the tests pass on. pyproject.toml pins the same; a test holds the two together.
+
+A library that is older is refused, since what an integration builds on is missing there. One that is newer was not
+tried, and may work.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+
+from ..checks import warn_caller
+
+__all__: list[str] = []  # for the modules beside it
+
+TRIED = {"transformers": ("5.21", "5.25"), "peft": ("0.19", "0.22")}  # from, before
+
+
+def check(library: str) -> None:
+    """Compare the installed version of ``library`` with those that were tried.
+
+    Raises:
+        ImportError: it is older, or missing.
+
+    Warns:
+        UserWarning: it is newer.
+
+    Example:
+        >>> TRIED["transformers"][0]
+        '5.21'
+    """
+    found = importlib.metadata.version(library)
+    oldest, before = TRIED[library]
+    tried = f"refq4 was tried with {library} {oldest} and newer, before {before}; this is {found}"
+    if _numbers(found) < _numbers(oldest):
+        raise ImportError(tried)
+    if _numbers(found) >= _numbers(before):
+        warn_caller(f"{tried}, and may or may not work")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version, those that the ranges above are written in."""
+    return tuple(int(number) for number in re.findall(r"\d+", f"{version}.0")[:2])
