@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import layout
 from .backend import Nested, PackedWeight
-from .statedict import BLOCKSIZES, WEIGHT_DTYPES, describe
+from .statedict import BLOCKSIZES, MAX_NUMEL, WEIGHT_DTYPES, describe
 from .trace import show
 
 ACTIVATION_DTYPES = (*WEIGHT_DTYPES, torch.float64)
@@ -51,6 +51,8 @@ def check_features(A: Tensor, shape: tuple[int, ...]) -> None:
 
 def check_bias(bias: Tensor, n: int, shape: tuple[int, ...]) -> None:
     """Raise a ValueError unless ``bias`` is [n], one number for each output of a weight of ``shape``."""
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        raise TypeError(f"bias must be a tensor of floats, got {show(bias)}")
     if bias.shape != (n,):
         raise ValueError(f"bias has shape {list(bias.shape)}, the weight [N, K] = {list(shape)} wants [{n}]")
 
@@ -67,8 +69,25 @@ def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device
         check_bias(bias, shape[0], shape)
         if bias.dtype != A.dtype or bias.device != device:
             raise ValueError(f"bias must be {_name(A.dtype)} on {device} as A is, got {show(bias)} on {bias.device}")
-    if A.data_ptr() == 0 and A.numel() and not A.is_meta:
-        raise ValueError(f"A {show(A)} has no memory: its storage was freed, or never allocated")
+
+
+def check_memory(**operands: Tensor | None) -> None:
+    """Raise a ValueError unless the memory of each contiguous operand is all there: a storage can be freed or cut.
+
+    FSDP frees the storage of parameters that it has sharded; a wrapper subclass has none of its own.
+    """
+    for name, tensor in operands.items():
+        if tensor is not None and tensor.numel():
+            end = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
+            if end > tensor.untyped_storage().nbytes() or tensor.data_ptr() == 0:
+                raise ValueError(f"{name} {show(tensor)} has no memory: its storage was freed, cut or never allocated")
+
+
+def check_weight_memory(weight: PackedWeight) -> None:
+    """:func:`check_memory` for each tensor of a weight."""
+    check_memory(packed=weight.packed, absmax=weight.absmax, code=weight.code)
+    if weight.nested is not None:
+        check_memory(absmax2=weight.nested.absmax, code2=weight.nested.code, offset=weight.nested.offset)
 
 
 def checked_weight(
@@ -115,26 +134,32 @@ def checked_weight(
     return PackedWeight(packed, absmax, code, blocksize, tuple(shape), quant_type, nested)
 
 
-def check_prepared(tensors: Sequence[Tensor], shape: Sequence[int], blocksize: int) -> tuple[int, int]:
+def check_prepared(
+    tensors: Sequence[Tensor], layout_name: str, shape: Sequence[int], blocksize: int
+) -> tuple[int, int]:
     """[N, K] of a weight in a backend's own layout, or a ValueError. What the layout wants, its backend checks."""
     check_positive("blocksize", blocksize)
+    if layout_name == "canonical":
+        raise ValueError("a prepared weight is in a backend's own layout, not in the canonical one")
     if not tensors or len(shape) != 2 or min(shape) < 0:
         raise ValueError(f"a prepared weight has tensors and a shape [N, K], got {len(tensors)} and {list(shape)}")
     return shape[0], shape[1]
 
 
 def _row(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> Tensor:
-    if tensor.numel() != numel or tensor.dtype != dtype:
+    if not isinstance(tensor, Tensor) or tensor.numel() != numel or tensor.dtype != dtype:
         raise ValueError(f"this weight needs {numel} {_name(dtype)} elements in {name}, it has {describe(tensor)}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"this weight needs a dense tensor in {name}, it has {describe(tensor)}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, the packed weight on {device}: move one")
     return tensor.contiguous()
 
 
 def check_positive(name: str, size: int) -> None:
-    """Raise a ValueError unless ``size`` is a number of elements above 0."""
-    if size < 1:
-        raise ValueError(f"{name} must be at least 1, got {size}")
+    """Raise a ValueError unless ``size`` is a number of elements above 0 that 64 bits hold with room to add."""
+    if not isinstance(size, int) or not 1 <= size <= MAX_NUMEL:
+        raise ValueError(f"{name} must be an integer from 1 to 2**48, got {size!r}")
 
 
 def check_storage(dtype: torch.dtype) -> None:

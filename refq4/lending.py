@@ -34,8 +34,8 @@ class LentBytes:
     anew once the bytes have been lent, and tracing brings them home.
     """
 
-    _restore: Callable[[], Tensor] | None  # gives the flat bytes in the storage dtype; None: they are here
-    _read_by_others: bool
+    _restore: Callable[[], Tensor] | None = None  # gives the flat bytes in the storage dtype; None: they are here
+    _read_by_others: bool = False
 
     @property
     def lent(self) -> bool:
@@ -53,14 +53,16 @@ class LentBytes:
     def stored(self: Any) -> Tensor:
         """The bytes as a plain tensor, wherever they are; the loan goes on."""
         with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
-            while True:  # twice only if another thread brings them home between the two looks
+            for _ in range(100):  # twice only if another thread restores them between the two looks
                 here: Tensor = self.data
                 if here.numel() * here.itemsize <= here.untyped_storage().nbytes():
                     return here
                 restore = self._restore
                 if restore is not None:
-                    restored: Tensor = restore().view(self.shape)
+                    with torch._C._DisableFuncTorch():  # the bytes are no function of what torch.func transforms
+                        restored: Tensor = restore().view(self.shape)
                     return restored
+        raise ValueError("the weight's memory is not there: its storage was freed or cut")
 
     def readable(self: Any) -> Tensor:
         """What an op may read: :meth:`stored`, or while compiling the parameter itself."""

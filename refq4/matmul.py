@@ -98,13 +98,15 @@ def matmul_4bit(
         torch.Size([2, 3, 8])
     """
     n, k = shape = _check_matmul(A, quant_state)
+    if bias is not None:
+        check_bias(bias, k if A.dim() and A.shape[-1] == n != k else n, shape)
+    if prepared is not None and wants_grad(A):
+        raise ValueError("a weight in a backend's own layout has no gradient: leave prepared= out where one is wanted")
     listener = current()
     A, bias = _autocast(A, bias)
     if A.dim() == 0 or A.shape[-1] != n:
         check_features(A, shape)
     decision = choose_path(A, quant_state, prepared is not None)
-    if bias is not None:
-        check_bias(bias, k if decision is FROM_K_BY_N else n, shape)
     if out is not None and (wants_grad(A) or wants_grad(bias)):
         raise ValueError("out= can't be combined with a wanted gradient; call under torch.no_grad() or drop out=")
     result = _run_path(decision, A, B, quant_state, bias, backend, prepared)
@@ -201,13 +203,17 @@ def _check_matmul(A: Tensor, state: QuantState) -> torch.Size:
     if len(shape) != 2:
         raise ValueError(f"a product wants a weight of two dimensions [N, K], this one has shape {list(shape)}")
     check_floats("A", A, ACTIVATION_DTYPES)
+    if A.device != state.absmax.device:
+        raise ValueError(
+            f"A is on {A.device}, the weight's quant_state on {state.absmax.device}: move one (layer.to(device))"
+        )
     return shape
 
 
 def _autocast(A: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Operands in autocast's dtype where it is on (fp64 is left alone, as by torch), bias in A's dtype."""
     kind = A.device.type
-    if torch.is_autocast_enabled(kind) and A.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and A.dtype != torch.float64:
         A = A.to(torch.get_autocast_dtype(kind))
     if bias is not None and bias.dtype != A.dtype:
         bias = bias.to(A.dtype)

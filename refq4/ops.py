@@ -31,10 +31,12 @@ from .backend import Backend, Call, Nested, PackedWeight, PreparedWeight
 from .checks import (
     check_blockwise,
     check_code,
+    check_memory,
     check_prepared,
     check_product,
     check_quantisable,
     check_target,
+    check_weight_memory,
     checked_weight,
 )
 from .codebooks import code_from_values, get_codebook
@@ -109,7 +111,10 @@ def squared_error(weight: PackedWeight, exact: Tensor, backend: str) -> tuple[fl
     if exact.shape != weight.shape:
         raise ValueError(f"W4 has shape {list(weight.shape)}, what it is compared with {list(exact.shape)}")
     found, _ = registry.resolve(call, backend)
-    return found.squared_error(weight, exact.contiguous())
+    exact = exact.resolve_neg().contiguous()
+    check_memory(exact=exact)
+    check_weight_memory(weight)
+    return found.squared_error(weight, exact)
 
 
 def matmul(op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str) -> Tensor:
@@ -118,7 +123,7 @@ def matmul(op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backen
     The way through torch's dispatcher costs as much as the product of a small layer. Where nothing there would act
     on the call (no gradient, compiler, transform or mode, an ordinary tensor), it goes straight to the backend.
     """
-    if _nothing_intercepts(A) and not (wants_grad(A) or wants_grad(bias)):
+    if _nothing_intercepts(A, bias) and not (wants_grad(A) or wants_grad(bias)):
         return _product(op, A, weight, bias, backend)
     out: Tensor = getattr(torch.ops.refq4, op).default(A, *_flatten(weight), bias, backend)
     return out
@@ -126,7 +131,7 @@ def matmul(op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backen
 
 def matmul_prepared(A: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:
     """The same on a backend's own layout, by the backend that made it: gemv_4bit for one token, gemm_4bit for more."""
-    if _nothing_intercepts(A):
+    if _nothing_intercepts(A, bias):
         return _product_prepared(A, weight, bias)
     out: Tensor = torch.ops.refq4.matmul_prepared.default(
         A, list(weight.tensors), weight.layout, weight.shape, weight.blocksize, weight.quant_type, bias, weight.backend
@@ -134,11 +139,16 @@ def matmul_prepared(A: Tensor, weight: PreparedWeight, bias: Tensor | None) -> T
     return out
 
 
-def _nothing_intercepts(A: Tensor) -> bool:
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _nothing_intercepts(A: Tensor, bias: Tensor | None) -> bool:
     return (
         type(A) is Tensor
+        and (bias is None or type(bias) in _PLAIN)
         and not torch.compiler.is_compiling()
         and not A.is_neg()
+        and (bias is None or not bias.is_neg())
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and torch._C._functorch.maybe_current_level() is None
@@ -196,9 +206,11 @@ def _quantize_4bit(
     A: Tensor, blocksize: int, quant_type: str, allow_nonfinite: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     check_quantisable(A, blocksize)
+    A = A.contiguous()
+    check_memory(A=A)
     call = _elementwise_call("quantize_4bit", A, A.dtype, blocksize, quant_type, False)
     code = get_codebook(quant_type).on(A.device)
-    packed, absmax = _run(call, backend, lambda b: b.quantize_4bit(A.contiguous(), code, blocksize))
+    packed, absmax = _run(call, backend, lambda b: b.quantize_4bit(A, code, blocksize))
     if not allow_nonfinite:
         _refuse_nonfinite(absmax, blocksize)
     return packed, absmax
@@ -220,6 +232,7 @@ def _refuse_nonfinite(absmax: Tensor, blocksize: int) -> None:
 def _dequantize_4bit(*args: Any) -> Tensor:
     *flat, dtype, backend = args
     weight = checked_weight(*flat)
+    check_weight_memory(weight)
     check_target(dtype)
     numel = torch.Size(weight.shape).numel()
     call = Call(
@@ -240,22 +253,26 @@ def _dequantize_4bit(*args: Any) -> Tensor:
 def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -> tuple[Tensor, Tensor]:
     check_quantisable(A, blocksize)
     check_code(code, A.device)
+    A = A.contiguous()
+    check_memory(A=A, code=code)
     call = _elementwise_call("quantize_blockwise", A, A.dtype, blocksize, f"{code.numel()} values", False)
     rule = code_from_values(code)
-    q, absmax = _run(call, backend, lambda b: b.quantize_blockwise(A.contiguous(), rule, blocksize))
+    q, absmax = _run(call, backend, lambda b: b.quantize_blockwise(A, rule, blocksize))
     return q, absmax
 
 
 def _dequantize_blockwise(
     q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
+    q, absmax, code = q.contiguous(), absmax.contiguous(), code.contiguous()
+    check_memory(codes=q, absmax=absmax, code=code)
     check_blockwise(q, absmax, code, blocksize)
     check_target(dtype)
     call = _elementwise_call("dequantize_blockwise", q, dtype, blocksize, f"{code.numel()} values", False)
     result: Tensor = _run(
         call,
         backend,
-        lambda b: b.dequantize_blockwise(q.contiguous(), absmax.contiguous(), code.contiguous(), blocksize, dtype),
+        lambda b: b.dequantize_blockwise(q, absmax, code, blocksize, dtype),
     )
     return result
 
@@ -274,6 +291,8 @@ def _product(op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, back
     if A.numel() == 0 or n == 0:
         return _nothing_to_sum(A, n, bias)
     x, bias = _rows(A, k), bias if bias is None else bias.contiguous()
+    check_memory(A=x, bias=bias)
+    check_weight_memory(weight)
     if op == "gemv_4bit" and x.shape[0] != 1:
         raise ValueError(f"gemv_4bit takes one token, A {list(A.shape)} has {x.shape[0]}: use gemm_4bit")
     nested = weight.nested is not None
@@ -291,7 +310,7 @@ def _matmul_prepared(
     bias: Tensor | None,
     backend: str,
 ) -> Tensor:
-    n, k = check_prepared(tensors, shape, blocksize)
+    n, k = check_prepared(tensors, layout_name, shape, blocksize)
     prepared = PreparedWeight(backend, layout_name, tuple(tensors), (n, k), blocksize, quant_type)
     return _product_prepared(A, prepared, bias)
 
@@ -302,6 +321,7 @@ def _product_prepared(A: Tensor, weight: PreparedWeight, bias: Tensor | None) ->
     if A.numel() == 0 or n == 0:
         return _nothing_to_sum(A, n, bias)
     x, bias = _rows(A, k), bias if bias is None else bias.contiguous()
+    check_memory(A=x, bias=bias)
     op = "gemv_4bit" if x.shape[0] == 1 else "gemm_4bit"
     call = Call(op, A.device.type, A.dtype, x.shape[0], n, k, weight.blocksize, weight.quant_type, layout=weight.layout)
     return _as_rows_of(A, _run(call, weight.backend, lambda b: getattr(b, op)(x, weight, bias)))

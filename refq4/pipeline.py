@@ -70,10 +70,10 @@ def linear_4bit(layer: Linear4bit, x: Tensor) -> Tensor:
         torch.Size([2, 3, 8])
     """
     check_floats("the input of a 4-bit layer", x, ACTIVATION_DTYPES)
-    check_features(x, layer.weight_shape)
     listener = current()
     with nullcontext() if listener is None else listener.call(f"{type(layer).__name__}.forward(x {show(x)})"):
         state, decision = recover_quant_state(layer)
+        check_features(x, state.geometry()[0])
         if listener is not None:
             listener.step(1, "recover the quant state", decision, state)
 
@@ -240,7 +240,14 @@ def _layout_call(layer: Linear4bit, state: QuantState, x: Tensor) -> Call:
 def _versions(*tensors: Tensor) -> tuple[object, ...]:
     """What changes when a tensor's memory or contents do."""
     with torch._C.DisableTorchFunctionSubclass():  # a Params4bit would take its detour for each of these
-        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        return tuple((t.data_ptr(), _version(t)) for t in tensors)
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # made in inference mode, it counts no changes
+        return 0
 
 
 # --- 3 --------------------------------------------------------------------------------------------------------------
@@ -371,7 +378,8 @@ def embedding_4bit(layer: Embedding4bit, ids: Tensor) -> Tensor:
         torch.Size([1, 3, 64])
     """
     state, _ = recover_quant_state(layer)
-    whole_blocks = layer.embedding_dim % state.geometry()[1] == 0
+    (_, dim), blocksize = state.geometry()
+    whole_blocks = dim % blocksize == 0
     listener = current()
     if whole_blocks:
         rows = _decode_rows(state.packed_weight(layer.weight), state, ids)
@@ -385,10 +393,12 @@ def embedding_4bit(layer: Embedding4bit, ids: Tensor) -> Tensor:
 
 def _decode_rows(weight: PackedWeight, state: QuantState, ids: Tensor) -> Tensor:
     """Gather the packed bytes and scales of the rows, then decode the small tensor they make."""
-    table = weight.shape[0]
+    table, dim = weight.shape
     picked = state.copy()
-    picked.shape = torch.Size((*ids.shape, weight.shape[1]))
+    picked.shape = torch.Size((*ids.shape, dim))
     picked.offset = picked.state2 = None
-    picked.absmax = torch.nn.functional.embedding(ids, decode_scales(state).view(table, -1)).reshape(-1)
-    packed = torch.nn.functional.embedding(ids, weight.packed.view(table, -1)).reshape(-1)
+    picked.absmax = torch.nn.functional.embedding(
+        ids, decode_scales(state).view(table, dim // state.geometry()[1])
+    ).reshape(-1)
+    packed = torch.nn.functional.embedding(ids, weight.packed.view(table, dim // 2)).reshape(-1)
     return dequantize_4bit(packed, picked)

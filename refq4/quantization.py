@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import layout, ops
-from .checks import check_blocksize, check_floats, check_scales, check_storage, warn_caller, write_into
+from .checks import check_blocksize, check_floats, check_positive, check_scales, check_storage, warn_caller, write_into
 from .codebooks import create_dynamic_map, get_codebook
 from .registry import requested_backend
 from .state import NESTED_BLOCKSIZE, WEIGHT_DTYPES, QuantState
@@ -333,6 +333,7 @@ def dequantize_blockwise(
         quant_state = QuantState(absmax, code=code.to(A.device), blocksize=blocksize, dtype=torch.float32)
     if quant_state.code is None or quant_state.blocksize is None:
         raise ValueError("this QuantState has no code or no blocksize: make it with quantize_blockwise")
+    check_positive("blocksize", quant_state.blocksize)
     chosen = requested_backend(backend)
     scales = decode_scales(quant_state, chosen)
     dtype = quant_state.dtype or torch.float32
@@ -351,8 +352,10 @@ def decode_scales(quant_state: QuantState, backend: str | None = None) -> Tensor
         >>> state.absmax.dtype, decode_scales(state).unique()
         (torch.uint8, tensor([1.]))
     """
-    if quant_state.state2 is None or quant_state.offset is None:
+    if quant_state.state2 is None:
         return quant_state.absmax
+    if quant_state.offset is None:
+        raise ValueError("this QuantState is nested but lacks the offset")
     return dequantize_blockwise(quant_state.absmax, quant_state.state2, backend=backend).float() + quant_state.offset
 
 

@@ -191,7 +191,10 @@ class QuantState:
                 "this QuantState has no shape: it belongs to an 8-bit blockwise tensor, not to a 4-bit one"
             )
         check_positive("blocksize", self.blocksize)
-        return self.shape, self.blocksize
+        try:
+            return torch.Size(self.shape), self.blocksize
+        except TypeError:
+            raise ValueError(f"this QuantState has no shape but {self.shape!r}") from None
 
     def _second_level(self) -> Nested | None:
         if self.state2 is None:

@@ -58,7 +58,7 @@ _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTY
 _JSON_FIELDS = ("quant_type", "blocksize", "dtype", "shape")
 _NESTED_JSON_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
 _NESTED_TENSORS = ("nested_absmax", "nested_quant_map")
-_MAX_NUMEL = 2**48  # no tensor is larger; keeps arithmetic on a file's claims small
+MAX_NUMEL = 2**48  # no tensor is larger; keeps arithmetic on a file's claims small
 _MAX_JSON = 2**16  # bytes; bitsandbytes writes about 200
 
 
@@ -204,9 +204,9 @@ class Reader:
     def _shape(self) -> torch.Size:
         value = self.items["shape"]
         whole = isinstance(value, list | tuple) and len(value) <= 8
-        whole = whole and all(type(n) is int and 0 <= n <= _MAX_NUMEL for n in value)
-        if not whole or math.prod(value) > _MAX_NUMEL:
-            limit = f"2**{_MAX_NUMEL.bit_length() - 1}"
+        whole = whole and all(type(n) is int and 0 <= n <= MAX_NUMEL for n in value)
+        if not whole or math.prod(value) > MAX_NUMEL:
+            limit = f"2**{MAX_NUMEL.bit_length() - 1}"
             raise self._fail("shape", f"a list of at most 8 whole numbers with a product of at most {limit}")
         return torch.Size(value)
 

@@ -18,6 +18,7 @@ import refq4
 import refq4.functional as F
 from refq4 import ops, registry
 from refq4.autograd import MatMul4Bit
+from refq4.backend import PreparedWeight
 from refq4.codebooks import create_dynamic_map
 from refq4.testing import assert_same_bits
 
@@ -191,12 +192,93 @@ def test_activations_that_are_a_lazy_negation_are_negated(tokens, backend):
     assert_same_bits(F.matmul_4bit(torch._neg_view(x), B, state), F.matmul_4bit(-x, B, state))
 
 
-def test_activations_without_memory_are_refused(backend):
+def freed(tensor: Tensor) -> None:
+    tensor.untyped_storage().resize_(0)
+
+
+def cut(tensor: Tensor) -> None:
+    tensor.untyped_storage().resize_(2)
+
+
+@pytest.mark.parametrize("spoil", [freed, cut])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_operands_whose_memory_was_freed_or_cut_are_refused(tokens, spoil, backend):
+    def fresh() -> dict[str, Any]:
+        B, state = quantised()
+        return {"A": torch.randn(2 * tokens, K)[tokens:], "B": B, "state": state, "bias": torch.randn(N)}
+
+    operands = {
+        "A": lambda g: g["A"], "B": lambda g: g["B"], "bias": lambda g: g["bias"],
+        "absmax": lambda g: g["state"].absmax, "code": lambda g: g["state"].code,
+        "offset": lambda g: g["state"].offset, "absmax2": lambda g: g["state"].state2.absmax,
+        "code2": lambda g: g["state"].state2.code,
+    }  # fmt: skip
+    for of in operands.values():
+        given = fresh()
+        spoil(of(given))
+        with pytest.raises((ValueError, RuntimeError), match=r"memory|storage|allocated"):
+            F.matmul_4bit(given["A"], given["B"], given["state"], bias=given["bias"])
+    weight = torch.randn(N, K)
+    spoil(weight)
+    for quantise in (F.quantize_4bit, F.quantize_blockwise):
+        with pytest.raises((ValueError, RuntimeError), match=r"memory|storage|allocated"):
+            quantise(weight)
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["stored bytes", "own layout"])
+def test_a_layer_whose_memory_was_freed_is_refused_and_does_not_hang(prepared, backend):
+    for which in ("bias", "weight"):
+        layer = layer_of().eval()
+        with torch.no_grad():
+            if prepared:
+                layer(torch.randn(1, K))
+            freed(layer.bias if which == "bias" else layer.weight.data)
+            with pytest.raises((ValueError, RuntimeError), match=r"memory|storage|allocated"):
+                layer(torch.randn(1, K))
+
+
+def test_a_bias_that_is_a_lazy_negation_is_negated_and_a_complex_one_refused(backend):
     B, state = quantised()
+    x, bias = torch.randn(2, K), torch.randn(N)
+    assert_same_bits(F.matmul_4bit(x, B, state, bias=torch._neg_view(bias)), F.matmul_4bit(x, B, state, bias=-bias))
+    with pytest.raises(TypeError, match="bias must be a tensor of floats, got complex64"):
+        F.matmul_4bit(x, B, state, bias=bias.to(torch.complex64))
+
+
+def test_a_weight_of_another_shape_than_the_layers_is_not_taken_the_wrong_way_round(backend):
+    layer = layer_of()
+    with refq4.use_backend("reference"):
+        layer.weight = refq4.nn.LinearNF4(N, K).to("cpu").weight
+    for mode in (layer.train(), layer.eval()):
+        with pytest.raises(ValueError, match=f"last dimension must be {N}"):
+            mode(torch.randn(2, K))
+
+
+def test_a_table_of_another_width_than_the_embeddings_gives_its_own_rows(backend):
+    table, wide = (refq4.nn.EmbeddingNF4(2, dim).to("cpu") for dim in (64, 128))
+    wanted = wide(torch.tensor([1]))
+    table.weight = wide.weight
+    assert_same_bits(table(torch.tensor([1])), wanted)
+    assert refq4.nn.EmbeddingNF4(0, 64).to("cpu")(torch.zeros(0, dtype=torch.int64)).shape == (0, 64)
+
+
+def test_a_layer_quantised_in_inference_mode_can_be_used(backend):
+    with torch.inference_mode():
+        layer = refq4.nn.LinearNF4(K, 4 * N).to("cpu").eval()
+        wanted = layer(torch.ones(1, K))
+        assert_same_bits(layer(torch.ones(1, K)), wanted)
+    with torch.no_grad():
+        assert_same_bits(layer(torch.ones(1, K)), wanted)
+
+
+def test_torch_func_differentiates_through_a_prepared_layer(backend):
+    layer = refq4.nn.LinearNF4(K, 4 * N).to("cpu").eval()
     x = torch.randn(2, K)
-    x.untyped_storage().resize_(0)
-    with pytest.raises((ValueError, RuntimeError), match=r"memory|storage|allocated"):
-        F.matmul_4bit(x, B, state)
+    with torch.no_grad():
+        layer(x)
+    grad = torch.func.grad(lambda x: layer(x).sum())(x)
+    wanted = F.dequantize_4bit(layer.weight, layer.quant_state).sum(0).expand(2, K)
+    torch.testing.assert_close(grad, wanted)
 
 
 # --- rows of an embedding ---------------------------------------------------------------------------------------------
@@ -320,8 +402,8 @@ def described(value: Any) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)[:200]
 
 
-@pytest.mark.parametrize("blocksize", [0, -1, -64])
-def test_a_blocksize_below_one_is_refused(blocksize, backend):
+@pytest.mark.parametrize("blocksize", [0, -1, -64, 2**63 - 1])
+def test_a_blocksize_that_is_no_size_is_refused(blocksize, backend):
     for op in (torch.ops.refq4.quantize_4bit,):
         with pytest.raises(ValueError, match="blocksize"):
             op(torch.randn(64), blocksize, "nf4", False, backend)
@@ -342,8 +424,8 @@ def test_a_blocksize_below_one_is_refused(blocksize, backend):
             call()
 
 
-@pytest.mark.parametrize("blocksize", [0, -64])
-def test_a_blocksize_below_one_of_the_scales_is_refused(blocksize, backend):
+@pytest.mark.parametrize("blocksize", [0, -64, 2**64, "64", 64.0])
+def test_a_blocksize_of_the_scales_that_is_no_size_is_refused(blocksize, backend):
     B, state = quantised()
     state.state2.blocksize = blocksize
     for call in (lambda: F.dequantize_4bit(B, state), lambda: F.matmul_4bit(torch.randn(1, K), B, state)):
@@ -353,6 +435,32 @@ def test_a_blocksize_below_one_of_the_scales_is_refused(blocksize, backend):
     state.blocksize = blocksize
     with pytest.raises(ValueError, match="blocksize"):
         F.dequantize_blockwise(q, state)
+
+
+def test_a_prepared_weight_in_the_canonical_layout_is_refused(backend):
+    with pytest.raises(ValueError, match="not in the canonical one"):
+        torch.ops.refq4.matmul_prepared(
+            torch.randn(1, K), [torch.zeros(9), torch.zeros(16)], "canonical", [N, K], 64, "nf4", None, backend
+        )
+
+
+def test_a_wanted_gradient_is_not_lost_on_a_prepared_weight():
+    B, state = quantised()
+    prepared = PreparedWeight("reference", "rows", (B,), (N, K), BLOCKSIZE, "nf4")
+    with pytest.raises(ValueError, match="leave prepared= out"):
+        F.matmul_4bit(torch.randn(2, K, requires_grad=True), B, state, prepared=prepared)
+
+
+@pytest.mark.parametrize("field", ["absmax", "code", "offset", "shape", "blocksize"])
+@pytest.mark.parametrize("value", [None, [1.0], (N, K), "64"], ids=str)
+def test_a_field_of_a_state_that_is_something_else_is_a_clear_error_or_means_the_same(field, value, backend):
+    B, state = quantised()
+    setattr(state, field, value)
+    if (field, value) == ("shape", (N, K)):
+        assert F.dequantize_4bit(B, state).shape == (N, K)
+    else:
+        with pytest.raises((ValueError, TypeError), match=r"QuantState|this weight|blocksize|shape|packs"):
+            F.dequantize_4bit(B, state)
 
 
 def test_codes_beyond_the_end_of_their_table_are_refused_compiled_or_not(backend):
