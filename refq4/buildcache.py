@@ -50,7 +50,10 @@ def cache_directory(kind: str) -> Path:
     """
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
-        root = Path(chosen).expanduser().absolute()
+        try:
+            root = Path(chosen).expanduser().absolute()
+        except RuntimeError as error:  # ~nobody-of-that-name
+            raise CacheError(f"the environment variable {CACHE_VARIABLE}={chosen!r}: {error}") from None
     else:
         import platformdirs
 

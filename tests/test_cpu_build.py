@@ -21,7 +21,7 @@ from refq4.codebooks import get_codebook
 
 pytest.importorskip("refq4_cpu", reason="the package refq4_cpu is not installed")
 import cpu_tiers
-from refq4_cpu import CpuBackend, build
+from refq4_cpu import CpuBackend, build, calibrate
 from refq4_cpu.arguments import WEIGHT_FIELDS, declare
 from refq4_cpu.kernels import PRODUCT_KERNELS, ProductKernel, addresses
 
@@ -51,6 +51,12 @@ def test_a_directory_that_others_can_write_to_is_refused(empty_cache: Path, mode
 def test_what_cannot_be_made_names_the_variable(empty_cache: Path) -> None:
     empty_cache.write_text("a file where the directory should be")
     with pytest.raises(CacheError, match="REFQ4_CACHE_DIR"):
+        cache_directory("cpu")
+
+
+def test_a_home_that_nobody_has_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFQ4_CACHE_DIR", "~nobody-of-that-name/cache")
+    with pytest.raises(CacheError, match="environment variable REFQ4_CACHE_DIR='~nobody"):
         cache_directory("cpu")
 
 
@@ -147,6 +153,25 @@ def test_a_wrong_cc_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler -m64")
     reason = CpuBackend().available()
     assert reason == "the environment variable CC='no-such-compiler -m64' names no C compiler that starts"
+
+
+@pytest.mark.parametrize("variable", ["CC", "REFQ4_CPU_CFLAGS"])
+def test_quotes_that_do_not_close_are_named_with_the_variable(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "gcc '-O2")
+    with pytest.raises(build.BuildError, match=f"environment variable {variable}=.*No closing quotation"):
+        build.words_of(variable)
+
+
+@_needs_compiler
+def test_where_nothing_can_be_kept_beside_the_library_it_is_calibrated_for_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> Path:
+        raise CacheError("can't write to the cache")
+
+    monkeypatch.setattr(calibrate, "cached", refuse)
+    backend = CpuBackend()
+    assert backend.info()["calibration"], "measured, though not kept"
 
 
 @_needs_compiler

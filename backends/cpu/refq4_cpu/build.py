@@ -209,7 +209,7 @@ def find_compiler() -> Compiler:
     """
     asked = os.environ.get("CC", "")
     if asked:
-        found = _version(tuple(shlex.split(asked)))
+        found = _version(tuple(words_of("CC")))
         if found is None:
             raise BuildError(f"the environment variable CC={asked!r} names no C compiler that starts")
         return found
@@ -231,7 +231,9 @@ def _zig() -> list[tuple[str, ...]]:
 @cache
 def _version(command: tuple[str, ...]) -> Compiler | None:
     try:
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [*command, "--version"], capture_output=True, text=True, errors="replace", timeout=600, check=False
+        )
     except OSError:
         return None
     lines = done.stdout.splitlines()
@@ -246,7 +248,9 @@ def _compiled(name: str, command: list[str], what: str) -> Path:
             print(f"refq4: compiling {what} (once, a few seconds) ...", end="", file=sys.stderr, flush=True)
         start = time.perf_counter()
         full = [*command, "-shared", "-o", str(target)]
-        done = subprocess.run(full, cwd=kernel_directory(), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            full, cwd=kernel_directory(), capture_output=True, text=True, errors="replace", check=False
+        )
         took = f" {time.perf_counter() - start:.1f} s" if done.returncode == 0 else " failed"
         if what:
             print(took, file=sys.stderr, flush=True)
@@ -264,7 +268,15 @@ def _failure(command: list[str], stderr: str) -> str:
 
 def extra_flags() -> list[str]:
     """``REFQ4_CPU_CFLAGS``, for sanitizers and experiments; part of the cache key like all flags."""
-    return shlex.split(os.environ.get("REFQ4_CPU_CFLAGS", ""))
+    return words_of("REFQ4_CPU_CFLAGS")
+
+
+def words_of(variable: str) -> list[str]:
+    """An environment variable split as a shell would; a BuildError that names it if its quotes don't close."""
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        raise BuildError(f"the environment variable {variable}={os.environ[variable]!r}: {error}") from None
 
 
 def kernel_directory() -> Path:

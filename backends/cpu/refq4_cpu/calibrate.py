@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from refq4.backend import PackedWeight, PreparedWeight
-from refq4.buildcache import cache_key, cached
+from refq4.buildcache import CacheError, cache_key, cached
 
 from . import build
 from .kernels import TILES, ProductKernel, candidates
@@ -51,16 +51,22 @@ def winner(winners: Winners, dtype: torch.dtype, m: int, layout: str) -> str | N
 
 
 def calibrated(library: build.Library, prepare: Prepare, product: Product) -> Winners:
-    """The winners from the file beside the library, measured if there is none."""
+    """The winners from the file beside the library, measured if there is none; kept where the directory lets us."""
 
-    def build_it(target: Path) -> None:
+    def measured() -> Winners:
         canonical = _weight()
         tiles = prepare(canonical)
         weights: Weights = {"canonical": canonical, TILES: canonical if tiles is None else tiles}
-        target.write_text(json.dumps(_measure(library.tier.number, weights, product), indent=1))
+        return _measure(library.tier.number, weights, product)
+
+    def build_it(target: Path) -> None:
+        target.write_text(json.dumps(measured(), indent=1))
 
     name = f"{library.path.stem}-{cache_key(str((MEASURED_M, N, K, BLOCKSIZE, REPEATS)))[:8]}.calibration.json"
-    winners: Winners = json.loads(cached(library.path.parent, name, build_it).read_text())
+    try:
+        winners: Winners = json.loads(cached(library.path.parent, name, build_it).read_text())
+    except CacheError:  # the compiled library came with the machine, and this user can't write beside it
+        return measured()
     return winners
 
 
