@@ -121,6 +121,24 @@ def test_writing_into_the_parameter_is_seen_by_the_next_inference():
     assert_same_bits(layer.weight.stored(), stored)
 
 
+EDITS = {
+    "bytes, through .data": lambda layer, other: layer.weight.data.copy_(other.weight.data),
+    "another code": lambda layer, other: setattr(layer.quant_state, "code", layer.quant_state.code.flip(0)),
+}
+
+
+@pytest.mark.xfail(strict=True, reason="the prepared form is kept by the versions of weight and absmax alone")
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_an_edit_of_a_small_weight_or_of_its_state_is_seen_by_the_next_inference(edit):
+    layer, other = (refq4.nn.LinearNF4(64, 16, bias=False).to("cpu").eval() for _ in range(2))
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        layer(x)
+        edit(layer, other)
+        wanted = F.matmul_4bit(x, layer.weight.data, layer.quant_state, backend="reference")
+        torch.testing.assert_close(layer(x), wanted)
+
+
 def test_setting_data_replaces_what_was_lent():
     layer, stored = lent()
     layer.weight.data = stored.flip(0)
