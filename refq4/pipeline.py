@@ -307,9 +307,10 @@ def choose_compute_dtype(layer: Linear4bit, x: Tensor) -> tuple[torch.dtype | No
 
 def _warn_fp16(compute_dtype: torch.dtype | None, single_token: bool) -> None:
     if compute_dtype is None:
+        too = "" if single_token else ", in training too"
         text = (
-            "compute_dtype is not set, so this float16 input is computed in float16, which overflows above 65,504. "
-            "Pass compute_dtype=torch.bfloat16 or torch.float32 to the layer, or torch.float16 to keep it."
+            f"compute_dtype is not set, so this float16 input is computed in float16{too}, which overflows above "
+            "65,504. Pass compute_dtype=torch.bfloat16 or torch.float32 to the layer, or torch.float16 to keep it."
         )
     else:
         what = "inference will be slow" if single_token else "inference and training will be slow"

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,9 @@ def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + 2**33)
     command = [*COMMAND, "quantize", tmp_path / "model", tmp_path / "out"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # What a shell starts in the background ignores Ctrl-C, and so do its children: this one is to hear it.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
 
     def writing() -> bool:
         assert process.poll() is None, process.stderr.read()

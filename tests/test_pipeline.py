@@ -174,10 +174,12 @@ def test_step_4_infers_the_compute_dtype_from_the_first_input_and_keeps_it(dtype
     assert layer.compute_dtype == dtype
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
-def test_step_4_computes_fp16_as_it_comes_when_nothing_was_set_and_warns_once(tokens):
+@pytest.mark.parametrize(("tokens", "too"), [(1, ""), (2, ", in training too")])
+def test_step_4_computes_fp16_as_it_comes_when_nothing_was_set_and_warns_once(tokens, too):
     layer = layer_of()
-    with pytest.warns(UserWarning, match=r"computed in float16, which overflows above 65,504. Pass compute_dtype="):
+    with pytest.warns(
+        UserWarning, match=rf"computed in float16{too}, which overflows above 65,504. Pass compute_dtype="
+    ):
         y = layer(torch.randn(tokens, 64, dtype=torch.float16))
     assert (y.dtype, layer.compute_dtype) == (torch.float16, None)
     with warnings.catch_warnings():
