@@ -26,6 +26,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores: threads in each would wait for one another
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the programs and notebooks that tests start
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
