@@ -97,14 +97,15 @@ def matmul_4bit(
         >>> matmul_4bit(torch.randn(2, 3, 64), B, state).shape
         torch.Size([2, 3, 8])
     """
-    n, k = shape = _check_matmul(A, quant_state)
-    if bias is not None:
+    # What A must be on a prepared weight, the op checks: twice would cost as much as a small product.
+    n, k = shape = _check_matmul(A, quant_state) if prepared is None else torch.Size(prepared.shape)
+    if bias is not None:  # it may be added after the product, where its gradient is wanted
         check_bias(bias, k if A.dim() and A.shape[-1] == n != k else n, shape)
     if prepared is not None and wants_grad(A):
         raise ValueError("a weight in a backend's own layout has no gradient: leave prepared= out where one is wanted")
     listener = current()
     A, bias = _autocast(A, bias)
-    if A.dim() == 0 or A.shape[-1] != n:
+    if prepared is None and (A.dim() == 0 or A.shape[-1] != n):
         check_features(A, shape)
     decision = choose_path(A, quant_state, prepared is not None)
     if out is not None and (wants_grad(A) or wants_grad(bias)):

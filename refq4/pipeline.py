@@ -240,14 +240,10 @@ def _layout_call(layer: Linear4bit, state: QuantState, x: Tensor) -> Call:
 def _versions(*tensors: Tensor) -> tuple[object, ...]:
     """What changes when a tensor's memory or contents do."""
     with torch._C.DisableTorchFunctionSubclass():  # a Params4bit would take its detour for each of these
-        return tuple((t.data_ptr(), _version(t)) for t in tensors)
-
-
-def _version(tensor: Tensor) -> int:
-    try:
-        return tensor._version
-    except RuntimeError:  # made in inference mode, it counts no changes
-        return 0
+        try:
+            return tuple((t.data_ptr(), t._version) for t in tensors)
+        except RuntimeError:  # made in inference mode, a tensor counts no changes
+            return tuple(t.data_ptr() for t in tensors)
 
 
 # --- 3 --------------------------------------------------------------------------------------------------------------

@@ -191,6 +191,8 @@ class QuantState:
                 "this QuantState has no shape: it belongs to an 8-bit blockwise tensor, not to a 4-bit one"
             )
         check_positive("blocksize", self.blocksize)
+        if type(self.shape) is torch.Size:  # as a rule: this is asked several times in every forward
+            return self.shape, self.blocksize
         try:
             return torch.Size(self.shape), self.blocksize
         except TypeError:
