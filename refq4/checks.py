@@ -3,7 +3,7 @@
 Two boundaries share them. The public functions check what only they know (an output, a storage dtype). The ops
 (``refq4/ops.py``) check all that reaches a backend, and a backend hands it to C or CUDA as addresses: there
 :func:`checked_weight` and :func:`check_product` hold each tensor to the length, dtype and device that the sizes of the
-call want. No other place does, and nothing passes by.
+call want. Only a layout of a backend's own is checked elsewhere: by the backend, which alone knows it.
 """
 
 from __future__ import annotations

@@ -240,10 +240,14 @@ def _layout_call(layer: Linear4bit, state: QuantState, x: Tensor) -> Call:
 def _versions(*tensors: Tensor) -> tuple[object, ...]:
     """What changes when a tensor's memory or contents do."""
     with torch._C.DisableTorchFunctionSubclass():  # a Params4bit would take its detour for each of these
-        try:
-            return tuple((t.data_ptr(), t._version) for t in tensors)
-        except RuntimeError:  # made in inference mode, a tensor counts no changes
-            return tuple(t.data_ptr() for t in tensors)
+        return tuple((t.data_ptr(), _version(t)) for t in tensors)
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # a tensor made in inference mode counts no changes
+        return 0
 
 
 # --- 3 --------------------------------------------------------------------------------------------------------------
