@@ -22,7 +22,7 @@ import errors
 import picture
 import refq4
 from refq4.functional import dequantize_4bit
-from refq4.tour import FORMATS
+from refq4.tools.tour import FORMATS
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from . import autograd, backend, codebooks, functional, nn
 from .backend import BackendUnavailableError, BackendUnsupportedError, UnknownBackendError
 from .codebooks import Codebook, get_codebook, register_codebook
-from .convert import quantize_model
-from .explain import compare, explain
 from .functional import QuantState, matmul_4bit
+from .models.quantize_model import quantize_model
 from .registry import (
     backend_info,
     get_backend,
@@ -24,6 +23,7 @@ from .registry import (
     unregister_backend,
     use_backend,
 )
+from .tools.explain import compare, explain
 from .trace import trace
 
 if TYPE_CHECKING:

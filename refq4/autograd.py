@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from .internals import ops
 from .registry import requested_backend
 from .state import QuantState
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
 from .autograd import MatMul4Bit
 from .backend import PreparedWeight
-from .checks import ACTIVATION_DTYPES, check_bias, check_features, check_floats, warn_caller, write_into
-from .ops import wants_grad
+from .internals import ops
+from .internals.checks import ACTIVATION_DTYPES, check_bias, check_features, check_floats, warn_caller, write_into
+from .internals.ops import wants_grad
 from .registry import requested_backend
 from .state import QuantState
 from .trace import Decision, current
@@ -197,7 +197,7 @@ def gemv_4bit(
 
 
 def _check_matmul(A: Tensor, state: QuantState) -> torch.Size:
-    """[N, K] of the weight, or an error; the rest is checked with what is computed (refq4/ops.py)."""
+    """[N, K] of the weight, or an error; the rest is checked with what is computed (refq4/internals/ops.py)."""
     if not isinstance(state, QuantState):
         raise TypeError(f"quant_state must be the QuantState that quantize_4bit returned, got {state!r}")
     shape, _ = state.geometry()

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from . import pipeline
-from .checks import warn_caller
+from .internals.checks import warn_caller
+from .internals.statedict import describe
 from .params import Params4bit
 from .quantization import DEFAULT_BLOCKSIZE
 from .state import QuantState
-from .statedict import describe
 
 __all__ = ["Embedding4bit", "EmbeddingFP4", "EmbeddingNF4", "Linear4bit", "LinearFP4", "LinearNF4", "Params4bit"]
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .lending import LentBytes
+from .internals.lending import LentBytes
 from .quantization import DEFAULT_BLOCKSIZE, quantize_4bit, slice_state
 from .state import QuantState
 

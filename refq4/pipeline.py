@@ -25,10 +25,10 @@ from torch import Tensor
 
 from . import layout, registry
 from .backend import Backend, Call, PackedWeight, PreparedWeight
-from .checks import ACTIVATION_DTYPES, check_features, check_floats, warn_caller
-from .lending import LentBytes
+from .internals.checks import ACTIVATION_DTYPES, check_features, check_floats, warn_caller
+from .internals.lending import LentBytes
+from .internals.ops import wants_grad
 from .matmul import matmul_4bit
-from .ops import wants_grad
 from .quantization import decode_scales, dequantize_4bit
 from .state import QuantState
 from .trace import Decision, current, show
@@ -171,7 +171,7 @@ def choose_layout(
     """Step 2: ask the backend whether it wants the weight in a layout of its own (a CPU backend repacks it, say).
 
     Only for inference, as in bitsandbytes: training decodes the canonical bytes in backward anyway. The weight lends
-    its bytes to the prepared form (``refq4/lending.py``), so that there is one copy, and state dicts stay canonical.
+    its bytes to the prepared form (``refq4/internals/lending.py``): one copy, and state dicts stay canonical.
     The prepared form is dropped when weight, quant state or backend change, or when the stored bytes are wanted.
 
     Example:

@@ -3,7 +3,8 @@
     quantize_4bit    weights -> packed bytes + QuantState        quantize_blockwise     the 8-bit stage, for the scales
     dequantize_4bit  and back                                    dequantize_blockwise   and back
 
-Each checks what it is given (once, here: backends trust their arguments), then calls an op (``refq4/ops.py``).
+Each checks what it is given (once, here: backends trust their arguments), then calls an op
+(``refq4/internals/ops.py``).
 """
 
 from __future__ import annotations
@@ -11,9 +12,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import layout, ops
-from .checks import check_blocksize, check_floats, check_positive, check_scales, check_storage, warn_caller, write_into
+from . import layout
 from .codebooks import create_dynamic_map, get_codebook
+from .internals import ops
+from .internals.checks import (
+    check_blocksize,
+    check_floats,
+    check_positive,
+    check_scales,
+    check_storage,
+    warn_caller,
+    write_into,
+)
 from .registry import requested_backend
 from .state import NESTED_BLOCKSIZE, WEIGHT_DTYPES, QuantState
 

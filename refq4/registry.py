@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 
-from . import remedies
 from .backend import (
     OPS,
     Backend,
@@ -37,6 +36,7 @@ from .backend import (
     Call,
     UnknownBackendError,
 )
+from .internals import remedies
 
 __all__ = [
     "automatic_backends",

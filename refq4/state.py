@@ -1,7 +1,7 @@
 """QuantState: everything besides the packed bytes that a quantised tensor needs to become numbers again.
 
 In memory it is an object; in a state dict it is a handful of tensors beside the weight, under bitsandbytes' keys. That
-form, and how a file's claims are checked before they are believed, is ``refq4/statedict.py``.
+form, and how a file's claims are checked before they are believed, is ``refq4/internals/statedict.py``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from . import layout
 from .backend import Nested, PackedWeight
-from .checks import check_positive, checked_weight
-from .lending import LentBytes
-from .statedict import (
+from .internals.checks import check_positive, checked_weight
+from .internals.lending import LentBytes
+from .internals.statedict import (
     BLOCKSIZES,
     JSON_KEY,
     NESTED_BLOCKSIZE,

@@ -114,7 +114,7 @@ class Shown:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw the parts on any console as on refq4's own, which takes no string for markup."""
-        from .verbatim import Console as Verbatim  # here, so that importing refq4 stays quick
+        from .internals.verbatim import Console as Verbatim  # here, so that importing refq4 stays quick
 
         ours = Verbatim(force_jupyter=False)
         for part in self._parts():
@@ -144,7 +144,7 @@ class Shown:
     def _shown(self, **settings: Any) -> Any:
         import io
 
-        from .verbatim import Console as Verbatim
+        from .internals.verbatim import Console as Verbatim
 
         console = Verbatim(file=io.StringIO(), force_jupyter=False, **settings)  # in Jupyter it would display, too
         console.print(self)

@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from refq4 import remedies
+from refq4.internals import remedies
 
 sys.path.insert(0, str(Path(__file__).parent))
 from state_mutations import as_python, mutate
@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="another one gives other states")
     parser.add_argument("--only", type=int, help="the one state of this number, and what it holds")
     parser.add_argument("--layer", action="store_true", help="load them into a Linear4bit")
-    parser.add_argument("--atheris", action="store_true", help="guided by coverage of refq4/statedict.py")
+    parser.add_argument("--atheris", action="store_true", help="guided by coverage of refq4/internals/statedict.py")
     options = parser.parse_args()
     torch.set_num_threads(1)
     ask = check_layer if options.layer else check
@@ -142,10 +142,10 @@ def with_atheris(ask: Ask, options: argparse.Namespace) -> int:
     except ImportError:
         print(f"atheris is not installed: {remedies.install('fuzz')}", file=sys.stderr)
         return 2
+    import refq4.internals.statedict
     import refq4.layout
-    import refq4.statedict
 
-    for module in (refq4.statedict, refq4.layout):
+    for module in (refq4.internals.statedict, refq4.layout):
         instrument(atheris, module)
 
     def one(data: bytes) -> None:

@@ -33,8 +33,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import refq4
-from refq4 import verbatim
 from refq4.integrations.transformers import Refq4Config
+from refq4.internals import verbatim
 
 ENGINES = {"refq4": Refq4Config, "bitsandbytes": BitsAndBytesConfig}
 SHAPES = {

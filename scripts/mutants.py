@@ -178,7 +178,7 @@ MUTANTS = [
     ),
     Mutant(
         "grad_bias sums the first dimension only",
-        "refq4/ops.py",
+        "refq4/internals/ops.py",
         "leading = tuple(range(grad_output.dim() - 1))",
         "leading = (0,)",
     ),

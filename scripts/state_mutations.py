@@ -17,7 +17,7 @@ from state_oracle import JSON_KEY, Entries
 from torch import Tensor
 
 import refq4.functional as F
-from refq4.statedict import json_to_tensor
+from refq4.internals.statedict import json_to_tensor
 
 
 def _bases() -> list[Entries]:

@@ -1,8 +1,9 @@
 """Which entries are the state of a quantised weight, and whether ``QuantState.from_dict`` thinks so too.
 
-``expected`` is written from the table at the top of refq4/statedict.py and not from the code below it, in other terms
-(numpy, plain Python), so that one checks the other. ``check`` asks from_dict and compares what it says, what it read,
-what that decodes to, and what it saves again. Used by scripts/fuzz_states.py and tests/test_fuzz_states.py.
+``expected`` is written from the table at the top of refq4/internals/statedict.py and not from the code below it, in
+other terms (numpy, plain Python), so that one checks the other. ``check`` asks from_dict and compares what it says,
+what it read, what that decodes to, and what it saves again. Used by scripts/fuzz_states.py and
+tests/test_fuzz_states.py.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor
 import refq4.functional as F
 from refq4.codebooks import get_codebook
 from refq4.functional import QuantState
+from refq4.internals.statedict import BLOCKSIZES
 from refq4.nn import LinearNF4
-from refq4.statedict import BLOCKSIZES
 
 JSON_KEY = "quant_state.bitsandbytes__"
 TYPES = ("nf4", "fp4", "int4", "af4", "e2m1", "iq4nl")

@@ -15,8 +15,9 @@ from loopback import Loopback
 
 import refq4
 import refq4.functional as F
-from refq4 import codebooks, ops
+from refq4 import codebooks
 from refq4.backend import OPS, Call, PackedWeight
+from refq4.internals import ops
 from refq4.quantization import slice_state
 from refq4.reference import ReferenceBackend
 from refq4.registry import isolated_registry

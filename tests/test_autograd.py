@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import refq4
 import refq4.functional as F
-from refq4 import ops, registry
+from refq4 import registry
 from refq4.autograd import MatMul4Bit
+from refq4.internals import ops
 from refq4.testing import assert_same_bits
 
 

@@ -13,8 +13,8 @@ from refq4.bench import gpu
 from refq4.bench.measure import interleaved
 from refq4.bench.plot import speedups
 from refq4.bench.show import gpu_ops_table, gpu_table, weight_bytes
+from refq4.internals.verbatim import Console
 from refq4.registry import check_usable
-from refq4.verbatim import Console
 
 pytestmark = pytest.mark.reference_only("it names its backends itself")
 

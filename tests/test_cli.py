@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from refq4 import cli, remedies, tour
+from refq4 import cli
+from refq4.internals import remedies
+from refq4.tools import tour
 
 README = Path(__file__).parents[1] / "README.md"
 

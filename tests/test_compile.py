@@ -13,8 +13,9 @@ from torch import nn
 
 import refq4
 import refq4.functional as F
-from refq4 import ops, registry
+from refq4 import registry
 from refq4.codebooks import create_dynamic_map
+from refq4.internals import ops
 
 
 @pytest.fixture(autouse=True)

@@ -25,15 +25,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import refq4
 import refq4.functional as F
-from refq4 import matmul, ops, pipeline, registry
+from refq4 import matmul, pipeline, registry
 from refq4.autograd import MatMul4Bit
 from refq4.backend import Backend, PreparedWeight
-from refq4.checks import check_blockwise, warn_caller
 from refq4.codebooks import Codebook, _dynamic_map_values, get_codebook
-from refq4.explain import _first_difference
+from refq4.internals import ops
+from refq4.internals.checks import check_blockwise, warn_caller
 from refq4.nn import LinearNF4, Params4bit
 from refq4.quantization import slice_state
 from refq4.reference import ReferenceBackend
+from refq4.tools.explain import _first_difference
 
 pytestmark = pytest.mark.reference_only("it names its engine itself")
 

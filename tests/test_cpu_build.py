@@ -16,8 +16,8 @@ import torch
 from patience import BUSY
 
 from refq4.backend import BackendUnavailableError, Call, PackedWeight
-from refq4.buildcache import CacheError, cache_directory, cache_key, cached
 from refq4.codebooks import get_codebook
+from refq4.internals.buildcache import CacheError, cache_directory, cache_key, cached
 
 pytest.importorskip("refq4_cpu", reason="the package refq4_cpu is not installed")
 import cpu_tiers
@@ -32,7 +32,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-# --- refq4/buildcache.py --------------------------------------------------------------------------------------------
+# --- refq4/internals/buildcache.py ------------------------------------------------------------------------------------
 
 
 def test_the_directory_is_made_private(empty_cache: Path) -> None:

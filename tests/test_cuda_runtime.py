@@ -21,10 +21,11 @@ import torch
 from patience import BUSY
 
 import refq4
-from refq4 import registry, remedies
+from refq4 import registry
 from refq4.backend import OPS, Call, PackedWeight, PreparedWeight
-from refq4.buildcache import CacheError
 from refq4.codebooks import get_codebook
+from refq4.internals import remedies
+from refq4.internals.buildcache import CacheError
 
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
 from refq4_cuda import CudaBackend, CudaEmulatorBackend, emulated, launch, nvrtc

@@ -17,8 +17,8 @@ import refq4.functional as F
 from refq4 import codebooks
 from refq4.codebooks import Codebook, register_codebook
 from refq4.functional import QuantState
+from refq4.internals.statedict import json_to_tensor
 from refq4.nn import LinearNF4, Params4bit
-from refq4.statedict import json_to_tensor
 from refq4.testing import assert_same_bits
 
 JSON = "quant_state.bitsandbytes__nf4"

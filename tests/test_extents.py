@@ -16,10 +16,11 @@ from torch import Tensor
 
 import refq4
 import refq4.functional as F
-from refq4 import ops, registry
+from refq4 import registry
 from refq4.autograd import MatMul4Bit
 from refq4.backend import PreparedWeight
 from refq4.codebooks import create_dynamic_map
+from refq4.internals import ops
 from refq4.testing import assert_same_bits
 
 N, K, BLOCKSIZE = 48, 128, 64

@@ -11,7 +11,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from refq4.buildcache import cache_directory
+from refq4.internals.buildcache import cache_directory
 
 pytestmark = pytest.mark.reference_only("it is about the test run itself")
 
@@ -38,7 +38,7 @@ def test_every_cache_in_effect_is_in_a_folder_of_this_run():
 
 
 def test_a_process_that_a_test_starts_has_the_same_folders():
-    code = "from pathlib import Path; from refq4.buildcache import cache_directory as d; print(Path.home(), d('cpu'))"
+    code = "import pathlib, refq4.internals.buildcache as b; print(pathlib.Path.home(), b.cache_directory('cpu'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(RUN / "home"), str(cache_directory("cpu"))]
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refq4 import remedies, statedict
+from refq4.internals import remedies, statedict
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import fuzz_states

@@ -23,7 +23,7 @@ from threads import faults_of
 
 import refq4
 import refq4.functional as F
-from refq4.buildcache import CacheError, cache_directory, cached
+from refq4.internals.buildcache import CacheError, cache_directory, cached
 from refq4.registry import isolated_registry
 from refq4.testing import assert_same_bits
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import refq4
 import refq4.functional as F
-from refq4.lending import WORTH_LENDING
+from refq4.internals.lending import WORTH_LENDING
 from refq4.testing import assert_same_bits
 
 pytestmark = pytest.mark.reference_only("it registers a backend with a layout of its own")

@@ -19,7 +19,7 @@ from refq4.checkpoint import places, quantize_checkpoint, weights
 from refq4.checkpoint.ahead import read_ahead
 from refq4.checkpoint.selection import Selection
 from refq4.checkpoint.tensors import SafetensorsReader
-from refq4.report import QuantizationReport
+from refq4.models.report import QuantizationReport
 from refq4.testing import assert_same_bits
 
 

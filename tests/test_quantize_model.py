@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import refq4
+from refq4.models.report import QuantizationReport, layer_report, relative
 from refq4.nn import Linear4bit
-from refq4.report import QuantizationReport, layer_report, relative
 from refq4.testing import assert_same_bits
 
 

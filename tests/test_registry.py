@@ -21,8 +21,9 @@ from loopback import Loopback
 
 import refq4
 import refq4.functional as F
-from refq4 import registry, remedies
+from refq4 import registry
 from refq4.backend import OPS, Backend, Call
+from refq4.internals import remedies
 from refq4.reference import ReferenceBackend
 
 ROOT = Path(refq4.__file__).parent
@@ -363,8 +364,8 @@ def test_the_layers_know_no_device():
 
 
 def test_backends_import_contract_codebooks_and_layout_only():
-    allowed = {"refq4.backend", "refq4.codebooks", "refq4.layout", "refq4.buildcache"}
-    allowed |= {"refq4.remedies"}  # for messages: what to install, and from where
+    allowed = {"refq4.backend", "refq4.codebooks", "refq4.layout", "refq4.internals.buildcache"}
+    allowed |= {"refq4.internals.remedies"}  # for messages: what to install, and from where
     allowed |= {"refq4.trace"}  # for Shown, by which a report prints and shows itself
     paths = [
         path for path in (ROOT.parent / "backends").rglob("*.py") if path.name != "__main__.py"

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from refq4 import remedies
+from refq4.internals import remedies
 
 pytestmark = pytest.mark.reference_only("it is about what messages say")
 

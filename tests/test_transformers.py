@@ -34,11 +34,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 import refq4
-from refq4 import remedies
 from refq4.codebooks import codebook_names
 from refq4.integrations import transformers as integration
 from refq4.integrations import versions
 from refq4.integrations.transformers import Refq4Config
+from refq4.internals import remedies
 from refq4.testing import assert_same_bits
 from refq4.testing.budget import Budget
 

@@ -14,15 +14,16 @@ import torch
 from safetensors.torch import save_file
 
 import refq4
-from refq4 import cli, pipeline, registry, verbatim
+from refq4 import cli, pipeline, registry
 from refq4.bench import show
 from refq4.checkpoint.convert import CheckpointReport
 from refq4.checkpoint.inspection import CheckpointContents, Problem, TensorReport
-from refq4.explain import Comparison, Explanation
+from refq4.internals import verbatim
+from refq4.models.report import LayerReport, QuantizationReport
 from refq4.reference import ReferenceBackend
-from refq4.report import LayerReport, QuantizationReport
 from refq4.testing.cases import Case
 from refq4.testing.verify import CheckReport, Failure, Report
+from refq4.tools.explain import Comparison, Explanation
 from refq4.trace import CallRecord, Decision, OpRecord, StepRecord, Trace
 
 pytestmark = pytest.mark.reference_only("it is about what is printed")
@@ -141,7 +142,7 @@ class Broken(ReferenceBackend):
 
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refq4.verbatim.PIPED_WIDTH", WIDE)
+    monkeypatch.setattr("refq4.internals.verbatim.PIPED_WIDTH", WIDE)
 
 
 def test_info_shows_reasons_and_what_backends_say_of_themselves_whole(capsys, wide, monkeypatch):

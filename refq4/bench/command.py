@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ..internals.verbatim import Console, console
 from ..registry import check_usable, use_backend
-from ..verbatim import Console, console
 from . import gpu
 from .measure import limits, machine, ops, products
 from .peers import DEVICE_DTYPES, GPU_PEERS, PEERS, Peer

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ..backend import Backend, PackedWeight
 from ..codebooks import get_codebook
-from ..verbatim import Console
+from ..internals.verbatim import Console
 from .measure import machine, make_named
 from .peers import DEVICE_DTYPES, GPU_PEERS, Product, random_weights
 from .show import gpu_ops_table, gpu_table

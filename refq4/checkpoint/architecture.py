@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..selection import first_match
+from ..models.patterns import first_match
 
 __all__ = ["EXPERTS", "FUSED", "HEAD", "Architecture", "ask_transformers"]
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from ..checks import check_blocksize, check_storage
 from ..codebooks import get_codebook
+from ..internals.checks import check_blocksize, check_storage
+from ..models.report import QuantizationReport
 from ..quantization import DEFAULT_BLOCKSIZE
 from ..registry import requested_backend, use_backend
-from ..report import QuantizationReport
 from . import places
 from .selection import select
 from .tensors import FLOATS, Entry, SafetensorsReader

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .. import layout
+from ..models.patterns import first_match
+from ..models.report import bits_per_weight
 from ..quantization import decode_scales
-from ..report import bits_per_weight
-from ..selection import first_match
 from ..state import QuantState
 from ..trace import Shown
 from . import places
@@ -107,7 +107,7 @@ class CheckpointContents(Shown):
         }
 
     def _parts(self) -> Iterator[RenderableType]:
-        from ..verbatim import words
+        from ..internals.verbatim import words
 
         small = [tensor for tensor in self.tensors if tensor.quantised]
         size, small_size = (sum(tensor.nbytes for tensor in some) for some in (self.tensors, small))

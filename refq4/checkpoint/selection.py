@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..selection import first_match
+from ..models.patterns import first_match
 from .architecture import EXPERTS, FUSED, HEAD, ask_transformers
 from .places import read_json
 from .tensors import FLOATS, Entry

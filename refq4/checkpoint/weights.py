@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import layout
+from ..models.report import LayerReport, QuantizationReport, relative, squared_error
 from ..quantization import get_4bit_type, quantize_4bit, quantize_scales, slice_state
-from ..report import LayerReport, QuantizationReport, relative, squared_error
 from ..state import NESTED_BLOCKSIZE, QuantState
 from .ahead import read_ahead
 from .selection import Selection

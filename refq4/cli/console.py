@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from ..verbatim import console
+from ..internals.verbatim import console
 
 __all__ = ["console", "print_json", "show"]
 

@@ -40,9 +40,9 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ..explain import explain
     from ..nn import Linear4bit
     from ..registry import requested_backend, use_backend
+    from ..tools.explain import explain
 
     (n, k), m = arguments.shape, arguments.tokens
     if m < 1:

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from ..tour import TourReport, tour
-from ..verbatim import Console, words
+from ..internals.verbatim import Console, words
+from ..tools.tour import TourReport, tour
 from . import options
 from .console import console, print_json
 

@@ -16,8 +16,8 @@ from typing import Any, Self
 import torch
 from transformers import BitsAndBytesConfig
 
-from ..checks import check_blocksize, check_storage, warn_caller
 from ..codebooks import get_codebook
+from ..internals.checks import check_blocksize, check_storage, warn_caller
 from ..quantization import DEFAULT_BLOCKSIZE
 
 __all__ = ["METHOD", "Refq4Config"]

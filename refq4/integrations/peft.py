@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import remedies
+from ..internals import remedies
 from . import versions
 
 try:
@@ -30,8 +30,8 @@ except ImportError as error:
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 
-from ..checks import warn_caller
 from ..functional import dequantize_4bit
+from ..internals.checks import warn_caller
 from ..nn import Linear4bit
 from ..params import Params4bit
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import remedies
+from ..internals import remedies
 from . import versions
 
 try:  # a clear word where it is missing or too old

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 
-from ..checks import warn_caller
+from ..internals.checks import warn_caller
 
 __all__: list[str] = []  # for the modules beside it
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..internals import ops
 from ..state import QuantState
 
 FEW, ORDERS = 1024, 8

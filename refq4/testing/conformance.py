@@ -25,9 +25,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .. import nn, ops
+from .. import nn
 from ..backend import BackendUnsupportedError
 from ..codebooks import create_dynamic_map
+from ..internals import ops
 from ..matmul import matmul_4bit
 from ..quantization import dequantize_4bit, quantize_4bit
 from ..registry import check_usable, use_backend

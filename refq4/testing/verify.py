@@ -200,7 +200,7 @@ class Report(Shown):
         return table
 
     def _parts(self) -> Iterator[RenderableType]:
-        from ..verbatim import words
+        from ..internals.verbatim import words
 
         yield self._table()
         for title, counters in (("refused", "refused"), ("known differences", "known")):

@@ -24,8 +24,8 @@ from refq4.backend import (
     PackedWeight,
     PreparedWeight,
 )
-from refq4.buildcache import CacheError
 from refq4.codebooks import Code
+from refq4.internals.buildcache import CacheError
 from refq4.layout import block_count, packed_bytes
 
 from . import build

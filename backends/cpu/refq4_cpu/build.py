@@ -9,7 +9,7 @@
 
 The best tier that the processor *and* the operating system can run is taken (``kernels/cpu_features.c`` asks both);
 ``REFQ4_CPU_TIER`` names another one. A tier is one translation unit, ``kernels/library.c``, compiled in about two
-seconds on first use and kept in the cache (``refq4/buildcache.py``).
+seconds on first use and kept in the cache (``refq4/internals/buildcache.py``).
 
 A tier that the processor lacks runs emulated, if it is named and ``REFQ4_CPU_EMULATE=1`` allows it: the same sources,
 compiled without an -m flag against SIMDe's C versions of the instructions (``kernels/emulated_simd.h``). That is slow,
@@ -32,7 +32,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from refq4.buildcache import RefusedError, cache_directory, cache_key, cached
+from refq4.internals.buildcache import RefusedError, cache_directory, cache_key, cached
 
 __all__ = [
     "EMULATE_VARIABLE",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from refq4.backend import PackedWeight, PreparedWeight
-from refq4.buildcache import CacheError, cache_key, cached
+from refq4.internals.buildcache import CacheError, cache_key, cached
 
 from . import build
 from .kernels import TILES, ProductKernel, candidates

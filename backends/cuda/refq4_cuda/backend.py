@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from refq4.backend import Backend, BackendUnsupportedError, Call, Nested, PackedWeight, PreparedWeight
-from refq4.buildcache import CacheError, cache_directory
 from refq4.codebooks import Code, get_codebook
+from refq4.internals.buildcache import CacheError, cache_directory
 from refq4.layout import block_count, packed_bytes
 
 from . import driver, emulated, launch

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from refq4.remedies import install
+from refq4.internals.remedies import install
 
 __all__ = [
     "CudaError",

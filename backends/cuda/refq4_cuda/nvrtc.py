@@ -6,7 +6,7 @@
 
 A device is always given a cubin of its own architecture: PTX of a newer NVRTC than the driver would be refused, and
 would be compiled again in every process. Neither a driver nor a GPU is needed here. The cache, its rules and its
-directory are refq4's (``refq4/buildcache.py``).
+directory are refq4's (``refq4/internals/buildcache.py``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from refq4.buildcache import RefusedError, cache_directory, cache_key, cached
+from refq4.internals.buildcache import RefusedError, cache_directory, cache_key, cached
 
 from .bindings import CudaError, dotted, nvrtc_bindings, nvrtc_version
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import remedies
-from .convert import quantize_model
+from ..internals import remedies
+from ..models.quantize_model import quantize_model
+from ..models.report import LayerReport, QuantizationReport, layer_report
+from ..nn import Linear4bit
 from .explain import Explanation, explain
-from .nn import Linear4bit
-from .report import LayerReport, QuantizationReport, layer_report
 
 __all__ = ["FORMATS", "FormatReport", "LayerReport", "TourReport", "tour"]
 
@@ -77,7 +77,7 @@ def tour(path: str | None = None, backend: str | None = None) -> TourReport:
         FileNotFoundError: no such file; or no path, and the packaged model is not installed.
         ValueError: the file holds no weight matrix.
     """
-    from .registry import requested_backend, use_backend
+    from ..registry import requested_backend, use_backend
 
     with use_backend(requested_backend(backend)):
         return _tour_file(Path(path)) if path is not None else _tour_encoder(_packaged_model())

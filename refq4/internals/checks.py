@@ -1,7 +1,7 @@
 """Checks at the boundary: what callers hand over, checked once, with errors that say what to do.
 
 Two boundaries share them. The public functions check what only they know (an output, a storage dtype). The ops
-(``refq4/ops.py``) check all that reaches a backend, and a backend hands it to C or CUDA as addresses: there
+(``refq4/internals/ops.py``) check all that reaches a backend, and a backend hands it to C or CUDA as addresses: there
 :func:`checked_weight` and :func:`check_product` hold each tensor to the length, dtype and device that the sizes of the
 call want. Only a layout of a backend's own is checked elsewhere: by the backend, which alone knows it.
 """
@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import layout
-from .backend import Nested, PackedWeight
+from .. import layout
+from ..backend import Nested, PackedWeight
+from ..trace import show
 from .statedict import BLOCKSIZES, MAX_NUMEL, WEIGHT_DTYPES, describe
-from .trace import show
 
 ACTIVATION_DTYPES = (*WEIGHT_DTYPES, torch.float64)
 

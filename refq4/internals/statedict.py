@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import layout
-from .codebooks import codebook_names, create_dynamic_map, get_codebook
+from .. import layout
+from ..codebooks import codebook_names, create_dynamic_map, get_codebook
 from .lending import LentBytes
 
 __all__ = ["BLOCKSIZES", "NESTED_BLOCKSIZE", "WEIGHT_DTYPES", "Fields", "NestedFields", "Reader", "check_packed"]

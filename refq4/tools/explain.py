@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .backend import BackendError
-from .nn import Linear4bit
-from .pipeline import recover_quant_state
-from .registry import automatic_backends, backend_info, use_backend
-from .trace import Shown, StepRecord, Trace, trace
+from ..backend import BackendError
+from ..nn import Linear4bit
+from ..pipeline import recover_quant_state
+from ..registry import automatic_backends, backend_info, use_backend
+from ..trace import Shown, StepRecord, Trace, trace
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -94,7 +94,7 @@ def explain(layer: Linear4bit, x: Tensor) -> Explanation:
         >>> report.flops, report.bytes_moved["weight"]
         (1024, 256)
     """
-    from .testing.budget import error_budget  # here: the kit is a third of what importing refq4 would take
+    from ..testing.budget import error_budget  # here: the kit is a third of what importing refq4 would take
 
     with torch.no_grad(), trace() as steps:
         y = layer(x)
@@ -175,7 +175,7 @@ class Comparison(Shown):
             yield f"{name}: could not run it: {why}"
 
     def _cell(self, backend: str, call: int, step: int) -> Text:
-        from .verbatim import words
+        from ..internals.verbatim import words
 
         mine = _step(self.traces[backend], call, step)
         if mine is None:

@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .nn import Linear4bit
+from ..nn import Linear4bit
+from .patterns import Asked, Rule, as_rule, chosen, first_match
 from .report import QuantizationReport, layer_report
-from .selection import Asked, Rule, as_rule, chosen, first_match
 
 __all__ = ["quantize_model"]
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .quantization import dequantize_4bit, slice_state
-from .registry import requested_backend
-from .state import QuantState
-from .trace import Shown
+from ..internals import ops
+from ..quantization import dequantize_4bit, slice_state
+from ..registry import requested_backend
+from ..state import QuantState
+from ..trace import Shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -12,7 +12,7 @@ can be told to use another one.
                              '- real kernel     registry.resolve(Call) -> backend.gemm_4bit
 
 The weight's arguments (``_WEIGHT``) are those of PackedWeight, flattened. Each real kernel checks every operand
-(``refq4/checks.py``): a backend reads them by address.
+(``refq4/internals/checks.py``): a backend reads them by address.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
-from . import layout, registry
-from .backend import Backend, Call, Nested, PackedWeight, PreparedWeight
+from .. import layout, registry
+from ..backend import Backend, Call, Nested, PackedWeight, PreparedWeight
+from ..codebooks import code_from_values, get_codebook
+from ..trace import OpRecord, current
 from .checks import (
     check_blockwise,
     check_code,
@@ -39,8 +41,6 @@ from .checks import (
     check_weight_memory,
     checked_weight,
 )
-from .codebooks import code_from_values, get_codebook
-from .trace import OpRecord, current
 
 __all__ = [
     "dequantize_4bit",
