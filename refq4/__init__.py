@@ -13,6 +13,7 @@ from . import autograd, backend, codebooks, functional, nn
 from .backend import BackendUnavailableError, BackendUnsupportedError, UnknownBackendError
 from .codebooks import Codebook, get_codebook, register_codebook
 from .functional import QuantState, matmul_4bit
+from .models.prepare import prepare, restore
 from .models.quantize_model import quantize_model
 from .registry import (
     backend_info,
@@ -50,9 +51,11 @@ __all__ = [
     "list_backends",
     "matmul_4bit",
     "nn",
+    "prepare",
     "quantize_model",
     "register_backend",
     "register_codebook",
+    "restore",
     "set_backend",
     "testing",
     "trace",

@@ -1,9 +1,15 @@
-"""MatMul4Bit: a linear layer that is differentiable in its input and bias, and frozen in its 4-bit weight.
+"""The gradient of a linear layer that is differentiable in its input and bias, and frozen in its 4-bit weight.
 
     forward     y = A @ W.t() + bias            W decoded from 4 bits for the call, then dropped
     backward    grad_A    = grad_y @ W          W decoded a second time
                 grad_bias = sum of grad_y over all leading dimensions
                 grad_W    : none. The weight is frozen; QLoRA trains adapters beside it
+
+Both are linear, so each is the other's gradient: forward's input gets its gradient by ``grad_input_4bit``, and the
+gradient of that is a product again. That is all there is to derivatives of any order, in reverse and forward mode.
+
+In PyTorch's eager mode a call goes through a ``torch.autograd.Function``. The ops of ``torch.ops.refq4``, which
+compiled graphs are made of, get the same gradient and the same rule for vmap at the end of this file.
 
 Mirrors ``bitsandbytes.autograd._functions.MatMul4Bit`` (0.49.1). Its own grad_bias sums over the first dimension and
 leaves the others to autograd, which reduces a gradient to its input's shape; for a 1-D input that fails.
@@ -11,19 +17,25 @@ leaves the others to autograd, which reduces a gradient to its input's shape; fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from .internals import ops
-from .registry import requested_backend
+from .backend import PackedWeight
+from .internals import dispatch
+from .internals.schemas import flatten, library, unflatten
+from .registry import Resolved, requested_backend
 from .state import QuantState
 
-__all__ = ["MatMul4Bit"]
+__all__ = ["MatMul4Bit", "differentiable"]
+
+GRAD_INPUT = "grad_input_4bit"
 
 
-class MatMul4Bit(torch.autograd.Function):
+class MatMul4Bit:
     """``MatMul4Bit.apply(A, B, out, bias, quant_state)``: the differentiable path of :func:`refq4.matmul_4bit`.
 
     Args (to ``apply``):
@@ -44,7 +56,7 @@ class MatMul4Bit(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def apply(
         A: Tensor,
         B: Tensor,
         out: Tensor | None = None,
@@ -56,58 +68,136 @@ class MatMul4Bit(torch.autograd.Function):
             raise ValueError("MatMul4Bit needs the quant_state that quantize_4bit returned with the weight")
         if out is not None:
             raise ValueError("out= can't be combined with a differentiable result; copy the result where it is wanted")
-        return ops.matmul("gemm_4bit", A, quant_state.packed_weight(B), bias, requested_backend(backend))
+        return differentiable("gemm_4bit", A, quant_state.packed_weight(B), bias, requested_backend(backend))
+
+
+def differentiable(op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str | Resolved) -> Tensor:
+    """``gemv_4bit``, ``gemm_4bit`` or ``grad_input_4bit`` of A, with all its derivatives."""
+    if torch.compiler.is_compiling():  # Dynamo sees through the ops; they have the same gradient
+        return _Function.forward(op, A, weight, bias, backend)
+    out: Tensor = _Function.apply(op, A, weight, bias, backend)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Function(torch.autograd.Function):
+    """What autograd and torch.func are told of the three ops."""
+
+    @staticmethod
+    def forward(op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str | Resolved) -> Tensor:
+        if op == GRAD_INPUT:
+            return dispatch.grad_input(A, weight, backend)
+        return dispatch.product(op, A, weight, bias, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, B, _, bias, quant_state, backend = (*inputs, None)[:6]  # without a state there was an error
-        ctx.save_for_backward(B)
-        ctx.save_for_forward(B)
-        ctx.quant_state = quant_state
-        ctx.backend = requested_backend(backend)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.inputs = len(inputs)
+        _remember(ctx, *inputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_output,) = grad_outputs
-        (B,) = ctx.saved_tensors
-        grad_A, grad_bias = ops.matmul_backward(
-            grad_output,
-            ctx.quant_state.packed_weight(B),
-            ctx.backend,
-            ctx.needs_input_grad[0],
-            ctx.bias_dtype if ctx.needs_input_grad[3] else None,
-        )
-        return (grad_A, None, None, grad_bias, None, None)[: ctx.inputs]
+        grad_A, grad_bias = _gradients(ctx, grad_outputs[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        return None, grad_A, None, grad_bias, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        tangent_A, tangent_bias = tangents[0], tangents[3]  # torch fills in zeros; none only for an operand not there
-        assert tangent_A is not None
-        (B,) = ctx.saved_tensors
-        weight = ctx.quant_state.packed_weight(B)
-        result = tangent_A @ ops.dequantize_4bit(weight, tangent_A.dtype, ctx.backend).t()
-        return result if tangent_bias is None else result + tangent_bias
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        _, A, _, bias, _ = tangents  # torch fills in zeros; none only for an operand that is not there
+        return differentiable(ctx.op, A, _weight(ctx), bias, ctx.backend)
 
     @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        A: Tensor,
-        B: Tensor,
-        out: Tensor | None = None,
-        bias: Tensor | None = None,
-        quant_state: QuantState | None = None,
-        backend: str | None = None,
-    ) -> tuple[Tensor, int]:
-        dim_A, dim_B, _, dim_bias, *_ = in_dims
-        if dim_B is not None:
-            raise NotImplementedError("vmap over quantised weights: loop over them instead, each has its own scales")
-        A = A.movedim(dim_A, 0) if dim_A is not None else A.unsqueeze(0).expand(info.batch_size, *A.shape)
-        fused = bias if dim_bias is None else None
-        y: Tensor = MatMul4Bit.apply(A, B, out, fused, quant_state, backend)  # type: ignore[no-untyped-call]
-        if bias is not None and dim_bias is not None:
-            rows = bias.movedim(dim_bias, 0)
-            y = y + rows.view(rows.shape[0], *[1] * (A.dim() - 2), rows.shape[-1])
-        return y, 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], op: str, A: Tensor, weight: PackedWeight, *rest: Any) -> Any:
+        (bias, backend), several = rest, _for_several(op)
+        run = lambda A, bias: differentiable(several, A, weight, bias, backend)  # noqa: E731
+        return _more_tokens(info.batch_size, A, in_dims[1], bias, in_dims[3], in_dims[2], run)
+
+
+# --- one context, one backward, one rule for vmap -------------------------------------------------------------------
+
+
+def _remember(ctx: Any, op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str | Resolved) -> None:
+    flat = flatten(weight)
+    tensors = [t for t in flat if isinstance(t, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.flat = [None if isinstance(t, Tensor) else t for t in flat]
+    ctx.tensor_at = [i for i, t in enumerate(flat) if isinstance(t, Tensor)]
+    ctx.op, ctx.backend = op, backend
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _weight(ctx: Any) -> PackedWeight:
+    flat = list(ctx.flat)
+    for i, tensor in zip(ctx.tensor_at, ctx.saved_tensors, strict=True):
+        flat[i] = tensor
+    return unflatten(*flat)
+
+
+def _gradients(ctx: Any, grad: Tensor, needs_A: bool, needs_bias: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the operands; that of a bias [N] sums over all leading dimensions, in bias's dtype."""
+    grad_A = grad_bias = None
+    if needs_A:
+        op = "gemm_4bit" if ctx.op == GRAD_INPUT else GRAD_INPUT
+        grad_A = differentiable(op, grad, _weight(ctx), None, ctx.backend)
+    if needs_bias:
+        leading = tuple(range(grad.dim() - 1))
+        grad_bias = grad.sum(leading, dtype=ctx.bias_dtype) if leading else grad.to(ctx.bias_dtype)
+    return grad_A, grad_bias
+
+
+def _for_several(op: str) -> str:
+    """The op for a batch of such calls: one token for each entry is several in all."""
+    return "gemm_4bit" if op == "gemv_4bit" else op
+
+
+def _more_tokens(
+    batch: int,
+    A: Tensor,
+    dim_A: int | None,
+    bias: Tensor | None,
+    dim_bias: int | None,
+    dims_of_weight: Any,
+    run: Callable[[Tensor, Tensor | None], Tensor],
+) -> tuple[Tensor, int]:
+    """vmap's rule: a batch dimension is more tokens."""
+    if any(d is not None for d in tree_leaves(dims_of_weight)):
+        raise NotImplementedError("vmap over quantised weights: loop over them instead, each has its own scales")
+    A = A.movedim(dim_A, 0) if dim_A is not None else A.unsqueeze(0).expand(batch, *A.shape)
+    if bias is None or dim_bias is None:
+        return run(A, bias), 0
+    rows = bias.movedim(dim_bias, 0)
+    return run(A, None) + rows.view(rows.shape[0], *[1] * (A.dim() - 2), rows.shape[-1]), 0
+
+
+# --- the same for the ops -------------------------------------------------------------------------------------------
+
+
+def _register(op: str) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        A, *flat, backend = inputs
+        bias = None if op == GRAD_INPUT else flat.pop()
+        _remember(ctx, op, A, unflatten(*flat), bias, backend)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs_A, *others = ctx.needs_input_grad  # torch appends an argument of its own
+        has_bias = op != GRAD_INPUT
+        grad_A, grad_bias = _gradients(ctx, grad, needs_A, has_bias and others[10])
+        return (grad_A, *[None] * 10, grad_bias, None) if has_bias else (grad_A, *[None] * 10, None)
+
+    def batched(info: Any, in_dims: tuple[Any, ...], A: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        *flat, backend = rest
+        bias, dim_bias = (None, None) if op == GRAD_INPUT else (flat.pop(), in_dims[-2])
+        weight, dims, several = unflatten(*flat), in_dims[1:11], _for_several(op)
+        run = lambda A, bias: _Function.forward(several, A, weight, bias, backend)  # noqa: E731
+        return _more_tokens(info.batch_size, A, in_dims[0], bias, dim_bias, dims, run)
+
+    torch.library.register_autograd(f"refq4::{op}", backward, setup_context=setup_context, lib=library)
+    torch.library.register_vmap(f"refq4::{op}", batched, lib=library)
+
+
+def _prepared_batched(info: Any, in_dims: tuple[Any, ...], A: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    *flat, bias, _, backend = rest
+    run = lambda A, bias: torch.ops.refq4.matmul_prepared.default(A, *flat, bias, "gemm_4bit", backend)  # noqa: E731
+    return _more_tokens(info.batch_size, A, in_dims[0], bias, in_dims[-3], in_dims[1:-3], run)
+
+
+for _op in ("gemv_4bit", "gemm_4bit", GRAD_INPUT):
+    _register(_op)
+torch.library.register_vmap("refq4::matmul_prepared", _prepared_batched, lib=library)

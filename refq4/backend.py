@@ -16,7 +16,6 @@ To write one: subclass :class:`Backend`, fill in the ops you have, say in ``can_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -100,13 +99,13 @@ class BackendUnsupportedError(BackendError):
     """
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """What is about to be computed, without the tensors: enough to say yes or no.
 
     ``m`` tokens, ``n`` out_features, ``k`` in_features (for an op without a product, ``n`` is 1 and ``k`` the number
     of elements). ``dtype`` is the input's for quantising, the output's for dequantising, the activations' for products.
-    ``code`` is the codebook's name; ``layout`` is "canonical" or the name of a prepared layout.
+    ``code`` is the codebook's name; ``layout`` is "canonical" or the name of a prepared layout; ``grad`` says that the
+    gradient of a product's input is wanted, for which the same backend will be asked to decode the weight.
 
     Example:
         >>> print(Call("gemv_4bit", "cpu", torch.bfloat16, m=1, n=8, k=64, blocksize=64, code="nf4"))
@@ -123,9 +122,11 @@ class Call:
     code: str
     nested: bool = False
     layout: str = "canonical"
+    grad: bool = False
 
     def __str__(self) -> str:
         extras = ", nested absmax" * self.nested + f", layout {self.layout}" * (self.layout != "canonical")
+        extras += ", with a gradient" * self.grad
         return (
             f"{self.op}(M={self.m}, N={self.n}, K={self.k}, {str(self.dtype).removeprefix('torch.')} on {self.device}, "
             f"{self.code}, blocksize {self.blocksize}{extras})"
@@ -279,21 +280,14 @@ class Backend:
         """The canonical weight back, bit for bit what prepare_weight was given."""
         raise self._has_no("restore_weight")
 
-    # --- a shortcut (optional) --------------------------------------------------------------------------------------
-
-    def squared_error(self, weight: PackedWeight, exact: Tensor) -> tuple[float, float] | None:
-        """``(|exact - W4|², |exact|²)`` without W4 in memory; None: decode it with dequantize_4bit, and compare.
-
-        ``exact`` [weight.shape] has the dtype that W4 is decoded to.
-        """
-        return None
-
     # --- helpers for can_run ----------------------------------------------------------------------------------------
 
     def missing_op(self, call: Call) -> str | None:
-        """The reason if a subclass has not written ``call.op``."""
+        """The reason if a subclass has not written ``call.op``, or can't decode the weight for a wanted gradient."""
         if getattr(type(self), call.op, None) is getattr(Backend, call.op, None):
             return f"it has no {call.op}"
+        if call.grad and type(self).dequantize_4bit is Backend.dequantize_4bit:
+            return "it has no dequantize_4bit, which the gradient needs"
         return None
 
     def wrong_device(self, call: Call) -> str | None:

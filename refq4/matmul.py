@@ -1,25 +1,36 @@
-"""Activations times a 4-bit weight: which path, and then down it.
+"""Activations times a 4-bit weight: by which path, with which op, on which backend; and then done.
 
-matmul_4bit --- choose_path ---+-- gemv_4bit            one token, or a weight in a backend's own layout
-                               +-- MatMul4Bit           everything else; differentiable (refq4/autograd.py)
-                               '-- dequantize + linear  deprecated: a weight quantised as [K, N]
+    route ---+-- own layout     the weight is in a layout of the backend's own                  (inference only)
+             +-- gemv_4bit      one token, no gradient of it wanted, whole blocks in a row
+             '-- MatMul4Bit     everything else; differentiable (refq4/autograd.py)
+
+The *path* follows the conditions of bitsandbytes, which calls the first of these gemv_4bit, too. The *op* that a
+backend runs follows the number of tokens: gemv_4bit for one, gemm_4bit for more. :func:`route` decides both, and
+nothing else does.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .autograd import MatMul4Bit
-from .backend import PreparedWeight
-from .internals import ops
+from . import registry
+from .autograd import differentiable
+from .backend import Call, PackedWeight, PreparedWeight
+from .internals import dispatch
 from .internals.checks import ACTIVATION_DTYPES, check_bias, check_features, check_floats, warn_caller, write_into
-from .internals.ops import wants_grad
-from .registry import requested_backend
+from .internals.dispatch import is_deferred, wants_grad
+from .registry import Resolved
 from .state import QuantState
-from .trace import Decision, current
+from .trace import Decision, recorder
 
-PREPARED = Decision("gemv_4bit", "the weight is in the backend's own layout, whose kernels take any number of tokens")
+__all__ = ["BoundWeight", "Route", "choose_path", "gemv_4bit", "matmul_4bit", "multiply", "route"]
+
+OWN_LAYOUT = Decision(
+    "own layout", "the weight is in the backend's own layout, whose kernels take any number of tokens"
+)
 ONE_TOKEN = Decision("gemv_4bit", "a single token, no gradient of it wanted, and K is a multiple of the blocksize")
 SEVERAL_TOKENS = Decision("MatMul4Bit", "more than one token")
 WANTS_GRADIENT = Decision("MatMul4Bit", "a single token, but its gradient is wanted")
@@ -28,8 +39,106 @@ NOTHING = Decision("MatMul4Bit", "nothing to multiply: no tokens, or K = 0")
 FROM_K_BY_N = Decision("dequantize + linear", "deprecated: the weight was quantised as [K, N], not as [N, K]")
 
 
+class Route(NamedTuple):
+    """The path of a product, the op that a backend runs on it, and whether MatMul4Bit carries its gradient."""
+
+    path: Decision
+    op: str
+    differentiable: bool = False
+
+
+def route(tokens: int, k: int, blocksize: int, gradient: bool, own_layout: bool) -> Route:
+    """Decide path and op. Mirrors the conditions in ``bitsandbytes.matmul_4bit``.
+
+    Args:
+        tokens: M.
+        k: in_features.
+        blocksize: of the weight.
+        gradient: whether one of the input is wanted.
+        own_layout: whether the weight is in a layout of the backend's own.
+
+    Example:
+        >>> route(1, 64, 64, gradient=False, own_layout=False).path.choice
+        'gemv_4bit'
+        >>> route(12, 64, 64, gradient=False, own_layout=True).op
+        'gemm_4bit'
+    """
+    op = "gemv_4bit" if tokens == 1 else "gemm_4bit"
+    if own_layout:
+        return Route(OWN_LAYOUT, op)
+    if tokens == 0 or k == 0:
+        return Route(NOTHING, op, True)
+    if tokens > 1:
+        return Route(SEVERAL_TOKENS, op, True)
+    if gradient:
+        return Route(WANTS_GRADIENT, op, True)
+    if k % blocksize:
+        return Route(STRADDLING, op, True)
+    return Route(ONE_TOKEN, op)
+
+
+class BoundWeight(NamedTuple):
+    """A weight with all that is decided about its product: what a backend gets, by which route, and which backend.
+
+    Args:
+        weight: [N, K], as it is stored or in the backend's own layout.
+        route: path and op.
+        backend: what ``registry.resolve`` found. While a call is traced or transformed, and where there is nothing to
+            multiply, the choice of one: the op resolves it when it runs.
+    """
+
+    weight: PackedWeight | PreparedWeight
+    route: Route
+    backend: Resolved | str
+
+    def __repr__(self) -> str:
+        kind = self.weight.layout if isinstance(self.weight, PreparedWeight) else "canonical"
+        return f"{kind}, for {self.backend if isinstance(self.backend, str) else self.backend.backend.name}"
+
+
+def describe(
+    x: Tensor, state: QuantState, dtype: torch.dtype, gradient: bool, own_layout: bool = False
+) -> tuple[Call, Route]:
+    """The call that a product of x [..., K], computed in ``dtype``, is to a backend, and its route."""
+    (n, k), blocksize = state.geometry()
+    tokens = x.numel() // k if k else x.shape[:-1].numel()  # the first of these may be a symbol
+    way = route(tokens, k, blocksize, gradient, own_layout)
+    name, nested = state.quant_type or "custom", state.state2 is not None
+    return Call(way.op, x.device.type, dtype, tokens, n, k, blocksize, name, nested, "canonical", gradient), way
+
+
+def multiply(A: Tensor, weight: BoundWeight, bias: Tensor | None) -> tuple[Tensor, Decision]:
+    """Step 6: A [..., K] times the transpose of weight [N, K], plus bias [N] -> [..., N].
+
+    Example:
+        >>> import refq4
+        >>> from refq4.pipeline import choose_layout
+        >>> layer, x = refq4.nn.LinearNF4(64, 8).to("cpu"), torch.ones(3, 64)
+        >>> weight, _ = choose_layout(layer, layer.quant_state, x)
+        >>> y, decision = multiply(x, weight, None)
+        >>> y.shape, decision.choice
+        (torch.Size([3, 8]), 'MatMul4Bit')
+    """
+    stored, way, backend = weight
+    if way.path is STRADDLING and not torch.compiler.is_compiling():
+        warn_caller(
+            f"in_features {A.shape[-1]} is no multiple of the blocksize {stored.blocksize}, so a single token takes "
+            f"the slower MatMul4Bit path instead of gemv_4bit"
+        )
+    if way.differentiable and isinstance(stored, PackedWeight):
+        return differentiable(way.op, A, stored, bias, backend), way.path
+    if bias is None or not wants_grad(bias):
+        return dispatch.product(way.op, A, stored, bias, backend), way.path
+    # torch adds a bias whose gradient is wanted, and differentiates that; it would stretch one of another size
+    check_bias(bias, stored.shape[0], stored.shape)
+    return dispatch.product(way.op, A, stored, None, backend) + bias, way.path
+
+
+# --- the functions that bitsandbytes has ----------------------------------------------------------------------------
+
+
 def choose_path(A: Tensor, quant_state: QuantState, prepared: bool = False) -> Decision:
-    """The path that :func:`matmul_4bit` takes for these operands, and why. Mirrors the ifs of bitsandbytes' own.
+    """The path that :func:`matmul_4bit` takes for these operands, and why.
 
     Args:
         A: [..., K].
@@ -42,20 +151,10 @@ def choose_path(A: Tensor, quant_state: QuantState, prepared: bool = False) -> D
         >>> choose_path(torch.randn(1, 64), state).choice, choose_path(torch.randn(2, 64), state).choice
         ('gemv_4bit', 'MatMul4Bit')
     """
-    if prepared:
-        return PREPARED
     (n, k), blocksize = quant_state.geometry()
-    if A.shape[-1] != k and A.shape[-1] == n:
+    if A.shape[-1] != k and A.shape[-1] == n and not prepared:
         return FROM_K_BY_N
-    if A.numel() == 0:
-        return NOTHING
-    if A.numel() != A.shape[-1]:
-        return SEVERAL_TOKENS
-    if wants_grad(A):
-        return WANTS_GRADIENT
-    if k % blocksize:
-        return STRADDLING
-    return ONE_TOKEN
+    return route(A.shape[:-1].numel(), k, blocksize, wants_grad(A), prepared).path
 
 
 def matmul_4bit(
@@ -66,9 +165,8 @@ def matmul_4bit(
     bias: Tensor | None = None,
     *,
     backend: str | None = None,
-    prepared: PreparedWeight | None = None,
 ) -> Tensor:
-    """Activations times a 4-bit weight: step 6 of the pipeline. Mirrors ``bitsandbytes.matmul_4bit``.
+    """Activations times a 4-bit weight. Mirrors ``bitsandbytes.matmul_4bit``.
 
     Args:
         A: [..., K], fp32, fp16, bf16; or fp64, which takes the exact path of the reference backend.
@@ -78,7 +176,6 @@ def matmul_4bit(
         out: [..., N], written instead of a new tensor; not together with a wanted gradient.
         bias: [N], any float dtype; cast to A's.
         backend: overrides the backend in effect for this call.
-        prepared: the weight in a backend's own layout (step 2); then B is not read.
 
     Returns:
         [..., N] in A's dtype (under autocast: in autocast's dtype, as ``torch.nn.functional.linear``).
@@ -97,55 +194,40 @@ def matmul_4bit(
         >>> matmul_4bit(torch.randn(2, 3, 64), B, state).shape
         torch.Size([2, 3, 8])
     """
-    # What A must be on a prepared weight, the op checks: twice would cost as much as a small product.
-    n, k = shape = _check_matmul(A, quant_state) if prepared is None else torch.Size(prepared.shape)
+    n, k = shape = _check_matmul(A, quant_state)
+    k_by_n = A.ndim > 0 and A.shape[-1] == n != k
     if bias is not None:  # it may be added after the product, where its gradient is wanted
-        check_bias(bias, k if A.dim() and A.shape[-1] == n != k else n, shape)
-    if prepared is not None and wants_grad(A):
-        raise ValueError("a weight in a backend's own layout has no gradient: leave prepared= out where one is wanted")
-    listener = current()
-    A, bias = _autocast(A, bias)
-    if prepared is None and (A.dim() == 0 or A.shape[-1] != n):
+        check_bias(bias, k if k_by_n else n, shape)
+    if not k_by_n:
         check_features(A, shape)
-    decision = choose_path(A, quant_state, prepared is not None)
+    step = recorder("matmul_4bit", A)
+    dtype = computing_dtype(A, A.dtype)
+    A, bias = A.to(dtype), None if bias is None else bias.to(dtype)
     if out is not None and (wants_grad(A) or wants_grad(bias)):
         raise ValueError("out= can't be combined with a wanted gradient; call under torch.no_grad() or drop out=")
-    result = _run_path(decision, A, B, quant_state, bias, backend, prepared)
-    result = write_into("out", out, result)
-    if listener is not None:
-        listener.step(6, "dispatch to matmul_4bit", decision, result)
-    return result
+    choice = registry.requested_backend(backend)
+    if k_by_n:
+        result = step(6, _matmul_k_by_n(A, B, quant_state, bias, choice), FROM_K_BY_N)
+    else:
+        result = step(6, *multiply(A, _bind(A, B, quant_state, choice), bias))
+    return write_into("out", out, result)
 
 
-def _run_path(
-    decision: Decision,
-    A: Tensor,
-    B: Tensor,
-    state: QuantState,
-    bias: Tensor | None,
-    backend: str | None,
-    prepared: PreparedWeight | None,
-) -> Tensor:
-    if decision is PREPARED or decision is ONE_TOKEN:
-        # The bias is fused unless its gradient is wanted: then torch adds it, and differentiates that.
-        fused, added = (None, bias) if wants_grad(bias) else (bias, None)
-        if prepared is not None:  # by the backend that made it
-            result = ops.matmul_prepared(A, prepared, fused)
-        else:
-            result = ops.matmul("gemv_4bit", A, state.packed_weight(B), fused, requested_backend(backend))
-        return result if added is None else result + added
-    chosen = requested_backend(backend)
-    if decision is FROM_K_BY_N:
-        return _matmul_k_by_n(A, B, state, bias, chosen)
-    if decision is STRADDLING and not torch.compiler.is_compiling():
-        warn_caller(
-            f"in_features {A.shape[-1]} is no multiple of the blocksize {state.blocksize}, so a single token takes the "
-            f"slower MatMul4Bit path instead of gemv_4bit"
-        )
-    if torch.compiler.is_compiling():  # the op carries the same gradient, and Dynamo sees through it
-        return ops.matmul("gemm_4bit", A, state.packed_weight(B), bias, chosen)
-    differentiable: Tensor = MatMul4Bit.apply(A, B, None, bias, state, chosen)  # type: ignore[no-untyped-call]
-    return differentiable
+def _bind(A: Tensor, B: Tensor, state: QuantState, choice: str) -> BoundWeight:
+    call, way = describe(A, state, A.dtype, wants_grad(A))
+    unresolved = is_deferred() or A.numel() == 0 or call.n == 0
+    return BoundWeight(state.packed_weight(B), way, choice if unresolved else registry.resolve(call, choice))
+
+
+def computing_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a product that was to be computed in ``dtype``: autocast's where that is on.
+
+    fp64 is left alone, as by torch.
+    """
+    kind = x.device.type
+    if dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype
 
 
 def _matmul_k_by_n(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None, backend: str) -> Tensor:
@@ -155,7 +237,7 @@ def _matmul_k_by_n(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None,
             f"has K = {A.shape[-1]}. Quantise it as [N, K] = [out_features, in_features]; this will become an error.",
             DeprecationWarning,
         )
-    weight = ops.dequantize_4bit(state.packed_weight(B), A.dtype, backend)
+    weight = dispatch.dequantize_4bit(state.packed_weight(B), A.dtype, backend)
     return torch.nn.functional.linear(A, weight.t(), bias)
 
 
@@ -191,13 +273,13 @@ def gemv_4bit(
     if state is None:
         raise ValueError("gemv_4bit needs state=, the QuantState that quantize_4bit returned with the weight")
     check_features(A, _check_matmul(A, state))
-    op = "gemv_4bit" if A.numel() == A.shape[-1] else "gemm_4bit"
     with torch.no_grad():
-        return write_into("out", out, ops.matmul(op, A, state.packed_weight(B), None, requested_backend(backend)))
+        weight = _bind(A, B, state, registry.requested_backend(backend))
+        return write_into("out", out, dispatch.product(weight.route.op, A, weight.weight, None, weight.backend))
 
 
 def _check_matmul(A: Tensor, state: QuantState) -> torch.Size:
-    """[N, K] of the weight, or an error; the rest is checked with what is computed (refq4/internals/ops.py)."""
+    """[N, K] of the weight, or an error; the rest is checked with what is computed (refq4/internals/dispatch.py)."""
     if not isinstance(state, QuantState):
         raise TypeError(f"quant_state must be the QuantState that quantize_4bit returned, got {state!r}")
     shape, _ = state.geometry()
@@ -209,13 +291,3 @@ def _check_matmul(A: Tensor, state: QuantState) -> torch.Size:
             f"A is on {A.device}, the weight's quant_state on {state.absmax.device}: move one (layer.to(device))"
         )
     return shape
-
-
-def _autocast(A: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Operands in autocast's dtype where it is on (fp64 is left alone, as by torch), bias in A's dtype."""
-    kind = A.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and A.dtype != torch.float64:
-        A = A.to(torch.get_autocast_dtype(kind))
-    if bias is not None and bias.dtype != A.dtype:
-        bias = bias.to(A.dtype)
-    return A, bias

@@ -48,7 +48,6 @@ class _Holds4bitWeight(nn.Module):
         """Turn the full-precision ``weight`` that the base class made into a Params4bit."""
         self.quant_state = None
         self.quant_storage = settings["quant_storage"]
-        self._prepared: pipeline.PreparedCache | None = None
         self.weight = Params4bit(self.weight.data, requires_grad=False, module=self, **settings)
 
     @property
@@ -56,14 +55,10 @@ class _Holds4bitWeight(nn.Module):
         """Shape of the weight, before or after it is quantised."""
         raise NotImplementedError
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prepared": None}  # another process or copy makes its own
-
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; training mode restores the stored bytes, which backward reads."""
         if mode and isinstance(self.weight, Params4bit):
-            self._prepared = None
-            self.weight.come_home()
+            self.weight.restore()
         super().train(mode)
         return self
 
@@ -126,8 +121,8 @@ class _Holds4bitWeight(nn.Module):
     # --- state dicts ------------------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # Torch collects the tensors themselves, and they are detached here: a weight whose bytes are lent gives a copy
-        # of them, the live layer goes on as it is, and threads that save and infer at once don't see each other.
+        # Torch collects the tensors themselves, and they are detached here: a prepared weight gives a copy of its
+        # stored bytes, the live layer goes on as it is, and threads that save and infer at once don't see each other.
         super()._save_to_state_dict(destination, prefix, True)
         if not keep_vars:
             for name, value in (*self._parameters.items(), *self._buffers.items()):

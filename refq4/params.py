@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .internals.lending import LentBytes
+from .internals.prepared import MayBePrepared
 from .quantization import DEFAULT_BLOCKSIZE, quantize_4bit, slice_state
 from .state import QuantState
 
@@ -39,7 +39,7 @@ def _of_the_state(name: str, field: str, second: bool = False) -> Any:
     return property(read)
 
 
-class Params4bit(LentBytes, nn.Parameter):
+class Params4bit(MayBePrepared, nn.Parameter):
     """A weight that is quantised the first time it is moved to a device (the CPU counts). Frozen.
 
     Before: ``data`` is the full-precision weight. After: ``data`` is the packed column [b, 1] in ``quant_storage``,
@@ -105,7 +105,7 @@ class Params4bit(LentBytes, nn.Parameter):
         if module is None and others.get("_module") is not None:
             module = others["_module"]()
         data = torch.empty(0) if data is None else data
-        data = data.stored() if isinstance(data, LentBytes) else data
+        data = data.stored() if isinstance(data, MayBePrepared) else data
         self: Params4bit = torch.Tensor._make_subclass(cls, data, requires_grad)
         self.blocksize = DEFAULT_BLOCKSIZE if blocksize is None else blocksize
         self.compress_statistics = bool(compress_statistics)
@@ -114,7 +114,7 @@ class Params4bit(LentBytes, nn.Parameter):
         self.quant_state = quant_state
         self.bnb_quantized = bnb_quantized
         self.module = module
-        self._restore, self._read_by_others = None, False
+        self._form, self._restores = None, 0
         return self
 
     @classmethod
@@ -291,14 +291,14 @@ class Params4bit(LentBytes, nn.Parameter):
         return found
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        settings = {k: v for k, v in self.__dict__.items() if k not in ("_module", "_restore", "_read_by_others")}
+        settings = {k: v for k, v in self.__dict__.items() if k not in ("_module", "_form", "_restores")}
         return _rebuild_params4bit, (self.stored(), self.requires_grad, settings)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        cls._prepare_for(func, args, kwargs or {})
+        cls._before(func, args, kwargs or {})
         result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if func in _SPLITTERS and isinstance(args[0], Params4bit):
             return tuple(args[0]._piece(part) for part in result)

@@ -5,33 +5,36 @@ in bitsandbytes 0.49.1.
 
     x [..., K] --------------------------------------------------------------.
                                                                               v
-    weight --> 1 recover the --> 2 ask for the      3 bias --> 4 compute --> 5 cast --> 6 matmul_4bit --> 7 cast --> y
-               quant state        backend's layout    dtype      dtype         both       |                 back
+    weight --> 1 recover the --> 2 ask for the      3 bias --> 4 compute --> 5 cast --> 6 multiply --> 7 cast --> y
+               quant state        backend's layout    dtype      dtype         both       |             back
                                                                                           |-- gemv_4bit
                                                                                           '-- MatMul4Bit
 
 A step takes values and gives back a value and a :class:`~refq4.trace.Decision`: what it chose and why. The decisions
-are constants beside each step, so all that can happen is in plain sight. No step writes to the layer; the one thing
-a forward remembers, the compute dtype inferred from the first input, is written by :func:`linear_4bit` itself.
+are constants beside each step, so all that can happen is in plain sight. Each thing is decided once: the backend in
+step 2, from which it travels with the weight; path and op in ``refq4.matmul.route``, which step 2 asks; the dtype of
+the product in step 4, whose function step 2 asks, too.
+
+A forward remembers two things. The compute dtype inferred from the first input is written by
+:func:`remember_first_input`, the weight in the backend's layout by ``refq4/internals/prepared.py``.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import layout, registry
-from .backend import Backend, Call, PackedWeight, PreparedWeight
-from .internals.checks import ACTIVATION_DTYPES, check_features, check_floats, warn_caller
-from .internals.lending import LentBytes
-from .internals.ops import wants_grad
-from .matmul import matmul_4bit
+from . import registry
+from .backend import PackedWeight
+from .internals.checks import check_input, warn_caller
+from .internals.dispatch import is_deferred, wants_grad
+from .internals.prepared import MOST_RESTORES, MayBePrepared, as_stored
+from .matmul import BoundWeight, computing_dtype, describe, multiply
 from .quantization import decode_scales, dequantize_4bit
 from .state import QuantState
-from .trace import Decision, current, show
+from .trace import Decision, recorder
 
 if TYPE_CHECKING:
     from .nn import Embedding4bit, Linear4bit
@@ -45,11 +48,12 @@ __all__ = [
     "embedding_4bit",
     "linear_4bit",
     "recover_quant_state",
+    "remember_first_input",
 ]
 
 
 def linear_4bit(layer: Linear4bit, x: Tensor) -> Tensor:
-    """All seven steps: what ``Linear4bit.forward`` does.
+    """Checks x, then all seven steps: what ``Linear4bit.forward`` does.
 
     Args:
         layer: a quantised layer of weight [N, K].
@@ -69,40 +73,16 @@ def linear_4bit(layer: Linear4bit, x: Tensor) -> Tensor:
         >>> linear_4bit(layer, torch.ones(2, 3, 64)).shape
         torch.Size([2, 3, 8])
     """
-    check_floats("the input of a 4-bit layer", x, ACTIVATION_DTYPES)
-    listener = current()
-    with nullcontext() if listener is None else listener.call(f"{type(layer).__name__}.forward(x {show(x)})"):
-        state, decision = recover_quant_state(layer)
-        check_features(x, state.geometry()[0])
-        if listener is not None:
-            listener.step(1, "recover the quant state", decision, state)
-
-        backend = registry.requested_backend(None)  # once: what another thread sets in the middle of a call comes later
-        prepared, decision = choose_layout(layer, state, x, backend)
-        if listener is not None:
-            listener.step(2, "ask for the backend's layout", decision, prepared and prepared.layout)
-
-        bias, decision = align_bias(layer.bias, x.dtype)
-        if listener is not None:
-            listener.step(3, "bias dtype", decision, bias)
-
-        compute_dtype, decision = choose_compute_dtype(layer, x)
-        if not torch.compiler.is_compiling() and layer.awaits_first_input:  # a graph that did this would recompile
-            layer.compute_dtype, layer.compute_type_is_set, layer.awaits_first_input = compute_dtype, True, False
-        if listener is not None:
-            listener.step(4, "compute dtype", decision, compute_dtype or x.dtype)
-
-        (a, bias), decision = cast_operands(x, bias, compute_dtype)
-        if listener is not None:
-            listener.step(5, "cast the operands", decision, a)
-
-        stored = layer.weight if prepared is not None else stored_weight(layer)
-        y = matmul_4bit(a, stored, state, bias=bias, backend=backend, prepared=prepared)  # tells the trace itself
-
-        y, decision = cast_back(y, x.dtype)
-        if listener is not None:
-            listener.step(7, "cast back", decision, y)
-        return y
+    step = recorder(layer, x)
+    check_input(x, layer.out_features, layer.in_features)
+    state = step(1, *recover_quant_state(layer))
+    weight = step(2, *choose_layout(layer, state, x))
+    bias = step(3, *align_bias(layer.bias, x.dtype))
+    dtype = step(4, *choose_compute_dtype(layer, x))
+    remember_first_input(layer, x)
+    a, bias = step(5, *cast_operands(x, bias, dtype))
+    y = step(6, *multiply(a, weight, bias))
+    return step(7, *cast_back(y, x.dtype))
 
 
 # --- 1 --------------------------------------------------------------------------------------------------------------
@@ -146,108 +126,69 @@ def recover_quant_state(layer: Linear4bit | Embedding4bit) -> tuple[QuantState, 
 LAYOUT_OWN = Decision("own layout", "inference, and the backend has a layout that suits it better")
 LAYOUT_TRAINING = Decision("canonical", "the layer is in training mode")
 LAYOUT_GRADIENT = Decision("canonical", "a gradient is wanted")
-LAYOUT_COMPILING = Decision("canonical", "torch.compile is tracing, and the layer was not prepared before")
 LAYOUT_OFFLOADED = Decision("canonical", "accelerate brings the weight for each call and takes it away again")
+LAYOUT_REBUILT = Decision("canonical", "something else owns the weight's memory: it is no Params4bit any more")
+LAYOUT_IN_USE = Decision(
+    "canonical", f"the bytes were restored {MOST_RESTORES} times, so others need them; refq4.prepare(model) tries again"
+)
+LAYOUT_TRACED = Decision("canonical", "the call is being traced, or transformed, and its weight is not prepared")
 LAYOUT_NONE = Decision("canonical", "the backend computes on the stored layout")
 
 
-class PreparedCache(NamedTuple):
-    """A prepared weight, what it was made from, and who asked: stale as soon as one of these differs.
-
-    ``asked`` holds the choice of backend, the registry's count of changes, and the dtype and number of tokens of the
-    call: while these stay, the backend that answers stays, and need not be looked up again.
-    """
-
-    asked: tuple[object, ...]
-    backend: str
-    state: QuantState
-    versions: tuple[object, ...]
-    prepared: PreparedWeight | None
-
-
-def choose_layout(
-    layer: Linear4bit, state: QuantState, x: Tensor, backend: str | None = None
-) -> tuple[PreparedWeight | None, Decision]:
+def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[BoundWeight, Decision]:
     """Step 2: ask the backend whether it wants the weight in a layout of its own (a CPU backend repacks it, say).
 
-    Only for inference, as in bitsandbytes: training decodes the canonical bytes in backward anyway. The weight lends
-    its bytes to the prepared form (``refq4/internals/lending.py``): one copy, and state dicts stay canonical.
-    The prepared form is dropped when weight, quant state or backend change, or when the stored bytes are wanted.
+    Only for inference, as in bitsandbytes: training decodes the canonical bytes in backward anyway. The weight keeps
+    what the backend made of it instead of the stored bytes (``refq4/internals/prepared.py``): there is one copy, and
+    state dicts stay canonical.
+
+    The backend is resolved here, and nothing below asks again. Only where the call is traced, or transformed before it
+    runs, the choice itself goes on to the op, which resolves it when it runs.
+
+    Returns:
+        The weight bound to its path, op and backend; and whether its layout is the backend's own.
 
     Example:
         >>> import refq4
         >>> layer = refq4.nn.LinearNF4(64, 8).to("cpu").eval()
         >>> with refq4.use_backend("reference"):
-        ...     prepared, decision = choose_layout(layer, layer.quant_state, torch.ones(1, 64))
-        >>> prepared is None, decision.why
-        (True, 'the backend computes on the stored layout')
+        ...     weight, decision = choose_layout(layer, layer.quant_state, torch.ones(1, 64))
+        >>> weight.route.op, weight.backend.backend.name, decision.why
+        ('gemv_4bit', 'reference', 'the backend computes on the stored layout')
     """
+    weight, gradient = layer.weight, wants_grad(x)
+    stays = _must_stay(layer, weight, gradient)
+    form = weight.form(state) if stays is None else None
+    own_layout = form is not None and form.prepared is not None
+    dtype, _ = choose_compute_dtype(layer, x)
+    if is_deferred() or x.numel() == 0 or layer.out_features == 0:
+        choice = registry.requested_backend(None)
+        if form is not None and form.prepared is not None and form.choice == choice:
+            return BoundWeight(form.prepared, describe(x, state, dtype, gradient, True)[1], choice), LAYOUT_OWN
+        way = describe(x, state, dtype, gradient)[1]
+        return BoundWeight(state.packed_weight(weight), way, choice), stays or LAYOUT_TRACED
+    choice = registry.choice_in_effect()
+    call, way = describe(x, state, dtype, gradient, own_layout)
+    resolved = registry.resolve(call, choice)
+    if stays is None and (form is None or form.backend is not resolved.backend):
+        form = weight.prepare(state, resolved.backend, choice)
+        call, way = describe(x, state, dtype, gradient, form.prepared is not None)
+    if form is not None and form.prepared is not None:
+        return BoundWeight(form.prepared, way, resolved), LAYOUT_OWN
+    return BoundWeight(state.packed_weight(as_stored(weight)), way, resolved), stays or LAYOUT_NONE
+
+
+def _must_stay(layer: Linear4bit, weight: Tensor, gradient: bool) -> Decision | None:
+    """Why the weight stays as it is stored, whatever the backend says; None if it need not."""
     if layer.training:
-        return None, LAYOUT_TRAINING
-    if wants_grad(x):
-        return None, LAYOUT_GRADIENT
+        return LAYOUT_TRAINING
+    if gradient:
+        return LAYOUT_GRADIENT
+    if not isinstance(weight, MayBePrepared):
+        return LAYOUT_REBUILT
     if getattr(layer.__dict__.get("_hf_hook"), "offload", False):
-        layer._prepared = None
-        return None, LAYOUT_OFFLOADED
-    if torch.compiler.is_compiling():
-        cache = layer._prepared
-        return (cache.prepared, LAYOUT_OWN) if cache and cache.prepared else (None, LAYOUT_COMPILING)
-    requested = registry.requested_backend(backend)
-    asked = (requested, registry.changes(), layer.compute_dtype or x.dtype, x.numel())
-    versions = _versions(layer.weight, state.absmax)
-    cache = layer._prepared
-    # "is" for the state: comparing it would read tensors
-    same = cache is not None and cache.state is state and cache.versions == versions
-    if cache is None or not same or cache.asked != asked:
-        found, _ = registry.resolve(_layout_call(layer, state, x), requested)
-        if cache is not None and same and cache.backend == found.name:
-            prepared = cache.prepared
-        else:
-            layer._prepared = None  # the old one goes before the new one comes: never three copies
-            prepared = _prepare(layer.weight, state, found)
-            versions = _versions(layer.weight, state.absmax)
-        layer._prepared = cache = PreparedCache(asked, found.name, state, versions, prepared)
-    return cache.prepared, LAYOUT_OWN if cache.prepared else LAYOUT_NONE
-
-
-def _prepare(weight: Tensor, state: QuantState, backend: Backend) -> PreparedWeight | None:
-    prepared = backend.prepare_weight(state.packed_weight(weight))
-    if prepared is not None and isinstance(weight, LentBytes):
-        dtype = weight.dtype
-        weight.lend(lambda: layout.to_storage(backend.restore_weight(prepared).packed, dtype))
-    return prepared
-
-
-def stored_weight(layer: Linear4bit) -> Tensor:
-    """Return the canonical bytes of a layer's weight, restored first if only the prepared form holds them."""
-    weight = layer.weight
-    if torch.compiler.is_compiling() or not isinstance(weight, LentBytes):
-        return cast(Tensor, weight)
-    if not weight.lent:
-        return weight.stored()
-    layer._prepared = None
-    return weight.come_home()
-
-
-def _layout_call(layer: Linear4bit, state: QuantState, x: Tensor) -> Call:
-    (n, k), blocksize = state.geometry()
-    tokens = x.numel() // k if k else 0
-    op = "gemv_4bit" if tokens == 1 else "gemm_4bit"
-    dtype = layer.compute_dtype or x.dtype
-    return Call(op, x.device.type, dtype, tokens, n, k, blocksize, state.quant_type or "custom", state.nested)
-
-
-def _versions(*tensors: Tensor) -> tuple[object, ...]:
-    """What changes when a tensor's memory or contents do."""
-    with torch._C.DisableTorchFunctionSubclass():  # a Params4bit would take its detour for each of these
-        return tuple((t.data_ptr(), _version(t)) for t in tensors)
-
-
-def _version(tensor: Tensor) -> int:
-    try:
-        return tensor._version
-    except RuntimeError:  # a tensor made in inference mode counts no changes
-        return 0
+        return LAYOUT_OFFLOADED
+    return LAYOUT_IN_USE if weight._restores >= MOST_RESTORES else None
 
 
 # --- 3 --------------------------------------------------------------------------------------------------------------
@@ -280,13 +221,13 @@ def align_bias(bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, 
 COMPUTE_SET = Decision("as set", "the layer's compute dtype was set or has been inferred from an earlier input")
 COMPUTE_FIRST_INPUT = Decision("inferred", "none was set: that of the first input, float32 or bfloat16, is safe")
 COMPUTE_AS_INPUT = Decision("as the input", "none was set, and a float16 (or float64) input is computed as it comes")
+COMPUTE_AUTOCAST = Decision("autocast", "torch.autocast is on, and its dtype comes before the layer's")
 
 
-def choose_compute_dtype(layer: Linear4bit, x: Tensor) -> tuple[torch.dtype | None, Decision]:
-    """Step 4: the dtype in which the product is computed; None means each input's own.
+def choose_compute_dtype(layer: Linear4bit, x: Tensor) -> tuple[torch.dtype, Decision]:
+    """Step 4: the dtype in which the product is computed.
 
-    Mirrors ``Linear4bit.set_compute_type``: inferred from the first input if the user did not set it. fp16 input on a
-    layer that computes in fp32, or whose compute dtype nobody chose, gets a warning if it is the first input.
+    Mirrors ``Linear4bit.set_compute_type``: inferred from the first input if the user did not set it.
 
     Example:
         >>> import refq4
@@ -295,14 +236,31 @@ def choose_compute_dtype(layer: Linear4bit, x: Tensor) -> tuple[torch.dtype | No
         >>> dtype, decision.choice
         (torch.bfloat16, 'inferred')
     """
-    fp16_on_fp32 = x.dtype == torch.float16 and layer.compute_dtype in (None, torch.float32)
-    if fp16_on_fp32 and layer.awaits_first_input and not torch.compiler.is_compiling():
-        _warn_fp16(layer.compute_dtype, single_token=x.numel() == x.shape[-1])
     if layer.compute_type_is_set:
-        return layer.compute_dtype, COMPUTE_SET
-    if x.dtype in (torch.float32, torch.bfloat16):
-        return x.dtype, COMPUTE_FIRST_INPUT
-    return layer.compute_dtype, COMPUTE_AS_INPUT
+        dtype, decision = layer.compute_dtype or x.dtype, COMPUTE_SET
+    elif x.dtype in INFERRED:
+        dtype, decision = x.dtype, COMPUTE_FIRST_INPUT
+    else:
+        dtype, decision = layer.compute_dtype or x.dtype, COMPUTE_AS_INPUT
+    cast = computing_dtype(x, dtype)
+    return (dtype, decision) if cast == dtype else (cast, COMPUTE_AUTOCAST)
+
+
+INFERRED = (torch.float32, torch.bfloat16)
+
+
+def remember_first_input(layer: Linear4bit, x: Tensor) -> None:
+    """Keep the compute dtype that the first input decides. A forward writes nothing else to the layer.
+
+    fp16 input on a layer that computes in fp32, or whose compute dtype nobody chose, gets a warning if it is the first.
+    """
+    if not layer.awaits_first_input or torch.compiler.is_compiling():  # a graph that did this would recompile
+        return
+    if x.dtype == torch.float16 and layer.compute_dtype in (None, torch.float32):
+        _warn_fp16(layer.compute_dtype, single_token=x.numel() == x.shape[-1])
+    if not layer.compute_type_is_set and x.dtype in INFERRED:
+        layer.compute_dtype = x.dtype
+    layer.compute_type_is_set, layer.awaits_first_input = True, False
 
 
 def _warn_fp16(compute_dtype: torch.dtype | None, single_token: bool) -> None:
@@ -326,20 +284,20 @@ CAST_INPUT = Decision("cast", "the input and the bias go to the compute dtype")
 Operands = tuple[Tensor, Tensor | None]
 
 
-def cast_operands(x: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> tuple[Operands, Decision]:
-    """Step 5: input and bias in the compute dtype (None: as they are).
+def cast_operands(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Operands, Decision]:
+    """Step 5: input and bias in the dtype of the product.
 
     Example:
         >>> (x, bias), decision = cast_operands(torch.ones(1, 64), None, torch.bfloat16)
         >>> x.dtype, bias, decision.choice
         (torch.bfloat16, None, 'cast')
     """
-    if dtype is None or x.dtype == dtype:
+    if x.dtype == dtype:
         return (x, bias), CAST_NOTHING
     return (x.to(dtype), None if bias is None else bias.to(dtype)), CAST_INPUT
 
 
-# --- 6 is matmul_4bit (refq4/matmul.py); 7 --------------------------------------------------------------------------
+# --- 6 is multiply (refq4/matmul.py); 7 -----------------------------------------------------------------------------
 
 BACK_NOTHING = Decision("nothing", "the result has the input's dtype")
 BACK_CAST = Decision("cast", "the result goes back to the input's dtype")
@@ -379,17 +337,15 @@ def embedding_4bit(layer: Embedding4bit, ids: Tensor) -> Tensor:
         torch.Size([1, 3, 64])
     """
     state, _ = recover_quant_state(layer)
+    table = as_stored(layer.weight)
     (_, dim), blocksize = state.geometry()
     whole_blocks = dim % blocksize == 0
-    listener = current()
+    step = recorder(layer, ids)
     if whole_blocks:
-        rows = _decode_rows(state.packed_weight(layer.weight), state, ids)
+        rows = _decode_rows(state.packed_weight(table), state, ids)
     else:
-        rows = torch.nn.functional.embedding(ids, dequantize_4bit(layer.weight, state))
-    rows = rows.to(layer.dtype)
-    if listener is not None:
-        listener.step(0, "embedding rows", ROWS_ONLY if whole_blocks else WHOLE_TABLE, rows)
-    return rows
+        rows = torch.nn.functional.embedding(ids, dequantize_4bit(table, state))
+    return step(0, rows.to(layer.dtype), ROWS_ONLY if whole_blocks else WHOLE_TABLE)
 
 
 def _decode_rows(weight: PackedWeight, state: QuantState, ids: Tensor) -> Tensor:

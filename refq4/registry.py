@@ -19,12 +19,12 @@ import difflib
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -108,15 +108,9 @@ _lock = threading.RLock()
 _entries: dict[str, _Entry] | None = None
 _ordered: list[_Entry] | None = None  # _by_priority, until the registry changes
 _chosen: str | None = None  # set_backend
-_changes = 0  # how often a backend was added or removed
 _scoped: ContextVar[str | None] = ContextVar("refq4_backend", default=None)  # use_backend
 # Dynamo can't trace ContextVar.get, so the choice in effect is mirrored here and read only while compiling.
 _while_compiling: str = AUTO
-
-
-def changes() -> int:
-    """Version counter of the registry. Callers that cache the result of :func:`resolve` compare it."""
-    return _changes
 
 
 def _registry() -> dict[str, _Entry]:
@@ -209,8 +203,11 @@ def requested_backend(backend: str | None) -> str:
     """The choice for one call: ``backend`` if given, else the one in effect."""
     if backend is not None:
         return backend
-    if torch.compiler.is_compiling():
-        return _while_compiling
+    return _while_compiling if torch.compiler.is_compiling() else choice_in_effect()
+
+
+def choice_in_effect() -> str:
+    """The choice that holds here: of the block, of the process, of the environment, or "auto"."""
     scoped = _scoped.get()
     if scoped is not None:
         return scoped
@@ -238,8 +235,15 @@ def _mirror() -> None:
 _mirror()
 
 
-def resolve(call: Call, requested: str) -> tuple[Backend, list[tuple[str, str]]]:
-    """The backend that runs a call, and who was passed over with the reason.
+class Resolved(NamedTuple):
+    """The backend that runs a call, and who was passed over for it with the reason."""
+
+    backend: Backend
+    passed_over: Sequence[tuple[str, str]] = ()
+
+
+def resolve(call: Call, requested: str) -> Resolved:
+    """Find the backend that runs a call.
 
     Raises:
         UnknownBackendError, BackendUnavailableError: as :func:`set_backend`.
@@ -254,14 +258,14 @@ def resolve(call: Call, requested: str) -> tuple[Backend, list[tuple[str, str]]]
                 f"backend {requested!r} can't run {call}: {reason}. "
                 f'What would work: backend="auto" or "reference", which take every call.'
             )
-        return backend, []
+        return Resolved(backend)
     passed_over: list[tuple[str, str]] = []
     for entry in _by_priority():
         if entry.only_by_name:
             continue
         backend, reason = _for_call(entry, call)
         if backend is not None and reason is None:
-            return backend, passed_over
+            return Resolved(backend, passed_over)
         passed_over.append((entry.name, str(reason)))
     if not _registry():
         raise BackendUnavailableError(_not_installed())
@@ -281,8 +285,8 @@ def check_usable(name: str) -> Backend | None:
     """The backend of that name, ready to use (None for "auto"); raises what :func:`set_backend` documents."""
     if name == AUTO:
         return None
-    entries = _registry()
-    entry = entries.get(name) if isinstance(name, str) else None
+    entries = _entries or _registry()
+    entry = entries.get(name) if type(name) is str else None
     if entry is None:
         if not entries:
             raise UnknownBackendError(f"unknown backend {name!r}: {_not_installed()}")
@@ -353,7 +357,7 @@ def register_backend(backend: Backend, *, replace: bool = False) -> Backend:
         True
         >>> refq4.unregister_backend("mine")
     """
-    global _ordered, _changes
+    global _ordered
     if not isinstance(backend, Backend):
         raise TypeError(f"register_backend wants an instance of refq4.backend.Backend, got {backend!r}")
     if not backend.name or backend.name == AUTO:
@@ -368,7 +372,6 @@ def register_backend(backend: Backend, *, replace: bool = False) -> Backend:
             where = f"{type(backend).__module__}.{type(backend).__qualname__}"
             _registry()[backend.name] = _Entry(backend.name, f"register_backend({where})", backend=backend)
         _ordered = None
-        _changes += 1
     return backend
 
 
@@ -391,12 +394,11 @@ def unregister_backend(name: str) -> None:
         >>> "mine" in refq4.list_backends()
         False
     """
-    global _ordered, _changes
+    global _ordered
     with _lock:
         if _registry().pop(name, None) is None:
             raise UnknownBackendError(f"unknown backend {name!r}; known: {', '.join(sorted(_registry()))}")
         _ordered = None
-        _changes += 1
 
 
 def list_backends() -> list[str]:
@@ -410,6 +412,11 @@ def list_backends() -> list[str]:
         True
     """
     return [entry.name for entry in _by_priority()]
+
+
+def registered() -> list[tuple[str, Backend | None]]:
+    """Every name with the backend that stands for it, if that has been imported: what registering one changes."""
+    return [(entry.name, entry.backend) for entry in _registry().values()]
 
 
 def automatic_backends() -> list[str]:
@@ -458,7 +465,7 @@ def backend_info(name: str) -> dict[str, Any]:
 @contextmanager
 def isolated_registry() -> Iterator[None]:
     """For tests: no choice is in effect inside at first, and what is registered or chosen is undone at the end."""
-    global _entries, _chosen, _ordered, _changes
+    global _entries, _chosen, _ordered
     with _lock:
         saved = dict(_registry()), _chosen
         _chosen = None
@@ -468,5 +475,4 @@ def isolated_registry() -> Iterator[None]:
     finally:
         with _lock:
             (_entries, _chosen), _ordered = saved, None
-            _changes += 1
         _mirror()

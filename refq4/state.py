@@ -15,7 +15,7 @@ from torch import Tensor
 from . import layout
 from .backend import Nested, PackedWeight
 from .internals.checks import check_positive, checked_weight
-from .internals.lending import LentBytes
+from .internals.prepared import MayBePrepared
 from .internals.statedict import (
     BLOCKSIZES,
     JSON_KEY,
@@ -174,7 +174,7 @@ class QuantState:
                 are not as many as shape and blocksize want.
         """
         shape, blocksize = self.geometry()
-        if isinstance(stored, LentBytes):
+        if isinstance(stored, MayBePrepared):
             stored = stored.readable()
         self.check_packed(stored)
         if self.code is None:

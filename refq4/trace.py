@@ -4,8 +4,9 @@
         layer(x)
     print(t)                          a table; in Jupyter, the last line of a cell shows it as HTML
 
-Nothing is recorded while nobody listens: the pipeline asks :func:`current` once per call and gets None. Code under
-``torch.compile`` is not traced (the graph has no steps left to watch); run the same layer eagerly to see them.
+A call asks :func:`recorder` for its ``step(number, value, decision)``, which gives the value back, and while somebody
+listens records it. Code under ``torch.compile`` is not traced (the graph has no steps left to watch); run the same
+layer eagerly to see them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,19 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
 
-__all__ = ["CallRecord", "Decision", "OpRecord", "StepRecord", "Trace", "current", "trace"]
+__all__ = ["CallRecord", "Decision", "OpRecord", "StepRecord", "Trace", "current", "recorder", "trace"]
+
+STEPS = (
+    "embedding rows",
+    "recover the quant state",
+    "ask for the backend's layout",
+    "bias dtype",
+    "compute dtype",
+    "cast the operands",
+    "dispatch to matmul_4bit",
+    "cast back",
+)
+T = TypeVar("T")
 
 
 class Decision(NamedTuple):
@@ -170,37 +182,32 @@ class Trace(Shown):
     def __init__(self, keep_values: bool = False) -> None:
         self.calls: list[CallRecord] = []
         self._keep_values = keep_values
-        self._open: CallRecord | None = None
-        self._ops: list[OpRecord] = []
+        self._outside: list[OpRecord] = []  # of no call
+        self._ops: list[OpRecord] = []  # since the last step
         self._mark = time.perf_counter_ns()
 
     # --- written by the pipeline ------------------------------------------------------------------------------------
 
-    @contextmanager
-    def call(self, title: str) -> Iterator[None]:
-        """A call begins; one inside another adds its steps to the outer one."""
-        if self._open is not None:
-            yield
-            return
-        self._open = CallRecord(title)
-        self.calls.append(self._open)
+    def begin(self, title: str) -> Step:
+        """A call begins: give what records its steps."""
+        call = CallRecord(title)
+        self.calls.append(call)
+        self._outside, self._ops = self._outside + self._ops, []
         self._mark = time.perf_counter_ns()
-        try:
-            yield
-        finally:
-            self._open = None
 
-    def step(self, number: int, name: str, decision: Decision, value: object) -> None:
-        """A step has just finished and gave ``value``."""
-        micros = (time.perf_counter_ns() - self._mark) / 1e3
-        kept = value.detach().clone() if self._keep_values and isinstance(value, Tensor) else None
-        record = StepRecord(number, name, decision.choice, decision.why, show(value), micros, self._ops, kept)
-        if self._open is not None:
-            self._open.steps.append(record)
-        else:
-            self.calls.append(CallRecord(name, [record]))
-        self._ops = []
-        self._mark = time.perf_counter_ns()
+        def step(number: int, value: T, decision: Decision) -> T:
+            micros = (time.perf_counter_ns() - self._mark) / 1e3
+            tensor = value[0] if isinstance(value, tuple) else value
+            kept = tensor.detach().clone() if self._keep_values and isinstance(tensor, Tensor) else None
+            record = StepRecord(
+                number, STEPS[number], decision.choice, decision.why, show(value), micros, self._ops, kept
+            )
+            call.steps.append(record)
+            self._ops = []
+            self._mark = time.perf_counter_ns()
+            return value
+
+        return step
 
     def op(self, record: OpRecord) -> None:
         """A backend has just run an op."""
@@ -211,7 +218,7 @@ class Trace(Shown):
     @property
     def ops(self) -> list[OpRecord]:
         """Every op of every call, and those run outside any call."""
-        return [op for call in self.calls for step in call.steps for op in step.ops] + self._ops
+        return [op for call in self.calls for step in call.steps for op in step.ops] + self._outside + self._ops
 
     def to_dict(self) -> dict[str, Any]:
         """The trace as plain data: ``{"calls": [{"title": ..., "steps": [...]}], "ops": [...]}``."""
@@ -299,8 +306,40 @@ def current() -> Trace | None:
     return _recorder.get()
 
 
+class Step(Protocol):
+    """``step(number, value, decision)``: records one step of a call, and gives its value back."""
+
+    def __call__(self, number: int, value: T, decision: Decision, /) -> T: ...
+
+
+def recorder(call: object, x: Tensor) -> Step:
+    """What records the steps of one call, or while nobody listens only hands their values on.
+
+    Args:
+        call: the layer that is called, or the name of the function.
+        x: its input.
+
+    Example:
+        >>> from refq4.pipeline import BIAS_NONE
+        >>> step = recorder("linear", torch.ones(2, 64))
+        >>> step(3, None, BIAS_NONE) is None
+        True
+    """
+    listener = current()
+    if listener is None:
+        return _hand_on
+    name = call if isinstance(call, str) else f"{type(call).__name__}.forward"
+    return listener.begin(f"{name}(x {show(x)})")
+
+
+def _hand_on(number: int, value: T, decision: Decision) -> T:
+    return value
+
+
 def show(value: object) -> str:
     """A tensor as dtype and shape, anything else as itself, short."""
+    if type(value) is tuple:
+        return ", ".join(show(part) for part in value if part is not None)
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, torch.dtype):

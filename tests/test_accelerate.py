@@ -55,7 +55,7 @@ OFFLOADS: dict[str, Callable[[nn.Module, Path], object]] = {
 
 
 @pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS.keys())
-@pytest.mark.parametrize("ran_before", [False, True], ids=["fresh", "with its bytes lent to a backend"])
+@pytest.mark.parametrize("ran_before", [False, True], ids=["fresh", "prepared before"])
 def test_offloaded_weights_come_for_each_call_and_go_again(tmp_path, offload, ran_before):
     model = network().to("cpu")
     wanted = output(model) if ran_before else output(network_like(model))
@@ -63,7 +63,7 @@ def test_offloaded_weights_come_for_each_call_and_go_again(tmp_path, offload, ra
     for _ in range(2):
         torch.testing.assert_close(output(model), wanted)
         assert model[2].weight.is_meta
-    assert model[2]._prepared is None, "a prepared copy would keep in memory what was to be offloaded"
+    assert not model[2].weight.prepared, "a prepared copy would keep in memory what was to be offloaded"
     with refq4.trace() as t:
         output(model)
     assert [step.why for step in t.calls[-1].steps if step.number == 2] == [LAYOUT_OFFLOADED.why]

@@ -13,7 +13,7 @@ import refq4
 import refq4.functional as F
 from refq4 import registry
 from refq4.autograd import MatMul4Bit
-from refq4.internals import ops
+from refq4.internals import dispatch, schemas
 from refq4.testing import assert_same_bits
 
 
@@ -200,7 +200,7 @@ def test_backward_keeps_the_backend_of_forward():
 @pytest.mark.parametrize("op", ["gemv_4bit", "gemm_4bit"])
 def test_the_raw_op_has_the_same_gradients(packed, op):
     B, state = packed
-    flat = ops._flatten(state.packed_weight(B))
+    flat = schemas.flatten(state.packed_weight(B))
     A = torch.randn(1, 96, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda a, b: getattr(torch.ops.refq4, op)(a, *flat, b, "auto"), (A, bias))
@@ -236,15 +236,15 @@ def test_an_eager_product_meets_every_mode_that_looks_at_ops(packed):
 
     names: list[str] = []
     weight = state.packed_weight(B)
-    alone = ops.matmul("gemm_4bit", A, weight, None, "reference")
+    alone = dispatch.product("gemm_4bit", A, weight, None, "reference")
     with Seen():
-        watched = ops.matmul("gemm_4bit", A, weight, None, "reference")
+        watched = dispatch.product("gemm_4bit", A, weight, None, "reference")
     assert "refq4.gemm_4bit.default" in names
     assert_same_bits(watched, alone)
-    wanted = ops.matmul("gemm_4bit", A.clone().requires_grad_(), weight, None, "reference")
+    wanted = dispatch.product("gemm_4bit", A.clone().requires_grad_(), weight, None, "reference")
     assert wanted.requires_grad
     bias = torch.zeros(6, requires_grad=True)
-    assert ops.matmul("gemm_4bit", A, weight, bias, "reference").requires_grad
+    assert dispatch.product("gemm_4bit", A, weight, bias, "reference").requires_grad
 
 
 # --- a result is a tensor of its own ----------------------------------------------------------------------------------

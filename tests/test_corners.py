@@ -27,9 +27,9 @@ import refq4
 import refq4.functional as F
 from refq4 import matmul, pipeline, registry
 from refq4.autograd import MatMul4Bit
-from refq4.backend import Backend, PreparedWeight
+from refq4.backend import Backend, PackedWeight, PreparedWeight
 from refq4.codebooks import Codebook, _dynamic_map_values, get_codebook
-from refq4.internals import ops
+from refq4.internals import dispatch, schemas
 from refq4.internals.checks import check_blockwise, warn_caller
 from refq4.nn import LinearNF4, Params4bit
 from refq4.quantization import slice_state
@@ -120,13 +120,13 @@ def test_whatever_acts_on_ops_sees_the_product_as_one_and_the_result_stays(recor
                 got = layer(A)
             assert f"refq4::{product.__name__}" in {event.name for event in profile.function_events}
         elif what == "tracing":
-            weight = layer._prepared.prepared if recorder.own_layout else None
+            weight = layer.weight._form.prepared if recorder.own_layout else None
             packed = layer.quant_state.packed_weight(layer.weight.stored())
 
             def run(x: torch.Tensor) -> torch.Tensor:
                 if weight is not None:
-                    return ops.matmul_prepared(x, weight, layer.bias)
-                return ops.matmul("gemm_4bit", x, packed, layer.bias, "recorder")
+                    return dispatch.product("gemm_4bit", x, weight, layer.bias, "recorder")
+                return dispatch.product("gemm_4bit", x, packed, layer.bias, "recorder")
 
             got = torch.jit.trace(run, A, check_trace=False)(A)
         elif what == "vmap":
@@ -151,7 +151,7 @@ def test_a_gradient_wanted_for_the_bias_alone_takes_the_way_that_tracks_it():
 
     with registry.isolated_registry():
         refq4.register_backend(Foreign())
-        ops.matmul("gemm_4bit", A, state.packed_weight(B), bias, "foreign").sum().backward()
+        dispatch.product("gemm_4bit", A, state.packed_weight(B), bias, "foreign").sum().backward()
     assert torch.equal(bias.grad, torch.full((8,), 8.0))
 
 
@@ -170,7 +170,7 @@ def test_vmap_adds_a_bias_per_batch_entry_to_a_product_on_an_own_layout(layer):
     x, bias = torch.randn(5, 2, 128), torch.randn(5, 8)
     with registry.isolated_registry(), torch.no_grad():
         prepared = refq4.register_backend(Recorder(own_layout=True)).prepare_weight(state.packed_weight(B))
-        got = torch.vmap(lambda a, b: ops.matmul_prepared(a, prepared, b))(x, bias)
+        got = torch.vmap(lambda a, b: dispatch.product("gemm_4bit", a, prepared, b, "recorder"))(x, bias)
     wanted = torch.stack(
         [nn.functional.linear(a, F.dequantize_4bit(B, state), b) for a, b in zip(x, bias, strict=True)]
     )
@@ -209,17 +209,20 @@ def test_a_backend_is_asked_once_whether_it_is_available_and_need_not_describe_i
 def test_every_op_says_on_meta_what_shapes_and_dtypes_it_will_give(dtype, layer):
     B, state = F.quantize_4bit(A, quant_type="nf4")
     weight, x = state.packed_weight(B), A.to(dtype).view(2, 4, 128)
-    q, scales = ops.quantize_blockwise(x, F.create_dynamic_map(), 64, "reference")
+    q, scales = dispatch.quantize_blockwise(x, F.create_dynamic_map(), 64, "reference")
     with registry.isolated_registry(), torch.no_grad():
         prepared = refq4.register_backend(Recorder(own_layout=True)).prepare_weight(weight)
+        own = ([*prepared.tensors], SWAPPED, [8, 128], 64, "nf4")
         calls = [
             (torch.ops.refq4.quantize_4bit, (x, 64, "nf4", False, "reference")),
             (torch.ops.refq4.quantize_blockwise, (x, F.create_dynamic_map(), 64, "reference")),
             (torch.ops.refq4.dequantize_blockwise, (q, scales, F.create_dynamic_map(), 64, dtype, "reference")),
-            (torch.ops.refq4.dequantize_4bit, (*ops._flatten(weight), dtype, "reference")),
-            (torch.ops.refq4.gemm_4bit, (x, *ops._flatten(weight), None, "reference")),
-            (torch.ops.refq4.gemv_4bit, (x[:1, :1], *ops._flatten(weight), None, "reference")),
-            (torch.ops.refq4.matmul_prepared, (x, [*prepared.tensors], SWAPPED, [8, 128], 64, "nf4", None, "recorder")),
+            (torch.ops.refq4.dequantize_4bit, (*schemas.flatten(weight), dtype, "reference")),
+            (torch.ops.refq4.gemm_4bit, (x, *schemas.flatten(weight), None, "reference")),
+            (torch.ops.refq4.gemv_4bit, (x[:1, :1], *schemas.flatten(weight), None, "reference")),
+            (torch.ops.refq4.matmul_prepared, (x, *own, None, "gemm_4bit", "recorder")),
+            (torch.ops.refq4.restore_weight, (*own, "recorder")),
+            (torch.ops.refq4.grad_input_4bit, (x[..., :8], *schemas.flatten(weight), "reference")),
         ]  # fmt: skip
         for op, args in calls:
             on_meta = tree_map_only(torch.Tensor, lambda t: t.to("meta"), args)
@@ -229,11 +232,11 @@ def test_every_op_says_on_meta_what_shapes_and_dtypes_it_will_give(dtype, layer)
 
 
 def test_the_gradient_in_half_precision_is_rounded_once_where_torch_has_no_fast_product(monkeypatch):
-    monkeypatch.setattr(ops, "_SLOW_ON_CPU", HALVES)
+    monkeypatch.setattr(dispatch, "_SLOW_ON_CPU", HALVES)
     B, state = F.quantize_4bit(A, quant_type="nf4")
     for dtype in HALVES:
         grad_y = torch.randn(4, 8).to(dtype)
-        grad, _ = ops.matmul_backward(grad_y, state.packed_weight(B), "reference", True, None)
+        grad = dispatch.grad_input(grad_y, state.packed_weight(B), "reference")
         assert torch.equal(grad, (grad_y.float() @ F.dequantize_4bit(B, state).to(dtype).float()).to(dtype))
 
 
@@ -352,13 +355,13 @@ def test_what_ops_read_of_a_weight_is_a_plain_tensor(layer):
     assert type(layer.weight.readable()) is torch.Tensor
 
 
-def test_lending_in_inference_mode_leaves_an_ordinary_parameter():
+def test_preparing_in_inference_mode_leaves_an_ordinary_parameter():
     with registry.isolated_registry():
         refq4.register_backend(Recorder(own_layout=True))
         layer = LinearNF4(256, 64).to("cpu").eval()
         with torch.inference_mode(), refq4.use_backend("recorder"):
             layer(torch.ones(3, 256))
-        assert layer.weight.lent
+        assert layer.weight.prepared
         with torch._C.DisableTorchFunctionSubclass():
             assert not layer.weight.data.is_inference()
 
@@ -378,17 +381,17 @@ def test_another_compute_dtype_asks_the_backend_again():
             layer.compute_dtype = torch.float32
             asked.clear()
             layer(torch.ones(3, 256))
-        assert asked == [torch.float32] * 2  # for its layout, and to run the product
+        assert asked == [torch.float32]
 
 
-def test_a_lent_weight_comes_home_for_who_reads_it_by_keyword():
+def test_a_prepared_weight_is_restored_where_it_is_read_by_keyword():
     with registry.isolated_registry():
         refq4.register_backend(Recorder(own_layout=True))
         layer = LinearNF4(256, 64).to("cpu").eval()
         wanted = layer.weight.stored().clone()
         with torch.no_grad(), refq4.use_backend("recorder"):
             layer(torch.ones(3, 256))
-        assert layer.weight.lent
+        assert layer.weight.prepared
         assert torch.equal(torch.clone(input=layer.weight), wanted)
 
 
@@ -396,16 +399,16 @@ def test_a_weight_of_nothing_is_empty():
     assert Params4bit().numel() == 0
 
 
-def test_new_data_for_a_lent_weight_ends_the_loan():
+def test_new_data_for_a_prepared_weight_has_no_old_form():
     with registry.isolated_registry():
         refq4.register_backend(Recorder(own_layout=True))
         layer = LinearNF4(256, 64).to("cpu").eval()
         with torch.no_grad(), refq4.use_backend("recorder"):
             x = torch.ones(3, 256)
             before = layer(x)
-            assert layer.weight.lent
+            assert layer.weight.prepared
             layer.weight.data = torch.zeros(8192, 1, dtype=torch.uint8)
-            assert not layer.weight.lent
+            assert not layer.weight.prepared
             assert not layer.weight.stored().any()
             assert not torch.equal(layer(x), before)
 
@@ -415,12 +418,12 @@ def test_a_weight_that_accelerate_brings_for_each_call_gets_no_own_layout(layer)
         refq4.register_backend(Recorder(own_layout=True))
         with torch.no_grad(), refq4.use_backend("recorder"):
             wanted = layer(A)
-            assert layer._prepared is not None
+            assert layer.weight.prepared
             layer._hf_hook = SimpleNamespace(offload=True)
             assert torch.equal(layer(A), wanted)
-            assert layer._prepared is None
-            prepared, decision = pipeline.choose_layout(layer, layer.quant_state, A)
-        assert (prepared, decision) == (None, pipeline.LAYOUT_OFFLOADED)
+            assert not layer.weight.prepared
+            weight, decision = pipeline.choose_layout(layer, layer.quant_state, A)
+        assert (type(weight.weight), decision) == (PackedWeight, pipeline.LAYOUT_OFFLOADED)
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------

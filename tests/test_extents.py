@@ -18,9 +18,8 @@ import refq4
 import refq4.functional as F
 from refq4 import registry
 from refq4.autograd import MatMul4Bit
-from refq4.backend import PreparedWeight
 from refq4.codebooks import create_dynamic_map
-from refq4.internals import ops
+from refq4.internals import dispatch, schemas
 from refq4.testing import assert_same_bits
 
 N, K, BLOCKSIZE = 48, 128, 64
@@ -97,7 +96,7 @@ def matmul4bit_apply(x: Tensor) -> Tensor:
 def registered(op: str) -> Callable[[Tensor], Tensor]:
     def call(x: Tensor) -> Tensor:
         B, state = quantised()
-        return getattr(torch.ops.refq4, op)(x, *ops._flatten(state.packed_weight(B)), None, refq4.get_backend())
+        return getattr(torch.ops.refq4, op)(x, *schemas.flatten(state.packed_weight(B)), None, refq4.get_backend())
 
     call.__name__ = f"torch.ops.refq4.{op}"
     return call
@@ -168,7 +167,7 @@ def test_a_bias_of_another_size_is_refused(tokens, size, backend):
     with pytest.raises(ValueError, match=wanted):
         F.matmul_4bit(x, B, state, bias=bias)
     with pytest.raises(ValueError, match=wanted):
-        torch.ops.refq4.gemm_4bit(x, *ops._flatten(state.packed_weight(B)), bias, backend)
+        torch.ops.refq4.gemm_4bit(x, *schemas.flatten(state.packed_weight(B)), bias, backend)
     for mode in (layer.train(), layer.eval()):
         with pytest.raises(ValueError, match=wanted):
             mode(x)
@@ -309,13 +308,13 @@ def test_a_compiled_embedding_refuses_them(row):
 
 def weight_arguments(nested: bool) -> list[Any]:
     B, state = quantised(nested)
-    return list(ops._flatten(state.packed_weight(B)))
+    return list(schemas.flatten(state.packed_weight(B)))
 
 
 def calls(backend: str) -> dict[str, list[Any]]:
     """Arguments that each op takes."""
     code, x = create_dynamic_map(), torch.randn(5, 33)
-    q, absmax = ops.quantize_blockwise(x, code, 32, backend)
+    q, absmax = dispatch.quantize_blockwise(x, code, 32, backend)
     made = {
         "quantize_4bit": [x, 32, "nf4", False, backend],
         "quantize_blockwise": [x, code, 32, backend],
@@ -330,7 +329,7 @@ def calls(backend: str) -> dict[str, list[Any]]:
         prepared = registry.check_usable(backend).prepare_weight(state.packed_weight(B))
         if prepared is not None:
             flat = [list(prepared.tensors), prepared.layout, list(prepared.shape), prepared.blocksize, "nf4"]
-            made[f"matmul_prepared nested={nested}"] = [torch.randn(3, K), *flat, torch.randn(N), backend]
+            made[f"matmul_prepared nested={nested}"] = [torch.randn(3, K), *flat, torch.randn(N), "gemm_4bit", backend]
     return made
 
 
@@ -441,15 +440,16 @@ def test_a_blocksize_of_the_scales_that_is_no_size_is_refused(blocksize, backend
 def test_a_prepared_weight_in_the_canonical_layout_is_refused(backend):
     with pytest.raises(ValueError, match="not in the canonical one"):
         torch.ops.refq4.matmul_prepared(
-            torch.randn(1, K), [torch.zeros(9), torch.zeros(16)], "canonical", [N, K], 64, "nf4", None, backend
+            torch.randn(1, K),
+            [torch.zeros(9), torch.zeros(16)],
+            "canonical",
+            [N, K],
+            64,
+            "nf4",
+            None,
+            "gemv_4bit",
+            backend,
         )
-
-
-def test_a_wanted_gradient_is_not_lost_on_a_prepared_weight():
-    B, state = quantised()
-    prepared = PreparedWeight("reference", "rows", (B,), (N, K), BLOCKSIZE, "nf4")
-    with pytest.raises(ValueError, match="leave prepared= out"):
-        F.matmul_4bit(torch.randn(2, K, requires_grad=True), B, state, prepared=prepared)
 
 
 @pytest.mark.parametrize("field", ["absmax", "code", "offset", "shape", "blocksize"])

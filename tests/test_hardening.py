@@ -27,7 +27,7 @@ from refq4.internals.buildcache import CacheError, cache_directory, cached
 from refq4.registry import isolated_registry
 from refq4.testing import assert_same_bits
 
-N, K = 96, 128  # large enough to be lent to a backend
+N, K = 96, 128
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +187,7 @@ def through_torch_save(value: Any, **settings: Any) -> Any:
     return torch.load(file, **settings)
 
 
-@pytest.mark.parametrize("used", [False, True], ids=["fresh", "lent to a backend"])
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "prepared"])
 @pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "double quantisation"])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
 def test_weights_and_state_dicts_survive_torch_save_with_weights_only(storage, nested, used):

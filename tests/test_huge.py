@@ -78,5 +78,5 @@ def test_both_sides_of_element_two_to_the_31_are_what_the_rows_alone_give(backen
         layer.weight = refq4.nn.Params4bit.from_prequantized(packed, stats, module=layer)
         with torch.no_grad():
             y = layer(x)
-        assert layer.weight.lent
+        assert layer.weight.prepared
         assert_within_budget(y[:, FIRST:], x, packed_tail, tail_state)

@@ -1,4 +1,4 @@
-"""While a backend's own layout serves inference there is one copy of a weight, and only the memory shows it."""
+"""A weight in a backend's own layout: one copy of its codes, never a stale one, and only the memory shows it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torch import nn
 
 import refq4
 import refq4.functional as F
-from refq4.internals.lending import WORTH_LENDING
+from refq4.internals.prepared import MOST_RESTORES
+from refq4.pipeline import LAYOUT_IN_USE, LAYOUT_OWN
 from refq4.testing import assert_same_bits
 
 pytestmark = pytest.mark.reference_only("it registers a backend with a layout of its own")
@@ -26,7 +27,7 @@ N, K = 128, 192
 
 
 @pytest.fixture(autouse=True)
-def lender():
+def owner():
     backend = refq4.register_backend(Loopback(own_layout=True))
     refq4.set_backend("loopback")
     return backend
@@ -36,12 +37,12 @@ def layer_of(**settings) -> refq4.nn.Linear4bit:
     return refq4.nn.Linear4bit(K, N, quant_type="nf4", **settings).to("cpu").eval()
 
 
-def lent(**settings) -> tuple[refq4.nn.Linear4bit, torch.Tensor]:
-    """A layer whose bytes are lent, and the bytes."""
+def prepared(**settings) -> tuple[refq4.nn.Linear4bit, torch.Tensor]:
+    """A layer whose weight is prepared, and its stored bytes."""
     layer = layer_of(**settings)
     stored = layer.weight.detach().clone()
     infer(layer)
-    assert layer.weight.lent
+    assert layer.weight.prepared
     return layer, stored
 
 
@@ -58,20 +59,20 @@ def bytes_held(tensor: torch.Tensor) -> int:
 
 @STORAGES
 def test_after_the_first_inference_the_bytes_are_with_the_backend_only(storage):
-    layer, stored = lent(quant_storage=storage)
+    layer, stored = prepared(quant_storage=storage)
     assert bytes_held(layer.weight) <= 4
     assert (layer.weight.shape, layer.weight.dtype, layer.weight.device) == (stored.shape, storage, stored.device)
-    assert layer.weight.lent, "shape, dtype and device don't disturb the loan"
+    assert layer.weight.prepared, "shape, dtype and device restore nothing"
     assert_same_bits(layer.weight.stored(), stored)
-    assert layer.weight.lent
+    assert layer.weight.prepared
 
 
 @STORAGES
-def test_results_and_state_dicts_are_those_of_a_layer_that_lends_nothing(storage):
+def test_results_and_state_dicts_are_those_of_a_layer_that_was_never_prepared(storage):
     torch.manual_seed(3)
-    layer, stored = lent(quant_storage=storage, bias=True)
+    layer, stored = prepared(quant_storage=storage, bias=True)
     saved = layer.state_dict()
-    assert layer.weight.lent, "saving leaves the live layer as it is"
+    assert layer.weight.prepared, "saving leaves the live layer as it is"
     assert_same_bits(saved["weight"], stored)
     assert next(iter(saved)) == "weight"
     fresh = refq4.nn.Linear4bit(K, N, quant_type="nf4", quant_storage=storage, bias=True)
@@ -85,7 +86,7 @@ def test_a_state_dict_taken_before_inference_keeps_its_bytes():
     saved = layer.state_dict()
     before = saved["weight"].clone()
     infer(layer)
-    assert layer.weight.lent
+    assert layer.weight.prepared
     assert_same_bits(saved["weight"], before)
 
 
@@ -102,16 +103,67 @@ def test_a_state_dict_taken_before_inference_keeps_its_bytes():
     ids=["detach", "data", "cat", "cpu", "numpy", "tolist"],
 )
 def test_whoever_reads_the_parameter_gets_the_bytes_and_they_stay(read):
-    layer, stored = lent()
+    layer, stored = prepared()
     assert_same_bits(read(layer.weight), stored)
-    assert not layer.weight.lent
+    assert not layer.weight.prepared
     wanted = infer(layer)
-    assert not layer.weight.lent, "read by others: they stay at home"
+    assert layer.weight.prepared
     assert_same_bits(infer(layer), wanted)
 
 
+def decision_of_step_2(layer: nn.Module) -> str:
+    with refq4.trace() as t:
+        infer(layer)
+    return t.calls[-1].steps[1].why
+
+
+def test_a_weight_that_others_keep_reading_stays_as_stored_until_it_is_prepared_by_name(owner):
+    layer, stored = prepared()
+    for _ in range(MOST_RESTORES):
+        assert decision_of_step_2(layer) == LAYOUT_OWN.why
+        assert_same_bits(layer.weight.detach().clone(), stored)
+    assert decision_of_step_2(layer) == LAYOUT_IN_USE.why
+    assert owner.seen["prepare_weight"] == MOST_RESTORES
+    assert refq4.prepare(nn.Sequential(layer)) == 1
+    assert decision_of_step_2(layer) == LAYOUT_OWN.why
+    assert refq4.restore(layer) == 1
+    assert_same_bits(layer.weight.stored(), stored)
+    assert refq4.restore(layer) == 0
+    layer.weight.data = stored.flip(0)  # new bytes: nobody has read them yet
+    assert decision_of_step_2(layer) == LAYOUT_OWN.why
+
+
+def test_two_layers_that_share_a_weight_share_its_prepared_form(owner):
+    layer = layer_of(bias=False)
+    other = layer_of(bias=False)
+    other.weight, other.quant_state = layer.weight, layer.quant_state
+    for _ in range(20):
+        assert_same_bits(infer(layer), infer(other))
+    assert owner.seen["prepare_weight"] == 1
+
+
+def test_an_alias_of_the_memory_taken_before_the_first_inference_no_longer_reaches_the_weight():
+    layer = layer_of()
+    alias = layer.weight.data
+    wanted = infer(layer)
+    alias.zero_()
+    assert_same_bits(infer(layer), wanted)
+
+
+def test_calls_that_alternate_in_tokens_and_dtype_prepare_once_and_resolve_once_each(owner):
+    layer = layer_of(bias=False)
+    infer(layer)
+    asked = []
+    owner.can_run = lambda call: asked.append(call)
+    with torch.no_grad():
+        for tokens, dtype in [(1, torch.float32), (3, torch.bfloat16), (1, torch.bfloat16), (2, torch.float32)] * 3:
+            layer(torch.randn(tokens, K, dtype=dtype))
+    assert len(asked) == 12
+    assert owner.seen["prepare_weight"] == 1
+
+
 def test_writing_into_the_parameter_is_seen_by_the_next_inference():
-    layer, stored = lent()
+    layer, stored = prepared()
     with torch.no_grad():
         layer.weight.zero_()
     other = refq4.nn.Linear4bit(K, N, quant_type="nf4")
@@ -127,9 +179,8 @@ EDITS = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="the prepared form is kept by the versions of weight and absmax alone")
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-def test_an_edit_of_a_small_weight_or_of_its_state_is_seen_by_the_next_inference(edit):
+def test_an_edit_of_a_weight_or_of_its_state_is_seen_by_the_next_inference(edit):
     layer, other = (refq4.nn.LinearNF4(64, 16, bias=False).to("cpu").eval() for _ in range(2))
     x = torch.randn(2, 64)
     with torch.no_grad():
@@ -139,33 +190,32 @@ def test_an_edit_of_a_small_weight_or_of_its_state_is_seen_by_the_next_inference
         torch.testing.assert_close(layer(x), wanted)
 
 
-def test_setting_data_replaces_what_was_lent():
-    layer, stored = lent()
+def test_setting_data_replaces_what_was_prepared():
+    layer, stored = prepared()
     layer.weight.data = stored.flip(0)
-    assert not layer.weight.lent
+    assert not layer.weight.prepared
     assert_same_bits(layer.weight.stored(), stored.flip(0))
 
 
-def test_training_brings_the_bytes_home_and_inference_lends_them_again():
-    layer, stored = lent()
+def test_training_restores_the_bytes_and_inference_prepares_them_again():
+    layer, stored = prepared()
     layer.train()
-    assert layer._prepared is None
-    assert not layer.weight.lent
+    assert not layer.weight.prepared
     assert_same_bits(layer.weight.stored(), stored)
     layer.eval()
     infer(layer)
-    assert layer.weight.lent
+    assert layer.weight.prepared
 
 
 def test_a_wanted_gradient_reads_the_stored_bytes():
-    layer, _ = lent(bias=False)
+    layer, _ = prepared(bias=False)
     x = torch.randn(3, K, requires_grad=True)
     layer(x).sum().backward()
     wanted = F.dequantize_4bit(layer.weight, layer.quant_state).sum(0).expand(3, K)
     torch.testing.assert_close(x.grad, wanted)
-    assert not layer.weight.lent
+    assert not layer.weight.prepared
     infer(layer)
-    assert layer.weight.lent
+    assert layer.weight.prepared
 
 
 @pytest.mark.parametrize(
@@ -178,11 +228,11 @@ def test_a_wanted_gradient_reads_the_stored_bytes():
     ids=["deepcopy", "pickle", "torch.save"],
 )
 def test_copies_of_a_layer_have_the_bytes(twin):
-    layer, stored = lent()
+    layer, stored = prepared()
     wanted = infer(layer)
     other = twin(layer)
-    assert layer.weight.lent
-    assert not other.weight.lent
+    assert layer.weight.prepared
+    assert not other.weight.prepared
     assert_same_bits(other.weight.stored(), stored)
     assert_same_bits(infer(other), wanted)
     del layer
@@ -196,26 +246,26 @@ def saved(layer: nn.Module) -> bytes:
     return buffer.getvalue()
 
 
-def test_functions_of_refq4_read_a_lent_weight_without_ending_the_loan():
-    layer, stored = lent()
+def test_functions_of_refq4_read_a_prepared_weight_without_restoring_it():
+    layer, stored = prepared()
     assert_same_bits(F.dequantize_4bit(layer.weight, layer.quant_state), F.dequantize_4bit(stored, layer.quant_state))
     F.matmul_4bit(torch.randn(2, K), layer.weight, layer.quant_state)
     refq4.explain(layer, torch.randn(2, K))
-    assert layer.weight.lent
+    assert layer.weight.prepared
 
 
-def test_another_backend_gets_the_bytes_and_the_first_ones_form_goes(lender):
-    layer, stored = lent()
+def test_another_backend_gets_the_bytes_and_the_first_ones_form_goes(owner):
+    layer, stored = prepared()
     wanted = F.matmul_4bit(torch.eye(K), stored, layer.quant_state, bias=layer.bias, backend="reference").detach()
     with refq4.use_backend("reference"), torch.no_grad():
         assert_same_bits(layer(torch.eye(K)), wanted)
     assert_same_bits(layer.weight.stored(), stored)
     infer(layer)
-    assert lender.seen["prepare_weight"] == 2
+    assert owner.seen["prepare_weight"] == 2
 
 
 def test_a_backend_that_is_gone_still_gives_the_bytes_back():
-    layer, stored = lent()
+    layer, stored = prepared()
     refq4.set_backend("reference")
     refq4.unregister_backend("loopback")
     assert_same_bits(layer.state_dict()["weight"], stored)
@@ -223,7 +273,7 @@ def test_a_backend_that_is_gone_still_gives_the_bytes_back():
     assert_same_bits(layer.weight.stored(), stored)
 
 
-def test_compiled_code_reads_the_bytes_whether_they_were_lent_before_or_after_it_was_compiled():
+def test_compiled_code_reads_the_bytes_whether_they_were_prepared_before_or_after_it_was_compiled():
     layer = layer_of(bias=False)
     x = torch.randn(2, K)
     wanted = layer_of_same(layer)(x.clone().requires_grad_())
@@ -233,19 +283,18 @@ def test_compiled_code_reads_the_bytes_whether_they_were_lent_before_or_after_it
     for _ in range(2):
         torch.testing.assert_close(run(x.clone().requires_grad_()), wanted)
         assert_same_bits(decode(), decoded)
-        infer(layer)  # eager: lends the bytes where it may
+        infer(layer)  # eager: prepares the weight
         with torch.no_grad():
             torch.testing.assert_close(run(x), wanted.detach())
 
 
-def test_graphs_compiled_before_the_loan_do_not_read_the_placeholder():
+def test_graphs_compiled_before_a_weight_is_prepared_do_not_read_the_placeholder():
     layer = layer_of(bias=False)
     decoded = F.dequantize_4bit(layer.weight, layer.quant_state)
     decode = torch.compile(lambda: F.dequantize_4bit(layer.weight, layer.quant_state), fullgraph=True)
     decode()
-    layer.weight._read_by_others = False  # tracing counts as reading: as if it had not
     infer(layer)
-    assert layer.weight.lent
+    assert layer.weight.prepared
     assert_same_bits(decode(), decoded)
 
 
@@ -265,13 +314,6 @@ def test_a_tied_embedding_and_its_linear_both_read_right():
         assert_same_bits(table(torch.arange(N)), wanted)
 
 
-def test_small_weights_are_not_worth_lending():
-    layer = refq4.nn.Linear4bit(64, WORTH_LENDING * 2 // 64 - 1, quant_type="nf4").to("cpu").eval()
-    with torch.no_grad():
-        layer(torch.randn(1, 64))
-    assert not layer.weight.lent
-
-
 @pytest.fixture
 def hasty_threads():
     """Threads take turns after a microsecond instead of five milliseconds: a race shows in a second, not in a week."""
@@ -283,7 +325,7 @@ def hasty_threads():
 
 @pytest.mark.usefixtures("hasty_threads")
 def test_threads_that_infer_save_and_differentiate_at_once_all_read_right():
-    layer, stored = lent(bias=False)
+    layer, stored = prepared(bias=False)
     wanted = infer(layer)
     x = torch.randn(2, K, generator=torch.Generator().manual_seed(1))
     wrong: list[str] = []
@@ -307,8 +349,8 @@ def test_threads_that_infer_save_and_differentiate_at_once_all_read_right():
 
 
 @pytest.mark.usefixtures("hasty_threads")
-def test_a_state_dict_taken_while_others_save_and_lend_the_bytes_is_whole():
-    layer, stored = lent(bias=False)
+def test_a_state_dict_taken_while_others_save_and_prepare_the_weight_is_whole():
+    layer, stored = prepared(bias=False)
     wrong: list[object] = []
 
     def save() -> None:
@@ -321,8 +363,8 @@ def test_a_state_dict_taken_while_others_save_and_lend_the_bytes_is_whole():
     for thread in saving:
         thread.start()
     while any(thread.is_alive() for thread in saving):
-        infer(layer)  # lends
-        layer.train().eval()  # brings home
+        infer(layer)  # prepares
+        layer.train().eval()  # restores
     assert not wrong
 
 
@@ -342,7 +384,7 @@ with torch.no_grad():
     start = rss()
     for layer in layers:
         layer(x)
-print(all(layer.weight.lent for layer in layers), (rss() - start) / (6 * 4096 * 4096 / 2))
+print(all(layer.weight.prepared for layer in layers), (rss() - start) / (6 * 4096 * 4096 / 2))
 """
 
 
@@ -353,6 +395,6 @@ def test_a_model_on_the_cpu_backend_takes_the_memory_of_one_copy():
         pytest.skip(refq4.backend_info("cpu")["reason"])
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    all_lent, more_copies = done.stdout.split()
-    assert all_lent == "True"
+    all_prepared, more_copies = done.stdout.split()
+    assert all_prepared == "True"
     assert float(more_copies) < 0.5, "a second copy of the packed bytes would be 1.0"

@@ -13,6 +13,7 @@ from torch import nn
 import refq4
 import refq4.functional as F
 from refq4 import matmul, pipeline
+from refq4.backend import Backend
 from refq4.testing import assert_same_bits, assert_within_budget
 
 
@@ -80,7 +81,7 @@ def test_step_2_prepares_the_backends_layout_once_for_inference():
     with torch.no_grad():
         assert steps_of(layer, x)[2] == "own layout"
         assert_same_bits(layer(x), wanted.detach())
-        assert steps_of(layer, torch.randn(1, 64))[6] == "gemv_4bit"
+        assert steps_of(layer, torch.randn(1, 64))[6] == "own layout"
     assert backend.seen["prepare_weight"] == 1
     assert backend.seen["prepared product"] == 3
 
@@ -90,7 +91,6 @@ def test_the_state_dict_is_bit_identical_before_and_after_inference(own_layout):
     refq4.register_backend(Loopback(own_layout=own_layout))
     layer = layer_of(quant_storage=torch.bfloat16)
     before = {key: value.clone() for key, value in layer.state_dict().items()}
-    pointers = {key: value.data_ptr() for key, value in layer.named_parameters()}
     with torch.no_grad():
         layer(torch.randn(3, 64))
         layer(torch.randn(1, 64, dtype=torch.bfloat16))
@@ -98,7 +98,6 @@ def test_the_state_dict_is_bit_identical_before_and_after_inference(own_layout):
     assert list(before) == list(after)
     for key, value in before.items():
         assert_same_bits(after[key], value, key)
-    assert pointers == {key: value.data_ptr() for key, value in layer.named_parameters()}
 
 
 def test_step_2_stays_canonical_in_training_and_where_a_gradient_is_wanted():
@@ -138,9 +137,9 @@ def test_a_copy_does_not_carry_the_prepared_layout():
     layer, x = layer_of(), torch.randn(3, 64)
     with torch.no_grad():
         layer(x)
-        assert layer._prepared.prepared.layout == SWAPPED
+        assert layer.weight._form.prepared.layout == SWAPPED
         twin = copy.deepcopy(layer)
-        assert twin._prepared is None
+        assert twin.weight._form is None
         assert_same_bits(twin(x), layer(x))
 
 
@@ -269,7 +268,7 @@ def test_a_product_without_tokens_features_or_outputs_is_what_torch_says(n, k, t
 def test_the_path_is_a_decision_with_a_reason():
     _, state = F.quantize_4bit(torch.randn(8, 64), quant_type="nf4")
     assert F.choose_path(torch.randn(1, 64), state) is matmul.ONE_TOKEN
-    assert F.choose_path(torch.randn(1, 64), state, prepared=True) is matmul.PREPARED
+    assert F.choose_path(torch.randn(1, 64), state, prepared=True) is matmul.OWN_LAYOUT
     assert F.choose_path(torch.randn(4, 1, 64), state) is matmul.SEVERAL_TOKENS
     assert F.choose_path(torch.randn(8), state) is matmul.FROM_K_BY_N
     assert "single token" in matmul.ONE_TOKEN.why
@@ -368,3 +367,72 @@ def test_a_choice_that_changes_in_the_middle_of_a_call_is_for_the_next_one(token
         layer(x)
         layer(x)
     assert [[op.backend for op in call.steps[5].ops] for call in t.calls] == [["loopback"], ["reference"]]
+
+
+def test_exactly_one_question_is_asked_of_a_backend_in_a_forward():
+    backend, asked, layer = refq4.register_backend(Loopback(own_layout=True)), [], layer_of()
+    backend.can_run = lambda call: asked.append((call.op, call.m, call.grad))
+    refq4.set_backend("loopback")
+    layer(torch.randn(1, 64))
+    layer(torch.randn(1, 64))
+    layer(torch.randn(3, 64))
+    layer(torch.randn(3, 64, requires_grad=True)).sum().backward()
+    layer.train()(torch.randn(1, 64))
+    assert asked == [
+        ("gemv_4bit", 1, False),
+        ("gemv_4bit", 1, False),
+        ("gemm_4bit", 3, False),
+        ("gemm_4bit", 3, True),
+        ("gemv_4bit", 1, False),
+    ]
+
+
+@pytest.mark.parametrize("own_layout", [False, True], ids=["stored bytes", "own layout"])
+def test_one_function_decides_path_and_op_for_the_trace_the_call_and_the_kernel(own_layout, monkeypatch):
+    backend, asked = refq4.register_backend(Loopback(own_layout)), []
+    backend.can_run = lambda call: asked.append(call.op)
+    refq4.set_backend("loopback")
+    layer, x = layer_of(), torch.randn(1, 64)
+    flipped = matmul.Route(matmul.SEVERAL_TOKENS, "gemm_4bit", differentiable=True)
+    for way, op in ((matmul.route, "gemv_4bit"), (lambda *_: flipped, "gemm_4bit")):
+        monkeypatch.setattr(matmul, "route", way)
+        asked.clear()
+        backend.seen.clear()
+        with torch.no_grad(), refq4.trace() as t:
+            layer(x)
+        step = t.calls[0].steps[5]
+        assert step.choice == way(1, 64, 64, False, own_layout).path.choice
+        assert (asked, [o.op for o in step.ops]) == ([op], [op])
+        assert backend.seen[op] == 1
+
+
+def test_a_backend_that_cannot_serve_backward_refuses_in_forward_and_auto_passes_it_over():
+    class Forward(Backend):
+        """Multiplies and decodes nothing."""
+
+        name, priority = "forward", 60
+
+        def gemm_4bit(self, x, weight, bias):
+            return refq4.reference.ReferenceBackend().gemm_4bit(x, weight, bias)
+
+    refq4.register_backend(Forward())
+    layer, x = layer_of(), torch.randn(3, 64)
+    with refq4.use_backend("forward"):
+        layer(x)
+        with pytest.raises(refq4.BackendUnsupportedError, match="it has no dequantize_4bit, which the gradient needs"):
+            layer(x.requires_grad_())
+    with refq4.use_backend("auto"), refq4.trace() as t:
+        layer(x)
+    (op,) = t.calls[0].steps[5].ops
+    assert op.backend != "forward"
+    assert ("forward", "it has no dequantize_4bit, which the gradient needs") in op.passed_over
+
+
+def test_autocast_is_part_of_steps_4_and_5():
+    layer, x = layer_of(compute_dtype=torch.float32), torch.randn(3, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), refq4.trace() as t:
+        assert layer(x).dtype == torch.float32
+    steps = t.calls[0].steps
+    assert (steps[3].choice, steps[3].result) == ("autocast", "bfloat16")
+    assert (steps[4].choice, steps[6].choice) == ("cast", "cast")
+    assert "bfloat16" in steps[5].ops[0].call

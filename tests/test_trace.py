@@ -90,10 +90,10 @@ def test_each_step_has_its_name_and_shows_what_it_gave():
     steps = t.calls[0].steps
     assert [(step.name, step.result) for step in steps] == [
         ("recover the quant state", repr(layer.quant_state)),
-        ("ask for the backend's layout", "-"),
+        ("ask for the backend's layout", "canonical, for reference"),
         ("bias dtype", "float32 [8]"),
         ("compute dtype", "bfloat16"),
-        ("cast the operands", "bfloat16 [3, 64]"),
+        ("cast the operands", "bfloat16 [3, 64], bfloat16 [8]"),
         ("dispatch to matmul_4bit", "bfloat16 [3, 8]"),
         ("cast back", "float32 [3, 8]"),
     ]
@@ -123,7 +123,7 @@ def test_the_table_of_a_call_has_a_row_for_each_step_and_each_op():
             over = "".join(f"\n  passed over {name}: {why}" for name, why in op.passed_over)
             wanted.append(("", f"→ {op.op}", f"{op.backend}: {op.kernel}{over}", op.call, f"{op.micros:.0f}"))
     assert list(zip(*(column.cells for column in table.columns), strict=True)) == wanted
-    assert [call.title for call in lone.calls] == ["dispatch to matmul_4bit"]
+    assert [call.title for call in lone.calls] == ["matmul_4bit(x float32 [2, 64])"]
     assert "no call was recorded" in str(type(t)())
 
 

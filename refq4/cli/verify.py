@@ -60,7 +60,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _import(source: str) -> None:
     """Import what registers a backend: a module, looked for in the current directory, too, or a Python file."""
-    before = registry.changes()
+    before = registry.registered()
     try:
         if source.endswith(".py"):
             _import_file(Path(source))
@@ -69,7 +69,7 @@ def _import(source: str) -> None:
             importlib.import_module(source)
     except Exception as error:
         raise ValueError(f"--import {source}: importing it failed: {type(error).__name__}: {error}") from error
-    if registry.changes() == before:
+    if registry.registered() == before:
         raise ValueError(
             f"--import {source}: it was imported, but registers no backend; it must call "
             f"refq4.register_backend(...) outside of functions and of 'if __name__ == \"__main__\"'"

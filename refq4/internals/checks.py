@@ -40,10 +40,16 @@ def check_blocksize(blocksize: int) -> int:
     return int(blocksize)
 
 
+def check_input(x: Tensor, n: int, k: int) -> None:
+    """The door of a layer of weight [N, K]: x must be a dense float tensor [..., K], or a TypeError or ValueError."""
+    check_floats("the input of a 4-bit layer", x, ACTIVATION_DTYPES)
+    check_features(x, (n, k))
+
+
 def check_features(A: Tensor, shape: tuple[int, ...]) -> None:
     """Raise a ValueError unless ``A`` is [..., K] for a weight of ``shape`` [N, K]."""
     n, k = shape
-    if A.dim() == 0 or A.shape[-1] != k:
+    if A.ndim == 0 or A.shape[-1] != k:
         raise ValueError(
             f"A has shape {list(A.shape)}, but the weight is [N, K] = [{n}, {k}]: A's last dimension must be {k}"
         )
@@ -71,23 +77,24 @@ def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device
             raise ValueError(f"bias must be {_name(A.dtype)} on {device} as A is, got {show(bias)} on {bias.device}")
 
 
-def check_memory(**operands: Tensor | None) -> None:
-    """Raise a ValueError unless the memory of each contiguous operand is all there: a storage can be freed or cut.
+def check_memory(name: str, tensor: Tensor) -> None:
+    """Raise a ValueError unless the memory of a contiguous operand is all there: a storage can be freed or cut.
 
     FSDP frees the storage of parameters that it has sharded; a wrapper subclass has none of its own.
     """
-    for name, tensor in operands.items():
-        if tensor is not None and tensor.numel():
-            end = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
-            if end > tensor.untyped_storage().nbytes() or tensor.data_ptr() == 0:
-                raise ValueError(f"{name} {show(tensor)} has no memory: its storage was freed, cut or never allocated")
+    size = tensor.nbytes
+    end = tensor.storage_offset() * tensor.itemsize + size
+    if size and (end > tensor.untyped_storage().nbytes() or tensor.data_ptr() == 0):
+        raise ValueError(f"{name} {show(tensor)} has no memory: its storage was freed, cut or never allocated")
 
 
 def check_weight_memory(weight: PackedWeight) -> None:
     """:func:`check_memory` for each tensor of a weight."""
-    check_memory(packed=weight.packed, absmax=weight.absmax, code=weight.code)
+    for name in ("packed", "absmax", "code"):
+        check_memory(name, getattr(weight, name))
     if weight.nested is not None:
-        check_memory(absmax2=weight.nested.absmax, code2=weight.nested.code, offset=weight.nested.offset)
+        for name in ("absmax", "code", "offset"):
+            check_memory(f"nested {name}", getattr(weight.nested, name))
 
 
 def checked_weight(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .. import layout
 from ..codebooks import codebook_names, create_dynamic_map, get_codebook
-from .lending import LentBytes
+from .prepared import MayBePrepared
 
 __all__ = ["BLOCKSIZES", "NESTED_BLOCKSIZE", "WEIGHT_DTYPES", "Fields", "NestedFields", "Reader", "check_packed"]
 
@@ -266,7 +266,7 @@ class Reader:
         if not isinstance(packed, Tensor) or packed.layout != torch.strided:
             raise ValueError(f"{key}: wanted the packed weight as a dense tensor, got {describe(packed)}")
         check_packed(packed, shape, key)
-        if not isinstance(packed, LentBytes):  # which may be a placeholder
+        if not isinstance(packed, MayBePrepared):  # which may be a placeholder
             self._check_holds(key, packed)
 
     def _check_holds(self, key: str, value: Tensor) -> None:

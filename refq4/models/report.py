@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..internals import ops
 from ..quantization import dequantize_4bit, slice_state
-from ..registry import requested_backend
 from ..state import QuantState
 from ..trace import Shown
 
@@ -158,10 +156,6 @@ def squared_error(weight: Tensor, packed: Tensor, state: QuantState) -> tuple[fl
     flat = state.copy()
     flat.shape = torch.Size((weight.numel(),))  # blocks run over the flattened tensor: any multiple of one is a cut
     canonical, exact = flat.packed_weight(packed), weight.detach().reshape(-1)
-    if exact.dtype == state.dtype:
-        sums = ops.squared_error(canonical, exact, requested_backend(None))
-        if sums is not None:
-            return sums
     error = norm = 0.0
     for start in range(0, weight.numel(), _SECTION):
         stop = min(start + _SECTION, weight.numel())

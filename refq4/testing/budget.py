@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..internals import ops
+from ..internals import dispatch
 from ..state import QuantState
 
 FEW, ORDERS = 1024, 8
@@ -92,7 +92,7 @@ def oracle(x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None, 
     """
     plain = state.copy()
     plain.dtype = torch.float32
-    weight = ops.dequantize_4bit(plain.packed_weight(B), torch.float32, backend).double()
+    weight = dispatch.dequantize_4bit(plain.packed_weight(B), torch.float32, backend).double()
     return torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
 
 
@@ -124,10 +124,10 @@ def error_budget(
     with torch.no_grad():
         exact = oracle(x, B, state, bias, backend)
         cast = None if bias is None else bias.to(x.dtype)
-        reference = ops.matmul("gemm_4bit", x, state.packed_weight(B), cast, backend)
+        reference = dispatch.product("gemm_4bit", x, state.packed_weight(B), cast, backend)
         budget = Budget.of(exact, reference, x.dtype)
         if 0 < reference.numel() < FEW:
-            weight = ops.dequantize_4bit(state.packed_weight(B), x.dtype, backend)
+            weight = dispatch.dequantize_4bit(state.packed_weight(B), x.dtype, backend)
             budget = max([budget, *_other_orders(x, weight, cast, exact)], key=lambda b: float(b.allowed.max()))
     return Budget(exact, reference, budget.allowed)
 

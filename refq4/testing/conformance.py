@@ -28,8 +28,8 @@ from torch import Tensor
 from .. import nn
 from ..backend import BackendUnsupportedError
 from ..codebooks import create_dynamic_map
-from ..internals import ops
-from ..matmul import matmul_4bit
+from ..internals import dispatch
+from ..matmul import describe, matmul_4bit
 from ..quantization import dequantize_4bit, quantize_4bit
 from ..registry import check_usable, use_backend
 from ..state import QuantState
@@ -169,9 +169,9 @@ class _Asked:
 def _quantize_4bit(asked: _Asked) -> None:
     case = asked.case
     allowed = case.weights == "not finite"
-    wanted = ops.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.against)
+    wanted = dispatch.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.against)
     with trace() as t:
-        got = ops.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.backend)
+        got = dispatch.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.backend)
     asked.ran_here(t)
     assert_same_bits(_one_nan(got[1]), _one_nan(wanted[1]), "absmax")
     try:
@@ -184,18 +184,18 @@ def _quantize_4bit(asked: _Asked) -> None:
 def _dequantize_4bit(asked: _Asked) -> None:
     B, state = asked.quantised()
     weight = state.packed_weight(B)
-    wanted = ops.dequantize_4bit(weight, asked.case.torch_dtype, asked.against)
+    wanted = dispatch.dequantize_4bit(weight, asked.case.torch_dtype, asked.against)
     with trace() as t:
-        got = ops.dequantize_4bit(weight, asked.case.torch_dtype, asked.backend)
+        got = dispatch.dequantize_4bit(weight, asked.case.torch_dtype, asked.backend)
     asked.ran_here(t)
     assert_same_bits(_one_nan(got), _one_nan(wanted), "decoded weight")
 
 
 def _quantize_blockwise(asked: _Asked) -> None:
     code = create_dynamic_map().to(asked.device)
-    wanted = ops.quantize_blockwise(asked.W, code, asked.case.blocksize, asked.against)
+    wanted = dispatch.quantize_blockwise(asked.W, code, asked.case.blocksize, asked.against)
     with trace() as t:
-        got = ops.quantize_blockwise(asked.W, code, asked.case.blocksize, asked.backend)
+        got = dispatch.quantize_blockwise(asked.W, code, asked.case.blocksize, asked.backend)
     asked.ran_here(t)
     assert_same_bits(_one_nan(got[1]), _one_nan(wanted[1]), "absmax")
     assert_same_bits(got[0], wanted[0], "8-bit codes")
@@ -203,10 +203,10 @@ def _quantize_blockwise(asked: _Asked) -> None:
 
 def _dequantize_blockwise(asked: _Asked) -> None:
     case, code = asked.case, create_dynamic_map().to(asked.device)
-    q, absmax = ops.quantize_blockwise(asked.W, code, case.blocksize, asked.against)
-    wanted = ops.dequantize_blockwise(q, absmax, code, case.blocksize, case.torch_dtype, asked.against)
+    q, absmax = dispatch.quantize_blockwise(asked.W, code, case.blocksize, asked.against)
+    wanted = dispatch.dequantize_blockwise(q, absmax, code, case.blocksize, case.torch_dtype, asked.against)
     with trace() as t:
-        got = ops.dequantize_blockwise(q, absmax, code, case.blocksize, case.torch_dtype, asked.backend)
+        got = dispatch.dequantize_blockwise(q, absmax, code, case.blocksize, case.torch_dtype, asked.backend)
     asked.ran_here(t)
     assert_same_bits(_one_nan(got), _one_nan(wanted), "decoded values")
 
@@ -215,7 +215,7 @@ def _product(asked: _Asked) -> None:
     case = asked.case
     B, state = asked.quantised()
     with trace() as t:
-        got = ops.matmul(case.check, asked.x, state.packed_weight(B), asked.bias, asked.backend)
+        got = dispatch.product(case.check, asked.x, state.packed_weight(B), asked.bias, asked.backend)
     asked.ran_here(t)
     budget = error_budget(asked.x, B, state, asked.bias, backend=asked.against)
     asked.product_within(budget, got, "product", lambda: diagnose_product(got, asked.x, B, state, asked.bias))
@@ -229,7 +229,8 @@ def _own_layout(asked: _Asked) -> None:
     if engine is None or prepared is None:
         raise _NoSuchThing("it reads this weight in the canonical layout")
     with trace() as t:
-        got = ops.matmul_prepared(asked.x, prepared, asked.bias)
+        op = describe(asked.x, state, asked.x.dtype, gradient=False, own_layout=True)[1].op
+        got = dispatch.product(op, asked.x, prepared, asked.bias, prepared.backend)
     asked.ran_here(t)
     budget = error_budget(asked.x, B, state, asked.bias, backend=asked.against)
     hint = lambda: diagnose_product(got, asked.x, B, state, asked.bias)  # noqa: E731

@@ -1,0 +1,364 @@
+"""Where a call meets a backend: every operand is checked, the backend found, and the trace told.
+
+    functional.py, matmul.py --> product(op, A, weight, bias, backend)
+                                   |  as a rule          straight to the backend
+                                   '- where something stands between (a compiler, a transform, a wanted gradient)
+                                        torch.ops.refq4.<op> --> its kernel, below: the same function
+
+A backend reads its operands by address, so what reaches one is checked here (``refq4/internals/checks.py``). The
+argument ``backend`` is a choice ("auto", a name), which is then resolved here, or what ``registry.resolve`` found for
+the whole call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import registry
+from ..backend import Backend, Call, PackedWeight, PreparedWeight
+from ..codebooks import code_from_values, get_codebook
+from ..registry import Resolved
+from ..trace import OpRecord, current
+from .checks import (
+    check_blockwise,
+    check_code,
+    check_memory,
+    check_prepared,
+    check_product,
+    check_quantisable,
+    check_target,
+    check_weight_memory,
+    checked_weight,
+)
+from .schemas import flatten, implement
+
+__all__ = [
+    "dequantize_4bit",
+    "dequantize_blockwise",
+    "grad_input",
+    "is_deferred",
+    "product",
+    "quantize_4bit",
+    "quantize_blockwise",
+    "wants_grad",
+]
+
+
+# --- quantising and decoding ----------------------------------------------------------------------------------------
+
+
+def quantize_4bit(
+    A: Tensor, blocksize: int, quant_type: str, allow_nonfinite: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """A [any shape] -> packed uint8 [ceil(numel/2)], absmax fp32 [blocks]."""
+    packed, absmax = torch.ops.refq4.quantize_4bit.default(A, blocksize, quant_type, allow_nonfinite, backend)
+    return packed, absmax
+
+
+def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype, backend: str) -> Tensor:
+    """-> ``dtype`` [weight.shape]."""
+    out: Tensor = torch.ops.refq4.dequantize_4bit.default(*flatten(weight), dtype, backend)
+    return out
+
+
+def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -> tuple[Tensor, Tensor]:
+    """A [any shape], code fp32 [<= 256] -> codes uint8 [same shape], absmax fp32 [blocks]."""
+    q, absmax = torch.ops.refq4.quantize_blockwise.default(A, code, blocksize, backend)
+    return q, absmax
+
+
+def dequantize_blockwise(
+    q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """Codes uint8 [any shape] -> ``dtype`` [same shape]."""
+    out: Tensor = torch.ops.refq4.dequantize_blockwise.default(q, absmax, code, blocksize, dtype, backend)
+    return out
+
+
+def _quantize_4bit(
+    A: Tensor, blocksize: int, quant_type: str, allow_nonfinite: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    check_quantisable(A, blocksize)
+    A = A.contiguous()
+    check_memory("A", A)
+    call = _elementwise("quantize_4bit", A, A.dtype, blocksize, quant_type)
+    code = get_codebook(quant_type).on(A.device)
+    packed, absmax = _run(call, backend, lambda b: b.quantize_4bit(A, code, blocksize))
+    if not allow_nonfinite:
+        _refuse_nonfinite(absmax, blocksize)
+    return packed, absmax
+
+
+def _refuse_nonfinite(absmax: Tensor, blocksize: int) -> None:
+    """A block's absmax is finite exactly when all its elements are, so the scales alone tell."""
+    bad = ~absmax.isfinite()
+    if bool(bad.any()):
+        block = int(bad.nonzero()[0])
+        raise ValueError(
+            f"the tensor to quantise has a NaN or an infinity: {int(bad.sum())} of {absmax.numel()} blocks of "
+            f"{blocksize} hold one, the first is block {block} (elements {block * blocksize} to "
+            f"{(block + 1) * blocksize - 1} of the flattened tensor). It would spoil its block, and with double "
+            f"quantisation the whole tensor. Clean the tensor, or pass allow_nonfinite=True to quantise it as it is."
+        )
+
+
+def _decode(weight: PackedWeight, dtype: torch.dtype, backend: str | Resolved) -> Tensor:
+    check_weight_memory(weight)
+    check_target(dtype)
+    numel, nested, device = torch.Size(weight.shape).numel(), weight.nested is not None, weight.packed.device.type
+
+    def call() -> Call:
+        return Call("dequantize_4bit", device, dtype, 1, 1, numel, weight.blocksize, weight.quant_type, nested)
+
+    result: Tensor = _run(call, backend, lambda b: b.dequantize_4bit(weight, dtype))
+    return result
+
+
+def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -> tuple[Tensor, Tensor]:
+    check_quantisable(A, blocksize)
+    check_code(code, A.device)
+    A = A.contiguous()
+    check_memory("A", A)
+    check_memory("code", code)
+    call = _elementwise("quantize_blockwise", A, A.dtype, blocksize, f"{code.numel()} values")
+    rule = code_from_values(code)
+    q, absmax = _run(call, backend, lambda b: b.quantize_blockwise(A, rule, blocksize))
+    return q, absmax
+
+
+def _dequantize_blockwise(
+    q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    q, absmax, code = q.contiguous(), absmax.contiguous(), code.contiguous()
+    for name, tensor in (("codes", q), ("absmax", absmax), ("code", code)):
+        check_memory(name, tensor)
+    check_blockwise(q, absmax, code, blocksize)
+    check_target(dtype)
+    call = _elementwise("dequantize_blockwise", q, dtype, blocksize, f"{code.numel()} values")
+    result: Tensor = _run(call, backend, lambda b: b.dequantize_blockwise(q, absmax, code, blocksize, dtype))
+    return result
+
+
+def _elementwise(op: str, tensor: Tensor, dtype: torch.dtype, blocksize: int, code: str) -> Callable[[], Call]:
+    return lambda: Call(op, tensor.device.type, dtype, 1, 1, tensor.numel(), blocksize, code)
+
+
+# --- the product ----------------------------------------------------------------------------------------------------
+
+
+def product(
+    op: str, A: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, backend: str | Resolved
+) -> Tensor:
+    """A [..., K] times the transpose of weight [N, K], plus bias [N] -> [..., N]; ``op`` is gemv_4bit or gemm_4bit.
+
+    The way through torch's dispatcher costs as much as the product of a small layer. Where nothing there would act on
+    the call, it goes straight to the backend.
+    """
+    own = isinstance(weight, PreparedWeight)
+    if _nothing_intercepts(A, bias) and (own or not (wants_grad(A) or wants_grad(bias))):
+        return _product(op, A, weight, bias, backend)
+    name = backend if isinstance(backend, str) else backend.backend.name
+    if isinstance(weight, PreparedWeight):
+        out: Tensor = torch.ops.refq4.matmul_prepared.default(A, *_flatten_prepared(weight), bias, op, name)
+    else:
+        out = getattr(torch.ops.refq4, op).default(A, *flatten(weight), bias, name)
+    return out
+
+
+def grad_input(grad: Tensor, weight: PackedWeight, backend: str | Resolved) -> Tensor:
+    """The gradient of a product's input: grad [..., N] times weight [N, K] -> [..., K].
+
+    An op, so that a compiler keeps its result's rounding: fused with what follows, bf16 would be computed in fp32.
+    """
+    if _nothing_intercepts(grad, None) and not wants_grad(grad):
+        return _grad_input(grad, weight, backend)
+    name = backend if isinstance(backend, str) else backend.backend.name
+    out: Tensor = torch.ops.refq4.grad_input_4bit.default(grad, *flatten(weight), name)
+    return out
+
+
+def is_deferred() -> bool:
+    """Whether a call now is traced, or transformed before it runs: then nothing is resolved and nothing prepared."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _nothing_intercepts(A: Tensor, bias: Tensor | None) -> bool:
+    return (
+        type(A) is Tensor
+        and (bias is None or type(bias) in _PLAIN)
+        and not is_deferred()
+        and not A.is_neg()
+        and (bias is None or not bias.is_neg())
+        and not torch._C._len_torch_function_stack()
+        and not torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+def wants_grad(tensor: Tensor | None) -> bool:
+    """Whether a derivative of this operand may be wanted, in reverse or (jvp, jacfwd) in forward mode.
+
+    Forward mode leaves no mark on its tensors that could be read, so inside it every operand counts as wanted.
+    """
+    if tensor is None:
+        return False
+    return (tensor.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
+
+
+def _product(
+    op: str, A: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, backend: str | Resolved
+) -> Tensor:
+    first = weight.packed if isinstance(weight, PackedWeight) else weight.tensors[0]
+    check_product(A, weight.shape, bias, first.device)
+    n, k = weight.shape
+    if A.numel() == 0 or n == 0:
+        return _nothing_to_sum(A, n, bias)
+    x = (A if A.ndim == 2 else A.reshape(-1, k)).contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    check_memory("A", x)
+    if bias is not None:
+        check_memory("bias", bias)
+    if isinstance(weight, PackedWeight):
+        check_weight_memory(weight)
+    m = x.shape[0]
+    if op == "gemv_4bit" and m != 1:
+        raise ValueError(f"gemv_4bit takes one token, A {list(A.shape)} has {m}: use gemm_4bit")
+
+    def call() -> Call:
+        kind = (False, weight.layout) if isinstance(weight, PreparedWeight) else (weight.nested is not None,)
+        return Call(op, A.device.type, A.dtype, m, n, k, weight.blocksize, weight.quant_type, *kind)
+
+    return _as_rows_of(A, _run(call, backend, lambda b: getattr(b, op)(x, weight, bias)))
+
+
+def _as_rows_of(A: Tensor, y: Tensor) -> Tensor:
+    """The product y [M, N] as [..., N] of A [..., K]: a tensor of its own, not a view.
+
+    autograd forbids writing in place to a view that a custom Function returned, and ``ReLU(inplace=True)`` or
+    ``y += 1`` after a layer do that.
+    """
+    if A.ndim == 2:
+        return y
+    fresh: Tensor = torch.ops.aten._unsafe_view.default(y, (*A.shape[:-1], y.shape[-1]))
+    return fresh
+
+
+def _nothing_to_sum(A: Tensor, n: int, bias: Tensor | None) -> Tensor:
+    """No tokens, no outputs, or K = 0: an empty result, or the bias. Backends never see such a call."""
+    y = A.new_zeros((*A.shape[:-1], n))
+    return y if bias is None else y + bias
+
+
+def _grad_input(grad: Tensor, weight: PackedWeight, backend: str | Resolved) -> Tensor:
+    """Decode W and multiply.
+
+    W is decoded again instead of being kept: that is what makes training on a 4-bit weight cheap in memory. It is
+    decoded to grad's dtype with a single rounding. On processors on which torch takes tens of times as long for a
+    product in half precision, the rounded numbers are multiplied as fp32.
+    """
+    dtype = grad.dtype
+    within = torch.float32 if grad.device.type == "cpu" and dtype in _SLOW_ON_CPU else dtype
+    return (grad.to(within) @ _decode(weight, dtype, backend).to(within)).to(dtype)
+
+
+def _dtypes_without_cpu_products() -> tuple[torch.dtype, ...]:
+    """The half precisions that oneDNN can't multiply here; what torch does instead is a plain loop."""
+    # Other processors than x86 have products of their own, or none.
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return ()
+    fast = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return tuple(dtype for dtype, supported in fast.items() if not supported)
+
+
+_SLOW_ON_CPU = _dtypes_without_cpu_products()
+
+
+# --- a backend runs an op -------------------------------------------------------------------------------------------
+
+
+def _run(describe: Callable[[], Call], backend: str | Resolved, compute: Callable[[Backend], Any]) -> Any:
+    """Let the backend compute, and tell the trace; an error in the middle says whose it was."""
+    found = registry.resolve(describe(), backend) if isinstance(backend, str) else backend
+    listener = current()
+    start = time.perf_counter_ns() if listener is not None else 0
+    try:
+        result = compute(found.backend)
+    except Exception as error:
+        error.add_note(f"raised while backend {found.backend.name!r} ran {describe()}")
+        raise
+    if listener is not None:
+        micros, call = (time.perf_counter_ns() - start) / 1e3, describe()
+        name, kernel = found.backend.name, found.backend.kernel(call)
+        listener.op(OpRecord(call.op, name, kernel, str(call), list(found.passed_over), micros))
+    return result
+
+
+# --- the ops --------------------------------------------------------------------------------------------------------
+
+
+def _op_of_product(op: str) -> Callable[..., Tensor]:
+    def kernel(A: Tensor, *args: Any) -> Tensor:
+        *flat, bias, backend = args
+        return _product(op, A, checked_weight(*flat), bias, backend)
+
+    return kernel
+
+
+def _op_of_grad_input(grad: Tensor, *args: Any) -> Tensor:
+    *flat, backend = args
+    return _grad_input(grad, checked_weight(*flat), backend)
+
+
+def _op_of_dequantize(*args: Any) -> Tensor:
+    *flat, dtype, backend = args
+    return _decode(checked_weight(*flat), dtype, backend)
+
+
+def _flatten_prepared(weight: PreparedWeight) -> tuple[Any, ...]:
+    return list(weight.tensors), weight.layout, weight.shape, weight.blocksize, weight.quant_type
+
+
+def _prepared(*flat: Any) -> PreparedWeight:
+    tensors, layout_name, shape, blocksize, quant_type, backend = flat
+    n, k = check_prepared(tensors, layout_name, shape, blocksize)
+    return PreparedWeight(backend, layout_name, tuple(tensors), (n, k), blocksize, quant_type)
+
+
+def _op_of_prepared(A: Tensor, *args: Any) -> Tensor:
+    *flat, bias, op, backend = args
+    return _product(op, A, _prepared(*flat, backend), bias, backend)
+
+
+def _op_of_restore(*args: Any) -> Tensor:
+    *flat, name = args
+    prepared, backend = _prepared(*flat, name), registry.check_usable(name)
+    if backend is None:
+        raise ValueError('restore_weight wants the name of the backend that prepared the weight, not "auto"')
+    return backend.restore_weight(prepared).packed
+
+
+implement("quantize_4bit", _quantize_4bit)
+implement("dequantize_4bit", _op_of_dequantize)
+implement("quantize_blockwise", _quantize_blockwise)
+implement("dequantize_blockwise", _dequantize_blockwise)
+implement("gemv_4bit", _op_of_product("gemv_4bit"))
+implement("gemm_4bit", _op_of_product("gemm_4bit"))
+implement("grad_input_4bit", _op_of_grad_input)
+implement("matmul_prepared", _op_of_prepared)
+implement("restore_weight", _op_of_restore)

@@ -1,0 +1,71 @@
+"""Lay out the weights of a whole model for inference before its first call, and back.
+
+    refq4.prepare(model)     each 4-bit layer's weight in the layout that the backend in effect reads fastest
+    refq4.restore(model)     the stored bytes again
+
+Nobody needs to call these: the first inference of a layer prepares it, and whatever reads its weight restores it.
+They are for when that should happen: before a model is compiled or measured, or before another program reads it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..internals.prepared import MayBePrepared
+from ..nn import Linear4bit
+from ..pipeline import choose_layout, recover_quant_state
+
+__all__ = ["prepare", "restore"]
+
+
+def prepare(model: nn.Module) -> int:
+    """Prepare every 4-bit layer of a model that is in evaluation mode.
+
+    A layer that inference would leave as it is stored (something else owns its weight, or the backend has no layout of
+    its own) stays so. One that was restored too often for inference to prepare it again is prepared.
+
+    Returns:
+        How many layers are prepared now.
+
+    Raises:
+        RuntimeError: a layer has not been quantised.
+
+    Example:
+        >>> import refq4
+        >>> model = nn.Sequential(refq4.nn.LinearNF4(64, 8)).to("cpu").eval()
+        >>> with refq4.use_backend("reference"):
+        ...     refq4.prepare(model)
+        0
+    """
+    for layer in _layers(model):
+        state, _ = recover_quant_state(layer)
+        weight = layer.weight
+        if isinstance(weight, MayBePrepared):
+            weight._restores = 0
+        x = torch.empty(1, layer.in_features, dtype=layer.compute_dtype or torch.float32, device=weight.device)
+        choose_layout(layer, state, x)
+    return sum(isinstance(layer.weight, MayBePrepared) and layer.weight.prepared for layer in _layers(model))
+
+
+def restore(model: nn.Module) -> int:
+    """Give every layer of a model its stored bytes back.
+
+    Returns:
+        How many layers were prepared.
+
+    Example:
+        >>> import refq4
+        >>> refq4.restore(nn.Sequential(refq4.nn.LinearNF4(64, 8)).to("cpu"))
+        0
+    """
+    weights = [layer.weight for layer in _layers(model)]
+    prepared = [weight for weight in weights if isinstance(weight, MayBePrepared) and weight.prepared]
+    for weight in prepared:
+        weight.restore()
+        weight._restores = 0
+    return len(prepared)
+
+
+def _layers(model: nn.Module) -> list[Linear4bit]:
+    return [module for module in model.modules() if isinstance(module, Linear4bit)]
