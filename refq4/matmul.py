@@ -11,7 +11,7 @@ nothing else does.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,7 +100,9 @@ def describe(
     x: Tensor, state: QuantState, dtype: torch.dtype, gradient: bool, own_layout: bool = False
 ) -> tuple[Call, Route]:
     """The call that a product of x [..., K], computed in ``dtype``, is to a backend, and its route."""
-    (n, k), blocksize = state.geometry()
+    # what a form was made of has been checked
+    geometry: Any = (state.shape, state.blocksize) if own_layout else state.geometry()
+    (n, k), blocksize = geometry
     tokens = x.numel() // k if k else x.shape[:-1].numel()  # the first of these may be a symbol
     way = route(tokens, k, blocksize, gradient, own_layout)
     name, nested = state.quant_type or "custom", state.state2 is not None
@@ -215,7 +217,7 @@ def matmul_4bit(
 
 def _bind(A: Tensor, B: Tensor, state: QuantState, choice: str) -> BoundWeight:
     call, way = describe(A, state, A.dtype, wants_grad(A))
-    unresolved = is_deferred() or A.numel() == 0 or call.n == 0
+    unresolved = is_deferred() or 0 in A.shape or call.n == 0
     return BoundWeight(state.packed_weight(B), way, choice if unresolved else registry.resolve(call, choice))
 
 

@@ -79,7 +79,8 @@ def linear_4bit(layer: Linear4bit, x: Tensor) -> Tensor:
     weight = step(2, *choose_layout(layer, state, x))
     bias = step(3, *align_bias(layer.bias, x.dtype))
     dtype = step(4, *choose_compute_dtype(layer, x))
-    remember_first_input(layer, x)
+    if layer.awaits_first_input:
+        remember_first_input(layer, x)
     a, bias = step(5, *cast_operands(x, bias, dtype))
     y = step(6, *multiply(a, weight, bias))
     return step(7, *cast_back(y, x.dtype))
@@ -109,12 +110,12 @@ def recover_quant_state(layer: Linear4bit | Embedding4bit) -> tuple[QuantState, 
         >>> state.shape, decision.choice
         (torch.Size([8, 64]), 'kept')
     """
-    state: QuantState | None = getattr(layer.weight, "quant_state", None)
+    weight = layer.weight
+    state = weight.quant_state if isinstance(weight, MayBePrepared) else getattr(weight, "quant_state", None)
     if state is not None:
         return state, STATE_ON_WEIGHT
-    state = layer.quant_state
-    if state is not None:
-        return state, STATE_FROM_MODULE
+    if layer.quant_state is not None:
+        return layer.quant_state, STATE_FROM_MODULE
     raise RuntimeError(
         f"this {type(layer).__name__} has not been quantised: call .to(device) on it (or on the model), which "
         f"quantises, or load a quantised state dict"
@@ -156,12 +157,12 @@ def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[Boun
         >>> weight.route.op, weight.backend.backend.name, decision.why
         ('gemv_4bit', 'reference', 'the backend computes on the stored layout')
     """
-    weight, gradient = layer.weight, wants_grad(x)
+    weight, gradient, deferred = layer.weight, wants_grad(x), is_deferred()
     stays = _must_stay(layer, weight, gradient)
-    form = weight.form(state) if stays is None else None
+    form = weight.form(state, deferred) if stays is None else None
     own_layout = form is not None and form.prepared is not None
     dtype, _ = choose_compute_dtype(layer, x)
-    if is_deferred() or x.numel() == 0 or layer.out_features == 0:
+    if deferred or 0 in x.shape or layer.out_features == 0:
         choice = registry.requested_backend(None)
         if form is not None and form.prepared is not None and form.choice == choice:
             return BoundWeight(form.prepared, describe(x, state, dtype, gradient, True)[1], choice), LAYOUT_OWN
@@ -186,7 +187,7 @@ def _must_stay(layer: Linear4bit, weight: Tensor, gradient: bool) -> Decision | 
         return LAYOUT_GRADIENT
     if not isinstance(weight, MayBePrepared):
         return LAYOUT_REBUILT
-    if getattr(layer.__dict__.get("_hf_hook"), "offload", False):
+    if "_hf_hook" in layer.__dict__ and getattr(layer._hf_hook, "offload", False):
         return LAYOUT_OFFLOADED
     return LAYOUT_IN_USE if weight._restores >= MOST_RESTORES else None
 
@@ -243,7 +244,7 @@ def choose_compute_dtype(layer: Linear4bit, x: Tensor) -> tuple[torch.dtype, Dec
     else:
         dtype, decision = layer.compute_dtype or x.dtype, COMPUTE_AS_INPUT
     cast = computing_dtype(x, dtype)
-    return (dtype, decision) if cast == dtype else (cast, COMPUTE_AUTOCAST)
+    return (dtype, decision) if cast is dtype else (cast, COMPUTE_AUTOCAST)
 
 
 INFERRED = (torch.float32, torch.bfloat16)
@@ -254,7 +255,7 @@ def remember_first_input(layer: Linear4bit, x: Tensor) -> None:
 
     fp16 input on a layer that computes in fp32, or whose compute dtype nobody chose, gets a warning if it is the first.
     """
-    if not layer.awaits_first_input or torch.compiler.is_compiling():  # a graph that did this would recompile
+    if torch.compiler.is_compiling():  # a graph that did this would recompile
         return
     if x.dtype == torch.float16 and layer.compute_dtype in (None, torch.float32):
         _warn_fp16(layer.compute_dtype, single_token=x.numel() == x.shape[-1])

@@ -250,15 +250,14 @@ def resolve(call: Call, requested: str) -> Resolved:
         BackendUnsupportedError: the backend asked for by name can't run this call.
     """
     if requested != AUTO:
-        backend = check_usable(requested)
-        assert backend is not None
-        reason = backend.can_run(call)
+        found = _ready[requested] if requested in _ready else _make_ready(requested)
+        reason = found.backend.can_run(call)
         if reason is not None:
             raise BackendUnsupportedError(
                 f"backend {requested!r} can't run {call}: {reason}. "
                 f'What would work: backend="auto" or "reference", which take every call.'
             )
-        return Resolved(backend)
+        return found
     passed_over: list[tuple[str, str]] = []
     for entry in _by_priority():
         if entry.only_by_name:
@@ -270,6 +269,16 @@ def resolve(call: Call, requested: str) -> Resolved:
     if not _registry():
         raise BackendUnavailableError(_not_installed())
     raise BackendUnsupportedError(f"no backend can run {call}: " + "; ".join(f"{n}: {r}" for n, r in passed_over))
+
+
+_ready: dict[str, Resolved] = {}  # the backends that were named and can work, until the registry changes
+
+
+def _make_ready(name: str) -> Resolved:
+    backend = check_usable(name)
+    assert backend is not None
+    _ready[name] = Resolved(backend)
+    return _ready[name]
 
 
 def _for_call(entry: _Entry, call: Call) -> tuple[Backend | None, str | None]:
@@ -372,6 +381,7 @@ def register_backend(backend: Backend, *, replace: bool = False) -> Backend:
             where = f"{type(backend).__module__}.{type(backend).__qualname__}"
             _registry()[backend.name] = _Entry(backend.name, f"register_backend({where})", backend=backend)
         _ordered = None
+        _ready.clear()
     return backend
 
 
@@ -399,6 +409,7 @@ def unregister_backend(name: str) -> None:
         if _registry().pop(name, None) is None:
             raise UnknownBackendError(f"unknown backend {name!r}; known: {', '.join(sorted(_registry()))}")
         _ordered = None
+        _ready.clear()
 
 
 def list_backends() -> list[str]:
@@ -475,4 +486,5 @@ def isolated_registry() -> Iterator[None]:
     finally:
         with _lock:
             (_entries, _chosen), _ordered = saved, None
+            _ready.clear()
         _mirror()

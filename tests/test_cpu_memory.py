@@ -81,7 +81,6 @@ for AT_END in (True, False):
             for w in (PackedWeight(packed, absmax, book.values, bs, (n, k), "nf4"),
                       PackedWeight(packed, q, book.values, bs, (n, k), "nf4", nested)):
                 backend.dequantize_4bit(w, dtype)
-                backend.squared_error(w, A)
                 p = backend.prepare_weight(w)
                 if p is not None:
                     backend.restore_weight(p)

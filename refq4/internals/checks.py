@@ -42,8 +42,10 @@ def check_blocksize(blocksize: int) -> int:
 
 def check_input(x: Tensor, n: int, k: int) -> None:
     """The door of a layer of weight [N, K]: x must be a dense float tensor [..., K], or a TypeError or ValueError."""
-    check_floats("the input of a 4-bit layer", x, ACTIVATION_DTYPES)
-    check_features(x, (n, k))
+    if type(x) is not Tensor or x.dtype not in ACTIVATION_DTYPES or x.layout is not torch.strided:
+        check_floats("the input of a 4-bit layer", x, ACTIVATION_DTYPES)
+    if x.ndim == 0 or x.shape[-1] != k:
+        check_features(x, (n, k))
 
 
 def check_features(A: Tensor, shape: tuple[int, ...]) -> None:
@@ -65,6 +67,10 @@ def check_bias(bias: Tensor, n: int, shape: tuple[int, ...]) -> None:
 
 def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device: torch.device) -> None:
     """Raise unless A [..., K] and bias [N] fit a weight of ``shape`` [N, K] on ``device``, in dtype and device, too."""
+    fits = A.dtype in ACTIVATION_DTYPES and A.layout is torch.strided and A.device == device
+    fits = fits and A.ndim > 0 and A.shape[-1:] == shape[1:]
+    if fits and (bias is None or (bias.shape == shape[:1] and bias.dtype == A.dtype and bias.device == device)):
+        return  # all is well, as a rule: what follows says what is not
     if len(shape) != 2:
         raise ValueError(f"a product wants a weight of two dimensions [N, K], this one has shape {list(shape)}")
     check_floats("A", A, ACTIVATION_DTYPES)
@@ -84,8 +90,11 @@ def check_memory(name: str, tensor: Tensor) -> None:
     """
     size = tensor.nbytes
     end = tensor.storage_offset() * tensor.itemsize + size
-    if size and (end > tensor.untyped_storage().nbytes() or tensor.data_ptr() == 0):
+    if size and (end > tensor.untyped_storage().nbytes() or (type(tensor) not in _PLAIN and tensor.data_ptr() == 0)):
         raise ValueError(f"{name} {show(tensor)} has no memory: its storage was freed, cut or never allocated")
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # whose storages have memory if they have a size
 
 
 def check_weight_memory(weight: PackedWeight) -> None:

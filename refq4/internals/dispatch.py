@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import registry
-from ..backend import Backend, Call, PackedWeight, PreparedWeight
+from ..backend import Call, PackedWeight, PreparedWeight
 from ..codebooks import code_from_values, get_codebook
 from ..registry import Resolved
 from ..trace import OpRecord, current
@@ -89,7 +89,7 @@ def _quantize_4bit(
     check_memory("A", A)
     call = _elementwise("quantize_4bit", A, A.dtype, blocksize, quant_type)
     code = get_codebook(quant_type).on(A.device)
-    packed, absmax = _run(call, backend, lambda b: b.quantize_4bit(A, code, blocksize))
+    packed, absmax = _run(call, backend, "quantize_4bit", A, code, blocksize)
     if not allow_nonfinite:
         _refuse_nonfinite(absmax, blocksize)
     return packed, absmax
@@ -116,7 +116,7 @@ def _decode(weight: PackedWeight, dtype: torch.dtype, backend: str | Resolved) -
     def call() -> Call:
         return Call("dequantize_4bit", device, dtype, 1, 1, numel, weight.blocksize, weight.quant_type, nested)
 
-    result: Tensor = _run(call, backend, lambda b: b.dequantize_4bit(weight, dtype))
+    result: Tensor = _run(call, backend, "dequantize_4bit", weight, dtype)
     return result
 
 
@@ -128,7 +128,7 @@ def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -
     check_memory("code", code)
     call = _elementwise("quantize_blockwise", A, A.dtype, blocksize, f"{code.numel()} values")
     rule = code_from_values(code)
-    q, absmax = _run(call, backend, lambda b: b.quantize_blockwise(A, rule, blocksize))
+    q, absmax = _run(call, backend, "quantize_blockwise", A, rule, blocksize)
     return q, absmax
 
 
@@ -141,7 +141,7 @@ def _dequantize_blockwise(
     check_blockwise(q, absmax, code, blocksize)
     check_target(dtype)
     call = _elementwise("dequantize_blockwise", q, dtype, blocksize, f"{code.numel()} values")
-    result: Tensor = _run(call, backend, lambda b: b.dequantize_blockwise(q, absmax, code, blocksize, dtype))
+    result: Tensor = _run(call, backend, "dequantize_blockwise", q, absmax, code, blocksize, dtype)
     return result
 
 
@@ -160,8 +160,9 @@ def product(
     The way through torch's dispatcher costs as much as the product of a small layer. Where nothing there would act on
     the call, it goes straight to the backend.
     """
-    own = isinstance(weight, PreparedWeight)
-    if _nothing_intercepts(A, bias) and (own or not (wants_grad(A) or wants_grad(bias))):
+    if _nothing_intercepts(A, bias, backend) and (
+        type(weight) is not PackedWeight or not (wants_grad(A) or wants_grad(bias))
+    ):
         return _product(op, A, weight, bias, backend)
     name = backend if isinstance(backend, str) else backend.backend.name
     if isinstance(weight, PreparedWeight):
@@ -176,7 +177,7 @@ def grad_input(grad: Tensor, weight: PackedWeight, backend: str | Resolved) -> T
 
     An op, so that a compiler keeps its result's rounding: fused with what follows, bf16 would be computed in fp32.
     """
-    if _nothing_intercepts(grad, None) and not wants_grad(grad):
+    if _nothing_intercepts(grad, None, backend) and not wants_grad(grad):
         return _grad_input(grad, weight, backend)
     name = backend if isinstance(backend, str) else backend.backend.name
     out: Tensor = torch.ops.refq4.grad_input_4bit.default(grad, *flatten(weight), name)
@@ -196,11 +197,11 @@ def is_deferred() -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _nothing_intercepts(A: Tensor, bias: Tensor | None) -> bool:
+def _nothing_intercepts(A: Tensor, bias: Tensor | None, backend: str | Resolved) -> bool:
     return (
         type(A) is Tensor
         and (bias is None or type(bias) in _PLAIN)
-        and not is_deferred()
+        and (type(backend) is Resolved or not is_deferred())  # resolved is only what is not deferred
         and not A.is_neg()
         and (bias is None or not bias.is_neg())
         and not torch._C._len_torch_function_stack()
@@ -224,24 +225,24 @@ def _product(
     first = weight.packed if isinstance(weight, PackedWeight) else weight.tensors[0]
     check_product(A, weight.shape, bias, first.device)
     n, k = weight.shape
-    if A.numel() == 0 or n == 0:
+    if 0 in A.shape or n == 0:
         return _nothing_to_sum(A, n, bias)
     x = (A if A.ndim == 2 else A.reshape(-1, k)).contiguous()
-    bias = bias if bias is None else bias.contiguous()
     check_memory("A", x)
     if bias is not None:
+        bias = bias.contiguous()
         check_memory("bias", bias)
-    if isinstance(weight, PackedWeight):
+    if type(weight) is PackedWeight:
         check_weight_memory(weight)
     m = x.shape[0]
     if op == "gemv_4bit" and m != 1:
         raise ValueError(f"gemv_4bit takes one token, A {list(A.shape)} has {m}: use gemm_4bit")
 
     def call() -> Call:
-        kind = (False, weight.layout) if isinstance(weight, PreparedWeight) else (weight.nested is not None,)
+        kind = (weight.nested is not None,) if isinstance(weight, PackedWeight) else (False, weight.layout)
         return Call(op, A.device.type, A.dtype, m, n, k, weight.blocksize, weight.quant_type, *kind)
 
-    return _as_rows_of(A, _run(call, backend, lambda b: getattr(b, op)(x, weight, bias)))
+    return _as_rows_of(A, _run(call, backend, op, x, weight, bias))
 
 
 def _as_rows_of(A: Tensor, y: Tensor) -> Tensor:
@@ -292,13 +293,13 @@ _SLOW_ON_CPU = _dtypes_without_cpu_products()
 # --- a backend runs an op -------------------------------------------------------------------------------------------
 
 
-def _run(describe: Callable[[], Call], backend: str | Resolved, compute: Callable[[Backend], Any]) -> Any:
+def _run(describe: Callable[[], Call], backend: str | Resolved, op: str, *operands: Any) -> Any:
     """Let the backend compute, and tell the trace; an error in the middle says whose it was."""
-    found = registry.resolve(describe(), backend) if isinstance(backend, str) else backend
+    found = backend if type(backend) is Resolved else registry.resolve(describe(), str(backend))
     listener = current()
     start = time.perf_counter_ns() if listener is not None else 0
     try:
-        result = compute(found.backend)
+        result = getattr(found.backend, op)(*operands)
     except Exception as error:
         error.add_note(f"raised while backend {found.backend.name!r} ran {describe()}")
         raise

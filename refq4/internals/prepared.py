@@ -45,6 +45,7 @@ class Form(NamedTuple):
         prepared: the weight in the backend's layout; None where the backend reads the stored one.
         backend: who made it.
         choice: of backend, in effect at that time.
+        geometry: shape and blocksize of the state.
         scales: the state's tensors that went in: absmax, code, offset, and absmax and code of the scales' own state.
         versions: those of them that count their edits, each with its count.
     """
@@ -52,6 +53,7 @@ class Form(NamedTuple):
     prepared: PreparedWeight | None
     backend: Backend
     choice: str
+    geometry: tuple[Any, Any]
     scales: tuple[Tensor | None, ...]
     versions: tuple[tuple[Tensor, int], ...]
 
@@ -64,6 +66,7 @@ class MayBePrepared:
     """
 
     data: Tensor
+    quant_state: QuantState | None
     _form: Form | None = None
     _restores: int = 0
 
@@ -72,10 +75,13 @@ class MayBePrepared:
         """Whether the bytes are in a backend's own layout."""
         return self._form is not None and self._form.prepared is not None
 
-    def form(self: Any, state: QuantState) -> Form | None:
-        """The form that was made of these bytes and of ``state`` as it is now; None if there is none."""
+    def form(self: Any, state: QuantState, deferred: bool = False) -> Form | None:
+        """The form that was made of these bytes and of ``state`` as it is now; None if there is none.
+
+        A call that is ``deferred`` (traced, say) takes no notice of edits of the scales in place.
+        """
         form: Form | None = self._form
-        if form is None:
+        if form is None or (state.shape, state.blocksize) != form.geometry:
             return None
         second = state.state2
         absmax, code, offset, absmax2, code2 = form.scales
@@ -83,7 +89,7 @@ class MayBePrepared:
             return None
         if absmax2 is not None if second is None else (second.absmax is not absmax2 or second.code is not code2):
             return None
-        if not torch.compiler.is_compiling():  # a graph takes no notice of edits in place
+        if not deferred:
             for tensor, version in form.versions:
                 if tensor._version != version:
                     return None
@@ -100,7 +106,8 @@ class MayBePrepared:
             nested = (None, None) if second is None else (second.absmax, second.code)
             scales = (state.absmax, state.code, state.offset, *nested)
             versions = tuple((t, t._version) for t in scales if t is not None and not t.is_inference())
-            form = Form(backend.prepare_weight(state.packed_weight(self)), backend, choice, scales, versions)
+            prepared = backend.prepare_weight(state.packed_weight(self))
+            form = Form(prepared, backend, choice, (state.shape, state.blocksize), scales, versions)
             with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
                 self._form = form  # first: who sees the placeholder must know what to do
                 if form.prepared is not None:

@@ -56,8 +56,6 @@ def declare(functions: CDLL) -> None:
     f.refq4_quantize.argtypes = [pointer, c_int, c_int64, c_int64, pointer, pointer, c_int, c_int, pointer, pointer,
                                  c_int, c_int]  # fmt: skip
     f.refq4_dequantize.argtypes = [weight, c_int, c_int64, pointer, c_int, c_int]
-    f.refq4_squared_error.argtypes = [weight, c_int64, pointer, c_int, pointer, c_int]
-    f.refq4_squared_error.restype = c_int
     f.refq4_tile.argtypes = [weight, c_int64, c_int64, pointer, c_int]
     f.refq4_untile.argtypes = [pointer, *[c_int64] * 3, pointer, pointer, c_int]
     f.refq4_limit.argtypes = [c_int, pointer, c_int64, c_int]

@@ -39,7 +39,11 @@ __all__ = ["CpuBackend"]
 # What finding, compiling and loading the kernels can end with.
 _UNUSABLE = (build.BuildError, CacheError, OSError, ValueError)
 
-LARGEST_BLOCK_COMPARED = 4096  # ROOM_ELEMENTS in kernels/squared_error.c
+_LARGEST_M = MEASURED_M[-1]
+
+
+class Tiles(PreparedWeight):
+    """A weight that this backend laid out itself, whose sizes need no check."""
 
 
 class CpuBackend(Backend):
@@ -54,6 +58,7 @@ class CpuBackend(Backend):
         self._library: build.Library | None = None
         self._addresses: dict[str, int] = {}  # of the library's product kernels
         self._threads = ""
+        self._forced: ProductKernel | None = None  # by the environment, when the library was loaded
         self._winners: Winners | None = None
         self._chosen: dict[tuple[Any, ...], ProductKernel] = {}
 
@@ -76,9 +81,11 @@ class CpuBackend(Backend):
             return f"it takes fp32, fp16 and bf16, not {call.dtype}"
         if call.layout not in ("canonical", TILES):
             return f"it reads the layouts canonical and {TILES}, not {call.layout}"
-        if call.op in ("gemv_4bit", "gemm_4bit") and (kernel := forced()) is not None:
+        if self._library is None:
+            self.library()
+        if self._forced is not None and call.op in ("gemv_4bit", "gemm_4bit"):
             tier = self.library().tier.number
-            return kernel.refuses(tier, call.dtype, call.m, call.k, call.blocksize, call.layout)
+            return self._forced.refuses(tier, call.dtype, call.m, call.k, call.blocksize, call.layout)
         return None
 
     def kernel(self, call: Call) -> str:
@@ -140,6 +147,7 @@ class CpuBackend(Backend):
                 declare(library.functions)
                 self._addresses = addresses(library)
                 self._threads = borrow_torch_threads(library.functions)
+                self._forced = forced()
                 self._library = library
             return self._library
 
@@ -188,19 +196,6 @@ class CpuBackend(Backend):
             torch.get_num_threads(),
         )  # fmt: skip
 
-    def squared_error(self, weight: PackedWeight, exact: Tensor) -> tuple[float, float] | None:
-        if weight.blocksize > LARGEST_BLOCK_COMPARED:
-            return None
-        sums = torch.empty(2, dtype=torch.float64)
-        status = self.library().functions.refq4_squared_error(
-            _struct(weight), exact.numel(), exact.data_ptr(), DTYPES[exact.dtype], sums.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        if status != 0:
-            raise MemoryError(f"refq4's CPU backend found no scratch memory to compare {exact.numel()} elements")
-        error, norm = sums.tolist()
-        return error, norm
-
     # --- products ---------------------------------------------------------------------------------------------
 
     def gemv_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
@@ -221,19 +216,18 @@ class CpuBackend(Backend):
         n, k = weight.shape
         m, dtype = x.shape[0], x.dtype
         y = torch.empty((m, n), dtype=dtype)
-        if y.numel() == 0:
+        if m == 0 or n == 0:
             return y
-        x = x if x.is_contiguous() else x.contiguous()
-        if isinstance(weight, PreparedWeight):
+        if type(weight) is not PackedWeight:
             if kernel is None:
                 kernel = self._kernel_for(dtype, m, k, weight.blocksize, weight.layout)
-            tensor, code = checked_tiles(weight)
+            tensor, code = weight.tensors[:2] if type(weight) is Tiles else checked_tiles(weight)
             tiles, as_struct = tensor.data_ptr(), code_struct(code, weight.blocksize)
         else:
             if kernel is None:
                 kernel = self._kernel_for(dtype, m, k, weight.blocksize, "canonical")
             tiles, as_struct = None, _struct(weight)
-        status = self.library().functions.refq4_product(
+        status = (self._library or self.library()).functions.refq4_product(
             self._addresses[kernel.name], x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
             DTYPES[dtype], m, n, k, tiles, as_struct, threads or torch.get_num_threads(),
         )  # fmt: skip
@@ -242,15 +236,14 @@ class CpuBackend(Backend):
         return y
 
     def _kernel_for(self, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str) -> ProductKernel:
-        key = (dtype, min(m, MEASURED_M[-1]), can_tile(k, blocksize), layout)
-        kernel = self._chosen.get(key)
-        if kernel is None:
-            self._chosen[key] = kernel = self._choose(dtype, m, k, blocksize, layout)
-        return kernel
+        key = (dtype, m if m < _LARGEST_M else _LARGEST_M, k, blocksize, layout)
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(dtype, m, k, blocksize, layout)
+        return self._chosen[key]
 
     def _choose(self, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str) -> ProductKernel:
         tier = self.library().tier.number
-        asked = forced()
+        asked = self._forced
         if asked is not None:
             if (reason := asked.refuses(tier, dtype, m, k, blocksize, layout)) is not None:
                 raise BackendUnsupportedError(f"backend 'cpu': {reason}")
@@ -281,7 +274,7 @@ class CpuBackend(Backend):
         if weight.nested is not None:  # tiles hold the scales undone; the way back needs the bytes they came from
             nested = weight.nested
             kept += [weight.absmax, nested.absmax, nested.code, nested.offset, torch.tensor(nested.blocksize)]
-        return PreparedWeight(self.name, TILES, tuple(kept), (n, k), weight.blocksize, weight.quant_type)
+        return Tiles(self.name, TILES, tuple(kept), (n, k), weight.blocksize, weight.quant_type)
 
     def restore_weight(self, prepared: PreparedWeight) -> PackedWeight:
         n, k = prepared.shape

@@ -42,7 +42,6 @@
 #include "gemv_4bit_3_avx512_bf16.c"
 #endif
 
-#include "squared_error.c"
 #include "limits.c"
 
 #define EXPORT __attribute__((visibility("default")))
@@ -108,12 +107,6 @@ EXPORT void refq4_dequantize(const Weight *weight, int bits, int64_t numel, void
     Dequantize d = {*weight, numel, (enum dtype)dtype, out, bits, threads};
     ask_for_large_pages(out, numel * (dtype == FP32 ? 4 : 2));
     DEQUANTIZE(&d);
-}
-
-EXPORT int refq4_squared_error(const Weight *weight, int64_t numel, const void *exact, int dtype, double *error_and_norm,
-                               int threads) {
-    Dequantize d = {*weight, numel, (enum dtype)dtype, NULL, 4, threads};
-    return squared_error(&d, exact, error_and_norm) ? OK : OUT_OF_MEMORY;
 }
 
 typedef struct {
