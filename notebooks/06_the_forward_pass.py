@@ -9,6 +9,7 @@
 # every step go the other way.
 
 # %%
+import inspect
 import warnings
 
 import torch
@@ -46,7 +47,17 @@ picture.table(
 )
 
 # %% [markdown]
-# That is the usual call, one token through a layer fresh from quantising. Now the steps one at a time.
+# That is the usual call, one token through a layer fresh from quantising. The function behind it is as long as the
+# table: each step takes values, and gives a value and a *decision* (what it chose, and why). `step` hands the value on,
+# and writes the decision down while somebody traces.
+
+# %%
+body = inspect.getsource(refq4.pipeline.linear_4bit).rpartition('"""')[2]
+print(body.strip("\n"))
+assert body.count("step(") == 7
+
+# %% [markdown]
+# Now the steps one at a time.
 #
 # ## 1 · Recover the quant state
 #
@@ -186,8 +197,9 @@ assert step(5, layer, x) == "cast"
 # ## 6 · Dispatch
 #
 # Two kernels do the work. A *GEMV* multiplies the matrix by one vector: for text that is generated word by word, and
-# it must be quick. `MatMul4Bit` takes any number of tokens and knows how to go backward (notebook 7). Which one? Four
-# questions, each can turn it:
+# it must be quick. A *GEMM* takes any number of tokens. That is the *op*, and it follows the number of tokens. The
+# *path* says who carries a gradient: `gemv_4bit` has none, `MatMul4Bit` knows how to go backward (notebook 7). Which
+# path? Four questions, each can turn it:
 
 # %%
 layer = new_layer()
