@@ -13,8 +13,14 @@ import nox
 nox.options.sessions = ["tests", "oldest", "package", "docs"]
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 # Tests that need PyTorch and nothing else: no compiler, no Unix, no other library.
-_NAMES = ("codebooks", "golden", "state", "layers", "pipeline", "quantize_model")
-PORTABLE = [f"tests/test_{name}.py" for name in _NAMES]
+PORTABLE = [
+    "tests/core/test_codebooks.py",
+    "tests/peer/test_golden.py",
+    "tests/core/test_state.py",
+    "tests/core/test_layers.py",
+    "tests/core/test_pipeline.py",
+    "tests/models/test_quantize_model.py",
+]
 
 
 @nox.session(python=PYTHONS)
@@ -30,7 +36,7 @@ def tests(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     """The oldest torch of pyproject.toml, without the libraries that want a newer one."""
     session.install("torch==2.8.0", "-e", ".", "pytest", "hypothesis", "expecttest")
-    session.run("python", "-m", "pytest", *PORTABLE, "tests/test_quantize_checkpoint.py", *session.posargs)
+    session.run("python", "-m", "pytest", *PORTABLE, "tests/models/test_quantize_checkpoint.py", *session.posargs)
 
 
 @nox.session
@@ -47,7 +53,7 @@ def portable(session: nox.Session) -> None:
 def package(session: nox.Session) -> None:
     """Wheel and sdist: built, checked, and each installed into a fresh environment."""
     session.install("-e", ".[test]")
-    session.run("python", "-m", "pytest", "-m", "slow", "tests/test_packaging.py", *session.posargs)
+    session.run("python", "-m", "pytest", "-m", "slow", "tests/project/test_packaging.py", *session.posargs)
 
 
 @nox.session(python="3.11")

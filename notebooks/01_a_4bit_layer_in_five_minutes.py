@@ -13,9 +13,9 @@
 # %%
 import torch
 
-import picture
 import refq4
-from material import QUERY, encoder_inputs, encoder_linear
+from support import picture
+from support.material import QUERY, encoder_inputs, encoder_linear
 
 linear = encoder_linear(QUERY)
 tokens, x = encoder_inputs("The quick brown fox jumps over the lazy dog.")

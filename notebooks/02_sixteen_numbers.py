@@ -12,10 +12,10 @@ from statistics import NormalDist
 
 import torch
 
-import picture
 import refq4
-from material import encoder_linears, encoder_tensor
 from refq4.codebooks import Codebook, create_normal_map, get_codebook
+from support import picture
+from support.material import encoder_linears, encoder_tensor
 
 everything = torch.cat([encoder_tensor(f"{name}.weight").flatten() for name in encoder_linears()])
 blocks = everything.view(-1, 64)

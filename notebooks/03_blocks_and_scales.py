@@ -13,10 +13,10 @@ from statistics import NormalDist
 
 import torch
 
-import picture
 import refq4
-from material import FEED_FORWARD, encoder_tensor
 from refq4.functional import dequantize_4bit, quantize_4bit
+from support import picture
+from support.material import FEED_FORWARD, encoder_tensor
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 layers = {

@@ -10,10 +10,10 @@
 # %%
 import torch
 
-import picture
 import refq4
-from material import FEED_FORWARD, encoder_linear, encoder_linears, encoder_tensor
 from refq4.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
+from support import picture
+from support.material import FEED_FORWARD, encoder_linear, encoder_linears, encoder_tensor
 
 W = encoder_tensor(f"{FEED_FORWARD}.weight")
 packed, plain = quantize_4bit(W, quant_type="nf4")

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-import picture
 import refq4
-from material import FEED_FORWARD, encoder_linear, quiet_bitsandbytes
 from refq4 import layout
 from refq4.functional import QuantState, dequantize_4bit, quantize_4bit
+from support import picture
+from support.material import FEED_FORWARD, encoder_linear, quiet_bitsandbytes
 
 weights = torch.tensor([0.5, -1.0, 0.0, 0.1, 0.75, -0.2, 0.3, 1.0])
 packed, state = quantize_4bit(weights, quant_type="nf4")

@@ -14,9 +14,9 @@ import warnings
 
 import torch
 
-import picture
 import refq4
-from material import QUERY, encoder_inputs, encoder_linear
+from support import picture
+from support.material import QUERY, encoder_inputs, encoder_linear
 
 refq4.set_backend("reference")  # the plain engine: the same decisions on every machine
 tokens, x = encoder_inputs("The quick brown fox jumps over the lazy dog.")

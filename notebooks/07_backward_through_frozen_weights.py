@@ -19,11 +19,11 @@
 # %%
 import torch
 
-import picture
 import refq4
-from material import QUERY, encoder_inputs, encoder_linear
 from refq4.autograd import MatMul4Bit
 from refq4.functional import dequantize_4bit, quantize_4bit
+from support import picture
+from support.material import QUERY, encoder_inputs, encoder_linear
 
 linear = encoder_linear(QUERY)
 layer = refq4.nn.Linear4bit.from_linear(linear, quant_type="nf4").train()

@@ -21,8 +21,8 @@ import torch
 from refq4_cpu import CpuBackend
 
 import refq4
-import roofs
 from refq4.functional import dequantize_4bit, quantize_4bit
+from support import roofs
 
 torch.set_num_threads(1)
 cpu = CpuBackend()

@@ -20,13 +20,11 @@ import torch
 from refq4_cpu import CpuBackend
 from refq4_cpu.kernels import PRODUCT_KERNELS
 
-import picture
-import registers
-import roofs
 from refq4 import get_codebook
 from refq4.backend import Call
 from refq4.functional import quantize_4bit
 from refq4.testing import assert_within_budget, oracle
+from support import picture, registers, roofs
 
 torch.set_num_threads(1)
 cpu = CpuBackend()

@@ -17,12 +17,10 @@ from refq4_cuda.geometry import RUNGS
 from refq4_cuda.nvrtc import compile_variant
 from refq4_cuda.operands import rounded_table
 
-import picture
 import refq4
-import registers
-import stepping
 from refq4.functional import quantize_4bit
 from refq4.testing import assert_within_budget
+from support import picture, registers, stepping
 
 torch.set_num_threads(1)
 missing = refq4.backend_info("cuda-emulator")["reason"]

@@ -11,12 +11,11 @@
 import numpy as np
 import torch
 
-import errors
-import picture
 import refq4
 from refq4.functional import dequantize_4bit, matmul_4bit, quantize_4bit
 from refq4.reference import ReferenceBackend
 from refq4.testing import assert_same_bits, catalogue, check, error_budget, oracle, ulp, verify
+from support import errors, picture
 
 torch.set_num_threads(1)
 infos = [refq4.backend_info(name) for name in refq4.list_backends()]

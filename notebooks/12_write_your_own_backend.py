@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import errors
 import refq4
 from refq4.backend import Backend
 from refq4.testing import verify
+from support import errors
 
 torch.set_num_threads(1)
 history = {}

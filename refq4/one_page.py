@@ -1,7 +1,7 @@
 """The 4-bit linear layer on one page: NF4, blocks of 64, double quantisation; quantise, pack, decode, multiply.
 
 It imports nothing of refq4. Every other file generalises, checks or speeds up one of these functions, and a test holds
-the two to the same bits (``tests/test_one_page.py``):
+the two to the same bits (``tests/core/test_one_page.py``):
 
     nf4_code, dynamic_code -> codebooks.py      quantize, dequantize -> reference.py      the packing -> layout.py
     Linear4bit -> state.py (what it keeps), params.py and nn.py (the module), pipeline.py (the call)

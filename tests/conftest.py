@@ -67,6 +67,6 @@ def bnb(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.fixture
 def peer_path(request: pytest.FixtureRequest, bnb: ModuleType) -> Iterator[str]:
-    """The way in which the peer's layers compute in this test, whatever the processor: tests/peer_path.py."""
+    """The way in which the peer's layers compute in this test, whatever the processor: tests/support/peer_path.py."""
     with computing_on(bnb, getattr(request, "param", CANONICAL)) as path:
         yield path

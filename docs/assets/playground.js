@@ -1,5 +1,5 @@
 // The playground: refq4's quantise, pack and decode in the browser. Every operation is rounded to fp32 by Math.fround,
-// as the Python reference rounds it (refq4/reference.py); tests/test_site.py compares the two bit for bit.
+// as the Python reference rounds it (refq4/reference.py); tests/docs/test_site.py compares the two bit for bit.
 (() => {
   const root = document.getElementById("playground");
   if (!root) return;

@@ -9,7 +9,7 @@ bitsandbytes' own answer wherever an entry accounts for it:
     they differ, all accounted for ->  the peer's, and the entries' names are noted
     anything else                  ->  the reference's: the case differs still, and stays unexplained
 
-Not here: what the entries say to readers, and the tests that show each (``tests/test_differences.py``).
+Not here: what the entries say to readers, and the tests that show each (``tests/peer/test_differences.py``).
 """
 
 from __future__ import annotations

@@ -1,0 +1,244 @@
+"""transformers models on refq4 and on bitsandbytes, in turn, on this machine's CPU: generating, and QLoRA steps.
+
+python scripts/bench/models_bench.py generate               a Llama of 440 M random weights: prompt, then tokens
+python scripts/bench/models_bench.py qlora                  losses, time, memory of training steps with peft's adapters
+python scripts/bench/models_bench.py generate --json FILE   the figures as JSON ('-': standard output, tables to stderr)
+
+Both read the same 4-bit checkpoint, made by refq4. Times are medians of rounds in which each takes its turn; memory is
+the peak of a process that has one of them only, while it trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from rich.table import Table
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
+
+import refq4
+from refq4.integrations.transformers import Refq4Config
+from refq4.internals import verbatim
+
+ENGINES = {"refq4": Refq4Config, "bitsandbytes": BitsAndBytesConfig}
+SHAPES = {
+    "generate": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6, "num_attention_heads": 16},
+    "qlora": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 8},
+}
+TRAINING = (2, 64)  # sequences, tokens
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=SHAPES)
+    parser.add_argument("--rounds", type=int, default=5, help="turns that each takes (%(default)s)")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=9, help="tokens generated in each turn (%(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="training steps (%(default)s)")
+    parser.add_argument("--small", action="store_true", help="a model of a few thousand weights, to try the program")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    parser.add_argument("--memory-of", nargs=2, metavar=("ENGINE", "PATH"), help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if asked.memory_of:
+        print(json.dumps(peak_memory(*asked.memory_of, asked.steps)))
+        return 0
+    with checkpoint(asked) as (path, parameters):
+        report = machine() | {"parameters": parameters} | (generate if asked.what == "generate" else qlora)(path, asked)
+    verbatim.console(stderr=asked.json == "-").print(table(report))
+    if asked.json == "-":
+        print(json.dumps(report, indent=1))
+    elif asked.json:
+        Path(asked.json).write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+# --- generating -------------------------------------------------------------------------------------------------------
+
+
+def generate(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of the prompt and of a token after it, by engine."""
+    models = {name: load(name, path).eval() for name in ENGINES}
+    ids = torch.randint(0, 1000, (1, asked.prompt), generator=torch.Generator().manual_seed(0))
+    prompt: dict[str, list[float]] = {name: [] for name in models}
+    token: dict[str, list[float]] = {name: [] for name in models}
+    said = {}
+    for turn in range(asked.rounds + 1):
+        for name, model in models.items():
+            clock = Clock()
+            said[name] = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=asked.tokens,
+                min_new_tokens=asked.tokens,
+                do_sample=False,
+                stopping_criteria=[clock],
+            )[0, asked.prompt :].tolist()
+            if turn:  # the first one is where layouts are made and caches filled
+                prompt[name].append(clock.ms[0])
+                token[name] += clock.ms[1:]
+    return {
+        f"prompt of {asked.prompt} tokens, ms": medians(prompt),
+        "a token after it, ms": medians(token),
+        "tokens that are the same": sum(a == b for a, b in zip(*said.values(), strict=True)) / asked.tokens,
+    }
+
+
+class Clock(StoppingCriteria):
+    """Never stops; notes the milliseconds between the tokens."""
+
+    def __init__(self) -> None:
+        self.ms: list[float] = []
+        self._last = time.perf_counter()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        now = time.perf_counter()
+        self.ms.append(1e3 * (now - self._last))
+        self._last = now
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def qlora(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
+    """Losses, milliseconds of a step, and peak memory, by engine."""
+    runs = {name: training(name, path) for name in ENGINES}
+    losses: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for step in range(asked.steps):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            losses[name].append(next(run))
+            if step:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    apart = max(abs(a - b) / b for a, b in zip(*losses.values(), strict=True))
+    del runs
+    gc.collect()
+    memory = {}
+    for name in ENGINES:
+        command = [sys.executable, __file__, "qlora", "--steps", "3", "--memory-of", name, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        memory[name] = json.loads(done.stdout)
+    return {
+        "a training step, ms": medians(times),
+        "peak memory while training, MB": memory,
+        "losses": losses,
+        "largest relative distance of the losses": apart,
+    }
+
+
+def training(engine: str, path: Path) -> Iterator[float]:
+    """The loss of one step after the other, on the same few sequences; the recipe of QLoRA."""
+    torch.manual_seed(0)
+    model = prepare_model_for_kbit_training(load(engine, path), gradient_checkpointing_kwargs={"use_reentrant": False})
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config).train()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    ids = torch.randint(0, 1000, TRAINING, generator=torch.Generator().manual_seed(0))
+    while True:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        yield loss.item()
+
+
+def peak_memory(engine: str, path: str, steps: int) -> float:
+    """MB that this process holds at most while it takes a few training steps, after a first one."""
+    run = training(engine, Path(path))
+    next(run)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    for _ in range(steps):
+        next(run)
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+# --- models and reports -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def checkpoint(asked: argparse.Namespace) -> Iterator[tuple[Path, int]]:
+    """A Llama of random weights in NF4 with bf16 around it, on disk; and how many weights it has."""
+    shape = SHAPES[asked.what]
+    if asked.small:
+        shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=1000 if asked.small else 32000, **shape, eos_token_id=None)
+        full = LlamaForCausalLM(config).to(torch.bfloat16)
+        full.save_pretrained(home / "full")
+        parameters = full.num_parameters()
+        del full
+        model = AutoModelForCausalLM.from_pretrained(
+            home / "full", quantization_config=config_of("refq4"), dtype=torch.bfloat16
+        )
+        model.save_pretrained(home / "nf4")
+        del model
+        gc.collect()
+        yield home / "nf4", parameters
+
+
+def config_of(engine: str) -> Any:
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    return ENGINES[engine](load_in_4bit=True, **settings)
+
+
+def load(engine: str, path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config_of(engine), dtype=torch.bfloat16)
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def machine() -> dict[str, Any]:
+    cpu = refq4.backend_info("cpu")
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    return {"processor": cpu.get("processor"), "tier": cpu.get("tier"), "threads": torch.get_num_threads()} | versions
+
+
+def table(report: dict[str, Any]) -> Table:
+    shown = Table(
+        title=f"Llama of {report['parameters'] / 1e6:.0f} M random weights, NF4, bf16; {report['processor']}, "
+        f"{report['tier']}, {report['threads']} threads; bitsandbytes {report['bitsandbytes']}",
+        title_justify="left",
+    )
+    for column in ("", *ENGINES, "bitsandbytes / refq4"):
+        shown.add_column(column, justify="right" if column else "left")
+    for name, value in report.items():
+        if isinstance(value, dict) and name != "losses":
+            ours, theirs = (value[engine] for engine in ENGINES)
+            shown.add_row(name, f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}")
+    for name in ("tokens that are the same", "largest relative distance of the losses"):
+        if name in report:
+            shown.add_row(name, f"{report[name]:.2g}", "", "")
+    if "losses" in report:
+        first_last = [f"{run[0]:.3f} -> {run[-1]:.3f}" for run in report["losses"].values()]
+        shown.add_row("first and last loss", *first_last, "")
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Every command and every program of the README and the how-to pages runs, in the order of the page.
+
+Commands of a page run in one directory, which holds a small Llama as ``model``. What is not run stands in ``NOT_RUN``
+with the reason, and what takes minutes in ``SLOW`` (``pytest -m slow``); an entry that no page needs any more is a
+failure. ``python -m refq4`` runs in this process, through the same ``main``: importing torch for each takes longer than
+all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from refq4 import cli, registry
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
+
+NOT_RUN = {  # a command that starts like this -> why
+    "python3 -m venv .venv &&": "installs; CI's own command is one of the two (tests/project/test_conventions.py)",
+    "command -v chromium": "installs a browser and headers with the system's packages",
+    "pip install": "installs",
+    "REFQ4_CPU_CFLAGS=": "a debugger waits for a person",
+    "REFQ4_CPU_KERNEL=": "my_script.py stands for a program of the reader's",
+    "python scripts/checks/sanitize_cpu.py": "run by tests/backends/cpu/test_cpu_sanitizers.py, which is slow",
+}
+SLOW = {  # the same, for what takes minutes on two cores
+    "python -m refq4 bench",
+    "python -m refq4 verify",
+    "REFQ4_CPU_TIER=c python -m refq4 verify",
+    "REFQ4_CPU_TIER=avx512 REFQ4_CPU_EMULATE=1 python -m refq4 verify",
+}
+# A backend called mine stands for the reader's own; here it is the CPU backend, asked the quick questions.
+STAND_INS = {"--import mine.py --backend mine": "--backend cpu --quick"}
+NOT_RUN_PROGRAMS: dict[str, str] = {  # a line that a program holds -> why it is not run
+    'set_backend("cuda")': "needs a GPU",
+}
+
+
+def commands(page: Path) -> Iterator[str]:
+    for block in re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = re.sub(r"\s#\s.*", "", line).removeprefix("$ ").strip()
+            if command and not command.startswith("#"):
+                yield command
+
+
+def programs(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def prefix_of(command: str, prefixes: object) -> str | None:
+    return next((prefix for prefix in prefixes if command.startswith(prefix)), None)
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a page's commands run: with a model, and with this environment's programs first on the PATH."""
+    torch.manual_seed(0)
+    (tmp_path / "model").mkdir()
+    tensors = {"model.embed_tokens.weight": torch.randn(32, 64), "lm_head.weight": torch.randn(32, 64)}
+    for name, shape in {"gate_proj": (128, 64), "up_proj": (128, 64), "down_proj": (64, 128)}.items():
+        tensors |= {f"model.layers.{i}.mlp.{name}.weight": torch.randn(shape) for i in range(2)}
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+def run(command: str) -> None:
+    command = with_stand_ins(command)
+    words = shlex.split(command)
+    if words[:3] == ["python", "-m", "refq4"] and not {"|", ";", "&&"} & set(words):
+        output = words.pop() if words[-2:-1] == [">"] else os.devnull
+        with open(output, "w") as file, contextlib.redirect_stdout(file):
+            assert cli.main([word for word in words[3:] if word != ">"]) == 0, command
+    else:
+        run_in_a_shell(command)
+
+
+def with_stand_ins(text: str) -> str:
+    for words, instead in STAND_INS.items():
+        text = text.replace(words, instead)
+    return text
+
+
+def run_in_a_shell(command: str) -> None:
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def of_pages(slow: bool) -> list[object]:
+    """A parameter for each page that has a command to run."""
+    wanted = {
+        page: [c for c in commands(page) if not prefix_of(c, NOT_RUN) and bool(prefix_of(c, SLOW)) == slow]
+        for page in PAGES
+    }
+    return [pytest.param(some, id=page.stem) for page, some in wanted.items() if some]
+
+
+@pytest.mark.parametrize("of_page", of_pages(slow=False))
+def test_the_commands_of_a_page_run(of_page, directory):
+    for command in of_page:
+        run(command)
+        assert list(directory.iterdir()), "each page has its directory"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of_page", of_pages(slow=True))
+def test_the_commands_that_take_minutes_run(of_page, directory):
+    for command in of_page:
+        run(command)
+        assert list(directory.iterdir()), "each page has its directory"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if programs(page)], ids=lambda page: page.stem)
+def test_the_programs_of_a_page_run(page, directory, capsys):
+    """One after the other, in one namespace, as a reader would type them (the README's are in test_conventions.py)."""
+    names: dict[str, object] = {"__name__": "__main__"}
+    with registry.isolated_registry(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for i, program in enumerate(programs(page), 1):
+            if not any(line in program for line in NOT_RUN_PROGRAMS):
+                exec(compile(program, f"{page.name}, program {i}", "exec"), names)
+    assert len(names) > 1, capsys.readouterr().out
+
+
+def test_what_is_not_run_is_still_on_a_page_and_has_a_reason():
+    found = [command for page in PAGES for command in commands(page)]
+    assert len(found) > 10
+    for prefix in (*NOT_RUN, *SLOW):
+        assert any(command.startswith(prefix) for command in found), f"no page has {prefix!r} any more: take it out"
+    assert all(NOT_RUN.values())

@@ -1,0 +1,146 @@
+"""What the pages say of the code is so: names have examples, examples run, tables and pictures are what made them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from public_names import PAGES as API
+from public_names import names
+
+import refq4
+from refq4 import registry
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+sys.path.insert(0, str(ROOT / "scripts" / "docs"))
+
+import drawing  # noqa: E402 (how the site is built is no package)
+import steps  # noqa: E402
+import tables  # noqa: E402
+import wrapping  # noqa: E402
+
+pytestmark = pytest.mark.reference_only("it is about the documentation")
+
+NAMES = [(module, name) for _, module, name in names()]
+HOW_TO = ("choose-a-backend", "debug-a-kernel", "fine-tune", "load-a-checkpoint", "quantise-a-model")
+PYTHON_PAGES = ["index.md", *(f"how-to/{name}.md" for name in HOW_TO)]
+
+
+@pytest.fixture(autouse=True)
+def isolated():
+    with registry.isolated_registry():
+        yield
+
+
+def test_every_public_module_has_a_page():
+    modules = {name for name in refq4.__all__ if inspect.ismodule(getattr(refq4, name))}
+    assert modules <= set(API)
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{module.__name__}.{name}" for module, name in NAMES])
+def test_every_public_name_has_an_example_that_runs_with_the_tests(module, name):
+    thing = getattr(module, name)
+    if inspect.ismodule(thing):
+        assert name in API
+        return
+    if callable(thing):
+        assert thing.__module__.startswith("refq4."), "doctests are collected from refq4"
+        text = inspect.getdoc(thing) or ""
+    else:
+        text = text_after_constant(name)
+    assert ">>>" in text, f"{module.__name__}.{name} has no example in its docstring"
+
+
+def text_after_constant(name: str) -> str:
+    """A constant's docstring: the string on the line after its value, in whichever file of refq4 that is."""
+    pattern = rf'^{name}(?:: [^=]+)? = (?:.|\n)*?\n"""((?:.|\n)*?)"""'
+    found = [re.search(pattern, path.read_text(), re.MULTILINE) for path in (ROOT / "refq4").rglob("*.py")]
+    return "\n".join(match[1] for match in found if match)
+
+
+@pytest.mark.parametrize("page", PYTHON_PAGES)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, capsys):
+    names: dict[str, object] = {}
+    blocks = re.findall(r"^```python\n(.*?)\n```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+    torch.manual_seed(0)
+    for block in blocks:
+        exec(compile(block.replace("/tmp/", f"{tmp_path}/"), page, "exec"), names)
+    assert blocks
+
+
+def test_steps_carry_the_names_that_the_trace_gives_them():
+    with refq4.trace() as trace:
+        refq4.nn.LinearNF4(64, 8, bias=False).to("cpu")(torch.ones(1, 64))
+    told = steps.steps()
+    assert [(step.number, step.title) for step in told] == [(s.number, s.name) for s in trace.calls[0].steps]
+
+
+def test_every_decision_of_the_pipeline_is_told_by_one_step():
+    told = [name for step in steps.steps() for name, _ in steps.decisions(*step.decisions.split())]
+    there = [name for module in ("refq4.pipeline", "refq4.matmul") for name, _ in steps.decisions(module)]
+    assert sorted(told) == sorted(set(there) - {"ROWS_ONLY", "WHOLE_TABLE"})  # those two are the embedding's
+
+
+def test_the_picture_in_the_readme_is_the_one_that_is_drawn():
+    assert (DOCS / "pipeline.svg").read_text() == drawing.wide(steps.steps(), "pipeline") + "\n"
+
+
+def test_every_environment_variable_is_in_the_table():
+    sources = [*(ROOT / "refq4").rglob("*.py"), *(ROOT / "backends").rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r"\"(REFQ4_[A-Z_]+)\"", path.read_text())}
+    assert read - set(re.findall(r"REFQ4_[A-Z_]+", tables.environment(""))) == set()
+
+
+def test_every_command_is_in_the_reference_with_its_own_help(capsys):
+    with pytest.raises(SystemExit):
+        refq4.cli.main(["--help"])
+    commands = re.findall(r"^    (\w+) +\S", capsys.readouterr().out.split("options:")[0], re.MULTILINE)
+    shown = re.findall(r"^## (\w+)$", tables.command_line(""), re.MULTILINE)
+    assert commands == shown
+
+
+def test_every_page_is_in_the_nav_once():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    listed = re.findall(r"[\w/-]+\.md", str(nav))
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert len(listed) == len(set(listed))
+    assert pages <= set(listed), "add the page to nav in mkdocs.yml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")), ids=lambda path: path.stem)
+def test_what_a_cell_shows_as_html_it_shows_once_and_as_text_too(path):
+    for cell in json.loads(path.read_text())["cells"]:
+        shown = [output["data"] for output in cell.get("outputs", []) if "text/html" in output.get("data", {})]
+        assert len(shown) < 2, "".join(cell["source"])
+        assert all("".join(data["text/plain"]).strip() for data in shown), "".join(cell["source"])
+
+
+LONG = "tests/test_memory.py::test_a_long_name"
+BROKEN = "tests/<wbr>test_<wbr>memory.<wbr>py::<wbr>test_<wbr>a_<wbr>long_<wbr>name"
+
+
+@pytest.mark.parametrize(
+    ("cell", "wanted"),
+    [
+        ("<td>4096 × 4096</td>", '<td class="short">4096 × 4096</td>'),
+        ('<td style="text-align: right;">a &lt; b</td>', '<td class="short" style="text-align: right;">a &lt; b</td>'),
+        ("<td><code>REFQ4_CUDA_EMULATOR_ARCH</code> or so</td>", None),
+        ("<td>a sentence of more than twenty-two characters</td>", None),
+        ('<td class="code"><pre>1</pre></td>', None),
+        (r"<td><code>a \|\| b</code></td>", '<td class="short"><code>a || b</code></td>'),
+        (
+            f"<td><code>pytest {LONG}</code></td>",
+            f"<td><code>pytest {BROKEN}</code></td>",
+        ),
+    ],
+    ids=["short", "entities", "a variable", "a sentence", "a listing", "an escaped bar", "a long name"],
+)
+def test_a_table_s_cell_breaks_only_where_it_may(cell, wanted):
+    assert wrapping.in_tables(f"<tr>{cell}</tr>") == f"<tr>{wanted or cell}</tr>"

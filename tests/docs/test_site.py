@@ -1,0 +1,335 @@
+"""The documentation in a browser: every page opens, fits a phone, fetches nothing from elsewhere; what moves, works.
+
+The site is built once (``tests/support/site_server.py``), strictly, and opened in headless Chromium.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+
+import numpy as np
+import pytest
+import torch
+from bs4 import BeautifulSoup
+from patience import BUSY
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from public_names import names
+from site_server import FLAGS, built_site, chromium, served
+
+from refq4 import layout
+from refq4.codebooks import get_codebook
+from refq4.reference import ReferenceBackend
+
+pytestmark = pytest.mark.reference_only("it is about the documentation")
+MILLISECONDS = 1000 * BUSY
+PHONE, SCREEN = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    base = tmp_path_factory.getbasetemp()
+    return built_site(base if worker_id == "master" else base.parent)
+
+
+@pytest.fixture(scope="session")
+def address(site: Path) -> Iterator[str]:
+    with served(site) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
+    found = chromium()
+    if found is None:
+        stop = pytest.fail if request.config.getoption("--require-peers") else pytest.skip
+        stop("no Chromium to open the documentation in: apt-get install -y chromium, or put one on the PATH")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=FLAGS, timeout=MILLISECONDS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    context = new_context(browser)
+    yield context.new_page()
+    context.close()
+
+
+def new_context(browser: Browser, **settings: object) -> BrowserContext:
+    """A window of its own, on a machine that may be busy."""
+    context = browser.new_context(viewport=SCREEN, **settings)
+    context.set_default_timeout(MILLISECONDS)
+    return context
+
+
+def pages_of(site: Path) -> dict[str, Path]:
+    files = {path.relative_to(site).as_posix().removesuffix("index.html"): path for path in site.rglob("*.html")}
+    return dict(sorted(files.items()))
+
+
+@pytest.fixture(scope="module")
+def parsed(site: Path) -> dict[str, BeautifulSoup]:
+    return {name: BeautifulSoup(path.read_text(), "html.parser") for name, path in pages_of(site).items()}
+
+
+# --- all pages --------------------------------------------------------------------------------------------------------
+
+
+def test_every_link_and_anchor_leads_somewhere(site, parsed):
+    ids = {name: {tag["id"] for tag in soup.find_all(id=True)} for name, soup in parsed.items()}
+    wrong = [f"{name}: {fault}" for name, soup in parsed.items() for fault in wrong_links(site, name, soup, ids)]
+    assert not wrong, "\n".join(wrong)
+    assert len(parsed) > 50
+
+
+def test_a_notebook_shows_each_of_its_cells_once(parsed):
+    notebooks = [soup for name, soup in parsed.items() if name.startswith("notebooks/") and soup.select("pre code")]
+    assert len(notebooks) >= 13
+    for soup in notebooks:
+        shown = " ".join(soup.get_text(" ").split())
+        for cell in soup.select(".jp-CodeCell pre code"):
+            code = " ".join(cell.get_text(" ").split())
+            assert len(code) < 40 or shown.count(code) == 1, code
+
+
+def wrong_links(site: Path, name: str, soup: BeautifulSoup, ids: dict[str, set[str]]) -> Iterator[str]:
+    for tag in soup.find_all(["a", "link", "img", "script"]):
+        link = tag.get("href") or tag.get("src")
+        if not link or link.startswith("data:") or (tag.name == "a" and urlsplit(link).scheme):
+            continue
+        url, anchor = urldefrag(urljoin(f"https://site/{name}", link))
+        path = unquote(urlsplit(url).path).removeprefix("/")
+        if urlsplit(url).netloc != "site":
+            yield f"fetches {link}"
+        elif not (site / path).exists():
+            yield f"leads to {link}, which is nowhere"
+        elif anchor and path in ids and anchor not in ids[path]:
+            yield f"leads to {link}, a page without that anchor"
+
+
+def test_pages_have_a_language_one_title_and_words_for_pictures_and_fields(parsed):
+    wrong = []
+    for name, soup in parsed.items():
+        article = soup.find("article")
+        if soup.html.get("lang") != "en" or len(article.find_all("h1")) != 1:
+            wrong.append(f"{name}: no language, or not one h1")
+        for picture in article.find_all("img"):
+            words = picture.get("alt", "").strip()
+            if not words or "No description" in words:
+                wrong.append(f"{name}: a picture without words, {picture['src'][:60]}")
+        for drawing in article.find_all("svg", role=["img", "group"]):
+            if not (drawing.get("aria-label") or drawing.find("title")):
+                wrong.append(f"{name}: a drawing without words")
+        for field in article.find_all(["input", "select", "textarea"]):
+            label = field.find_parent("label") or soup.find("label", attrs={"for": field.get("id")})
+            if not (label or field.get("aria-label")):
+                wrong.append(f"{name}: a field without a label, {field.get('id')}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_page_opens_without_errors_fits_phone_and_screen_and_asks_no_other_host(site, address, page):
+    problems: list[str] = []
+    report = problems.append
+    page.on("console", lambda m: m.type in ("error", "warning") and report(f"{page.url} logs {m.text}"))
+    page.on("pageerror", lambda error: report(f"{page.url} raises {error}"))
+    # A page may be left while its icon is on the way; that each link leads to a file is asked above.
+    left = "net::ERR_ABORTED"
+    page.on("requestfailed", lambda asked: asked.failure == left or report(f"{page.url} can't fetch {asked.url}"))
+    page.on("response", lambda got: got.status >= 400 and report(f"{page.url}: {got.status} for {got.url}"))
+    own = (address, "data:", "blob:")
+    page.on("request", lambda asked: asked.url.startswith(own) or report(f"{page.url} asks {asked.url}"))
+    for name in pages_of(site):
+        page.set_viewport_size(SCREEN)
+        page.goto(address + name)
+        for size in (SCREEN, PHONE):
+            page.set_viewport_size(size)
+            over = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+            if over > 0:
+                report(f"/{name} is {over} px too wide at {size['width']} px")
+    assert not problems, "\n".join(problems)
+
+
+def test_search_finds_a_word_without_a_server_s_help(address, page):
+    page.goto(address)
+    # Typed, since the page listens to keys: fill() gives it the focus and, on a busy machine, the word too late.
+    page.locator(".md-search__input").press_sequentially("straddle")
+    page.locator(".md-search-result__item").first.wait_for()
+    assert page.locator(".md-search-result__item a").first.get_attribute("href").startswith(address)
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def test_every_public_name_has_a_heading_on_its_page_or_a_link_from_there_to_one(parsed):
+    wrong, addresses = [], {}
+    for page, module, name in names():
+        path = f"reference/api/{page}/"
+        if path not in addresses:
+            addresses[path] = headings_and_links(path, parsed[path])
+        if not any(leads_to(address, getattr(module, name), name) for address in addresses[path]):
+            wrong.append(f"{path} neither shows {module.__name__}.{name} nor leads to it")
+    assert not wrong, "\n".join(wrong)
+
+
+def headings_and_links(path: str, soup: BeautifulSoup) -> set[str]:
+    article = soup.find("article")
+    headings = {urljoin(path, "#" + tag["id"]) for tag in article.find_all(["h2", "h3"], id=True)}
+    links = [tag for tag in article.find_all("a", href=True) if "headerlink" not in tag.get("class", ())]
+    return headings | {urljoin(path, tag["href"]) for tag in links}
+
+
+def leads_to(address: str, thing: object, name: str) -> bool:
+    """Whether the address of a heading, or of a module's page, is that of ``thing``, wherever it is defined."""
+    page, anchor = urldefrag(address)
+    if inspect.ismodule(thing):
+        return page == f"reference/api/{name}/"
+    return anchor.startswith("refq4.") and anchor.endswith(f".{name}") and pkgutil.resolve_name(anchor) is thing
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+def shown(page: Page) -> str:
+    panels = page.locator(".panels .panel:visible")
+    assert panels.count() == 1
+    return panels.get_attribute("id") or ""
+
+
+@pytest.mark.parametrize(("drawing", "size"), [("wide", SCREEN), ("tall", PHONE)], ids=["screen", "phone"])
+def test_a_click_on_a_step_shows_its_rule_code_and_ways_on(address, page, drawing, size):
+    page.set_viewport_size(size)
+    page.goto(address)
+    assert page.locator(".pipeline svg:visible").count() == 1
+    for number in (3, 7, 1, 2, 4, 5, 6):
+        link = page.locator(f".pipeline svg.{drawing} a[href='#step-{number}']")
+        link.click()
+        assert shown(page) == f"step-{number}"
+        assert link.get_attribute("aria-current") == "step"
+        assert page.locator(f".{drawing} a[aria-current]").count() == 1
+        panel = page.locator(f"#step-{number}")
+        assert "def " in panel.locator("pre").first.inner_text()
+        assert panel.locator("tbody tr").count() >= 2
+        assert panel.locator(f"a[href^='explanation/step-{number}-']").count() == 1
+        assert panel.bounding_box()["y"] < size["height"], "the panel is out of sight"
+
+
+def test_steps_are_chosen_with_the_keyboard(address, page):
+    page.goto(address)
+    first = page.locator(".pipeline svg.wide a").first
+    while not first.evaluate("link => link === document.activeElement"):
+        page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert shown(page) == "step-1", "moving the focus chooses nothing"
+    page.keyboard.press("Enter")
+    assert shown(page) == "step-3"
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Space")
+    assert shown(page) == "step-2"
+    focused = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    assert focused == "Step 2: ask for the backend's layout"
+
+
+def test_without_a_script_all_steps_are_there(browser, address):
+    context = new_context(browser, java_script_enabled=False)
+    page = context.new_page()
+    page.goto(address)
+    assert page.locator(".panels .panel:visible").count() == 7
+    context.close()
+
+
+# --- the playground ---------------------------------------------------------------------------------------------------
+
+
+def four_blocks(rng: random.Random) -> tuple[str, int, list[float]]:
+    """A codebook, a blocksize and the weights of four blocks, the last one as a rule short: exact fp32 numbers."""
+    book = rng.choice(["nf4", "fp4", "nf4", "fp4", "af4", "e2m1", "int4", "iq4nl"])
+    blocksize = rng.choice([4, 4, 8, 8, 16, 32])
+    weights = [x for _ in range(3) for x in random_block(rng, book, blocksize)]
+    weights += random_block(rng, book, rng.randint(1, blocksize))
+    return book, blocksize, np.array(weights, dtype=np.float32).tolist()
+
+
+def random_block(rng: random.Random, book: str, count: int) -> list[float]:
+    top = rng.choice([1.0, 0.37, 3.0, 1e-3])
+    ties = [*(edge * top for edge in get_codebook(book).thresholds), top, -top]
+    draw = {
+        "normal": lambda: rng.gauss(0, 1),
+        "ties": lambda: rng.choice(ties),
+        "zeros": lambda: rng.choice([0.0, -0.0]),
+        "tiny": lambda: rng.choice([1e-45, -1e-45, 1e-38, -3e-39, 2e-38, 0.0, -0.0]),
+        "huge": lambda: rng.uniform(-3.4, 3.4) * 1e38,
+        "outlier": lambda: rng.choice([rng.gauss(0, 1)] * 9 + [100.0]),
+        "mixed": lambda: rng.choice([0.0, -0.0, 1e-40, rng.gauss(0, 1), rng.gauss(0, 1), 1e30]),
+    }
+    kind = rng.choice(list(draw))
+    block = [draw[kind]() for _ in range(count)]
+    if kind == "ties":
+        block[0] = top  # so that the thresholds are met exactly
+    return block
+
+
+RESULTS = """() => ({
+    ...Object.fromEntries(
+        ["absmax", "codes", "packed", "problem"].map((id) => [id, document.getElementById(id).textContent]),
+    ),
+    decoded: [...document.querySelectorAll("#rows .decoded")].map((cell) => cell.title).join(" "),
+})"""
+
+
+def fp32_bits(text: str) -> list[int]:
+    return np.array([float(word) for word in text.split()], dtype=np.float32).view(np.uint32).tolist()
+
+
+def test_the_playground_computes_200_random_blocks_bit_for_bit(address, page):
+    page.goto(address + "playground/")
+    rng = random.Random(0)
+    reference = ReferenceBackend()
+    for _ in range(50):
+        name, blocksize, weights = four_blocks(rng)
+        page.locator("#book").select_option(name)
+        page.locator("#blocksize").select_option(str(blocksize))
+        page.locator("#weights").fill(" ".join(map(repr, weights)))
+        got = page.evaluate(RESULTS)
+        case = f"{name}, blocksize {blocksize}: {weights}"
+
+        code = get_codebook(name).on("cpu")
+        packed, absmax = reference.quantize_4bit(torch.tensor(weights), code, blocksize)
+        codes = layout.unpack(packed, len(weights))
+        values = reference.dequantize_blockwise(codes, absmax, code.values, blocksize, torch.float32)
+        assert got["problem"] == "", case
+        assert [int(c, 16) for c in got["codes"].split()] == codes.tolist(), case
+        assert bytes.fromhex(got["packed"]) == bytes(packed.tolist()), case
+        assert fp32_bits(got["absmax"]) == absmax.numpy().view(np.uint32).tolist(), case
+        assert fp32_bits(got["decoded"]) == values.numpy().view(np.uint32).tolist(), case
+
+
+def test_a_weight_is_typed_and_dragged_in_the_playground(address, page):
+    page.goto(address + "playground/")
+    page.locator("#weights").fill("")
+    page.locator("#weights").press_sequentially("1 -0.5, 0.25")
+    assert page.locator("#codes").inner_text() == "f 2 a"
+    assert page.locator("#packed").inner_text() == "f2 a7"
+    slider = page.get_by_label("weight 1", exact=True)
+    slider.focus()
+    page.keyboard.press("Home")
+    assert page.locator("#weights").input_value() == "1 -2 0.25"
+    assert page.locator("#absmax").inner_text() == "2.00000000"
+    box = slider.bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 2)
+    assert float(page.locator("#weights").input_value().split()[1]) > 1.5
+
+
+@pytest.mark.parametrize("typed", ["", "1 two 3", "nan", "1e39", "inf", "0 " * 257])
+def test_the_playground_says_what_is_wrong_with_what_was_typed(address, page, typed):
+    page.goto(address + "playground/")
+    before = page.locator("#packed").inner_text()
+    page.locator("#weights").fill(typed)
+    assert page.locator("#problem").inner_text()
+    assert page.locator("#packed").inner_text() == before
