@@ -178,20 +178,20 @@ MUTANTS = [
     ),
     Mutant(
         "grad_bias sums the first dimension only",
-        "refq4/internals/ops.py",
-        "leading = tuple(range(grad_output.dim() - 1))",
+        "refq4/autograd.py",
+        "leading = tuple(range(grad.dim() - 1))",
         "leading = (0,)",
     ),
     Mutant(
         "a single token whose gradient is wanted takes the GEMV path",
         "refq4/matmul.py",
-        "    if wants_grad(A):\n        return WANTS_GRADIENT\n",
+        "    if gradient:\n        return Route(WANTS_GRADIENT, op, True)\n",
         "",
     ),
     Mutant(
         "blocks that straddle rows take the GEMV path",
         "refq4/matmul.py",
-        "    if k % blocksize:\n        return STRADDLING\n",
+        "    if k % blocksize:\n        return Route(STRADDLING, op, True)\n",
         "",
     ),
     Mutant(
