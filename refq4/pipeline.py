@@ -157,26 +157,34 @@ def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[Boun
         >>> weight.route.op, weight.backend.backend.name, decision.why
         ('gemv_4bit', 'reference', 'the backend computes on the stored layout')
     """
-    weight, gradient, deferred = layer.weight, wants_grad(x), is_deferred()
-    stays = _must_stay(layer, weight, gradient)
-    form = weight.form(state, deferred) if stays is None else None
-    own_layout = form is not None and form.prepared is not None
+    weight, gradient = layer.weight, wants_grad(x)
     dtype, _ = choose_compute_dtype(layer, x)
-    if deferred or 0 in x.shape or layer.out_features == 0:
-        choice = registry.requested_backend(None)
-        if form is not None and form.prepared is not None and form.choice == choice:
-            return BoundWeight(form.prepared, describe(x, state, dtype, gradient, True)[1], choice), LAYOUT_OWN
-        way = describe(x, state, dtype, gradient)[1]
-        return BoundWeight(state.packed_weight(weight), way, choice), stays or LAYOUT_TRACED
-    choice = registry.choice_in_effect()
+    stays = _must_stay(layer, weight, gradient)
+    if is_deferred() or 0 in x.shape or layer.out_features == 0:
+        return _bind_unresolved(weight, state, x, dtype, gradient, stays)
+    form = weight.form(state) if stays is None else None
+    own_layout = form is not None and form.prepared is not None
     call, way = describe(x, state, dtype, gradient, own_layout)
+    choice = registry.choice_in_effect()
     resolved = registry.resolve(call, choice)
     if stays is None and (form is None or form.backend is not resolved.backend):
         form = weight.prepare(state, resolved.backend, choice)
-        call, way = describe(x, state, dtype, gradient, form.prepared is not None)
+        _, way = describe(x, state, dtype, gradient, form.prepared is not None)
     if form is not None and form.prepared is not None:
         return BoundWeight(form.prepared, way, resolved), LAYOUT_OWN
     return BoundWeight(state.packed_weight(as_stored(weight)), way, resolved), stays or LAYOUT_NONE
+
+
+def _bind_unresolved(
+    weight: Tensor, state: QuantState, x: Tensor, dtype: torch.dtype, gradient: bool, stays: Decision | None
+) -> tuple[BoundWeight, Decision]:
+    """The same where no backend may be asked: the choice goes on to the op. Only what this choice prepared serves."""
+    choice = registry.requested_backend(None)
+    form = weight.form(state, deferred=True) if stays is None and isinstance(weight, MayBePrepared) else None
+    if form is not None and form.prepared is not None and form.choice == choice:
+        return BoundWeight(form.prepared, describe(x, state, dtype, gradient, True)[1], choice), LAYOUT_OWN
+    _, way = describe(x, state, dtype, gradient)
+    return BoundWeight(state.packed_weight(weight), way, choice), stays or LAYOUT_TRACED
 
 
 def _must_stay(layer: Linear4bit, weight: Tensor, gradient: bool) -> Decision | None:
