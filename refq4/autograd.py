@@ -72,7 +72,16 @@ class MatMul4Bit:
 
 
 def differentiable(op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str | Resolved) -> Tensor:
-    """``gemv_4bit``, ``gemm_4bit`` or ``grad_input_4bit`` of A, with all its derivatives."""
+    """``gemv_4bit``, ``gemm_4bit`` or ``grad_input_4bit`` of A, with all its derivatives.
+
+    Example:
+        >>> from refq4.functional import quantize_4bit
+        >>> B, state = quantize_4bit(torch.eye(64), quant_type="nf4")
+        >>> A = torch.ones(2, 64, requires_grad=True)
+        >>> y = differentiable("gemm_4bit", A, state.packed_weight(B), None, "reference")
+        >>> torch.autograd.grad(y.sum(), A)[0].shape
+        torch.Size([2, 64])
+    """
     if torch.compiler.is_compiling():  # Dynamo sees through the ops; they have the same gradient
         return _Function.forward(op, A, weight, bias, backend)
     out: Tensor = _Function.apply(op, A, weight, bias, backend)  # type: ignore[no-untyped-call]

@@ -83,17 +83,17 @@ class BoundWeight(NamedTuple):
     Args:
         weight: [N, K], as it is stored or in the backend's own layout.
         route: path and op.
-        backend: what ``registry.resolve`` found. While a call is traced or transformed, and where there is nothing to
+        engine: what ``registry.resolve`` found. While a call is traced or transformed, and where there is nothing to
             multiply, the choice of one: the op resolves it when it runs.
     """
 
     weight: PackedWeight | PreparedWeight
     route: Route
-    backend: Resolved | str
+    engine: Resolved | str
 
     def __repr__(self) -> str:
         kind = self.weight.layout if isinstance(self.weight, PreparedWeight) else "canonical"
-        return f"{kind}, for {self.backend if isinstance(self.backend, str) else self.backend.backend.name}"
+        return f"{kind}, for {self.engine if isinstance(self.engine, str) else self.engine.backend.name}"
 
 
 def describe(
@@ -104,9 +104,9 @@ def describe(
     geometry: Any = (state.shape, state.blocksize) if own_layout else state.geometry()
     (n, k), blocksize = geometry
     tokens = x.numel() // k if k else x.shape[:-1].numel()  # the first of these may be a symbol
-    way = route(tokens, k, blocksize, gradient, own_layout)
+    chosen = route(tokens, k, blocksize, gradient, own_layout)
     name, nested = state.quant_type or "custom", state.state2 is not None
-    return Call(way.op, x.device.type, dtype, tokens, n, k, blocksize, name, nested, "canonical", gradient), way
+    return Call(chosen.op, x.device.type, dtype, tokens, n, k, blocksize, name, nested, "canonical", gradient), chosen
 
 
 def multiply(A: Tensor, weight: BoundWeight, bias: Tensor | None) -> tuple[Tensor, Decision]:
@@ -121,19 +121,19 @@ def multiply(A: Tensor, weight: BoundWeight, bias: Tensor | None) -> tuple[Tenso
         >>> y.shape, decision.choice
         (torch.Size([3, 8]), 'MatMul4Bit')
     """
-    stored, way, backend = weight
-    if way.path is STRADDLING and not torch.compiler.is_compiling():
+    stored, (path, op, by_autograd), engine = weight
+    if path is STRADDLING and not torch.compiler.is_compiling():
         warn_caller(
             f"in_features {A.shape[-1]} is no multiple of the blocksize {stored.blocksize}, so a single token takes "
             f"the slower MatMul4Bit path instead of gemv_4bit"
         )
-    if way.differentiable and isinstance(stored, PackedWeight):
-        return differentiable(way.op, A, stored, bias, backend), way.path
+    if by_autograd and isinstance(stored, PackedWeight):
+        return differentiable(op, A, stored, bias, engine), path
     if bias is None or not wants_grad(bias):
-        return dispatch.product(way.op, A, stored, bias, backend), way.path
+        return dispatch.product(op, A, stored, bias, engine), path
     # torch adds a bias whose gradient is wanted, and differentiates that; it would stretch one of another size
     check_bias(bias, stored.shape[0], stored.shape)
-    return dispatch.product(way.op, A, stored, None, backend) + bias, way.path
+    return dispatch.product(op, A, stored, None, engine) + bias, path
 
 
 # --- the functions that bitsandbytes has ----------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def matmul_4bit(
     if not k_by_n:
         check_features(A, shape)
     step = recorder("matmul_4bit", A)
-    dtype = computing_dtype(A, A.dtype)
+    dtype = under_autocast(A, A.dtype)
     A, bias = A.to(dtype), None if bias is None else bias.to(dtype)
     if out is not None and (wants_grad(A) or wants_grad(bias)):
         raise ValueError("out= can't be combined with a wanted gradient; call under torch.no_grad() or drop out=")
@@ -216,13 +216,13 @@ def matmul_4bit(
 
 
 def _bind(A: Tensor, B: Tensor, state: QuantState, choice: str) -> BoundWeight:
-    call, way = describe(A, state, A.dtype, wants_grad(A))
+    call, chosen = describe(A, state, A.dtype, wants_grad(A))
     unresolved = is_deferred() or 0 in A.shape or call.n == 0
-    return BoundWeight(state.packed_weight(B), way, choice if unresolved else registry.resolve(call, choice))
+    return BoundWeight(state.packed_weight(B), chosen, choice if unresolved else registry.resolve(call, choice))
 
 
-def computing_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a product that was to be computed in ``dtype``: autocast's where that is on.
+def under_autocast(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Autocast's dtype where that is on, else ``dtype``, in which the product of x was to be computed.
 
     fp64 is left alone, as by torch.
     """
@@ -277,7 +277,7 @@ def gemv_4bit(
     check_features(A, _check_matmul(A, state))
     with torch.no_grad():
         weight = _bind(A, B, state, registry.requested_backend(backend))
-        return write_into("out", out, dispatch.product(weight.route.op, A, weight.weight, None, weight.backend))
+        return write_into("out", out, dispatch.product(weight.route.op, A, weight.weight, None, weight.engine))
 
 
 def _check_matmul(A: Tensor, state: QuantState) -> torch.Size:

@@ -22,7 +22,7 @@ BLOCK, NESTED_BLOCK = 64, 256
 
 def nf4_code() -> Tensor:
     """fp32 [16], ascending: quantiles of the normal distribution, 7 negative, a zero, 8 positive; the largest is 1."""
-    quantile = NormalDist().inv_cdf
+    quantile = NormalDist().inv_cdf  # 0.9677083 is where bitsandbytes puts the outermost one
     positive = [quantile(p) for p in torch.linspace(0.9677083, 0.5, 9).tolist()[:-1]]
     negative = [-quantile(p) for p in torch.linspace(0.9677083, 0.5, 8).tolist()[:-1]]
     values = torch.tensor(sorted([*negative, 0.0, *positive]))
@@ -54,7 +54,7 @@ def dequantize(codes: Tensor, absmax: Tensor, code: Tensor, block: int) -> Tenso
 
 
 class Linear4bit(nn.Module):
-    """y = x @ W.T + bias, where W [N, K] is kept in 4.127 bits a weight: 4 of code, 0.127 of scale.
+    """y = x @ W.T + bias, where W [N, K] is kept in 4.127 bits a weight: 4 of code, 8/64 + 32/(64*256) of scale.
 
     Example:
         >>> Linear4bit(torch.randn(8, 64))(torch.randn(2, 64)).shape

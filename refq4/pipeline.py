@@ -3,20 +3,22 @@
 The numbers are the ones used in the docs, the notebooks and the trace; the order is that of ``Linear4bit.forward``
 in bitsandbytes 0.49.1.
 
-    x [..., K] --------------------------------------------------------------.
-                                                                              v
-    weight --> 1 recover the --> 2 ask for the      3 bias --> 4 compute --> 5 cast --> 6 multiply --> 7 cast --> y
-               quant state        backend's layout    dtype      dtype         both       |             back
-                                                                                          |-- gemv_4bit
-                                                                                          '-- MatMul4Bit
+    weight --> 1 recover the quant state --> 2 ask for the backend's layout --------.
+    bias ----> 3 bias dtype ---------------.                                        v
+    x -------> 4 compute dtype -----------> 5 cast the operands ------------> 6 multiply --> 7 cast back --> y
 
 A step takes values and gives back a value and a :class:`~refq4.trace.Decision`: what it chose and why. The decisions
-are constants beside each step, so all that can happen is in plain sight. Each thing is decided once: the backend in
-step 2, from which it travels with the weight; path and op in ``refq4.matmul.route``, which step 2 asks; the dtype of
-the product in step 4, whose function step 2 asks, too.
+are constants beside each step, so all that can happen is in plain sight. Three things are needed in more than one step,
+and each has one function that decides it:
 
-A forward remembers two things. The compute dtype inferred from the first input is written by
-:func:`remember_first_input`, the weight in the backend's layout by ``refq4/internals/prepared.py``.
+    the backend     step 2 resolves it, and it travels with the weight to step 6
+    path and op     :func:`refq4.matmul.route`; step 2 must know the op to ask a backend, step 6 runs it. The path is
+                    gemv_4bit, MatMul4Bit (it carries a gradient) or own layout; the op gemv_4bit or gemm_4bit
+    the dtype       :func:`choose_compute_dtype`; step 2 must know it to ask a backend, step 4 gives it to step 5
+
+Two things outlive a forward. The first input may settle the layer's compute dtype: :func:`remember_first_input` alone
+writes that to the layer. And a weight may stay in the backend's layout: ``refq4/internals/prepared.py`` keeps that with
+the parameter. *Canonical* is the layout of a file, in which a parameter stores its bytes unless they are prepared.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from .backend import PackedWeight
 from .internals.checks import check_input, warn_caller
 from .internals.dispatch import is_deferred, wants_grad
 from .internals.prepared import MOST_RESTORES, MayBePrepared, as_stored
-from .matmul import BoundWeight, computing_dtype, describe, multiply
+from .matmul import BoundWeight, describe, multiply, under_autocast
 from .quantization import decode_scales, dequantize_4bit
 from .state import QuantState
 from .trace import Decision, recorder
@@ -74,15 +76,15 @@ def linear_4bit(layer: Linear4bit, x: Tensor) -> Tensor:
         torch.Size([2, 3, 8])
     """
     step = recorder(layer, x)
-    check_input(x, layer.out_features, layer.in_features)
+    check_input(x, n=layer.out_features, k=layer.in_features)
     state = step(1, *recover_quant_state(layer))
     weight = step(2, *choose_layout(layer, state, x))
     bias = step(3, *align_bias(layer.bias, x.dtype))
     dtype = step(4, *choose_compute_dtype(layer, x))
-    if layer.awaits_first_input:
+    if layer.awaits_first_input:  # after step 4, which says why
         remember_first_input(layer, x)
-    a, bias = step(5, *cast_operands(x, bias, dtype))
-    y = step(6, *multiply(a, weight, bias))
+    A, bias = step(5, *cast_operands(x, bias, dtype))
+    y = step(6, *multiply(A, weight, bias))
     return step(7, *cast_back(y, x.dtype))
 
 
@@ -110,8 +112,7 @@ def recover_quant_state(layer: Linear4bit | Embedding4bit) -> tuple[QuantState, 
         >>> state.shape, decision.choice
         (torch.Size([8, 64]), 'kept')
     """
-    weight = layer.weight
-    state = weight.quant_state if isinstance(weight, MayBePrepared) else getattr(weight, "quant_state", None)
+    state: QuantState | None = getattr(layer.weight, "quant_state", None)
     if state is not None:
         return state, STATE_ON_WEIGHT
     if layer.quant_state is not None:
@@ -133,7 +134,8 @@ LAYOUT_IN_USE = Decision(
     "canonical", f"the bytes were restored {MOST_RESTORES} times, so others need them; refq4.prepare(model) tries again"
 )
 LAYOUT_TRACED = Decision("canonical", "the call is being traced, or transformed, and its weight is not prepared")
-LAYOUT_NONE = Decision("canonical", "the backend computes on the stored layout")
+LAYOUT_NOTHING = Decision("canonical", "there is nothing to multiply: no tokens, or no outputs")
+LAYOUT_STORED = Decision("canonical", "the backend computes on the stored layout")
 
 
 def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[BoundWeight, Decision]:
@@ -143,8 +145,8 @@ def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[Boun
     what the backend made of it instead of the stored bytes (``refq4/internals/prepared.py``): there is one copy, and
     state dicts stay canonical.
 
-    The backend is resolved here, and nothing below asks again. Only where the call is traced, or transformed before it
-    runs, the choice itself goes on to the op, which resolves it when it runs.
+    The backend is resolved here, and nothing below asks again. Where a call is traced or transformed before it runs,
+    or has nothing to multiply, the choice of backend goes on to the op instead, which resolves it if it runs.
 
     Returns:
         The weight bound to its path, op and backend; and whether its layout is the backend's own.
@@ -154,37 +156,38 @@ def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[Boun
         >>> layer = refq4.nn.LinearNF4(64, 8).to("cpu").eval()
         >>> with refq4.use_backend("reference"):
         ...     weight, decision = choose_layout(layer, layer.quant_state, torch.ones(1, 64))
-        >>> weight.route.op, weight.backend.backend.name, decision.why
+        >>> weight.route.op, weight.engine.backend.name, decision.why
         ('gemv_4bit', 'reference', 'the backend computes on the stored layout')
     """
-    weight, gradient = layer.weight, wants_grad(x)
+    weight, gradient = layer.weight, wants_grad(x)  # a bias gets its gradient whatever the weight's layout is
     dtype, _ = choose_compute_dtype(layer, x)
     stays = _must_stay(layer, weight, gradient)
     if is_deferred() or 0 in x.shape or layer.out_features == 0:
         return _bind_unresolved(weight, state, x, dtype, gradient, stays)
-    form = weight.form(state) if stays is None else None
-    own_layout = form is not None and form.prepared is not None
-    call, way = describe(x, state, dtype, gradient, own_layout)
+    form = weight.form(state) if stays is None else None  # what a backend made of the weight as it is now
+    call, route = describe(x, state, dtype, gradient, own_layout=form is not None and form.prepared is not None)
     choice = registry.choice_in_effect()
     resolved = registry.resolve(call, choice)
     if stays is None and (form is None or form.backend is not resolved.backend):
         form = weight.prepare(state, resolved.backend, choice)
-        _, way = describe(x, state, dtype, gradient, form.prepared is not None)
-    if form is not None and form.prepared is not None:
-        return BoundWeight(form.prepared, way, resolved), LAYOUT_OWN
-    return BoundWeight(state.packed_weight(as_stored(weight)), way, resolved), stays or LAYOUT_NONE
+        _, route = describe(x, state, dtype, gradient, own_layout=form.prepared is not None)  # the same op
+    if form is not None and form.prepared is not None:  # in a form without, the backend reads the stored bytes
+        return BoundWeight(form.prepared, route, resolved), LAYOUT_OWN
+    return BoundWeight(state.packed_weight(as_stored(weight)), route, resolved), stays or LAYOUT_STORED
 
 
 def _bind_unresolved(
     weight: Tensor, state: QuantState, x: Tensor, dtype: torch.dtype, gradient: bool, stays: Decision | None
 ) -> tuple[BoundWeight, Decision]:
-    """The same where no backend may be asked: the choice goes on to the op. Only what this choice prepared serves."""
-    choice = registry.requested_backend(None)
+    """Step 2 where no backend may be asked. A weight that was prepared under the same choice serves as it is."""
+    choice = registry.requested_backend(None)  # choice_in_effect, or while compiling its mirror
     form = weight.form(state, deferred=True) if stays is None and isinstance(weight, MayBePrepared) else None
     if form is not None and form.prepared is not None and form.choice == choice:
-        return BoundWeight(form.prepared, describe(x, state, dtype, gradient, True)[1], choice), LAYOUT_OWN
-    _, way = describe(x, state, dtype, gradient)
-    return BoundWeight(state.packed_weight(weight), way, choice), stays or LAYOUT_TRACED
+        _, route = describe(x, state, dtype, gradient, own_layout=True)
+        return BoundWeight(form.prepared, route, choice), LAYOUT_OWN
+    _, route = describe(x, state, dtype, gradient)
+    packed = state.packed_weight(weight)  # of a prepared weight it takes a copy of the stored bytes
+    return BoundWeight(packed, route, choice), stays or (LAYOUT_NOTHING if 0 in x.shape else LAYOUT_TRACED)
 
 
 def _must_stay(layer: Linear4bit, weight: Tensor, gradient: bool) -> Decision | None:
@@ -227,10 +230,11 @@ def align_bias(bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, 
 
 # --- 4 --------------------------------------------------------------------------------------------------------------
 
-COMPUTE_SET = Decision("as set", "the layer's compute dtype was set or has been inferred from an earlier input")
+COMPUTE_SET = Decision("as set", "the user set the layer's compute dtype, or an earlier input settled it")
 COMPUTE_FIRST_INPUT = Decision("inferred", "none was set: that of the first input, float32 or bfloat16, is safe")
 COMPUTE_AS_INPUT = Decision("as the input", "none was set, and a float16 (or float64) input is computed as it comes")
 COMPUTE_AUTOCAST = Decision("autocast", "torch.autocast is on, and its dtype comes before the layer's")
+INFERRED = (torch.float32, torch.bfloat16)  # float16 is not: its range is narrow
 
 
 def choose_compute_dtype(layer: Linear4bit, x: Tensor) -> tuple[torch.dtype, Decision]:
@@ -246,22 +250,28 @@ def choose_compute_dtype(layer: Linear4bit, x: Tensor) -> tuple[torch.dtype, Dec
         (torch.bfloat16, 'inferred')
     """
     if layer.compute_type_is_set:
-        dtype, decision = layer.compute_dtype or x.dtype, COMPUTE_SET
+        dtype, decision = layer.compute_dtype, COMPUTE_SET
     elif x.dtype in INFERRED:
         dtype, decision = x.dtype, COMPUTE_FIRST_INPUT
     else:
-        dtype, decision = layer.compute_dtype or x.dtype, COMPUTE_AS_INPUT
-    cast = computing_dtype(x, dtype)
-    return (dtype, decision) if cast is dtype else (cast, COMPUTE_AUTOCAST)
-
-
-INFERRED = (torch.float32, torch.bfloat16)
+        dtype, decision = layer.compute_dtype, COMPUTE_AS_INPUT
+    dtype = dtype or x.dtype  # None: each input in its own
+    autocast = under_autocast(x, dtype)
+    return (dtype, decision) if autocast is dtype else (autocast, COMPUTE_AUTOCAST)
 
 
 def remember_first_input(layer: Linear4bit, x: Tensor) -> None:
-    """Keep the compute dtype that the first input decides. A forward writes nothing else to the layer.
+    """Settle the layer's compute dtype by its first input; a forward writes nothing else to the layer.
 
-    fp16 input on a layer that computes in fp32, or whose compute dtype nobody chose, gets a warning if it is the first.
+    A layer waits for its first input whether or not the user set a compute dtype: fp16 input on a layer that computes
+    in fp32, or whose compute dtype nobody set, gets a warning once. Only where none was set, it is inferred.
+
+    Example:
+        >>> import refq4
+        >>> layer = refq4.nn.LinearNF4(64, 8).to("cpu")
+        >>> remember_first_input(layer, torch.ones(1, 64, dtype=torch.bfloat16))
+        >>> layer.compute_dtype
+        torch.bfloat16
     """
     if torch.compiler.is_compiling():  # a graph that did this would recompile
         return
@@ -287,7 +297,7 @@ def _warn_fp16(compute_dtype: torch.dtype | None, single_token: bool) -> None:
 
 # --- 5 --------------------------------------------------------------------------------------------------------------
 
-CAST_NOTHING = Decision("nothing", "the input has the compute dtype")
+CAST_NOTHING = Decision("nothing", "the input has the compute dtype, and the bias has the input's")
 CAST_INPUT = Decision("cast", "the input and the bias go to the compute dtype")
 
 Operands = tuple[Tensor, Tensor | None]
@@ -306,7 +316,9 @@ def cast_operands(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[O
     return (x.to(dtype), None if bias is None else bias.to(dtype)), CAST_INPUT
 
 
-# --- 6 is multiply (refq4/matmul.py); 7 -----------------------------------------------------------------------------
+# --- 6: multiply, in refq4/matmul.py --------------------------------------------------------------------------------
+
+# --- 7 --------------------------------------------------------------------------------------------------------------
 
 BACK_NOTHING = Decision("nothing", "the result has the input's dtype")
 BACK_CAST = Decision("cast", "the result goes back to the input's dtype")
@@ -345,16 +357,16 @@ def embedding_4bit(layer: Embedding4bit, ids: Tensor) -> Tensor:
         >>> embedding_4bit(table, torch.tensor([[1, 2, 3]])).shape
         torch.Size([1, 3, 64])
     """
+    step = recorder(layer, ids)
     state, _ = recover_quant_state(layer)
     table = as_stored(layer.weight)
     (_, dim), blocksize = state.geometry()
     whole_blocks = dim % blocksize == 0
-    step = recorder(layer, ids)
     if whole_blocks:
         rows = _decode_rows(state.packed_weight(table), state, ids)
     else:
         rows = torch.nn.functional.embedding(ids, dequantize_4bit(table, state))
-    return step(0, rows.to(layer.dtype), ROWS_ONLY if whole_blocks else WHOLE_TABLE)
+    return step(0, rows.to(layer.dtype), ROWS_ONLY if whole_blocks else WHOLE_TABLE)  # no step of a linear layer
 
 
 def _decode_rows(weight: PackedWeight, state: QuantState, ids: Tensor) -> Tensor:

@@ -78,14 +78,14 @@ FAULTS = {
     ),
     6: (
         "pipeline.py",
-        "*multiply(a, weight, bias)",
+        "*multiply(A, weight, bias)",
         "*multiply(x, weight, bias)",
         "the input that was not cast is multiplied",
     ),
     7: (
         "pipeline.py",
         "*cast_back(y, x.dtype)",
-        "*cast_back(y, a.dtype)",
+        "*cast_back(y, A.dtype)",
         "the result stays in the dtype of the product",
     ),
 }

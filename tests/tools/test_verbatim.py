@@ -213,7 +213,7 @@ def test_every_decision_of_the_pipeline_is_shown_whole():
     assert len(decisions) > 10
     for decision in decisions:
         made = Trace()
-        made.step(1, "a step", decision, None)
+        made.begin("a call")(1, None, decision)
         assert f"{decision.choice} " in made.text(WIDE)
         assert decision.why in made.text(WIDE)
 

@@ -218,6 +218,7 @@ class CpuBackend(Backend):
         y = torch.empty((m, n), dtype=dtype)
         if m == 0 or n == 0:
             return y
+        x = x if x.is_contiguous() else x.contiguous()
         if type(weight) is not PackedWeight:
             if kernel is None:
                 kernel = self._kernel_for(dtype, m, k, weight.blocksize, weight.layout)
