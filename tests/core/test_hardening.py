@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cpu_tiers
 import pytest
 import torch
 from loopback import Loopback
 from patience import BUSY
+from refq4_cpu import build
 from threads import faults_of
 
 import refq4
@@ -76,6 +78,64 @@ def test_threads_hammer_one_layer_while_another_switches_backends_and_get_the_re
     assert faults_of(jobs, meanwhile=switch) == []
     for key, value in layer.state_dict().items():
         assert_same_bits(value, saved[key], key)
+
+
+SWITCHING = """
+import sys, threading, torch, refq4
+calls = int(sys.argv[1])
+torch.set_num_threads(1)
+torch.manual_seed(0)
+layer = refq4.nn.LinearNF4(64, 64).to("cpu").eval()
+inputs = [torch.randn(1 + i % 3, 64) for i in range(4)]
+allowed = [[] for _ in inputs]
+for state in (refq4.prepare, refq4.restore, lambda layer: setattr(layer.weight, "_restores", 99)):  # laid out, or not
+    for name in ("reference", "cpu"):
+        with refq4.use_backend(name), torch.no_grad():
+            state(layer)
+            for x, results in zip(inputs, allowed):
+                results.append(layer(x))
+layer.weight._restores = 0
+foreign, done = [], threading.Event()
+
+def hammer(x, results):
+    with torch.no_grad():
+        for i in range(calls // len(inputs)):
+            if i % 100 == 0:
+                layer.weight._restores = 0  # or it would stay as stored from the third switch on
+            y = layer(x)
+            if not any(torch.equal(y, result) for result in results):
+                foreign.append(y)
+
+def switch():
+    while not done.is_set():
+        for name in ("reference", "cpu"):
+            refq4.set_backend(name)
+            done.wait(0.0005)
+
+threads = [threading.Thread(target=hammer, args=pair) for pair in zip(inputs, allowed)]
+switching = threading.Thread(target=switch)
+for thread in (switching, *threads):
+    thread.start()
+for thread in threads:
+    thread.join()
+done.set()
+switching.join()
+print(len(foreign), refq4.backend_info("cpu")["tier"])
+"""
+
+
+@pytest.mark.reference_only("it switches backends itself")
+@pytest.mark.parametrize("calls", [4000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tier", build.TIERS)
+def test_threads_get_no_result_that_no_backend_gives_alone_while_another_switches(tier, calls, request):
+    cpu_tiers.require(tier, request)
+    env = os.environ | cpu_tiers.environment(tier)
+    done = subprocess.run(
+        [sys.executable, "-c", SWITCHING, str(calls)], capture_output=True, text=True, timeout=10 * BUSY, env=env
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    foreign, ran, *_ = done.stdout.split()
+    assert (foreign, ran) == ("0", tier)
 
 
 # --- fork -------------------------------------------------------------------------------------------------------------
