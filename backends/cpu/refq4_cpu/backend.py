@@ -43,7 +43,10 @@ _LARGEST_M = MEASURED_M[-1]
 
 
 class Tiles(PreparedWeight):
-    """A weight that this backend laid out itself, whose sizes need no check."""
+    """A weight that this backend laid out itself: its sizes need no check, and its addresses are looked up once."""
+
+    tiles: int
+    code: bytes  # the struct of kernels/refq4.h
 
 
 class CpuBackend(Backend):
@@ -222,8 +225,9 @@ class CpuBackend(Backend):
         if type(weight) is not PackedWeight:
             if kernel is None:
                 kernel = self._kernel_for(dtype, m, k, weight.blocksize, weight.layout)
-            tensor, code = weight.tensors[:2] if type(weight) is Tiles else checked_tiles(weight)
-            tiles, as_struct = tensor.data_ptr(), code_struct(code, weight.blocksize)
+            if type(weight) is not Tiles:
+                weight = _addressed(weight, *checked_tiles(weight))
+            tiles, as_struct = weight.tiles, weight.code
         else:
             if kernel is None:
                 kernel = self._kernel_for(dtype, m, k, weight.blocksize, "canonical")
@@ -275,7 +279,8 @@ class CpuBackend(Backend):
         if weight.nested is not None:  # tiles hold the scales undone; the way back needs the bytes they came from
             nested = weight.nested
             kept += [weight.absmax, nested.absmax, nested.code, nested.offset, torch.tensor(nested.blocksize)]
-        return Tiles(self.name, TILES, tuple(kept), (n, k), weight.blocksize, weight.quant_type)
+        prepared = PreparedWeight(self.name, TILES, tuple(kept), (n, k), weight.blocksize, weight.quant_type)
+        return _addressed(prepared, tiles, weight.code)
 
     def restore_weight(self, prepared: PreparedWeight) -> PackedWeight:
         n, k = prepared.shape
@@ -288,6 +293,12 @@ class CpuBackend(Backend):
         )  # fmt: skip
         nested = Nested(kept[1], kept[2], kept[3], int(kept[4])) if kept else None
         return PackedWeight(packed, absmax, code, prepared.blocksize, (n, k), prepared.quant_type, nested)
+
+
+def _addressed(weight: PreparedWeight, tiles: Tensor, code: Tensor) -> Tiles:
+    known = Tiles(*weight)
+    known.tiles, known.code = tiles.data_ptr(), code_struct(code, weight.blocksize)
+    return known
 
 
 def _struct(weight: PackedWeight) -> bytes:
