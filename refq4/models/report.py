@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..internals.shown import Shown
 from ..quantization import dequantize_4bit, slice_state
 from ..state import QuantState
-from ..trace import Shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..internals.shown import Shown
 from ..registry import check_usable, is_installed
-from ..trace import Shown
 from .cases import Case, catalogue, simpler
 from .conformance import CHECKS, Outcome, check
 

@@ -366,7 +366,7 @@ def test_the_layers_know_no_device():
 def test_backends_import_contract_codebooks_and_layout_only():
     allowed = {"refq4.backend", "refq4.codebooks", "refq4.layout", "refq4.internals.buildcache"}
     allowed |= {"refq4.internals.remedies"}  # for messages: what to install, and from where
-    allowed |= {"refq4.trace"}  # for Shown, by which a report prints and shows itself
+    allowed |= {"refq4.internals.shown"}  # by which a report prints and shows itself
     paths = [
         path for path in (ROOT.parent / "backends").rglob("*.py") if path.name != "__main__.py"
     ]  # those are programs
