@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import layout
 from .codebooks import create_dynamic_map, get_codebook
-from .internals import dispatch
+from .internals import codec
 from .internals.checks import (
     check_blocksize,
     check_floats,
@@ -79,7 +79,7 @@ def quantize_4bit(
     chosen = requested_backend(backend)
     A = A.detach()
 
-    packed, scales = dispatch.quantize_4bit(A, blocksize, book.name, allow_nonfinite, chosen)
+    packed, scales = codec.quantize_4bit(A, blocksize, book.name, allow_nonfinite, chosen)
     stored = layout.to_storage(packed, quant_storage)
     code = get_4bit_type(book.name, device=A.device)
     state = QuantState(scales, A.shape, code, blocksize, book.name, A.dtype)
@@ -104,7 +104,7 @@ def quantize_scales(
             "element will decode to NaN. Without compress_statistics only the blocks concerned would."
         )
     code = create_dynamic_map().to(scales.device)
-    q, absmax2 = dispatch.quantize_blockwise(scales - offset, code, NESTED_BLOCKSIZE, requested_backend(backend))
+    q, absmax2 = codec.quantize_blockwise(scales - offset, code, NESTED_BLOCKSIZE, requested_backend(backend))
     return q, offset, QuantState(absmax2, code=code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
 
 
@@ -151,7 +151,7 @@ def dequantize_4bit(
         quant_state = QuantState(absmax, out.shape, code, blocksize, quant_type, out.dtype)
         check_scales(absmax, out.shape, blocksize)
     dtype = quant_state.dtype or torch.float32
-    result = dispatch.dequantize_4bit(quant_state.packed_weight(A), dtype, requested_backend(backend))
+    result = codec.dequantize_4bit(quant_state.packed_weight(A), dtype, requested_backend(backend))
     result = write_into("out", out, result)
     is_row = A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1
     return result.t() if is_row and result.dim() == 2 else result
@@ -297,7 +297,7 @@ def quantize_blockwise(
     check_blocksize(blocksize)
     code = (create_dynamic_map() if code is None else code).to(A.device)
     chosen = requested_backend(backend)
-    q, scales = dispatch.quantize_blockwise(A.detach(), code, blocksize, chosen)
+    q, scales = codec.quantize_blockwise(A.detach(), code, blocksize, chosen)
     state = QuantState(scales, code=code, blocksize=blocksize, dtype=A.dtype)
     if nested:
         state.offset = scales.mean() if scales.numel() else scales.new_zeros(())
@@ -347,7 +347,7 @@ def dequantize_blockwise(
     chosen = requested_backend(backend)
     scales = decode_scales(quant_state, chosen)
     dtype = quant_state.dtype or torch.float32
-    result = dispatch.dequantize_blockwise(A, scales, quant_state.code, quant_state.blocksize, dtype, chosen)
+    result = codec.dequantize_blockwise(A, scales, quant_state.code, quant_state.blocksize, dtype, chosen)
     return write_into("out", out, result)
 
 

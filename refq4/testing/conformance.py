@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import nn
 from ..backend import BackendUnsupportedError
 from ..codebooks import create_dynamic_map
-from ..internals import dispatch
+from ..internals import codec, dispatch
 from ..matmul import describe, matmul_4bit
 from ..quantization import dequantize_4bit, quantize_4bit
 from ..registry import check_usable, use_backend
@@ -169,9 +169,9 @@ class _Asked:
 def _quantize_4bit(asked: _Asked) -> None:
     case = asked.case
     allowed = case.weights == "not finite"
-    wanted = dispatch.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.against)
+    wanted = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.against)
     with trace() as t:
-        got = dispatch.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.backend)
+        got = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.backend)
     asked.ran_here(t)
     assert_same_bits(_one_nan(got[1]), _one_nan(wanted[1]), "absmax")
     try:
@@ -184,18 +184,18 @@ def _quantize_4bit(asked: _Asked) -> None:
 def _dequantize_4bit(asked: _Asked) -> None:
     B, state = asked.quantised()
     weight = state.packed_weight(B)
-    wanted = dispatch.dequantize_4bit(weight, asked.case.torch_dtype, asked.against)
+    wanted = codec.dequantize_4bit(weight, asked.case.torch_dtype, asked.against)
     with trace() as t:
-        got = dispatch.dequantize_4bit(weight, asked.case.torch_dtype, asked.backend)
+        got = codec.dequantize_4bit(weight, asked.case.torch_dtype, asked.backend)
     asked.ran_here(t)
     assert_same_bits(_one_nan(got), _one_nan(wanted), "decoded weight")
 
 
 def _quantize_blockwise(asked: _Asked) -> None:
     code = create_dynamic_map().to(asked.device)
-    wanted = dispatch.quantize_blockwise(asked.W, code, asked.case.blocksize, asked.against)
+    wanted = codec.quantize_blockwise(asked.W, code, asked.case.blocksize, asked.against)
     with trace() as t:
-        got = dispatch.quantize_blockwise(asked.W, code, asked.case.blocksize, asked.backend)
+        got = codec.quantize_blockwise(asked.W, code, asked.case.blocksize, asked.backend)
     asked.ran_here(t)
     assert_same_bits(_one_nan(got[1]), _one_nan(wanted[1]), "absmax")
     assert_same_bits(got[0], wanted[0], "8-bit codes")
@@ -203,10 +203,10 @@ def _quantize_blockwise(asked: _Asked) -> None:
 
 def _dequantize_blockwise(asked: _Asked) -> None:
     case, code = asked.case, create_dynamic_map().to(asked.device)
-    q, absmax = dispatch.quantize_blockwise(asked.W, code, case.blocksize, asked.against)
-    wanted = dispatch.dequantize_blockwise(q, absmax, code, case.blocksize, case.torch_dtype, asked.against)
+    q, absmax = codec.quantize_blockwise(asked.W, code, case.blocksize, asked.against)
+    wanted = codec.dequantize_blockwise(q, absmax, code, case.blocksize, case.torch_dtype, asked.against)
     with trace() as t:
-        got = dispatch.dequantize_blockwise(q, absmax, code, case.blocksize, case.torch_dtype, asked.backend)
+        got = codec.dequantize_blockwise(q, absmax, code, case.blocksize, case.torch_dtype, asked.backend)
     asked.ran_here(t)
     assert_same_bits(_one_nan(got), _one_nan(wanted), "decoded values")
 
