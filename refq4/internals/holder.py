@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..params import Params4bit
 from ..state import QuantState
-from .statedict import describe
+from .format import describe
 
 __all__ = ["Holds4bitWeight"]
 
