@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .functional import DEFAULT_BLOCKSIZE, quantize_4bit
+from .internals.blockwise import slice_state
 from .internals.prepared import MayBePrepared
-from .quantization import DEFAULT_BLOCKSIZE, quantize_4bit, slice_state
 from .state import QuantState
 
 __all__ = ["Params4bit"]

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..functional import dequantize_4bit
+from ..internals.blockwise import slice_state
 from ..internals.shown import Shown
-from ..quantization import dequantize_4bit, slice_state
 from ..state import QuantState
 
 if TYPE_CHECKING:

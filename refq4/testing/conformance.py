@@ -28,9 +28,9 @@ from torch import Tensor
 from .. import nn
 from ..backend import BackendUnsupportedError
 from ..codebooks import create_dynamic_map
+from ..functional import dequantize_4bit, quantize_4bit
 from ..internals import codec, dispatch
 from ..matmul import describe, matmul_4bit
-from ..quantization import dequantize_4bit, quantize_4bit
 from ..registry import check_usable, use_backend
 from ..state import QuantState
 from ..trace import Trace, trace

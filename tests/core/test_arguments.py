@@ -19,7 +19,7 @@ import refq4.functional as F
 from refq4 import autograd, codebooks
 from refq4.backend import OPS, Call, PackedWeight
 from refq4.internals import dispatch
-from refq4.quantization import slice_state
+from refq4.internals.blockwise import slice_state
 from refq4.reference import ReferenceBackend
 from refq4.registry import isolated_registry
 
