@@ -18,15 +18,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import layout
-from ..codebooks import codebook_names, create_dynamic_map, get_codebook
+from ..codebooks import codebook_names, get_codebook
 from .checks import check_packed
+from .dynamic_map import stored_dynamic_maps
 from .format import (
     BLOCKSIZES,
     DTYPE_NAMES,
@@ -132,7 +132,7 @@ class Reader:
         blocksize = self._blocksize("nested_blocksize", self.nested_blocksizes)
         return NestedFields(
             absmax=self._scales("nested_absmax", torch.float32, layout.block_count(blocks, blocksize)),
-            code=self._code("nested_quant_map", *_dynamic_maps()),
+            code=self._code("nested_quant_map", *stored_dynamic_maps()),
             blocksize=blocksize,
             dtype=self._dtype("nested_dtype", {"float32": torch.float32}),
             offset=self._offset("nested_offset"),
@@ -297,15 +297,6 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(items) != len(pairs):  # json would keep the last, other readers the first
         raise ValueError("a key is there twice")
     return items
-
-
-@cache
-def _dynamic_maps() -> tuple[Tensor, Tensor]:
-    """The map, and what nested checkpoints hold that bitsandbytes up to 0.49 wrote on a CPU: its first entry is -1."""
-    table = create_dynamic_map()
-    old = table.clone()
-    old[0] = -1.0
-    return table, old
 
 
 def _is_row(value: Any, dtype: torch.dtype, numel: int) -> bool:

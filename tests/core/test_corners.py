@@ -28,10 +28,11 @@ import refq4.functional as F
 from refq4 import matmul, pipeline, registry
 from refq4.autograd import MatMul4Bit
 from refq4.backend import Backend, PackedWeight, PreparedWeight
-from refq4.codebooks import Codebook, _dynamic_map_values, get_codebook
+from refq4.codebooks import Codebook, get_codebook
 from refq4.internals import codec, dispatch, schemas
 from refq4.internals.blockwise import slice_state
 from refq4.internals.checks import check_blockwise, warn_caller
+from refq4.internals.dynamic_map import _dynamic_map_values
 from refq4.nn import LinearNF4, Params4bit
 from refq4.reference import ReferenceBackend
 from refq4.tools.explain import _first_difference
