@@ -7,8 +7,9 @@
 A backend that no package registers but a file ``mine.py``: register it and call ``verify`` in a script, or
 ``python -m refq4 verify --import mine.py --backend mine``, or ``pytest -p mine ...`` with the file on the PYTHONPATH.
 
-The pieces, in reading order: ``cases`` (what is asked, as data), ``conformance`` (how each thing is asked, and what
-counts as the same), ``budget`` (the tolerance, in one place), ``diagnose`` (from wrong numbers to the likely bug),
+The pieces, in reading order: ``cases`` (what is asked, as data), ``conformance`` (the checks by name, and what counts
+as the same), ``ask_ops`` and ``ask_layers`` (how each thing is asked), ``budget`` (the tolerance, in one place),
+``diagnose`` (from wrong numbers to the likely bug),
 ``verify`` (ask everything, shrink what fails, report). ``strategies`` draws cases with hypothesis.
 
 What "the same" means: bits and bytes bit for bit; a product may err, against an fp64 oracle built from the
