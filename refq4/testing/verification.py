@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..internals.shown import Shown
 from ..registry import check_usable, is_installed
+from .asked import Outcome
 from .cases import Case, catalogue, simpler
-from .conformance import CHECKS, Outcome, check
+from .conformance import CHECKS, check
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
