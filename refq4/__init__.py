@@ -13,8 +13,6 @@ from . import autograd, backend, codebooks, functional, nn
 from .backend import BackendUnavailableError, BackendUnsupportedError, UnknownBackendError
 from .codebooks import Codebook, get_codebook, register_codebook
 from .functional import QuantState, matmul_4bit
-from .models.prepare import prepare, restore
-from .models.quantize_model import quantize_model
 from .registry import (
     backend_info,
     get_backend,
@@ -24,11 +22,13 @@ from .registry import (
     unregister_backend,
     use_backend,
 )
-from .tools.explain import compare, explain
 from .trace import trace
 
 if TYPE_CHECKING:
     from . import checkpoint, testing
+    from .models.prepare import prepare, restore
+    from .models.quantize_model import quantize_model
+    from .tools.explain import compare, explain
 
 __version__ = "0.1.0"
 
@@ -63,10 +63,25 @@ __all__ = [
     "use_backend",
 ]
 
-_ON_FIRST_USE = ("checkpoint", "testing")  # importing refq4 stays quick
+_ON_FIRST_USE = {  # the module in which a name is; importing refq4 loads only the layer
+    "checkpoint": ".checkpoint",
+    "compare": ".tools.explain",
+    "explain": ".tools.explain",
+    "prepare": ".models.prepare",
+    "quantize_model": ".models.quantize_model",
+    "restore": ".models.prepare",
+    "testing": ".testing",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ON_FIRST_USE:
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_ON_FIRST_USE[name], __name__)
+    found = getattr(module, name, module)  # the two packages stand for themselves
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_FIRST_USE})

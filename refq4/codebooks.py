@@ -24,8 +24,8 @@ The picking rule is the same for all of them, so that a kernel needs one loop an
 
 A NaN is greater than nothing, so its rank is 0. A rule that needs ``x >= t`` writes the fp32 number just below t.
 
-The 8-bit *dynamic map* at the end of the file is the same idea with 256 values; double quantisation stores the
-blocks' scales with it.
+The 8-bit *dynamic map* is the same idea with 256 values; double quantisation stores the blocks' scales with it. It has
+a file of its own, ``refq4/internals/dynamic_map.py``, and is imported from here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -43,6 +42,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .internals.dynamic_map import create_dynamic_map, thresholds_and_order
+from .internals.rounding import fp32, midpoints, next_below
 
 __all__ = [
     "Code",
@@ -110,10 +112,10 @@ class Codebook:
     ) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise ValueError(f"a codebook's name is lower-case letters, digits and '_', got {name!r}")
-        values = tuple(_fp32(v) for v in values)
+        values = tuple(fp32(v) for v in values)
         if len(values) != 16 or not all(map(math.isfinite, values)):
             raise ValueError(f"codebook {name!r} needs 16 finite fp32 values, got {len(values)}: {values}")
-        thresholds = _midpoints(sorted(values)) if thresholds is None else tuple(_fp32(t) for t in thresholds)
+        thresholds = midpoints(sorted(values)) if thresholds is None else tuple(fp32(t) for t in thresholds)
         if len(thresholds) != 15 or not all(a <= b for a, b in pairwise(thresholds)):
             raise ValueError(f"codebook {name!r} needs 15 ascending thresholds, got {thresholds}")
         for key, value in zip(
@@ -131,7 +133,7 @@ class Codebook:
 
     def encode(self, scaled: Iterable[float]) -> list[int]:
         """The codes of numbers already scaled into [-1, 1]: the rule, one number at a time."""
-        return [self.order[sum(_fp32(x) > t for t in self.thresholds)] for x in scaled]
+        return [self.order[sum(fp32(x) > t for t in self.thresholds)] for x in scaled]
 
     def on(self, device: torch.device | str) -> Code:
         """The codebook as tensors on ``device`` (cached: treat them as read-only)."""
@@ -154,16 +156,8 @@ def code_from_values(values: Tensor) -> Code:
     Args:
         values: fp32 [C] with 2 <= C <= 256, finite, in any order.
     """
-    thresholds, order = _thresholds_and_order(tuple(values.detach().reshape(-1).tolist()))
+    thresholds, order = thresholds_and_order(tuple(values.detach().reshape(-1).tolist()))
     return Code(values, thresholds.to(values.device), order.to(values.device))
-
-
-@lru_cache(maxsize=64)
-def _thresholds_and_order(values: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    order = sorted(range(len(values)), key=lambda i: (values[i], i))
-    with torch.inference_mode(False):
-        thresholds = torch.tensor(_exact_midpoints([values[i] for i in order]), dtype=torch.float32)
-        return thresholds, torch.tensor(order, dtype=torch.uint8)
 
 
 # --- the formats ----------------------------------------------------------------------------------------------------
@@ -218,7 +212,7 @@ def create_fp4_map() -> list[float]:
         [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]
     """
     magnitudes = [(m / 16 if e == 0 else 2.0 ** (4 - e) * (1 + m / 2)) for e in range(4) for m in range(2)]
-    return [_fp32(v / 12) for v in magnitudes] + [_fp32(0.0 - v / 12) for v in magnitudes]
+    return [fp32(v / 12) for v in magnitudes] + [fp32(0.0 - v / 12) for v in magnitudes]
 
 
 # FP4's pivots between neighbouring magnitudes, as bitsandbytes' CUDA quantiser spells them (kQuantize in csrc):
@@ -237,9 +231,9 @@ def sign_magnitude_thresholds(pivots: Sequence[float]) -> list[float]:
         >>> sign_magnitude_thresholds([0.5])[2]
         0.5
     """
-    up = [_fp32(p) for p in pivots]
-    down = [_next_below(-p) for p in reversed(up)]
-    return [*down, _next_below(0.0), *up]
+    up = [fp32(p) for p in pivots]
+    down = [next_below(-p) for p in reversed(up)]
+    return [*down, next_below(0.0), *up]
 
 
 # Yoshida, "NF4 isn't information theoretically optimal (and that's good)", 2023: derived for a small expected absolute
@@ -249,58 +243,6 @@ _AF4_POSITIVE = (1.0, 0.72424863, 0.55496234, 0.42563882, 0.31675666, 0.21961274
 _AF4_NEGATIVE = (-0.04934812, -0.14982478, -0.25607552, -0.3736951, -0.51243739, -0.69441008, -1.0)
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
-def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
-    """The 8-bit dynamic map: 256 fp32 values dense near 0 and near 1 alike.
-
-    A *dynamic* exponent: the zeros in front of the first set bit count decades, what is left after that bit is a
-    linear fraction. Small decades get few bits, the top decade gets the most.
-
-        sign  0 0 0 1 f f f     ->  10**-3 * fraction, the fraction linear in (0.1, 1) with 2**3 steps
-
-    Mirrors ``create_dynamic_map`` of bitsandbytes; Dettmers, "8-Bit Approximations for Parallelism in Deep
-    Learning", 2016.
-
-    Args:
-        signed: spend one bit on the sign.
-        max_exponent_bits: the number of decades.
-        total_bits: bits per value; fewer than 8 leave the rest of the 256 entries at 0.
-
-    Returns:
-        fp32 [256], ascending.
-
-    Example:
-        >>> m = create_dynamic_map()
-        >>> m.shape, round(float(m[0]), 4), float(m[-1]), float(m[127])
-        (torch.Size([256]), -0.993, 1.0, 0.0)
-    """
-    usual = (signed, max_exponent_bits, total_bits) == (True, 7, 8)
-    values = _USUAL_DYNAMIC_MAP if usual else _dynamic_map_values(signed, max_exponent_bits, total_bits)
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def _dynamic_map_values(signed: bool, max_exponent_bits: int, total_bits: int) -> tuple[float, ...]:
-    spare_bits = total_bits - 1 - max_exponent_bits
-    if not 2 <= total_bits <= 8 or max_exponent_bits < 1 or spare_bits < 0:
-        raise ValueError(
-            f"a dynamic map needs 2 <= total_bits <= 8 and 1 <= max_exponent_bits < total_bits, "
-            f"got total_bits={total_bits}, max_exponent_bits={max_exponent_bits}"
-        )
-    # (decade, linear steps): the last entry holds what is left when spare bits leave the all-zero pattern room.
-    decades = [(e - max_exponent_bits + 1, 2 ** (e + spare_bits + (not signed))) for e in range(max_exponent_bits)]
-    decades.append((0, 2**spare_bits - 1))
-    values = [0.0, 1.0]
-    for decade, steps in decades:
-        edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32)
-        means = (edges[:-1] + edges[1:]) / 2.0
-        values += (10**decade * means).tolist()
-        if signed:
-            values += (-(10**decade) * means).tolist()
-    return tuple(sorted([*values, *[0.0] * (256 - len(values))]))
-
-
-_USUAL_DYNAMIC_MAP = _dynamic_map_values(True, 7, 8)  # a constant, so that torch.compile sees one
 
 
 # --- the shelf ------------------------------------------------------------------------------------------------------
@@ -353,27 +295,6 @@ def codebook_names() -> list[str]:
         True
     """
     return sorted(_BOOKS)
-
-
-def _fp32(x: float) -> float:
-    """``x`` rounded to the nearest fp32 number (and inf where it is out of range)."""
-    return float(struct.unpack("f", struct.pack("f", x))[0])  # in native mode, which does not raise
-
-
-def _next_below(x: float) -> float:
-    """The largest fp32 number below ``x``."""
-    return float(torch.nextafter(torch.tensor(x), torch.tensor(-math.inf)))
-
-
-def _midpoints(ascending: Sequence[float]) -> tuple[float, ...]:
-    """Midpoints of neighbours, exact in fp64, then one rounding to fp32."""
-    return tuple(_fp32((a + b) / 2) for a, b in pairwise(ascending))
-
-
-def _exact_midpoints(ascending: Sequence[float]) -> tuple[float, ...]:
-    """Midpoints rounded *down* to fp32: for fp32 x, ``x > t`` then says exactly whether x is nearer the upper one."""
-    middles = [(a + b) / 2 for a, b in pairwise(ascending)]
-    return tuple(t if (t := _fp32(m)) <= m else _next_below(t) for m in middles)
 
 
 def _build_shelf() -> None:

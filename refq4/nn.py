@@ -6,215 +6,27 @@
     layer(x)                              the seven steps of refq4/pipeline.py
 
 The names, arguments and state-dict keys are those of ``bitsandbytes.nn``. What a layer computes is in the pipeline, how
-its weight is quantised in ``refq4/params.py``; this file is about modules: how they are moved, saved and loaded.
+its weight is quantised in ``refq4/params.py``, how a module with such a weight is moved, saved and loaded in
+``refq4/internals/holder.py``; this file says which layers there are.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from . import pipeline
+from .functional import DEFAULT_BLOCKSIZE
 from .internals.checks import warn_caller
-from .internals.statedict import describe
+from .internals.holder import Holds4bitWeight
 from .params import Params4bit
-from .quantization import DEFAULT_BLOCKSIZE
-from .state import QuantState
 
 __all__ = ["Embedding4bit", "EmbeddingFP4", "EmbeddingNF4", "Linear4bit", "LinearFP4", "LinearNF4", "Params4bit"]
 
 
-class _AnyName:
-    """An object of which every public attribute is the object itself."""
-
-    def __getattr__(self, name: str) -> _AnyName:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return self
-
-
-class _Holds4bitWeight(nn.Module):
-    """What Linear4bit and Embedding4bit share: moving, saving and loading a module with a Params4bit ``weight``."""
-
-    _any_name = _AnyName()
-    weight: Any  # a Params4bit, until something rebuilds it as a plain parameter
-    quant_state: QuantState | None
-
-    def _hold(self, **settings: Any) -> None:
-        """Turn the full-precision ``weight`` that the base class made into a Params4bit."""
-        self.quant_state = None
-        self.quant_storage = settings["quant_storage"]
-        self.weight = Params4bit(self.weight.data, requires_grad=False, module=self, **settings)
-
-    @property
-    def weight_shape(self) -> torch.Size:
-        """Shape of the weight, before or after it is quantised."""
-        raise NotImplementedError
-
-    def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module.train``; training mode restores the stored bytes, which backward reads."""
-        if mode and isinstance(self.weight, Params4bit):
-            self.weight.restore()
-        super().train(mode)
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moving the module: the weight keeps its identity, and its quant state goes where the bytes go.
-
-        torch would copy only ``.data`` from the moved parameter into the old one.
-        """
-        weight = self.weight
-        if not isinstance(weight, Params4bit):
-            return self._apply_to_rebuilt(fn, recurse)
-        with torch.no_grad():
-            moved = fn(weight)
-        self._parameters["weight"] = None
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        finally:
-            self._parameters["weight"] = weight
-        if moved is not weight:
-            self._adopt(weight, moved)
-        self.quant_state = self.weight.quant_state
-        return self
-
-    def _apply_to_rebuilt(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> Any:
-        """The same for a weight that was rebuilt as a plain parameter of its bytes: the state is the module's.
-
-        The bytes are shown to ``fn`` as the integers they are, whatever they are stored under, and of what comes back
-        only a new place counts: a cast of codes would destroy them.
-        """
-        weight = self.weight
-
-        def move(tensor: Tensor) -> Tensor:
-            if tensor is not weight or self.quant_state is None:
-                return fn(tensor)
-            plain = tensor.view(torch.uint8)
-            moved = fn(plain)
-            return (moved if moved.dtype == torch.uint8 else plain.to(moved.device)).view(tensor.dtype)
-
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        if self.quant_state is not None:
-            self.quant_state = self.quant_state.copy().to(self.weight.device)
-        return self
-
-    def _adopt(self, weight: Params4bit, moved: Tensor) -> None:
-        """Make ``weight`` what ``moved`` is; a new parameter only where torch can't exchange the data (meta)."""
-        if isinstance(moved, Params4bit):
-            state, quantised = moved.quant_state, moved.bnb_quantized
-        else:
-            state, quantised = weight.quant_state, weight.bnb_quantized
-            if state is not None:
-                # from meta nothing can be moved: to_empty() leaves a layer that waits for a state dict
-                lost = state.absmax.is_meta and not moved.is_meta
-                state = None if lost else state.copy().to(moved.device)
-        if torch._has_compatible_shallow_copy_type(weight, moved):
-            weight.data = moved.data
-            weight.quant_state, weight.bnb_quantized = state, quantised
-        else:
-            self.weight = weight._like(moved.data, state)
-
-    # --- state dicts ------------------------------------------------------------------------------------------------
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # Torch collects the tensors themselves, and they are detached here: a prepared weight gives a copy of its
-        # stored bytes, the live layer goes on as it is, and threads that save and infer at once don't see each other.
-        super()._save_to_state_dict(destination, prefix, True)
-        if not keep_vars:
-            for name, value in (*self._parameters.items(), *self._buffers.items()):
-                if value is not None and f"{prefix}{name}" in destination:
-                    plain = value.stored() if isinstance(value, Params4bit) else value.detach()
-                    destination[f"{prefix}{name}"] = plain
-        state = getattr(self.weight, "quant_state", None) or self.quant_state
-        if state is not None:
-            for key, value in state.as_dict(packed=True).items():
-                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Both kinds of checkpoint: packed weights with their ``weight.*`` entries, and full-precision weights.
-
-        A full-precision weight that meets a layer which is quantised already is quantised with the layer's settings.
-        """
-        own = f"{prefix}weight"
-        stats = {key: value for key, value in state_dict.items() if key.startswith(f"{own}.")}
-        incoming = state_dict.get(own)
-        assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        if stats and incoming is None:
-            missing_keys.append(own)
-        elif stats:
-            self._load_packed(state_dict[own], stats, assign)
-        elif incoming is not None and getattr(self.weight, "bnb_quantized", False):
-            self._load_full_precision(incoming, own, error_msgs)
-        else:
-            args = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-            return super()._load_from_state_dict(state_dict, prefix, *args)
-        # everything but the weight the usual way; keys that start with "weight" are dealt with
-        others = {key: value for key, value in state_dict.items() if key != own and key not in stats}
-        reported = len(missing_keys)
-        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        missing_keys[reported:] = [key for key in missing_keys[reported:] if key != own]
-        return None
-
-    def _fqn_modifiers(self) -> dict[str, str]:
-        """Asked by ``torch.distributed.checkpoint``, which follows the keys of a state dict attribute by attribute.
-
-        A sharded weight (a DTensor) has no ``absmax``; so ``weight`` is looked up in something that has all names.
-        """
-        return {"weight": "_any_name"}
-
-    def _load_packed(self, packed: Any, stats: dict[str, Any], assign: bool) -> None:
-        if hasattr(self.weight, "device_mesh"):  # a DTensor; to import the class takes a second
-            self._load_sharded(packed, stats)
-            return
-        stay = assign or self.weight.is_meta
-        weight = Params4bit.from_prequantized(packed, stats, device=None if stay else self.weight.device, module=self)
-        if not assign:  # as torch's copy_: the caller's tensors stay the caller's
-            weight.data = weight.data.clone()
-            weight.quant_state = copy.deepcopy(weight.quant_state)
-        self.weight = weight
-        self.quant_state = weight.quant_state
-
-    def _load_sharded(self, packed: Any, stats: dict[str, Any]) -> None:
-        """Each process takes its part of the bytes, and all of the quant state."""
-        state = QuantState.from_dict(stats, packed=packed)
-        if state.shape != self.weight_shape:
-            raise ValueError(f"the checkpoint holds {state}, this {type(self).__name__} wants {self.weight_shape}")
-        with torch.no_grad():
-            self.weight.copy_(packed)
-        self.quant_state = copy.deepcopy(state)
-
-    def _load_full_precision(self, incoming: Any, key: str, error_msgs: list[str]) -> None:
-        shape = list(self.weight_shape)
-        if not isinstance(incoming, Tensor) or list(incoming.shape) != shape:
-            error_msgs.append(
-                f"size mismatch for {key}: a full-precision weight of shape {shape} or a packed "
-                f"one with its quant_state entries is wanted, got {describe(incoming)} without them"
-            )
-            return
-        assert isinstance(self.weight, Params4bit)
-        fresh = self.weight._like(incoming.detach(), None)
-        fresh.bnb_quantized = False
-        try:
-            fresh = fresh.to(self.weight.device)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{key}: {error}") from None
-        self.weight = fresh
-
-
-class Linear4bit(_Holds4bitWeight, nn.Linear):
+class Linear4bit(Holds4bitWeight, nn.Linear):
     """A linear layer with a 4-bit weight. Mirrors ``bitsandbytes.nn.Linear4bit``; QLoRA, section 3.
 
     Args:
@@ -290,7 +102,37 @@ class Linear4bit(_Holds4bitWeight, nn.Linear):
         return torch.Size((self.out_features, self.in_features))
 
 
-class LinearNF4(Linear4bit):
+class _LinearOfFixedType(Linear4bit):
+    """The constructor that :class:`LinearNF4` and :class:`LinearFP4` share: Linear4bit's without ``quant_type``."""
+
+    _quant_type: ClassVar[str]
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+        *,
+        blocksize: int | None = None,
+    ) -> None:
+        super().__init__(
+            input_features,
+            output_features,
+            bias,
+            compute_dtype,
+            compress_statistics,
+            self._quant_type,
+            quant_storage,
+            device,
+            blocksize=blocksize,
+        )
+
+
+class LinearNF4(_LinearOfFixedType):
     """:class:`Linear4bit` with ``quant_type="nf4"``.
 
     Example:
@@ -298,32 +140,10 @@ class LinearNF4(Linear4bit):
         'nf4'
     """
 
-    def __init__(
-        self,
-        input_features: int,
-        output_features: int,
-        bias: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        compress_statistics: bool = True,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | None = None,
-        *,
-        blocksize: int | None = None,
-    ) -> None:
-        super().__init__(
-            input_features,
-            output_features,
-            bias,
-            compute_dtype,
-            compress_statistics,
-            "nf4",
-            quant_storage,
-            device,
-            blocksize=blocksize,
-        )
+    _quant_type = "nf4"
 
 
-class LinearFP4(Linear4bit):
+class LinearFP4(_LinearOfFixedType):
     """:class:`Linear4bit` with ``quant_type="fp4"``.
 
     Example:
@@ -331,32 +151,10 @@ class LinearFP4(Linear4bit):
         'fp4'
     """
 
-    def __init__(
-        self,
-        input_features: int,
-        output_features: int,
-        bias: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        compress_statistics: bool = True,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | None = None,
-        *,
-        blocksize: int | None = None,
-    ) -> None:
-        super().__init__(
-            input_features,
-            output_features,
-            bias,
-            compute_dtype,
-            compress_statistics,
-            "fp4",
-            quant_storage,
-            device,
-            blocksize=blocksize,
-        )
+    _quant_type = "fp4"
 
 
-class Embedding4bit(_Holds4bitWeight, nn.Embedding):
+class Embedding4bit(Holds4bitWeight, nn.Embedding):
     """An embedding with a 4-bit table. Mirrors ``bitsandbytes.nn.Embedding4bit``; unlike there, it can be saved.
 
     Args:
@@ -405,7 +203,23 @@ class Embedding4bit(_Holds4bitWeight, nn.Embedding):
         return torch.Size((self.num_embeddings, self.embedding_dim))
 
 
-class EmbeddingNF4(Embedding4bit):
+class _EmbeddingOfFixedType(Embedding4bit):
+    """The constructor that EmbeddingNF4 and EmbeddingFP4 share: Embedding4bit's without ``quant_type``."""
+
+    _quant_type: ClassVar[str]
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, dtype, self._quant_type, quant_storage, device)
+
+
+class EmbeddingNF4(_EmbeddingOfFixedType):
     """:class:`Embedding4bit` with ``quant_type="nf4"``.
 
     Example:
@@ -413,18 +227,10 @@ class EmbeddingNF4(Embedding4bit):
         'nf4'
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype | None = None,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(num_embeddings, embedding_dim, dtype, "nf4", quant_storage, device)
+    _quant_type = "nf4"
 
 
-class EmbeddingFP4(Embedding4bit):
+class EmbeddingFP4(_EmbeddingOfFixedType):
     """:class:`Embedding4bit` with ``quant_type="fp4"``.
 
     Example:
@@ -432,15 +238,7 @@ class EmbeddingFP4(Embedding4bit):
         'fp4'
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype | None = None,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(num_embeddings, embedding_dim, dtype, "fp4", quant_storage, device)
+    _quant_type = "fp4"
 
 
 def _settings(weight: nn.Parameter) -> str:

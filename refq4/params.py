@@ -18,25 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .functional import DEFAULT_BLOCKSIZE, quantize_4bit
+from .internals.blockwise import slice_state
 from .internals.prepared import MayBePrepared
-from .quantization import DEFAULT_BLOCKSIZE, quantize_4bit, slice_state
+from .internals.state_fields import of_the_state
 from .state import QuantState
 
 __all__ = ["Params4bit"]
-
-
-def _of_the_state(name: str, field: str, second: bool = False) -> Any:
-    """A field of the quant state, or of its scales' state; a property, since Dynamo compiles no ``__getattr__``."""
-
-    def read(self: Params4bit) -> Any:
-        state = self.quant_state
-        owner = state.state2 if second and state is not None else state
-        if owner is None:
-            why = "it is not quantised" if state is None else "its scales are not quantised"
-            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}': {why}")
-        return getattr(owner, field)
-
-    return property(read)
 
 
 class Params4bit(MayBePrepared, nn.Parameter):
@@ -76,16 +64,16 @@ class Params4bit(MayBePrepared, nn.Parameter):
     quant_state: QuantState | None
     bnb_quantized: bool
 
-    absmax = _of_the_state("absmax", "absmax")
-    code = _of_the_state("code", "code")
-    quant_map = _of_the_state("quant_map", "code")
-    offset = _of_the_state("offset", "offset")
-    state2 = _of_the_state("state2", "state2")
-    nested_offset = _of_the_state("nested_offset", "offset")
-    nested_absmax = _of_the_state("nested_absmax", "absmax", second=True)
-    nested_blocksize = _of_the_state("nested_blocksize", "blocksize", second=True)
-    nested_quant_map = _of_the_state("nested_quant_map", "code", second=True)
-    nested_dtype = _of_the_state("nested_dtype", "dtype", second=True)
+    absmax = of_the_state("absmax", "absmax")
+    code = of_the_state("code", "code")
+    quant_map = of_the_state("quant_map", "code")
+    offset = of_the_state("offset", "offset")
+    state2 = of_the_state("state2", "state2")
+    nested_offset = of_the_state("nested_offset", "offset")
+    nested_absmax = of_the_state("nested_absmax", "absmax", second=True)
+    nested_blocksize = of_the_state("nested_blocksize", "blocksize", second=True)
+    nested_quant_map = of_the_state("nested_quant_map", "code", second=True)
+    nested_dtype = of_the_state("nested_dtype", "dtype", second=True)
 
     def __new__(
         cls,

@@ -30,11 +30,12 @@ from torch import Tensor
 
 from . import registry
 from .backend import PackedWeight
+from .functional import dequantize_4bit
+from .internals.blockwise import decode_scales
 from .internals.checks import check_input, warn_caller
 from .internals.dispatch import is_deferred, wants_grad
 from .internals.prepared import MOST_RESTORES, MayBePrepared, as_stored
 from .matmul import BoundWeight, describe, multiply, under_autocast
-from .quantization import decode_scales, dequantize_4bit
 from .state import QuantState
 from .trace import Decision, recorder
 

@@ -14,17 +14,10 @@ from torch import Tensor
 
 from . import layout
 from .backend import Nested, PackedWeight
-from .internals.checks import check_positive, checked_weight
+from .internals.checks import check_packed, check_positive, checked_weight
+from .internals.format import BLOCKSIZES, JSON_KEY, NESTED_BLOCKSIZE, WEIGHT_DTYPES, dtype_name
 from .internals.prepared import MayBePrepared
-from .internals.statedict import (
-    BLOCKSIZES,
-    JSON_KEY,
-    NESTED_BLOCKSIZE,
-    WEIGHT_DTYPES,
-    Reader,
-    check_packed,
-    json_to_tensor,
-)
+from .internals.statedict import Reader, json_to_tensor
 
 __all__ = ["BLOCKSIZES", "NESTED_BLOCKSIZE", "WEIGHT_DTYPES", "QuantState"]
 
@@ -248,7 +241,7 @@ class QuantState:
     def __repr__(self) -> str:
         shape = "8-bit" if self.shape is None else f"{self.quant_type} {list(self.shape)}"
         nested = ", double quantisation" if self.nested else ""
-        return f"QuantState({shape}, {_name(self.dtype)}, blocksize {self.blocksize}{nested})"
+        return f"QuantState({shape}, {dtype_name(self.dtype)}, blocksize {self.blocksize}{nested})"
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -258,7 +251,3 @@ def _same(a: Any, b: Any) -> bool:
         alike = a.device == b.device and a.dtype == b.dtype and a.shape == b.shape
         return alike and (a is b or (not a.is_meta and torch.equal(a, b)))
     return bool(a == b)
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")

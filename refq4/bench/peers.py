@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..functional import dequantize_4bit, quantize_4bit
 from ..nn import Linear4bit
-from ..quantization import dequantize_4bit, quantize_4bit
 from ..registry import use_backend
 
 __all__ = [

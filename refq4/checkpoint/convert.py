@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from ..codebooks import get_codebook
+from ..functional import DEFAULT_BLOCKSIZE
 from ..internals.checks import check_blocksize, check_storage
 from ..models.report import QuantizationReport
-from ..quantization import DEFAULT_BLOCKSIZE
 from ..registry import requested_backend, use_backend
 from . import places
 from .selection import select

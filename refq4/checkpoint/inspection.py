@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .. import layout
+from ..internals.blockwise import decode_scales
+from ..internals.shown import Shown
 from ..models.patterns import first_match
 from ..models.report import bits_per_weight
-from ..quantization import decode_scales
 from ..state import QuantState
-from ..trace import Shown
 from . import places
 from .sources import FromSafetensors, FromTorch, Source
 from .tensors import FLOATS, SafetensorsReader

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import layout
+from ..functional import get_4bit_type, quantize_4bit
+from ..internals.blockwise import quantize_scales, slice_state
 from ..models.report import LayerReport, QuantizationReport, relative, squared_error
-from ..quantization import get_4bit_type, quantize_4bit, quantize_scales, slice_state
 from ..state import NESTED_BLOCKSIZE, QuantState
 from .ahead import read_ahead
 from .selection import Selection

@@ -7,8 +7,8 @@ import argparse
 import shtab
 
 from ..codebooks import codebook_names
+from ..functional import DEFAULT_BLOCKSIZE
 from ..layout import STORAGE_DTYPES
-from ..quantization import DEFAULT_BLOCKSIZE
 from ..state import BLOCKSIZES, WEIGHT_DTYPES
 
 __all__ = ["DTYPES", "STORAGE", "add_backend", "add_format", "add_json", "examples", "files"]

@@ -17,8 +17,8 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from ..codebooks import get_codebook
+from ..functional import DEFAULT_BLOCKSIZE
 from ..internals.checks import check_blocksize, check_storage, warn_caller
-from ..quantization import DEFAULT_BLOCKSIZE
 
 __all__ = ["METHOD", "Refq4Config"]
 

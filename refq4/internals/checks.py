@@ -1,9 +1,9 @@
 """Checks at the boundary: what callers hand over, checked once, with errors that say what to do.
 
 Two boundaries share them. The public functions check what only they know (an output, a storage dtype). The ops
-(``refq4/internals/dispatch.py``) check all that reaches a backend, and a backend hands it to C or CUDA as addresses:
-there :func:`checked_weight` and :func:`check_product` hold each tensor to the length, dtype and device that the sizes
-of the call want. Only a layout of a backend's own is checked elsewhere: by the backend, which alone knows it.
+(``refq4/internals/dispatch.py``, ``codec.py``) check all that reaches a backend, and a backend hands it to C or CUDA as
+addresses: there :func:`checked_weight` and :func:`check_product` hold each tensor to the length, dtype and device that
+the sizes of the call want. Only a layout of a backend's own is checked elsewhere: by the backend, which alone knows it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import layout
 from ..backend import Nested, PackedWeight
 from ..trace import show
-from .statedict import BLOCKSIZES, MAX_NUMEL, WEIGHT_DTYPES, describe
+from .format import BLOCKSIZES, MAX_NUMEL, WEIGHT_DTYPES, describe, dtype_name
 
 ACTIVATION_DTYPES = (*WEIGHT_DTYPES, torch.float64)
 
@@ -26,7 +26,7 @@ ACTIVATION_DTYPES = (*WEIGHT_DTYPES, torch.float64)
 def check_floats(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     """A TypeError unless ``tensor`` is a dense tensor of one of the dtypes."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
-        wanted = ", ".join(map(_name, dtypes))
+        wanted = ", ".join(map(dtype_name, dtypes))
         raise TypeError(f"{name} must be a tensor of {wanted}, got {show(tensor)}; cast it first")
     if tensor.layout != torch.strided:
         layout_name = str(tensor.layout).removeprefix("torch.")
@@ -80,7 +80,9 @@ def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device
     if bias is not None:
         check_bias(bias, shape[0], shape)
         if bias.dtype != A.dtype or bias.device != device:
-            raise ValueError(f"bias must be {_name(A.dtype)} on {device} as A is, got {show(bias)} on {bias.device}")
+            raise ValueError(
+                f"bias must be {dtype_name(A.dtype)} on {device} as A is, got {show(bias)} on {bias.device}"
+            )
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
@@ -164,7 +166,7 @@ def check_prepared(
 
 def _row(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.numel() != numel or tensor.dtype != dtype:
-        raise ValueError(f"this weight needs {numel} {_name(dtype)} elements in {name}, it has {describe(tensor)}")
+        raise ValueError(f"this weight needs {numel} {dtype_name(dtype)} elements in {name}, it has {describe(tensor)}")
     if tensor.layout != torch.strided:
         raise ValueError(f"this weight needs a dense tensor in {name}, it has {describe(tensor)}")
     if tensor.device != device:
@@ -181,7 +183,7 @@ def check_positive(name: str, size: int) -> None:
 def check_storage(dtype: torch.dtype) -> None:
     """A ValueError unless packed bytes can be stored under ``dtype``."""
     if dtype not in layout.STORAGE_DTYPES:
-        wanted = ", ".join(map(_name, layout.STORAGE_DTYPES))
+        wanted = ", ".join(map(dtype_name, layout.STORAGE_DTYPES))
         raise ValueError(f"quant_storage must be one of {wanted}, got {dtype!r}")
 
 
@@ -224,7 +226,7 @@ def check_scales(absmax: Tensor, shape: torch.Size, blocksize: int) -> None:
 def check_target(dtype: torch.dtype) -> None:
     """Raise a TypeError unless codes can be decoded to ``dtype``."""
     if dtype not in ACTIVATION_DTYPES:
-        raise TypeError(f"codes decode to {', '.join(map(_name, ACTIVATION_DTYPES))}, not to {_name(dtype)}")
+        raise TypeError(f"codes decode to {', '.join(map(dtype_name, ACTIVATION_DTYPES))}, not to {dtype_name(dtype)}")
 
 
 def write_into(name: str, given: Tensor | None, result: Tensor) -> Tensor:
@@ -236,13 +238,22 @@ def write_into(name: str, given: Tensor | None, result: Tensor) -> Tensor:
     return given.copy_(result)
 
 
+def check_packed(stored: Tensor, shape: torch.Size, key: str = "weight") -> None:
+    """Raise a ValueError if ``stored`` can't be the packed bytes of ``shape``."""
+    if stored.dtype not in layout.STORAGE_DTYPES:
+        names = ", ".join(map(dtype_name, layout.STORAGE_DTYPES))
+        raise ValueError(f"{key}: a packed weight is stored as {names}, got {stored.dtype}")
+    wanted = -(-layout.packed_bytes(shape.numel()) // stored.dtype.itemsize)
+    if stored.numel() != wanted:
+        raise ValueError(
+            f"{key}: shape {list(shape)} packs into {wanted} {dtype_name(stored.dtype)} elements "
+            f"(two codes a byte), got {stored.numel()} in shape {list(stored.shape)}"
+        )
+
+
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     """A warning that points at the caller's own line: the nearest one outside refq4 and torch."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("refq4", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

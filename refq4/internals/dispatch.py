@@ -1,18 +1,17 @@
-"""Where a call meets a backend: every operand is checked, the backend found, and the trace told.
+"""Where a product meets a backend: every operand is checked, the backend found, and the trace told.
 
-    functional.py, matmul.py --> product(op, A, weight, bias, backend)
-                                   |  as a rule          straight to the backend
-                                   '- where something stands between (a compiler, a transform, a wanted gradient)
-                                        torch.ops.refq4.<op> --> its kernel, below: the same function
+    matmul.py, autograd.py --> product(op, A, weight, bias, backend)
+                                 |  as a rule          straight to the backend
+                                 '- where something stands between (a compiler, a transform, a wanted gradient)
+                                      torch.ops.refq4.<op> --> its kernel, below: the same function
 
 A backend reads its operands by address, so what reaches one is checked here (``refq4/internals/checks.py``). The
-argument ``backend`` is a choice ("auto", a name), which is then resolved here, or what ``registry.resolve`` found for
-the whole call.
+argument ``backend`` is a choice ("auto", a name), which ``run_op`` then resolves, or what ``registry.resolve`` found
+for the whole call. Quantising and decoding have the same way in ``refq4/internals/codec.py``.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,131 +21,13 @@ from torch.autograd import forward_ad
 
 from .. import registry
 from ..backend import Call, PackedWeight, PreparedWeight
-from ..codebooks import code_from_values, get_codebook
 from ..registry import Resolved
-from ..trace import OpRecord, current
-from .checks import (
-    check_blockwise,
-    check_code,
-    check_memory,
-    check_prepared,
-    check_product,
-    check_quantisable,
-    check_target,
-    check_weight_memory,
-    checked_weight,
-)
+from .checks import check_memory, check_prepared, check_product, check_weight_memory, checked_weight
+from .codec import decode, dequantize_4bit
+from .running import run_op
 from .schemas import flatten, implement
 
-__all__ = [
-    "dequantize_4bit",
-    "dequantize_blockwise",
-    "grad_input",
-    "is_deferred",
-    "product",
-    "quantize_4bit",
-    "quantize_blockwise",
-    "wants_grad",
-]
-
-
-# --- quantising and decoding ----------------------------------------------------------------------------------------
-
-
-def quantize_4bit(
-    A: Tensor, blocksize: int, quant_type: str, allow_nonfinite: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """A [any shape] -> packed uint8 [ceil(numel/2)], absmax fp32 [blocks]."""
-    packed, absmax = torch.ops.refq4.quantize_4bit.default(A, blocksize, quant_type, allow_nonfinite, backend)
-    return packed, absmax
-
-
-def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype, backend: str) -> Tensor:
-    """-> ``dtype`` [weight.shape]."""
-    out: Tensor = torch.ops.refq4.dequantize_4bit.default(*flatten(weight), dtype, backend)
-    return out
-
-
-def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -> tuple[Tensor, Tensor]:
-    """A [any shape], code fp32 [<= 256] -> codes uint8 [same shape], absmax fp32 [blocks]."""
-    q, absmax = torch.ops.refq4.quantize_blockwise.default(A, code, blocksize, backend)
-    return q, absmax
-
-
-def dequantize_blockwise(
-    q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, backend: str
-) -> Tensor:
-    """Codes uint8 [any shape] -> ``dtype`` [same shape]."""
-    out: Tensor = torch.ops.refq4.dequantize_blockwise.default(q, absmax, code, blocksize, dtype, backend)
-    return out
-
-
-def _quantize_4bit(
-    A: Tensor, blocksize: int, quant_type: str, allow_nonfinite: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    check_quantisable(A, blocksize)
-    A = A.contiguous()
-    check_memory("A", A)
-    call = _elementwise("quantize_4bit", A, A.dtype, blocksize, quant_type)
-    code = get_codebook(quant_type).on(A.device)
-    packed, absmax = _run(call, backend, "quantize_4bit", A, code, blocksize)
-    if not allow_nonfinite:
-        _refuse_nonfinite(absmax, blocksize)
-    return packed, absmax
-
-
-def _refuse_nonfinite(absmax: Tensor, blocksize: int) -> None:
-    """A block's absmax is finite exactly when all its elements are, so the scales alone tell."""
-    bad = ~absmax.isfinite()
-    if bool(bad.any()):
-        block = int(bad.nonzero()[0])
-        raise ValueError(
-            f"the tensor to quantise has a NaN or an infinity: {int(bad.sum())} of {absmax.numel()} blocks of "
-            f"{blocksize} hold one, the first is block {block} (elements {block * blocksize} to "
-            f"{(block + 1) * blocksize - 1} of the flattened tensor). It would spoil its block, and with double "
-            f"quantisation the whole tensor. Clean the tensor, or pass allow_nonfinite=True to quantise it as it is."
-        )
-
-
-def _decode(weight: PackedWeight, dtype: torch.dtype, backend: str | Resolved) -> Tensor:
-    check_weight_memory(weight)
-    check_target(dtype)
-    numel, nested, device = torch.Size(weight.shape).numel(), weight.nested is not None, weight.packed.device.type
-
-    def call() -> Call:
-        return Call("dequantize_4bit", device, dtype, 1, 1, numel, weight.blocksize, weight.quant_type, nested)
-
-    result: Tensor = _run(call, backend, "dequantize_4bit", weight, dtype)
-    return result
-
-
-def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -> tuple[Tensor, Tensor]:
-    check_quantisable(A, blocksize)
-    check_code(code, A.device)
-    A = A.contiguous()
-    check_memory("A", A)
-    check_memory("code", code)
-    call = _elementwise("quantize_blockwise", A, A.dtype, blocksize, f"{code.numel()} values")
-    rule = code_from_values(code)
-    q, absmax = _run(call, backend, "quantize_blockwise", A, rule, blocksize)
-    return q, absmax
-
-
-def _dequantize_blockwise(
-    q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, backend: str
-) -> Tensor:
-    q, absmax, code = q.contiguous(), absmax.contiguous(), code.contiguous()
-    for name, tensor in (("codes", q), ("absmax", absmax), ("code", code)):
-        check_memory(name, tensor)
-    check_blockwise(q, absmax, code, blocksize)
-    check_target(dtype)
-    call = _elementwise("dequantize_blockwise", q, dtype, blocksize, f"{code.numel()} values")
-    result: Tensor = _run(call, backend, "dequantize_blockwise", q, absmax, code, blocksize, dtype)
-    return result
-
-
-def _elementwise(op: str, tensor: Tensor, dtype: torch.dtype, blocksize: int, code: str) -> Callable[[], Call]:
-    return lambda: Call(op, tensor.device.type, dtype, 1, 1, tensor.numel(), blocksize, code)
+__all__ = ["dequantize_4bit", "grad_input", "is_deferred", "product", "wants_grad"]
 
 
 # --- the product ----------------------------------------------------------------------------------------------------
@@ -242,7 +123,7 @@ def _product(
         kind = (weight.nested is not None,) if isinstance(weight, PackedWeight) else (False, weight.layout)
         return Call(op, A.device.type, A.dtype, m, n, k, weight.blocksize, weight.quant_type, *kind)
 
-    return _as_rows_of(A, _run(call, backend, op, x, weight, bias))
+    return _as_rows_of(A, run_op(call, backend, op, x, weight, bias))
 
 
 def _as_rows_of(A: Tensor, y: Tensor) -> Tensor:
@@ -272,7 +153,7 @@ def _grad_input(grad: Tensor, weight: PackedWeight, backend: str | Resolved) -> 
     """
     dtype = grad.dtype
     within = torch.float32 if grad.device.type == "cpu" and dtype in _SLOW_ON_CPU else dtype
-    return (grad.to(within) @ _decode(weight, dtype, backend).to(within)).to(dtype)
+    return (grad.to(within) @ decode(weight, dtype, backend).to(within)).to(dtype)
 
 
 def _dtypes_without_cpu_products() -> tuple[torch.dtype, ...]:
@@ -290,26 +171,6 @@ def _dtypes_without_cpu_products() -> tuple[torch.dtype, ...]:
 _SLOW_ON_CPU = _dtypes_without_cpu_products()
 
 
-# --- a backend runs an op -------------------------------------------------------------------------------------------
-
-
-def _run(describe: Callable[[], Call], backend: str | Resolved, op: str, *operands: Any) -> Any:
-    """Let the backend compute, and tell the trace; an error in the middle says whose it was."""
-    found = backend if type(backend) is Resolved else registry.resolve(describe(), str(backend))
-    listener = current()
-    start = time.perf_counter_ns() if listener is not None else 0
-    try:
-        result = getattr(found.backend, op)(*operands)
-    except Exception as error:
-        error.add_note(f"raised while backend {found.backend.name!r} ran {describe()}")
-        raise
-    if listener is not None:
-        micros, call = (time.perf_counter_ns() - start) / 1e3, describe()
-        name, kernel = found.backend.name, found.backend.kernel(call)
-        listener.op(OpRecord(call.op, name, kernel, str(call), list(found.passed_over), micros))
-    return result
-
-
 # --- the ops --------------------------------------------------------------------------------------------------------
 
 
@@ -324,11 +185,6 @@ def _op_of_product(op: str) -> Callable[..., Tensor]:
 def _op_of_grad_input(grad: Tensor, *args: Any) -> Tensor:
     *flat, backend = args
     return _grad_input(grad, checked_weight(*flat), backend)
-
-
-def _op_of_dequantize(*args: Any) -> Tensor:
-    *flat, dtype, backend = args
-    return _decode(checked_weight(*flat), dtype, backend)
 
 
 def _flatten_prepared(weight: PreparedWeight) -> tuple[Any, ...]:
@@ -354,10 +210,6 @@ def _op_of_restore(*args: Any) -> Tensor:
     return backend.restore_weight(prepared).packed
 
 
-implement("quantize_4bit", _quantize_4bit)
-implement("dequantize_4bit", _op_of_dequantize)
-implement("quantize_blockwise", _quantize_blockwise)
-implement("dequantize_blockwise", _dequantize_blockwise)
 implement("gemv_4bit", _op_of_product("gemv_4bit"))
 implement("gemm_4bit", _op_of_product("gemm_4bit"))
 implement("grad_input_4bit", _op_of_grad_input)

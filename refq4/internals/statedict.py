@@ -17,49 +17,35 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import layout
-from ..codebooks import codebook_names, create_dynamic_map, get_codebook
+from ..codebooks import codebook_names, get_codebook
+from .checks import check_packed
+from .dynamic_map import stored_dynamic_maps
+from .format import (
+    BLOCKSIZES,
+    DTYPE_NAMES,
+    JSON_FIELDS,
+    JSON_KEY,
+    MAX_JSON,
+    MAX_NUMEL,
+    NESTED_BLOCKSIZE,
+    NESTED_JSON_FIELDS,
+    NESTED_TENSORS,
+    article,
+    describe,
+    dtype_name,
+    label,
+    shown,
+)
 from .prepared import MayBePrepared
 
-__all__ = ["BLOCKSIZES", "NESTED_BLOCKSIZE", "WEIGHT_DTYPES", "Fields", "NestedFields", "Reader", "check_packed"]
-
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Elements that may share a scale.
-
-Example:
-    >>> 64 in BLOCKSIZES, 48 in BLOCKSIZES
-    (True, False)
-"""
-NESTED_BLOCKSIZE = 256
-"""Scales that share a scale, with double quantisation.
-
-Example:
-    >>> NESTED_BLOCKSIZE in BLOCKSIZES
-    True
-"""
-WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What can be quantised, and decoded to.
-
-Example:
-    >>> torch.float64 in WEIGHT_DTYPES
-    False
-"""
-JSON_KEY = "quant_state.bitsandbytes__"
-
-_DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
-_JSON_FIELDS = ("quant_type", "blocksize", "dtype", "shape")
-_NESTED_JSON_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
-_NESTED_TENSORS = ("nested_absmax", "nested_quant_map")
-MAX_NUMEL = 2**48  # no tensor is larger; keeps arithmetic on a file's claims small
-_MAX_JSON = 2**16  # bytes; bitsandbytes writes about 200
+__all__ = ["Fields", "NestedFields", "Reader", "json_to_tensor"]
 
 
 class NestedFields(NamedTuple):
@@ -102,7 +88,7 @@ class Reader:
         json_keys = []
         for key, value in source.items():
             if not isinstance(key, str):
-                raise ValueError(f"{_shown(key)}: keys are text, this one is {_article(key)}")
+                raise ValueError(f"{shown(key)}: keys are text, this one is {article(key)}")
             before, found, _ = key.rpartition(JSON_KEY)
             if found and (not before or before.endswith(".")):
                 json_keys.append(key)
@@ -112,20 +98,20 @@ class Reader:
                 self._add(name, key, value)
                 self._same_prefix(key, prefix)
         if len(json_keys) > 1:
-            raise ValueError(f"one quant_state entry expected, found {len(json_keys)}: {_shown(sorted(json_keys))}")
+            raise ValueError(f"one quant_state entry expected, found {len(json_keys)}: {shown(sorted(json_keys))}")
         if json_keys:
             self._add_json(json_keys[0], source[json_keys[0]])
         elif "quant_type" not in self.items:
             raise ValueError(
                 f"no quantisation state here: neither a '{JSON_KEY}<type>' entry nor a 'quant_type' among "
-                f"{_shown(sorted(source))}"
+                f"{shown(sorted(source))}"
             )
 
     def read(self, device: torch.device | str | None, packed: Tensor | None) -> Fields:
         """The fields; ``packed`` and ``device`` as in :meth:`QuantState.from_dict`."""
-        nested = any(name in self.items for name in (*_NESTED_TENSORS, *_NESTED_JSON_FIELDS))
-        wanted = {*_JSON_FIELDS, "absmax", "quant_map"}
-        self._check_fields(wanted | {*_NESTED_TENSORS, *_NESTED_JSON_FIELDS} if nested else wanted)
+        nested = any(name in self.items for name in (*NESTED_TENSORS, *NESTED_JSON_FIELDS))
+        wanted = {*JSON_FIELDS, "absmax", "quant_map"}
+        self._check_fields(wanted | {*NESTED_TENSORS, *NESTED_JSON_FIELDS} if nested else wanted)
         quant_type, shape, blocksize = self._quant_type(), self._shape(), self._blocksize("blocksize", BLOCKSIZES)
         blocks = layout.block_count(shape.numel(), blocksize)
         fields = Fields(
@@ -134,7 +120,7 @@ class Reader:
             code=self._code("quant_map", get_codebook(quant_type).on("cpu").values),
             blocksize=blocksize,
             quant_type=quant_type,
-            dtype=self._dtype("dtype", _DTYPE_NAMES),
+            dtype=self._dtype("dtype", DTYPE_NAMES),
             nested=self._nested(blocks) if nested else None,
         )
         if packed is not None:
@@ -146,7 +132,7 @@ class Reader:
         blocksize = self._blocksize("nested_blocksize", self.nested_blocksizes)
         return NestedFields(
             absmax=self._scales("nested_absmax", torch.float32, layout.block_count(blocks, blocksize)),
-            code=self._code("nested_quant_map", *_dynamic_maps()),
+            code=self._code("nested_quant_map", *stored_dynamic_maps()),
             blocksize=blocksize,
             dtype=self._dtype("nested_dtype", {"float32": torch.float32}),
             offset=self._offset("nested_offset"),
@@ -159,29 +145,29 @@ class Reader:
             self.prefix = prefix
         elif prefix != self.prefix:
             raise ValueError(
-                f"{_label(key)}: belongs to {_label(prefix)!r}, entries before it to {_label(self.prefix)!r}; "
+                f"{label(key)}: belongs to {label(prefix)!r}, entries before it to {label(self.prefix)!r}; "
                 f"give the entries of one weight"
             )
 
     def _add(self, name: str, key: str, value: Any) -> None:
         if name in self.items:
-            raise ValueError(f"{_label(key)}: {_label(name)!r} is there twice, also as {self.keys[name]}")
-        self.items[name], self.keys[name] = value, _label(key)
+            raise ValueError(f"{label(key)}: {label(name)!r} is there twice, also as {self.keys[name]}")
+        self.items[name], self.keys[name] = value, label(key)
 
     def _add_json(self, key: str, value: Any) -> None:
-        for name, item in _tensor_to_json(value, _label(key)).items():
+        for name, item in _tensor_to_json(value, label(key)).items():
             self._add(name, f"{key} {name}", item)
         json_type = key.rpartition(JSON_KEY)[2]
         if self.items.get("quant_type") != json_type:
             raise ValueError(
-                f"{_label(key)}: the key says {_label(json_type)!r}, the quant_type in it "
-                f"{_shown(self.items.get('quant_type'))}"
+                f"{label(key)}: the key says {label(json_type)!r}, the quant_type in it "
+                f"{shown(self.items.get('quant_type'))}"
             )
 
     def _check_fields(self, wanted: set[str]) -> None:
         missing, unknown = wanted - self.items.keys(), self.items.keys() - wanted
         if missing:
-            found = ", ".join(sorted(map(_label, self.items)))
+            found = ", ".join(sorted(map(label, self.items)))
             raise ValueError(f"{', '.join(sorted(missing))}: missing; found {found}")
         if unknown:
             key = self.keys[min(unknown)]
@@ -192,7 +178,7 @@ class Reader:
     def _fail(self, name: str, wanted: str) -> ValueError:
         value = self.items[name]
         return ValueError(
-            f"{self.keys[name]}: wanted {wanted}, got {describe(value) if isinstance(value, Tensor) else _shown(value)}"
+            f"{self.keys[name]}: wanted {wanted}, got {describe(value) if isinstance(value, Tensor) else shown(value)}"
         )
 
     def _quant_type(self) -> str:
@@ -233,7 +219,7 @@ class Reader:
         value = self.items[name]
         if not _is_row(value, dtype, numel):
             where = f"for shape {list(self.items['shape'])} and blocksize {self.items['blocksize']}"
-            raise self._fail(name, f"a {_name(dtype)} tensor of {numel} {where}")
+            raise self._fail(name, f"a {dtype_name(dtype)} tensor of {numel} {where}")
         self._check_holds(self.keys[name], value)
         if dtype.is_floating_point and not value.is_meta:
             right = value.isfinite() & (value >= 0)
@@ -287,19 +273,6 @@ class Reader:
             raise ValueError(f"{on_meta[0]}: is on meta, where tensors have no values, and not all of the state is")
 
 
-def check_packed(stored: Tensor, shape: torch.Size, key: str = "weight") -> None:
-    """Raise a ValueError if ``stored`` can't be the packed bytes of ``shape``."""
-    if stored.dtype not in layout.STORAGE_DTYPES:
-        names = ", ".join(map(_name, layout.STORAGE_DTYPES))
-        raise ValueError(f"{key}: a packed weight is stored as {names}, got {stored.dtype}")
-    wanted = -(-layout.packed_bytes(shape.numel()) // stored.dtype.itemsize)
-    if stored.numel() != wanted:
-        raise ValueError(
-            f"{key}: shape {list(shape)} packs into {wanted} {_name(stored.dtype)} elements "
-            f"(two codes a byte), got {stored.numel()} in shape {list(stored.shape)}"
-        )
-
-
 def json_to_tensor(items: dict[str, Any]) -> Tensor:
     """JSON as the uint8 tensor that a state dict holds."""
     return torch.frombuffer(bytearray(json.dumps(items).encode()), dtype=torch.uint8).clone()
@@ -308,8 +281,8 @@ def json_to_tensor(items: dict[str, Any]) -> Tensor:
 def _tensor_to_json(value: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, Tensor) or not _is_row(value, torch.uint8, value.numel()) or value.is_meta:
         raise ValueError(f"{key}: wanted JSON in a uint8 tensor of one dimension, got {describe(value)}")
-    if value.numel() > _MAX_JSON:
-        raise ValueError(f"{key}: wanted JSON of at most {_MAX_JSON} bytes, got {value.numel()}")
+    if value.numel() > MAX_JSON:
+        raise ValueError(f"{key}: wanted JSON of at most {MAX_JSON} bytes, got {value.numel()}")
     try:
         items = json.loads(value.cpu().numpy().tobytes().decode(), object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as error:
@@ -326,15 +299,6 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return items
 
 
-@cache
-def _dynamic_maps() -> tuple[Tensor, Tensor]:
-    """The map, and what nested checkpoints hold that bitsandbytes up to 0.49 wrote on a CPU: its first entry is -1."""
-    table = create_dynamic_map()
-    old = table.clone()
-    old[0] = -1.0
-    return table, old
-
-
 def _is_row(value: Any, dtype: torch.dtype, numel: int) -> bool:
     dense = isinstance(value, Tensor) and value.layout == torch.strided
     return dense and value.dtype == dtype and value.dim() == 1 and value.numel() == numel
@@ -344,38 +308,3 @@ def _plain(value: Tensor) -> Tensor:
     """What a backend may read by its address: the tensor itself where its elements lie side by side."""
     plain: Tensor = value.detach().resolve_neg().contiguous()
     return plain
-
-
-# --- how things are shown: short, and printable whatever a file holds -------------------------------------------------
-
-
-def describe(value: Any) -> str:
-    """A tensor as its dtype and shape, anything else as its type and value."""
-    if isinstance(value, Tensor):
-        sparse = "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
-        return f"{sparse}{_name(value.dtype)} {list(value.shape)}"
-    return f"{type(value).__name__} {_shown(value)}"
-
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = _short.maxlong = 80
-_short.maxlist = _short.maxtuple = 10
-
-
-def _shown(value: Any) -> str:
-    try:
-        return " ".join(_short.repr(value).split())  # on one line
-    except (ValueError, RecursionError):  # an integer of more digits than Python prints
-        return f"{_article(value)} too long to show"
-
-
-def _label(key: str) -> str:
-    return key if key.isprintable() and len(key) <= 200 else _shown(key)
-
-
-def _article(value: Any) -> str:
-    return f"{'an' if type(value).__name__[0] in 'aeio' else 'a'} {type(value).__name__}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -2,7 +2,8 @@
 
 rich reads ``[cuda]`` in a string as markup and ``:smile:`` as an emoji, and drops or replaces them. What refq4 prints
 are messages, paths and names of tensors, in which both are ordinary text. Text that needs a style is made by
-:func:`words`. A :class:`~refq4.trace.Shown` draws itself through this console whatever console it is printed to.
+:func:`words`. A :class:`~refq4.internals.shown.Shown` draws itself through this console whatever console it is printed
+to.
 
 Not imported by the layer: rich is loaded when something is shown.
 """

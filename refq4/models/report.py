@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..quantization import dequantize_4bit, slice_state
+from ..functional import dequantize_4bit
+from ..internals.blockwise import slice_state
+from ..internals.shown import Shown
 from ..state import QuantState
-from ..trace import Shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -7,18 +7,24 @@
 A backend that no package registers but a file ``mine.py``: register it and call ``verify`` in a script, or
 ``python -m refq4 verify --import mine.py --backend mine``, or ``pytest -p mine ...`` with the file on the PYTHONPATH.
 
-The pieces, in reading order: ``cases`` (what is asked, as data), ``conformance`` (how each thing is asked, and what
-counts as the same), ``budget`` (the tolerance, in one place), ``diagnose`` (from wrong numbers to the likely bug),
-``verify`` (ask everything, shrink what fails, report). ``strategies`` draws cases with hypothesis.
+The pieces, in reading order: ``cases`` (what is asked, as data), ``conformance`` (the checks by name, and what counts
+as the same), ``ask_ops`` and ``ask_layers`` (how each thing is asked), ``budget`` (the tolerance, in one place),
+``diagnose`` (from wrong numbers to the likely bug), ``verification`` (ask everything, shrink what fails, report).
+``strategies`` draws cases with hypothesis.
 
 What "the same" means: bits and bytes bit for bit; a product may err, against an fp64 oracle built from the
 dequantised weight, by at most twice what the reference errs there, plus one unit in the last place of the output.
 """
 
-from .budget import Budget, assert_same_bits, assert_within_budget, error_budget, oracle, ulp
-from .cases import Case, catalogue
-from .conformance import CHECKS, Outcome, check
-from .verify import CheckReport, Failure, Report, shrink, verify
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .asked import Outcome
+    from .budget import Budget, assert_same_bits, assert_within_budget, error_budget, oracle, ulp
+    from .cases import Case, catalogue
+    from .conformance import CHECKS, check
+    from .verification import CheckReport, Failure, Report, shrink, verify
 
 __all__ = [
     "CHECKS",
@@ -38,3 +44,26 @@ __all__ = [
     "ulp",
     "verify",
 ]
+
+# The names of each module. They are loaded on first use: this package also holds peer.py, a backend that "auto" imports
+# to learn its priority, and a layer's first call needs nothing of the kit.
+_MODULES = {
+    "asked": ("Outcome",),
+    "budget": ("Budget", "assert_same_bits", "assert_within_budget", "error_budget", "oracle", "ulp"),
+    "cases": ("Case", "catalogue"),
+    "conformance": ("CHECKS", "check"),
+    "verification": ("CheckReport", "Failure", "Report", "shrink", "verify"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            found = getattr(importlib.import_module(f".{module}", __name__), name)
+            globals()[name] = found
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

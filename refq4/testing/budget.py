@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..internals import dispatch
+from ..internals import codec, dispatch
 from ..state import QuantState
 
 FEW, ORDERS = 1024, 8
@@ -92,7 +92,7 @@ def oracle(x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None, 
     """
     plain = state.copy()
     plain.dtype = torch.float32
-    weight = dispatch.dequantize_4bit(plain.packed_weight(B), torch.float32, backend).double()
+    weight = codec.dequantize_4bit(plain.packed_weight(B), torch.float32, backend).double()
     return torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
 
 
@@ -127,7 +127,7 @@ def error_budget(
         reference = dispatch.product("gemm_4bit", x, state.packed_weight(B), cast, backend)
         budget = Budget.of(exact, reference, x.dtype)
         if 0 < reference.numel() < FEW:
-            weight = dispatch.dequantize_4bit(state.packed_weight(B), x.dtype, backend)
+            weight = codec.dequantize_4bit(state.packed_weight(B), x.dtype, backend)
             budget = max([budget, *_other_orders(x, weight, cast, exact)], key=lambda b: float(b.allowed.max()))
     return Budget(exact, reference, budget.allowed)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import layout
 from ..codebooks import get_codebook
-from ..quantization import decode_scales
+from ..internals.blockwise import decode_scales
 from ..state import QuantState
 from .cases import Case
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..backend import BackendError
+from ..internals.shown import Shown
 from ..nn import Linear4bit
 from ..pipeline import recover_quant_state
 from ..registry import automatic_backends, backend_info, use_backend
-from ..trace import Shown, StepRecord, Trace, trace
+from ..trace import StepRecord, Trace, trace
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

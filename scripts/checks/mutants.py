@@ -56,9 +56,9 @@ class Mutant:
 MUTANTS = [
     Mutant(
         "NF4 thresholds one unit in the last place too high",
-        "refq4/codebooks.py",
-        "return tuple(_fp32((a + b) / 2) for a, b in pairwise(ascending))",
-        "return tuple(-_next_below(-_fp32((a + b) / 2)) for a, b in pairwise(ascending))",
+        "refq4/internals/rounding.py",
+        "return tuple(fp32((a + b) / 2) for a, b in pairwise(ascending))",
+        "return tuple(-next_below(-fp32((a + b) / 2)) for a, b in pairwise(ascending))",
     ),
     Mutant(
         "FP4 pivot 0.00260417 spelt as the exact midpoint 1/384",
@@ -69,7 +69,7 @@ MUTANTS = [
     Mutant(
         "FP4 ties on the negative side go to the larger magnitude",
         "refq4/codebooks.py",
-        "down = [_next_below(-p) for p in reversed(up)]",
+        "down = [next_below(-p) for p in reversed(up)]",
         "down = [-p for p in reversed(up)]",
     ),
     Mutant(
@@ -80,9 +80,9 @@ MUTANTS = [
     ),
     Mutant(
         "8-bit ties go to the upper entry",
-        "refq4/codebooks.py",
-        "t if (t := _fp32(m)) <= m else _next_below(t)",
-        "_next_below(t) if (t := _fp32(m)) >= m else t",
+        "refq4/internals/rounding.py",
+        "t if (t := fp32(m)) <= m else next_below(t)",
+        "next_below(t) if (t := fp32(m)) >= m else t",
     ),
     Mutant(
         "first element in the low nibble",

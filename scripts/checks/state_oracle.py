@@ -20,7 +20,7 @@ from torch import Tensor
 import refq4.functional as F
 from refq4.codebooks import get_codebook
 from refq4.functional import QuantState
-from refq4.internals.statedict import BLOCKSIZES
+from refq4.internals.format import BLOCKSIZES
 from refq4.nn import LinearNF4
 
 JSON_KEY = "quant_state.bitsandbytes__"

@@ -10,6 +10,7 @@ import torch
 import refq4
 from refq4 import codebooks
 from refq4.codebooks import Codebook, code_from_values, codebook_names, create_dynamic_map, get_codebook
+from refq4.internals.rounding import next_below
 from refq4.testing import assert_same_bits
 
 NF4_PUBLISHED = [
@@ -109,7 +110,7 @@ def test_thresholds_ascend_and_separate_the_sorted_values(name):
     values = [book.values[code] for code in book.order]
     assert values == sorted(book.values)
     for low, threshold, high in zip(values, book.thresholds, values[1:], strict=False):
-        assert low <= threshold <= high or threshold == codebooks._next_below(low) == -(2.0**-149)
+        assert low <= threshold <= high or threshold == next_below(low) == -(2.0**-149)
 
 
 @pytest.mark.parametrize(("x", "code"), [(-0.0, 0), (0.0, 0), (1e-30, 0), (-1e-30, 8), (0.0859375, 1), (-0.0859375, 9)])

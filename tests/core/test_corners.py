@@ -28,11 +28,12 @@ import refq4.functional as F
 from refq4 import matmul, pipeline, registry
 from refq4.autograd import MatMul4Bit
 from refq4.backend import Backend, PackedWeight, PreparedWeight
-from refq4.codebooks import Codebook, _dynamic_map_values, get_codebook
-from refq4.internals import dispatch, schemas
+from refq4.codebooks import Codebook, get_codebook
+from refq4.internals import codec, dispatch, schemas
+from refq4.internals.blockwise import slice_state
 from refq4.internals.checks import check_blockwise, warn_caller
+from refq4.internals.dynamic_map import _dynamic_map_values
 from refq4.nn import LinearNF4, Params4bit
-from refq4.quantization import slice_state
 from refq4.reference import ReferenceBackend
 from refq4.tools.explain import _first_difference
 
@@ -209,7 +210,7 @@ def test_a_backend_is_asked_once_whether_it_is_available_and_need_not_describe_i
 def test_every_op_says_on_meta_what_shapes_and_dtypes_it_will_give(dtype, layer):
     B, state = F.quantize_4bit(A, quant_type="nf4")
     weight, x = state.packed_weight(B), A.to(dtype).view(2, 4, 128)
-    q, scales = dispatch.quantize_blockwise(x, F.create_dynamic_map(), 64, "reference")
+    q, scales = codec.quantize_blockwise(x, F.create_dynamic_map(), 64, "reference")
     with registry.isolated_registry(), torch.no_grad():
         prepared = refq4.register_backend(Recorder(own_layout=True)).prepare_weight(weight)
         own = ([*prepared.tensors], SWAPPED, [8, 128], 64, "nf4")

@@ -17,7 +17,7 @@ import torch
 
 import refq4
 import refq4.functional as F
-from refq4.quantization import slice_state
+from refq4.internals.blockwise import slice_state
 from refq4.testing import assert_same_bits, assert_within_budget
 
 N, K = 32_740, 65_600  # 2**31 lies inside a row, which is no power of two: the 32,737th, at its 2,049th element

@@ -23,7 +23,7 @@ import refq4
 import refq4.functional as F
 from refq4 import registry
 from refq4.backend import OPS, Backend, Call
-from refq4.internals import remedies
+from refq4.internals import discovery, remedies
 from refq4.reference import ReferenceBackend
 
 ROOT = Path(refq4.__file__).parent
@@ -242,9 +242,9 @@ def twice_known(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "twice_known", raising=False)
     point = EntryPoint("twice", "twice_known:Mine", "refq4.backends")
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
-    monkeypatch.setattr(registry, "_entries", None)
-    monkeypatch.setattr(registry, "_ordered", None)
+    monkeypatch.setattr(discovery, "entry_points", lambda group: [point])
+    monkeypatch.setattr(discovery, "_entries", None)
+    monkeypatch.setattr(discovery, "_ordered", None)
 
 
 def test_the_error_for_an_unknown_backend_says_how_one_becomes_known():
@@ -257,9 +257,9 @@ def test_a_plug_in_that_fails_to_import_is_listed_with_its_error_and_breaks_noth
         EntryPoint("broken", "no_such_module:Backend", "refq4.backends"),
         EntryPoint("reference", "refq4.reference:ReferenceBackend", "refq4.backends"),
     ]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points)
-    monkeypatch.setattr(registry, "_entries", None)
-    monkeypatch.setattr(registry, "_ordered", None)
+    monkeypatch.setattr(discovery, "entry_points", lambda group: points)
+    monkeypatch.setattr(discovery, "_entries", None)
+    monkeypatch.setattr(discovery, "_ordered", None)
     assert refq4.list_backends() == ["broken", "reference"]
     info = refq4.backend_info("broken")
     assert not info["available"]
@@ -282,9 +282,9 @@ def test_a_plug_in_that_fails_when_asked_whether_it_is_available_is_listed_with_
 
 
 def test_an_uninstalled_checkout_finds_no_backends_and_hints_at_installing(monkeypatch):
-    monkeypatch.setattr(registry, "entry_points", lambda group: [])
-    monkeypatch.setattr(registry, "_entries", None)
-    monkeypatch.setattr(registry, "_ordered", None)
+    monkeypatch.setattr(discovery, "entry_points", lambda group: [])
+    monkeypatch.setattr(discovery, "_entries", None)
+    monkeypatch.setattr(discovery, "_ordered", None)
     with pytest.raises(refq4.BackendUnavailableError, match=re.escape(remedies.install())):
         F.quantize_4bit(torch.ones(64))
     with pytest.raises(refq4.UnknownBackendError, match=re.escape(remedies.install())):
@@ -358,7 +358,7 @@ def test_the_core_reaches_the_reference_through_the_registry_only():
 
 
 def test_the_layers_know_no_device():
-    source = (ROOT / "nn.py").read_text() + (ROOT / "pipeline.py").read_text()
+    source = "".join((ROOT / name).read_text() for name in ("nn.py", "internals/holder.py", "pipeline.py"))
     for word in ("is_cuda", "torch.cuda", "avx", '== "cpu"', '== "cuda"'):
         assert word not in source, word
 
@@ -366,7 +366,7 @@ def test_the_layers_know_no_device():
 def test_backends_import_contract_codebooks_and_layout_only():
     allowed = {"refq4.backend", "refq4.codebooks", "refq4.layout", "refq4.internals.buildcache"}
     allowed |= {"refq4.internals.remedies"}  # for messages: what to install, and from where
-    allowed |= {"refq4.trace"}  # for Shown, by which a report prints and shows itself
+    allowed |= {"refq4.internals.shown"}  # by which a report prints and shows itself
     paths = [
         path for path in (ROOT.parent / "backends").rglob("*.py") if path.name != "__main__.py"
     ]  # those are programs

@@ -18,7 +18,7 @@ from refq4_cpu.build import TIERS
 from refq4_cpu.kernels import PRODUCT_KERNELS
 
 from refq4.bench.show import weight_bytes
-from refq4.quantization import DEFAULT_BLOCKSIZE as BLOCK
+from refq4.functional import DEFAULT_BLOCKSIZE as BLOCK
 from refq4.state import NESTED_BLOCKSIZE
 
 pytestmark = pytest.mark.reference_only("it is about the documentation")

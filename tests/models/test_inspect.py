@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from refq4.checkpoint import inspect_checkpoint, quantize_checkpoint
 from refq4.checkpoint.inspection import bars
+from refq4.internals.blockwise import decode_scales
 from refq4.layout import unpack
 from refq4.nn import Linear4bit
-from refq4.quantization import decode_scales
 
 
 def layer(nested: bool, **settings: object) -> Linear4bit:

@@ -19,7 +19,7 @@ from refq4.reference import ReferenceBackend
 from refq4.testing import CHECKS, Case, catalogue, check, shrink, verify
 from refq4.testing.cases import ACTIVATIONS, DEPTHS, WEIGHTS, simpler
 from refq4.testing.diagnose import diagnose_quantised
-from refq4.testing.verify import Failure
+from refq4.testing.verification import Failure
 
 pytestmark = pytest.mark.reference_only("the kit is tested on backends with planted bugs")
 

@@ -22,7 +22,7 @@ from refq4.internals import verbatim
 from refq4.models.report import LayerReport, QuantizationReport
 from refq4.reference import ReferenceBackend
 from refq4.testing.cases import Case
-from refq4.testing.verify import CheckReport, Failure, Report
+from refq4.testing.verification import CheckReport, Failure, Report
 from refq4.tools.explain import Comparison, Explanation
 from refq4.trace import CallRecord, Decision, OpRecord, StepRecord, Trace
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refq4.trace import Shown
+from refq4.internals.shown import Shown
 
 from .batch import WARP, Batch
 from .decode import prepare

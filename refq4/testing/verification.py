@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..internals.shown import Shown
 from ..registry import check_usable, is_installed
-from ..trace import Shown
+from .asked import Outcome
 from .cases import Case, catalogue, simpler
-from .conformance import CHECKS, Outcome, check
+from .conformance import CHECKS, check
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

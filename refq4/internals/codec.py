@@ -1,0 +1,144 @@
+"""Quantising and decoding meet a backend here: the four ops, and the functions that call them.
+
+    functional.py, blockwise.py --> quantize_4bit, dequantize_4bit, quantize_blockwise, dequantize_blockwise
+                                      '- torch.ops.refq4.<op> --> its kernel, below: checks, and the backend
+
+The product has a file of its own, ``refq4/internals/dispatch.py``. What is checked, and why, is the same for both:
+``refq4/internals/checks.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backend import Call, PackedWeight
+from ..codebooks import code_from_values, get_codebook
+from ..registry import Resolved
+from .checks import (
+    check_blockwise,
+    check_code,
+    check_memory,
+    check_quantisable,
+    check_target,
+    check_weight_memory,
+    checked_weight,
+)
+from .running import run_op
+from .schemas import flatten, implement
+
+__all__ = ["decode", "dequantize_4bit", "dequantize_blockwise", "quantize_4bit", "quantize_blockwise"]
+
+
+def quantize_4bit(
+    A: Tensor, blocksize: int, quant_type: str, allow_nonfinite: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """A [any shape] -> packed uint8 [ceil(numel/2)], absmax fp32 [blocks]."""
+    packed, absmax = torch.ops.refq4.quantize_4bit.default(A, blocksize, quant_type, allow_nonfinite, backend)
+    return packed, absmax
+
+
+def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype, backend: str) -> Tensor:
+    """-> ``dtype`` [weight.shape]."""
+    out: Tensor = torch.ops.refq4.dequantize_4bit.default(*flatten(weight), dtype, backend)
+    return out
+
+
+def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -> tuple[Tensor, Tensor]:
+    """A [any shape], code fp32 [<= 256] -> codes uint8 [same shape], absmax fp32 [blocks]."""
+    q, absmax = torch.ops.refq4.quantize_blockwise.default(A, code, blocksize, backend)
+    return q, absmax
+
+
+def dequantize_blockwise(
+    q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """Codes uint8 [any shape] -> ``dtype`` [same shape]."""
+    out: Tensor = torch.ops.refq4.dequantize_blockwise.default(q, absmax, code, blocksize, dtype, backend)
+    return out
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
+
+
+def _quantize_4bit(
+    A: Tensor, blocksize: int, quant_type: str, allow_nonfinite: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    check_quantisable(A, blocksize)
+    A = A.contiguous()
+    check_memory("A", A)
+    call = _elementwise("quantize_4bit", A, A.dtype, blocksize, quant_type)
+    code = get_codebook(quant_type).on(A.device)
+    packed, absmax = run_op(call, backend, "quantize_4bit", A, code, blocksize)
+    if not allow_nonfinite:
+        _refuse_nonfinite(absmax, blocksize)
+    return packed, absmax
+
+
+def _refuse_nonfinite(absmax: Tensor, blocksize: int) -> None:
+    """A block's absmax is finite exactly when all its elements are, so the scales alone tell."""
+    bad = ~absmax.isfinite()
+    if bool(bad.any()):
+        block = int(bad.nonzero()[0])
+        raise ValueError(
+            f"the tensor to quantise has a NaN or an infinity: {int(bad.sum())} of {absmax.numel()} blocks of "
+            f"{blocksize} hold one, the first is block {block} (elements {block * blocksize} to "
+            f"{(block + 1) * blocksize - 1} of the flattened tensor). It would spoil its block, and with double "
+            f"quantisation the whole tensor. Clean the tensor, or pass allow_nonfinite=True to quantise it as it is."
+        )
+
+
+def decode(weight: PackedWeight, dtype: torch.dtype, backend: str | Resolved) -> Tensor:
+    """The kernel of dequantize_4bit, which the gradient of a product calls as well."""
+    check_weight_memory(weight)
+    check_target(dtype)
+    numel, nested, device = torch.Size(weight.shape).numel(), weight.nested is not None, weight.packed.device.type
+
+    def call() -> Call:
+        return Call("dequantize_4bit", device, dtype, 1, 1, numel, weight.blocksize, weight.quant_type, nested)
+
+    result: Tensor = run_op(call, backend, "dequantize_4bit", weight, dtype)
+    return result
+
+
+def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -> tuple[Tensor, Tensor]:
+    check_quantisable(A, blocksize)
+    check_code(code, A.device)
+    A = A.contiguous()
+    check_memory("A", A)
+    check_memory("code", code)
+    call = _elementwise("quantize_blockwise", A, A.dtype, blocksize, f"{code.numel()} values")
+    rule = code_from_values(code)
+    q, absmax = run_op(call, backend, "quantize_blockwise", A, rule, blocksize)
+    return q, absmax
+
+
+def _dequantize_blockwise(
+    q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    q, absmax, code = q.contiguous(), absmax.contiguous(), code.contiguous()
+    for name, tensor in (("codes", q), ("absmax", absmax), ("code", code)):
+        check_memory(name, tensor)
+    check_blockwise(q, absmax, code, blocksize)
+    check_target(dtype)
+    call = _elementwise("dequantize_blockwise", q, dtype, blocksize, f"{code.numel()} values")
+    result: Tensor = run_op(call, backend, "dequantize_blockwise", q, absmax, code, blocksize, dtype)
+    return result
+
+
+def _elementwise(op: str, tensor: Tensor, dtype: torch.dtype, blocksize: int, code: str) -> Callable[[], Call]:
+    return lambda: Call(op, tensor.device.type, dtype, 1, 1, tensor.numel(), blocksize, code)
+
+
+def _op_of_dequantize(*args: Any) -> Tensor:
+    *flat, dtype, backend = args
+    return decode(checked_weight(*flat), dtype, backend)
+
+
+implement("quantize_4bit", _quantize_4bit)
+implement("dequantize_4bit", _op_of_dequantize)
+implement("quantize_blockwise", _quantize_blockwise)
+implement("dequantize_blockwise", _dequantize_blockwise)

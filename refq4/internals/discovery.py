@@ -1,0 +1,290 @@
+"""Which backends there are: found through entry points or registered by hand, listed, looked up by name.
+
+    entry point "refq4.backends" --+
+                                   +--> an Entry by name --- imported ---> asked whether it is available (once)
+    register_backend(...) ---------+
+
+An entry is imported when somebody lists the backends or wants to run a call, and asked whether it is available when it
+is needed. One that fails at either keeps the reason, which is what its name then gives. Which of them runs a call is
+chosen in ``refq4/registry.py``, through which all public names here are imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import threading
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+from ..backend import OPS, Backend, BackendUnavailableError, UnknownBackendError
+from . import remedies
+
+if TYPE_CHECKING:
+    from ..registry import Resolved
+
+ENTRY_POINT_GROUP = "refq4.backends"
+AUTO = "auto"
+
+
+@dataclass
+class Entry:
+    """What the registry knows of one backend: where it came from, and the instance or the reason there is none."""
+
+    name: str
+    found_in: str
+    entry_point: EntryPoint | None = None
+    backend: Backend | None = None
+    problem: str | None = None
+    checked: bool = field(default=False)
+
+    @property
+    def only_by_name(self) -> bool:
+        """Whether "auto" leaves it alone."""
+        return self.backend is not None and self.backend.priority < 0
+
+    def awaits(self, backend: Backend) -> bool:
+        """Whether this is what the entry point would make, from a module that also registers it when imported."""
+        if self.backend is not None or self.problem is not None or self.entry_point is None:
+            return False
+        named: Any = sys.modules.get(self.entry_point.module)
+        for part in self.entry_point.attr.split("."):
+            named = getattr(named, part, None)
+        return named is type(backend)
+
+    def imported(self) -> Backend | None:
+        """The instance, not yet asked whether it is available; None (with ``problem`` set) if importing it failed."""
+        if self.backend is None and self.problem is None and self.entry_point is not None:
+            try:
+                kind = self.entry_point.load()
+                self.backend = self.backend or kind()  # the module may have registered its own instance meanwhile
+            except Exception as error:
+                self.problem = f"importing it failed: {type(error).__name__}: {error}"
+        return self.backend
+
+    def load(self) -> Backend | None:
+        """The instance, imported and asked for availability once; None (with ``problem`` set) if that failed."""
+        if self.checked:
+            return None if self.problem else self.backend
+        if self.imported() is not None:
+            assert self.backend is not None
+            try:
+                self.problem = self.backend.available()
+            except Exception as error:
+                self.problem = f"asking whether it is available failed: {type(error).__name__}: {error}"
+        self.checked = True
+        return None if self.problem else self.backend
+
+
+lock = threading.RLock()
+_entries: dict[str, Entry] | None = None
+_ordered: list[Entry] | None = None  # by_priority, until the registry changes
+ready: dict[str, Resolved] = {}  # for registry.resolve: those that were named and can work, until the registry changes
+
+
+def known_entries() -> dict[str, Entry]:
+    """Every backend by its name, from the entry points and from what was registered."""
+    global _entries
+    with lock:
+        if _entries is None:
+            _entries = {
+                point.name: Entry(point.name, f"entry point {point.value}", entry_point=point)
+                for point in entry_points(group=ENTRY_POINT_GROUP)
+            }
+        return _entries
+
+
+def restore_entries(entries: dict[str, Entry]) -> None:
+    """Put back what :func:`known_entries` gave before, and forget what was derived from it."""
+    global _entries, _ordered
+    with lock:
+        _entries, _ordered = entries, None
+        ready.clear()
+
+
+def check_usable(name: str) -> Backend | None:
+    """The backend of that name, ready to use (None for "auto"); raises what :func:`set_backend` documents."""
+    if name == AUTO:
+        return None
+    entries = _entries or known_entries()
+    entry = entries.get(name) if type(name) is str else None
+    if entry is None:
+        if not entries:
+            raise UnknownBackendError(f"unknown backend {name!r}: {not_installed()}")
+        near = difflib.get_close_matches(str(name), [*entries, AUTO], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        known = ", ".join([*sorted(entries), AUTO])
+        raise UnknownBackendError(f"unknown backend {name!r}.{hint} Known: {known}. {_HOW_KNOWN}")
+    backend = entry.load()
+    if backend is None:
+        raise BackendUnavailableError(f"backend {name!r} is not available: {entry.problem}")
+    return backend
+
+
+def not_installed() -> str:
+    """Why no backend is known at all, and what to do."""
+    return (
+        "no backends are registered, because refq4 itself is not installed (they are found through its metadata). "
+        f"Run: {remedies.install()}"
+    )
+
+
+_HOW_KNOWN = (
+    f"A backend becomes known by refq4.register_backend(...) in the script or by an entry point in the group "
+    f"{ENTRY_POINT_GROUP!r}; for one that a file registers: refq4 verify --import file.py, pytest -p module"
+)
+
+
+# --- registering ----------------------------------------------------------------------------------------------------
+
+
+def register_backend(backend: Backend, *, replace: bool = False) -> Backend:
+    """Make a backend known that is not installed as an entry point (one written in a notebook, say).
+
+    Args:
+        backend: an instance of a :class:`refq4.backend.Backend` subclass with a ``name``.
+        replace: allow taking over a name that is registered.
+
+    Returns:
+        The backend, so that a definition can be wrapped.
+
+    Raises:
+        TypeError: not a Backend instance.
+        ValueError: no usable name, or the name is taken and ``replace`` is not set. (The class that an entry point of
+            that name stands for may register itself when its module is imported: it is the same backend.)
+
+    Example:
+        >>> import refq4
+        >>> from refq4.reference import ReferenceBackend
+        >>> class Mine(ReferenceBackend):
+        ...     name = "mine"
+        >>> _ = refq4.register_backend(Mine(), replace=True)
+        >>> "mine" in refq4.list_backends()
+        True
+        >>> refq4.unregister_backend("mine")
+    """
+    global _ordered
+    if not isinstance(backend, Backend):
+        raise TypeError(f"register_backend wants an instance of refq4.backend.Backend, got {backend!r}")
+    if not backend.name or backend.name == AUTO:
+        raise ValueError(f"a backend needs a name other than {AUTO!r}, got {backend.name!r}")
+    with lock:
+        known = known_entries().get(backend.name)
+        if known is not None and not replace:
+            if not known.awaits(backend):
+                raise ValueError(_taken(known))
+            known.backend = backend
+        else:
+            where = f"{type(backend).__module__}.{type(backend).__qualname__}"
+            known_entries()[backend.name] = Entry(backend.name, f"register_backend({where})", backend=backend)
+        _ordered = None
+        ready.clear()
+    return backend
+
+
+def _taken(known: Entry) -> str:
+    if known.entry_point is None:
+        return f"backend {known.name!r} is registered already; pass replace=True to replace it"
+    return (
+        f"backend {known.name!r} is registered already, by the {known.found_in}; drop one of the two (an entry point "
+        f"needs no register_backend), or pass replace=True to replace it"
+    )
+
+
+def unregister_backend(name: str) -> None:
+    """Forget a backend. Raises UnknownBackendError if there is none of that name.
+
+    Example:
+        >>> import refq4
+        >>> _ = refq4.register_backend(type("Mine", (Backend,), {"name": "mine"})())
+        >>> refq4.unregister_backend("mine")
+        >>> "mine" in refq4.list_backends()
+        False
+    """
+    global _ordered
+    with lock:
+        if known_entries().pop(name, None) is None:
+            raise UnknownBackendError(f"unknown backend {name!r}; known: {', '.join(sorted(known_entries()))}")
+        _ordered = None
+        ready.clear()
+
+
+# --- listing --------------------------------------------------------------------------------------------------------
+
+
+def is_installed(name: str) -> bool:
+    """Whether every process finds this backend by itself: through an entry point."""
+    entry = known_entries().get(name)
+    return entry is not None and entry.entry_point is not None
+
+
+def by_priority() -> list[Entry]:
+    """All entries, highest priority first; one that failed to load goes by name, where its reason is still told."""
+    global _ordered
+    if _ordered is None:
+        for entry in list(known_entries().values()):  # a module may register further backends when it is imported
+            entry.imported()
+        _ordered = sorted(known_entries().values(), key=lambda e: (-(e.backend.priority if e.backend else 1), e.name))
+    return _ordered
+
+
+def list_backends() -> list[str]:
+    """The names of all backends, available or not, the one "auto" tries first at the front.
+
+    Those that "auto" never takes (negative priority) come last, after the reference.
+
+    Example:
+        >>> import refq4
+        >>> "reference" in refq4.list_backends()
+        True
+    """
+    return [entry.name for entry in by_priority()]
+
+
+def registered() -> list[tuple[str, Backend | None]]:
+    """Every name with the backend that stands for it, if that has been imported: what registering one changes."""
+    return [(entry.name, entry.backend) for entry in known_entries().values()]
+
+
+def automatic_backends() -> list[str]:
+    """Of those, the ones that "auto" may take, available or not: what "all backends" means where each costs time."""
+    return [entry.name for entry in by_priority() if not entry.only_by_name]
+
+
+def backend_info(name: str) -> dict[str, Any]:
+    """What is known of one backend.
+
+    Returns:
+        A dict: ``name``, ``available`` (bool), ``reason`` (None, or why not and the remedy), ``found_in``,
+        ``priority``, ``devices``, ``ops`` (those it implements), ``description``, and what the backend adds (tiers,
+        versions).
+
+    Raises:
+        UnknownBackendError: no such backend.
+
+    Example:
+        >>> import refq4
+        >>> refq4.backend_info("reference")["available"]
+        True
+    """
+    if name not in known_entries():
+        check_usable(name)  # raises with the nearest names
+    entry = known_entries()[name]
+    backend = entry.load() or entry.backend
+    info: dict[str, Any] = {
+        "name": name,
+        "available": entry.problem is None,
+        "reason": entry.problem,
+        "found_in": entry.found_in,
+    }
+    if backend is not None:
+        info |= {
+            "priority": backend.priority,
+            "devices": list(backend.devices),
+            "ops": [op for op in OPS if getattr(type(backend), op) is not getattr(Backend, op)],
+            "description": backend.description,
+        }
+        if entry.problem is None:
+            info |= backend.info()
+    return info

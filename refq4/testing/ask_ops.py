@@ -1,0 +1,97 @@
+"""The checks that ask one op at a time: quantise, decode, multiply, on the canonical layout and on the backend's own.
+
+What they ask and what counts as the same: the table in ``conformance.py``. Each compares the backend that is asked with
+the one that counts as right, on the same operands.
+"""
+
+from __future__ import annotations
+
+from ..codebooks import create_dynamic_map
+from ..internals import codec, dispatch
+from ..matmul import describe
+from ..registry import check_usable
+from ..trace import trace
+from .asked import Asked, ExplainedError, NoSuchThing, one_nan
+from .budget import assert_same_bits, error_budget
+from .diagnose import diagnose_product, diagnose_quantised
+
+
+def ask_quantize_4bit(asked: Asked) -> None:
+    """Packed bytes and absmax of a tensor."""
+    case = asked.case
+    allowed = case.weights == "not finite"
+    wanted = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.against)
+    with trace() as t:
+        got = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.backend)
+    asked.ran_here(t)
+    assert_same_bits(one_nan(got[1]), one_nan(wanted[1]), "absmax")
+    try:
+        assert_same_bits(got[0], wanted[0], "packed bytes")
+    except AssertionError as difference:
+        where, hint = diagnose_quantised(got[0], wanted[0], asked.W, wanted[1], case)
+        raise ExplainedError(f"{difference}{where}", hint) from None
+
+
+def ask_dequantize_4bit(asked: Asked) -> None:
+    """Packed bytes decoded, with plain or nested scales."""
+    B, state = asked.quantised()
+    weight = state.packed_weight(B)
+    wanted = codec.dequantize_4bit(weight, asked.case.torch_dtype, asked.against)
+    with trace() as t:
+        got = codec.dequantize_4bit(weight, asked.case.torch_dtype, asked.backend)
+    asked.ran_here(t)
+    assert_same_bits(one_nan(got), one_nan(wanted), "decoded weight")
+
+
+def ask_quantize_blockwise(asked: Asked) -> None:
+    """8-bit codes and absmax."""
+    code = create_dynamic_map().to(asked.device)
+    wanted = codec.quantize_blockwise(asked.W, code, asked.case.blocksize, asked.against)
+    with trace() as t:
+        got = codec.quantize_blockwise(asked.W, code, asked.case.blocksize, asked.backend)
+    asked.ran_here(t)
+    assert_same_bits(one_nan(got[1]), one_nan(wanted[1]), "absmax")
+    assert_same_bits(got[0], wanted[0], "8-bit codes")
+
+
+def ask_dequantize_blockwise(asked: Asked) -> None:
+    """8-bit codes decoded."""
+    case, code = asked.case, create_dynamic_map().to(asked.device)
+    q, absmax = codec.quantize_blockwise(asked.W, code, case.blocksize, asked.against)
+    wanted = codec.dequantize_blockwise(q, absmax, code, case.blocksize, case.torch_dtype, asked.against)
+    with trace() as t:
+        got = codec.dequantize_blockwise(q, absmax, code, case.blocksize, case.torch_dtype, asked.backend)
+    asked.ran_here(t)
+    assert_same_bits(one_nan(got), one_nan(wanted), "decoded values")
+
+
+def ask_product(asked: Asked) -> None:
+    """A product on the canonical layout."""
+    case = asked.case
+    B, state = asked.quantised()
+    with trace() as t:
+        got = dispatch.product(case.check, asked.x, state.packed_weight(B), asked.bias, asked.backend)
+    asked.ran_here(t)
+    budget = error_budget(asked.x, B, state, asked.bias, backend=asked.against)
+    asked.product_within(budget, got, "product", lambda: diagnose_product(got, asked.x, B, state, asked.bias))
+
+
+def ask_own_layout(asked: Asked) -> None:
+    """prepare_weight and restore_weight, and a product on the prepared weight."""
+    B, state = asked.quantised()
+    engine = check_usable(asked.backend)
+    weight = state.packed_weight(B)
+    prepared = engine.prepare_weight(weight) if engine is not None else None
+    if engine is None or prepared is None:
+        raise NoSuchThing("it reads this weight in the canonical layout")
+    with trace() as t:
+        op = describe(asked.x, state, asked.x.dtype, gradient=False, own_layout=True)[1].op
+        got = dispatch.product(op, asked.x, prepared, asked.bias, prepared.backend)
+    asked.ran_here(t)
+    budget = error_budget(asked.x, B, state, asked.bias, backend=asked.against)
+    hint = lambda: diagnose_product(got, asked.x, B, state, asked.bias)  # noqa: E731
+    asked.product_within(budget, got, "product on the prepared weight", hint)
+    restored = engine.restore_weight(prepared)
+    assert_same_bits(restored.packed, weight.packed, "packed bytes after prepare and restore")
+    assert_same_bits(restored.absmax, weight.absmax, "absmax after prepare and restore")
+    assert_same_bits(restored.code, weight.code, "code after prepare and restore")
