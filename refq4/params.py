@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from .functional import DEFAULT_BLOCKSIZE, quantize_4bit
 from .internals.blockwise import slice_state
-from .internals.prepared import MayBePrepared
+from .internals.prepared import Preparable
 from .internals.state_fields import of_the_state
 from .state import QuantState
 
 __all__ = ["Params4bit"]
 
 
-class Params4bit(MayBePrepared, nn.Parameter):
+class Params4bit(Preparable, nn.Parameter):
     """A weight that is quantised the first time it is moved to a device (the CPU counts). Frozen.
 
     Before: ``data`` is the full-precision weight. After: ``data`` is the packed column [b, 1] in ``quant_storage``,
@@ -93,7 +93,7 @@ class Params4bit(MayBePrepared, nn.Parameter):
         if module is None and others.get("_module") is not None:
             module = others["_module"]()
         data = torch.empty(0) if data is None else data
-        data = data.stored() if isinstance(data, MayBePrepared) else data
+        data = data.stored() if isinstance(data, Preparable) else data
         self: Params4bit = torch.Tensor._make_subclass(cls, data, requires_grad)
         self.blocksize = DEFAULT_BLOCKSIZE if blocksize is None else blocksize
         self.compress_statistics = bool(compress_statistics)

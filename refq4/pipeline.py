@@ -34,7 +34,7 @@ from .functional import dequantize_4bit
 from .internals.blockwise import decode_scales
 from .internals.checks import check_input, warn_caller
 from .internals.dispatch import is_deferred, wants_grad
-from .internals.prepared import MOST_RESTORES, MayBePrepared, as_stored
+from .internals.prepared import MOST_RESTORES, Preparable, as_stored
 from .matmul import BoundWeight, describe, multiply, under_autocast
 from .state import QuantState
 from .trace import Decision, recorder
@@ -182,7 +182,7 @@ def _bind_unresolved(
 ) -> tuple[BoundWeight, Decision]:
     """Step 2 where no backend may be asked. A weight that was prepared under the same choice serves as it is."""
     choice = registry.requested_backend(None)  # choice_in_effect, or while compiling its mirror
-    form = weight.form(state, deferred=True) if stays is None and isinstance(weight, MayBePrepared) else None
+    form = weight.form(state, deferred=True) if stays is None and isinstance(weight, Preparable) else None
     if form is not None and form.prepared is not None and form.choice == choice:
         _, route = describe(x, state, dtype, gradient, own_layout=True)
         return BoundWeight(form.prepared, route, choice), LAYOUT_OWN
@@ -197,7 +197,7 @@ def _must_stay(layer: Linear4bit, weight: Tensor, gradient: bool) -> Decision | 
         return LAYOUT_TRAINING
     if gradient:
         return LAYOUT_GRADIENT
-    if not isinstance(weight, MayBePrepared):
+    if not isinstance(weight, Preparable):
         return LAYOUT_REBUILT
     if "_hf_hook" in layer.__dict__ and getattr(layer._hf_hook, "offload", False):
         return LAYOUT_OFFLOADED

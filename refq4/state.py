@@ -16,7 +16,7 @@ from . import layout
 from .backend import Nested, PackedWeight
 from .internals.checks import check_packed, check_positive, checked_weight
 from .internals.format import BLOCKSIZES, JSON_KEY, NESTED_BLOCKSIZE, WEIGHT_DTYPES, dtype_name
-from .internals.prepared import MayBePrepared
+from .internals.prepared import Preparable
 from .internals.statedict import Reader, json_to_tensor
 
 __all__ = ["BLOCKSIZES", "NESTED_BLOCKSIZE", "WEIGHT_DTYPES", "QuantState"]
@@ -167,7 +167,7 @@ class QuantState:
                 are not as many as shape and blocksize want.
         """
         shape, blocksize = self.geometry()
-        if isinstance(stored, MayBePrepared):
+        if isinstance(stored, Preparable):
             stored = stored.readable()
         self.check_packed(stored)
         if self.code is None:

@@ -12,7 +12,7 @@ has been prepared. Reading shape, dtype or device restores nothing.
 There is one copy of the codes at a time. Parameters that something else owns (a rebuilt one, a DTensor, an offload
 hook's) are never prepared; neither is one that has been restored :data:`MOST_RESTORES` times: it is in use by others.
 
-Threads may infer, save and differentiate through one layer at once: those all read :meth:`MayBePrepared.stored`.
+Threads may infer, save and differentiate through one layer at once: those all read :meth:`Preparable.stored`.
 Reading the parameter itself in one thread while another infers for the first time is a race, as is any write beside a
 read.
 """
@@ -33,7 +33,7 @@ from ..backend import Backend, PreparedWeight
 if TYPE_CHECKING:
     from ..state import QuantState
 
-__all__ = ["MOST_RESTORES", "Form", "MayBePrepared", "as_stored"]
+__all__ = ["MOST_RESTORES", "Form", "Preparable", "as_stored"]
 
 MOST_RESTORES = 3  # then the parameter stays as stored: to prepare it takes as long as many products
 
@@ -58,7 +58,7 @@ class Form(NamedTuple):
     versions: tuple[tuple[Tensor, int], ...]
 
 
-class MayBePrepared:
+class Preparable:
     """What ``Params4bit`` inherits, beside ``nn.Parameter``; its constructor sets the two attributes.
 
     They live on the instance so that compiled code is guarded by them: a graph traced before a weight was prepared or
@@ -116,12 +116,12 @@ class MayBePrepared:
 
     def restore(self: Any) -> Tensor:
         """The stored bytes as a plain tensor; the parameter holds them again, and has no form any more."""
-        bytes_: Tensor = self.stored()
         with _lock, torch._C.DisableTorchFunctionSubclass():
+            bytes_: Tensor = self.stored()
             if self.prepared:
                 self.data = bytes_
                 self._restores += 1
-            self._form = None
+            self._form = None  # last: until then a thread that meets the placeholder finds the way back
         return bytes_
 
     def stored(self: Any) -> Tensor:
@@ -171,7 +171,7 @@ class MayBePrepared:
 
 def as_stored(weight: Tensor) -> Tensor:
     """The weight with its stored bytes: restored first, if it is prepared."""
-    if isinstance(weight, MayBePrepared) and weight.prepared and not torch.compiler.is_compiling():
+    if isinstance(weight, Preparable) and weight.prepared and not torch.compiler.is_compiling():
         return weight.restore()
     return weight
 
@@ -188,7 +188,7 @@ _lock = threading.RLock()
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _PROPERTIES = (
     "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_meta is_cuda is_cpu is_sparse is_quantized "
-    "itemsize _backward_hooks"
+    "itemsize nbytes _backward_hooks"
 )
 _METHODS = "size dim numel nelement element_size is_floating_point is_complex requires_grad_ is_inference __hash__"
 # What a placeholder answers as well as the bytes would.

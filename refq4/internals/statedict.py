@@ -43,7 +43,7 @@ from .format import (
     label,
     shown,
 )
-from .prepared import MayBePrepared
+from .prepared import Preparable
 
 __all__ = ["Fields", "NestedFields", "Reader", "json_to_tensor"]
 
@@ -252,7 +252,7 @@ class Reader:
         if not isinstance(packed, Tensor) or packed.layout != torch.strided:
             raise ValueError(f"{key}: wanted the packed weight as a dense tensor, got {describe(packed)}")
         check_packed(packed, shape, key)
-        if not isinstance(packed, MayBePrepared):  # which may be a placeholder
+        if not isinstance(packed, Preparable):  # which may be a placeholder
             self._check_holds(key, packed)
 
     def _check_holds(self, key: str, value: Tensor) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..internals.prepared import MayBePrepared
+from ..internals.prepared import Preparable
 from ..nn import Linear4bit
 from ..pipeline import choose_layout, recover_quant_state
 
@@ -41,11 +41,11 @@ def prepare(model: nn.Module) -> int:
     for layer in _layers(model):
         state, _ = recover_quant_state(layer)
         weight = layer.weight
-        if isinstance(weight, MayBePrepared):
+        if isinstance(weight, Preparable):
             weight._restores = 0
         x = torch.empty(1, layer.in_features, dtype=layer.compute_dtype or torch.float32, device=weight.device)
         choose_layout(layer, state, x)
-    return sum(isinstance(layer.weight, MayBePrepared) and layer.weight.prepared for layer in _layers(model))
+    return sum(isinstance(layer.weight, Preparable) and layer.weight.prepared for layer in _layers(model))
 
 
 def restore(model: nn.Module) -> int:
@@ -60,7 +60,7 @@ def restore(model: nn.Module) -> int:
         0
     """
     weights = [layer.weight for layer in _layers(model)]
-    prepared = [weight for weight in weights if isinstance(weight, MayBePrepared) and weight.prepared]
+    prepared = [weight for weight in weights if isinstance(weight, Preparable) and weight.prepared]
     for weight in prepared:
         weight.restore()
         weight._restores = 0

@@ -23,7 +23,7 @@ QUESTIONS = [
         "Which step asks the backend, and what may make it not be asked there?",
         "2, choose_layout; a call that is traced or transformed, or that has nothing to multiply",
     ),
-    ("What does a forward write, and where?", "remember_first_input; MayBePrepared.prepare and restore"),
+    ("What does a forward write, and where?", "remember_first_input; Preparable.prepare and restore"),
     (
         "When does a weight stay in the stored layout although the backend has one of its own?",
         "_must_stay: training, a wanted gradient, rebuilt, offloaded, restored too often; and in a traced call",
