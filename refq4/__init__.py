@@ -1,9 +1,17 @@
 """refq4: the 4-bit linear layer of bitsandbytes (QLoRA's NF4 and FP4), taken apart.
 
-read it     one_page -> codebooks -> layout -> state -> reference -> pipeline -> nn       (files, in reading order)
 run it      layer = refq4.nn.LinearNF4(4096, 4096).to("cpu");  layer(x)
 watch it    with refq4.trace() as t: layer(x);  print(t)
 swap it     refq4.set_backend("cpu");  refq4.compare(layer, x)
+read it     in this order; what is in the folders can wait
+
+    one_page                     the whole layer
+    codebooks layout state       what is stored
+    functional                   quantise, decode
+    backend reference            the contract, and its plainest body
+    pipeline matmul autograd     one call: seven steps, one dispatch, one gradient
+    params nn                    the parameter, the layers
+    trace registry               what happened; who computes
 """
 
 import importlib

@@ -89,3 +89,19 @@ def test_the_faults_of_the_reader_trial_still_fit():
     assert sorted(reader_trial.FAULTS) == list(range(1, 8))
     for name in reader_trial.FILES:
         ast.parse(reader_trial.planted(name))
+
+
+def reading_order() -> list[str]:
+    """The files of the layer, as the head of refq4/__init__.py lists them."""
+    (block,) = re.findall(r"read it .*?\n\n(.*?)\n\"\"\"", (ROOT / "refq4" / "__init__.py").read_text(), re.DOTALL)
+    return [name for line in block.splitlines() for name in re.split(r"\s{3,}", line.strip())[0].split()]
+
+
+def test_there_is_one_reading_order_and_every_file_at_the_top_stands_in_it():
+    order = reading_order()
+    assert order[0] == "one_page"
+    assert sorted(order) == sorted(p.stem for p in (ROOT / "refq4").glob("*.py") if not p.stem.startswith("__"))
+    assert re.findall(r"\(refq4/(\w+)\.py\)", README) == order
+    api = re.findall(r"^\| \[`refq4\.(\w+)`\]", (ROOT / "docs/reference/api/index.md").read_text(), re.MULTILINE)
+    assert [name for name in api if name in order] == [name for name in order if name in api]
+    assert len(set(api) & set(order)) > 8
