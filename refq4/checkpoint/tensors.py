@@ -22,8 +22,18 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from ..internals import remedies
+
+try:
+    from safetensors import SafetensorError, safe_open
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"a checkpoint on disk is read and written with safetensors, which is not installed: "
+        f"{remedies.install('checkpoint')}",
+        name=error.name,
+    ) from None
 
 __all__ = ["DTYPES", "FLOATS", "Entry", "SafetensorsReader", "SafetensorsWriter"]
 

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nrefq4 {arguments.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (BackendError, OSError, ValueError) as error:
+    except (BackendError, ModuleNotFoundError, OSError, ValueError) as error:
         print(f"refq4 {arguments.command}: {error}", file=sys.stderr)
         return 1
     return code

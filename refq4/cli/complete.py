@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import shtab
-
+from ..internals import remedies
 from . import options
 
 __all__ = ["add"]
@@ -24,9 +23,15 @@ def add(commands: Any, parser: argparse.ArgumentParser) -> None:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
+    command.add_argument("shell", choices=["bash", "zsh", "tcsh"])
 
     def run(arguments: argparse.Namespace) -> int:
+        try:
+            import shtab
+        except ModuleNotFoundError:
+            raise ValueError(
+                f"completion is written by shtab, which is not installed: {remedies.install('cli')}"
+            ) from None
         print(shtab.complete(parser, arguments.shell))
         return 0
 

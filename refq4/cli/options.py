@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-
-import shtab
+from contextlib import suppress
 
 from ..codebooks import codebook_names
 from ..functional import DEFAULT_BLOCKSIZE
@@ -53,4 +52,7 @@ def examples(*lines: str) -> str:
 
 def files(action: argparse.Action, directories: bool = False) -> None:
     """Let the shell complete an argument with names of files or directories."""
-    action.complete = shtab.DIRECTORY if directories else shtab.FILE  # type: ignore[attr-defined]
+    with suppress(ModuleNotFoundError):  # `refq4 complete` says what to install
+        import shtab
+
+        action.complete = shtab.DIRECTORY if directories else shtab.FILE  # type: ignore[attr-defined]

@@ -159,6 +159,38 @@ def test_importing_refq4_loads_itself_and_almost_nothing_else():
     assert not [name for name in new if name.startswith(late)]
 
 
+WITHOUT = """
+import sys
+for name in ("numpy", "safetensors", "shtab"):
+    sys.modules[name] = None  # as if it were not installed
+import warnings
+warnings.filterwarnings("ignore", message=".*NumPy.*")
+import torch, refq4
+from refq4.cli import main
+layer = refq4.nn.LinearNF4(64, 8).to("cpu").eval()
+with refq4.trace() as t:
+    layer(torch.ones(1, 64))
+print(t)
+x = torch.ones(1, 64, requires_grad=True)
+layer(x).sum().backward()
+refq4.quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 8)))
+assert main(["info"]) == 0
+assert main(["complete", "bash"])
+assert main(["inspect", "nowhere.safetensors"])
+"""
+
+
+def test_a_layer_and_the_backends_need_few_packages_and_what_needs_more_says_how_to_get_it():
+    assert sorted(Requirement(text).name for text in PROJECT["dependencies"]) == [
+        "filelock", "platformdirs", "rich", "torch", "tqdm",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "own layout" in done.stdout or "canonical" in done.stdout
+    for extra in ("[cli]", "[checkpoint]"):
+        assert extra in done.stderr
+
+
 # --- other platforms --------------------------------------------------------------------------------------------------
 
 

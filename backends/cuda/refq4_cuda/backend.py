@@ -11,6 +11,7 @@ kernel files, and which kernel with which grid, in ``launch.py``.
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from refq4.backend import Backend, BackendUnsupportedError, Call, Nested, PackedWeight, PreparedWeight
 from refq4.codebooks import Code, get_codebook
 from refq4.internals.buildcache import CacheError, cache_directory
+from refq4.internals.remedies import install
 from refq4.layout import block_count, packed_bytes
 
 from . import driver, emulated, launch
@@ -196,6 +198,8 @@ class CudaEmulatorBackend(PlannedBackend):
             emulated.processor()
         except (CudaError, CacheError, ValueError) as error:
             return str(error)
+        if find_spec("numpy") is None:
+            return f"the emulator computes with numpy, which is not installed: {install('cuda')}"
         return None
 
     def processor(self, device: torch.device) -> Processor:
