@@ -104,11 +104,12 @@ class Call(NamedTuple):
 
     ``m`` tokens, ``n`` out_features, ``k`` in_features (for an op without a product, ``n`` is 1 and ``k`` the number
     of elements). ``dtype`` is the input's for quantising, the output's for dequantising, the activations' for products.
-    ``code`` is the codebook's name; ``layout`` is "canonical" or the name of a prepared layout; ``grad`` says that the
-    gradient of a product's input is wanted, for which the same backend will be asked to decode the weight.
+    ``codebook`` is its name (in the contract of 0.1.0 ``code``, which still reads it); ``layout`` is "canonical" or the
+    name of a prepared layout; ``grad`` says that the gradient of a product's input is wanted, for which the same
+    backend will be asked to decode the weight.
 
     Example:
-        >>> print(Call("gemv_4bit", "cpu", torch.bfloat16, m=1, n=8, k=64, blocksize=64, code="nf4"))
+        >>> print(Call("gemv_4bit", "cpu", torch.bfloat16, m=1, n=8, k=64, blocksize=64, codebook="nf4"))
         gemv_4bit(M=1, N=8, K=64, bfloat16 on cpu, nf4, blocksize 64)
     """
 
@@ -119,17 +120,22 @@ class Call(NamedTuple):
     n: int
     k: int
     blocksize: int
-    code: str
+    codebook: str
     nested: bool = False
     layout: str = "canonical"
     grad: bool = False
+
+    @property
+    def code(self) -> str:
+        """The old name of ``codebook``."""
+        return self.codebook
 
     def __str__(self) -> str:
         extras = ", nested absmax" * self.nested + f", layout {self.layout}" * (self.layout != "canonical")
         extras += ", with a gradient" * self.grad
         return (
             f"{self.op}(M={self.m}, N={self.n}, K={self.k}, {str(self.dtype).removeprefix('torch.')} on {self.device}, "
-            f"{self.code}, blocksize {self.blocksize}{extras})"
+            f"{self.codebook}, blocksize {self.blocksize}{extras})"
         )
 
 
@@ -208,7 +214,7 @@ class Backend:
         ...     name = "mine"
         ...     def gemv_4bit(self, x, weight, bias):
         ...         return x.new_zeros(1, weight.shape[0])
-        >>> call = Call("gemm_4bit", "cpu", torch.float32, m=2, n=8, k=64, blocksize=64, code="nf4")
+        >>> call = Call("gemm_4bit", "cpu", torch.float32, m=2, n=8, k=64, blocksize=64, codebook="nf4")
         >>> Mine().can_run(call)
         'it has no gemm_4bit'
     """

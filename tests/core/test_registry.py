@@ -46,7 +46,7 @@ def loopback() -> Loopback:
 
 
 def call(op: str = "gemm_4bit", **changes) -> Call:
-    settings = {"device": "cpu", "dtype": torch.float32, "m": 2, "n": 8, "k": 64, "blocksize": 64, "code": "nf4"}
+    settings = {"device": "cpu", "dtype": torch.float32, "m": 2, "n": 8, "k": 64, "blocksize": 64, "codebook": "nf4"}
     return Call(op, **(settings | changes))
 
 

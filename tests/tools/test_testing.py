@@ -362,7 +362,7 @@ class Mine(ReferenceBackend):
         return super().gemv_4bit(x, weight, {bias})
 
     def can_run(self, call):
-        return "no AF4" if call.code == "af4" else super().can_run(call)
+        return "no AF4" if call.codebook == "af4" else super().can_run(call)
 """
 
 

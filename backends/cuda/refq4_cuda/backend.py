@@ -143,7 +143,7 @@ def _plan_without_data(call: Call, processor: Processor) -> list[launch.Launch] 
     codes, scales = empty(packed_bytes(call.n * call.k), dtype=torch.uint8), empty(0, dtype=torch.float32)
     A, code, arch = empty(call.k, dtype=call.dtype), get_codebook("nf4").on("cpu"), processor.arch
     nested = Nested(scales, scales, scales, 256) if call.nested else None
-    weight = PackedWeight(codes, scales, code.values, call.blocksize, (call.n, call.k), call.code, nested)
+    weight = PackedWeight(codes, scales, code.values, call.blocksize, (call.n, call.k), call.codebook, nested)
     match call.op:
         case "quantize_4bit" | "quantize_blockwise":
             return launch.quantize(A, code, call.blocksize, call.op == "quantize_4bit", codes, scales, arch)

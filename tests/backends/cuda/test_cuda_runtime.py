@@ -139,7 +139,7 @@ def reference_alone():
 
 
 def _call(op: str, device: str, **changes) -> Call:
-    settings = {"dtype": torch.float16, "m": 1, "n": 8, "k": 64, "blocksize": 64, "code": "nf4"}
+    settings = {"dtype": torch.float16, "m": 1, "n": 8, "k": 64, "blocksize": 64, "codebook": "nf4"}
     return Call(op, device, **(settings | changes))
 
 
