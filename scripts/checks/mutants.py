@@ -39,7 +39,8 @@ TESTS = [
     "tests/core/test_damaged_states.py",
     "tests/core/test_layers.py",
     "tests/core/test_autograd.py",
-    "tests/core/test_hostile_inputs.py",
+    "tests/core/test_extreme_values.py",
+    "tests/core/test_functional.py",
 ]
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import refq4
+import refq4.functional as F
 from refq4 import codebooks
 from refq4.codebooks import Codebook, code_from_values, codebook_names, create_dynamic_map, get_codebook
+from refq4.internals.dynamic_map import _dynamic_map_values
 from refq4.internals.rounding import next_below
 from refq4.testing import assert_same_bits
 
@@ -93,6 +95,17 @@ def test_the_other_formats_are_what_their_names_say():
         assert [round(unit * v, 5) for v in get_codebook(name).values] == values
     assert get_codebook("af4").values[0] == 1.0
     assert get_codebook("af4").values[8] == 0.0
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_tables_are_single_precision_whatever_the_default_is():
+    before, single = torch.get_default_dtype(), _dynamic_map_values(True, 7, 8)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert F.create_dynamic_map(True, 3, 8).dtype == F.get_4bit_type("nf4").dtype == torch.float32
+        assert _dynamic_map_values(True, 7, 8) == single
+    finally:
+        torch.set_default_dtype(before)
 
 
 # --- the rule ---------------------------------------------------------------------------------------------------------
@@ -196,3 +209,12 @@ def test_tensors_of_a_codebook_are_made_once_per_device():
         first = book.on("cpu")
     assert first is book.on(torch.device("cpu"))
     assert not first.values.is_inference()
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_values_beyond_fp32_are_infinite_in_their_own_direction_and_no_codebook():
+    for value in (1e39, -1e39):
+        book = [value if i == (15 if value > 0 else 0) else (i - 7) / 8 for i in range(16)]
+        with pytest.raises(ValueError, match="-inf" if value < 0 else r"[^-]inf|finite"):
+            Codebook("far", book)
+    assert get_codebook("int4").encode([1e39, -1e39]) == get_codebook("int4").encode([1.0, -1.0])

@@ -406,6 +406,61 @@ def test_another_code_can_be_loaded_into_a_layer_on_request():
     assert weight.quant_state.state2.blocksize == 512
 
 
+# --- which key is named, and how --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def layer() -> LinearNF4:
+    torch.manual_seed(1)
+    return LinearNF4(128, 8, compress_statistics=True).to("cpu").eval()
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_what_is_on_meta_alone_is_refused_by_its_name(layer):
+    saved = layer.state_dict()
+    packed = saved.pop("weight")
+    stats = {key: value for key, value in saved.items() if key.startswith("weight.")}
+    with pytest.raises(ValueError, match=r"^weight: is on meta"):
+        F.QuantState.from_dict(stats, packed=packed.to("meta"))
+    with pytest.raises(ValueError, match=r"^of\.a\.weight: is on meta"):
+        F.QuantState.from_dict({f"of.a.{key}": value for key, value in stats.items()}, packed=packed.to("meta"))
+    all_there = {key: value if "bitsandbytes" in key else value.to("meta") for key, value in stats.items()}
+    with pytest.raises(ValueError, match=r"is on meta"):
+        F.QuantState.from_dict(all_there, device="cpu", packed=packed.to("meta"))
+    F.QuantState.from_dict(stats, device="meta", packed=packed.to("meta"))
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_entries_that_claim_more_than_they_hold_are_refused_by_their_names(layer):
+    stats = {key: value for key, value in layer.state_dict().items() if key.startswith("weight.")}
+    for key in ("weight.absmax", "weight.nested_absmax", "weight.quant_map", "weight.nested_quant_map"):
+        with pytest.raises(ValueError, match=rf"^{key}: .*claims \d+ bytes, and there are"):
+            F.QuantState.from_dict(stats | {key: _claiming(stats[key])})
+    with pytest.raises(ValueError, match=r"^some\.weight: shape \[8, 128\] packs into"):
+        layer.quant_state.check_packed(torch.zeros(3, dtype=torch.uint8), "some.weight")
+    with pytest.raises(ValueError, match=r"^weight: shape \[8, 128\] packs into"):
+        layer.quant_state.check_packed(torch.zeros(3, dtype=torch.uint8))
+
+
+def _claiming(like: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor whose storage was taken away."""
+    tensor = like.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+@pytest.mark.parametrize("length", [200, 201])
+def test_a_key_is_shown_whole_up_to_200_characters(layer, length):
+    stats = {key: value for key, value in layer.state_dict().items() if key.startswith("weight.")}
+    key = "k" * (length - len(".absmax"))
+    spoilt = {f"{key}{name.removeprefix('weight')}": value for name, value in stats.items()}
+    spoilt[f"{key}.absmax"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"absmax|kkk") as error:
+        F.QuantState.from_dict(spoilt)
+    assert (f"{key}.absmax" in str(error.value)) is (length == 200)
+
+
 # --- states put together by hand, or unpickled: nothing read them, so whoever uses them looks ------------------------
 
 BY_HAND = {

@@ -20,6 +20,7 @@ from refq4 import registry
 from refq4.autograd import MatMul4Bit
 from refq4.codebooks import create_dynamic_map
 from refq4.internals import codec, schemas
+from refq4.internals.checks import check_blockwise
 from refq4.testing import assert_same_bits
 
 N, K, BLOCKSIZE = 48, 128, 64
@@ -471,3 +472,16 @@ def test_codes_beyond_the_end_of_their_table_are_refused_compiled_or_not(backend
         F.dequantize_blockwise(q, absmax=absmax, code=code)
     with pytest.raises(ValueError, match="the largest of the codes to decode is 9"):
         torch.ops.refq4.dequantize_blockwise(q, absmax, code, 4096, torch.float32, backend)
+
+
+# --- codes of eight bits ----------------------------------------------------------------------------------------------
+
+
+def test_a_code_of_256_entries_decodes_every_byte_and_one_of_255_is_asked():
+    q = torch.full((4,), 255, dtype=torch.uint8)
+    check_blockwise(q, torch.zeros(1), torch.zeros(256), 32)
+    for codes, device in ((q[:0], "cpu"), (q, "meta")):  # nothing to look at
+        absmax = torch.zeros(-(-codes.numel() // 32), device=device)
+        check_blockwise(codes.to(device), absmax, torch.zeros(16, device=device), 32)
+    with pytest.raises(ValueError, match="code has 255 entries, and the largest of the codes to decode is 255"):
+        check_blockwise(q, torch.zeros(1), torch.zeros(255), 32)

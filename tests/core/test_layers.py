@@ -7,20 +7,32 @@ import gc
 import io
 import pickle
 import weakref
+from typing import Any
 
 import pytest
 import torch
+from loopback import Loopback
 from safetensors.torch import load, save
 from torch import nn
 
 import refq4
 import refq4.functional as F
+from refq4.internals.blockwise import slice_state
 from refq4.nn import Embedding4bit, EmbeddingFP4, EmbeddingNF4, Linear4bit, LinearFP4, LinearNF4, Params4bit
+from refq4.registry import isolated_registry
 from refq4.testing import assert_same_bits, assert_within_budget
+
+A = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
 
 
 def layer_of(cls=LinearNF4, n: int = 8, k: int = 64, **settings) -> Linear4bit:
     return cls(k, n, **settings).to("cpu").eval()
+
+
+@pytest.fixture
+def layer() -> LinearNF4:
+    torch.manual_seed(1)
+    return layer_of(k=128, compress_statistics=True)
 
 
 def assert_same_layer(got: Linear4bit, wanted: Linear4bit) -> None:
@@ -191,6 +203,41 @@ def test_a_layer_from_a_linear_leaves_the_linear_alone_and_shares_the_bias():
     assert layer.weight.module is layer
 
 
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_a_weight_in_full_precision_takes_every_cast():
+    weight = Params4bit(A.clone(), quant_type="nf4")
+    casts = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32, "double": torch.float64}
+    for name, dtype in casts.items():
+        cast = getattr(weight, name)()
+        assert (cast.dtype, cast.bnb_quantized, cast.quant_state) == (dtype, False, None)
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_what_ops_read_of_a_weight_is_a_plain_tensor(layer):
+    assert type(layer.weight.readable()) is torch.Tensor
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_a_weight_of_nothing_is_empty():
+    assert Params4bit().numel() == 0
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_a_weight_rebuilt_in_full_precision_is_cast_like_any_other():
+    layer = LinearNF4(64, 8)
+    layer.weight = nn.Parameter(torch.randn(8, 64))
+    assert layer.to(torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_emptied_on_its_own_device_a_layer_keeps_its_state_and_from_meta_it_waits_for_one(layer):
+    assert layer.to_empty(device="cpu").quant_state is not None
+    on_meta = LinearNF4(128, 8).to("cpu").to("meta")
+    assert on_meta.quant_state.absmax.is_meta
+    assert on_meta.to_empty(device="meta").quant_state.absmax.is_meta
+    assert on_meta.to_empty(device="cpu").quant_state is None
+
+
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +261,20 @@ def test_a_deepcopy_before_quantising_quantises_on_its_own():
     assert layer.quant_state is None
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_deepcopy_before_or_after_quantising_is_independent(when):
+    layer = refq4.nn.LinearNF4(64, 8)
+    if when == "after":
+        layer.to("cpu")
+    twin = copy.deepcopy(layer).to("cpu")
+    layer.to("cpu")
+    x = torch.randn(3, 64)
+    assert_same_bits(twin(x).detach(), layer(x).detach())
+    with torch.no_grad():
+        twin.weight.zero_()
+    assert not torch.equal(twin(x), layer(x))
+
+
 def test_a_deepcopied_model_keeps_tied_weights_tied():
     model = nn.ModuleDict({"a": LinearNF4(64, 64), "b": LinearNF4(64, 64)})
     model["b"].weight = model["a"].weight
@@ -230,6 +291,48 @@ def test_a_shallow_copy_of_a_weight_shares_bytes_and_state():
     assert isinstance(twin, Params4bit)
     assert twin.data_ptr() == weight.data_ptr()
     assert twin.quant_state is weight.quant_state
+
+
+def test_the_weight_does_not_keep_its_module_alive():
+    layer = layer_of()
+    weight, module = layer.weight, weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert module() is None
+    assert weight.module is None
+
+
+def test_a_weight_moves_from_one_module_to_another():
+    one, other = layer_of(), layer_of()
+    other.weight = one.weight
+    x = torch.randn(3, 64)
+    assert_within_budget(other(x).detach(), x, one.weight, one.quant_state, other.bias)
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_a_weight_made_with_the_settings_of_another_knows_its_layer(layer):
+    again = Params4bit(layer.weight.stored(), **layer.weight.__dict__)
+    assert again.module is layer
+    assert again.quant_state is layer.quant_state
+
+
+# --- pickles ----------------------------------------------------------------------------------------------------------
+
+N, K = 96, 128
+
+
+@pytest.fixture
+def own_registry():
+    """No backend is chosen, so that "auto" takes one, and what is registered is undone."""
+    with isolated_registry():
+        yield
+
+
+def through_torch_save(value: Any, **settings: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, **settings)
 
 
 @pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
@@ -249,20 +352,41 @@ def test_a_pickled_weight_loads_with_weights_only():
     assert loaded.quant_state == weight.quant_state
 
 
-def test_the_weight_does_not_keep_its_module_alive():
-    layer = layer_of()
-    weight, module = layer.weight, weakref.ref(layer)
-    del layer
-    gc.collect()
-    assert module() is None
-    assert weight.module is None
+@pytest.mark.usefixtures("own_registry")
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "prepared"])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "double quantisation"])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+def test_weights_and_state_dicts_survive_torch_save_with_weights_only(storage, nested, used):
+    if used:
+        refq4.set_backend(refq4.register_backend(Loopback(own_layout=True)).name)
+    layer, x = layer_of(n=N, k=K, quant_storage=storage, compress_statistics=nested), torch.randn(3, K)
+    y = layer(x).detach()
+    weight = through_torch_save(layer.weight, weights_only=True)
+    assert weight.quant_state == layer.weight.quant_state
+    assert_same_bits(weight.detach(), layer.weight.stored())
+    fresh = refq4.nn.LinearNF4(K, N)
+    fresh.load_state_dict(through_torch_save(layer.state_dict(), weights_only=True))
+    assert_same_bits(fresh(x).detach(), y)
 
 
-def test_a_weight_moves_from_one_module_to_another():
-    one, other = layer_of(), layer_of()
-    other.weight = one.weight
-    x = torch.randn(3, 64)
-    assert_within_budget(other(x).detach(), x, one.weight, one.quant_state, other.bias)
+@pytest.mark.usefixtures("own_registry")
+def test_a_pickled_layer_is_code_which_weights_only_refuses_and_who_trusts_it_may_load():
+    layer, x = layer_of(n=N, k=K), torch.randn(3, K)
+    with pytest.raises(pickle.UnpicklingError, match=r"refq4\.nn\.LinearNF4"):
+        through_torch_save(layer, weights_only=True)
+    trusted = through_torch_save(layer, weights_only=False)
+    assert_same_bits(trusted(x).detach(), layer(x).detach())
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_pickled_weight_whose_state_was_spoilt_is_refused_where_it_is_used():
+    layer = layer_of(n=N, k=K)
+    spoilt = layer.weight.quant_state.copy()
+    spoilt.absmax = spoilt.absmax[:1].clone()
+    layer.weight.quant_state = layer.quant_state = spoilt
+    weight = through_torch_save(layer.weight, weights_only=True)
+    with pytest.raises(ValueError, match="needs 192 uint8 elements in absmax, it has uint8"):
+        F.matmul_4bit(torch.randn(1, K), weight, weight.quant_state)
 
 
 # --- the fields of the quant state, as attributes of the weight -------------------------------------------------------
@@ -372,6 +496,16 @@ def test_pieces_of_a_weight_that_is_not_quantised_quantise_on_their_own():
     assert piece.quant_state.shape == (4, 64)
 
 
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_a_scalar_and_an_empty_tensor_have_no_pieces():
+    for shape in ((), (4, 0), (0, 4)):
+        _, state = F.quantize_4bit(torch.ones(shape), quant_type="nf4")
+        piece = slice_state(state, 0, state.shape.numel())
+        assert piece is None if shape != (0, 4) else piece.shape == (0, 4), shape
+    _, state = F.quantize_4bit(A, blocksize=32, quant_type="nf4")
+    assert slice_state(state, 64, 256) is slice_state(state, 0, 64) is None  # whole blocks, half a row
+
+
 # --- state dicts ------------------------------------------------------------------------------------------------------
 
 SETTINGS = [
@@ -476,6 +610,48 @@ def test_from_prequantized_reads_but_does_not_take_the_callers_entries():
     assert list(stats) == keys
     assert weight.quant_state == layer.quant_state
     assert weight.compress_statistics
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_from_saved_entries_to_meta_everything_is_on_meta(layer):
+    saved = layer.state_dict()
+    stats = {key: value for key, value in saved.items() if key.startswith("weight.")}
+    state = F.QuantState.from_dict(stats, device="meta")
+    weight = Params4bit.from_prequantized(saved["weight"], stats, device="meta")
+    for tensors in (state, weight.quant_state):
+        held = (tensors.absmax, tensors.code, tensors.offset, tensors.state2.absmax, tensors.state2.code)
+        assert all(t.is_meta for t in held)
+    assert weight.is_meta
+    assert weight.data.is_meta
+    assert weight.quant_storage == weight.dtype == torch.uint8
+    assert Params4bit.from_prequantized(saved["weight"].to("meta"), stats, device="meta").is_meta
+    on_meta = F.QuantState.from_dict({k: v if "bitsandbytes" in k else v.to("meta") for k, v in stats.items()})
+    assert on_meta.offset.is_meta
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_saved_tensors_are_plain_and_detached_unless_variables_are_asked_for(layer):
+    assert all(type(value) is torch.Tensor for value in layer.state_dict().values())
+    assert not any(value.requires_grad for value in layer.state_dict().values())
+    assert layer.state_dict(keep_vars=True)["bias"] is layer.bias
+    assert layer.state_dict(keep_vars=True)["weight"] is layer.weight
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_what_is_saved_is_the_state_of_the_weight_that_is_there(layer):
+    other = Params4bit(2 * A, quant_type="nf4").to("cpu")
+    layer.weight = other
+    assert layer.quant_state is not other.quant_state
+    entries = layer.state_dict()
+    assert F.QuantState.from_dict({k: v for k, v in entries.items() if "weight." in k}) == other.quant_state
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_the_stand_in_for_a_sharded_weight_has_every_public_name_and_no_other(layer):
+    stand_in = getattr(layer, layer._fqn_modifiers()["weight"])
+    assert stand_in.quant_state.absmax is stand_in
+    assert not hasattr(stand_in, "__len__")
+    assert not hasattr(stand_in, "_private")
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------

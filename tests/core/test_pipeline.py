@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from loopback import SWAPPED, Loopback
+from loopback import SWAPPED, Loopback, Recorder
 from torch import nn
 
 import refq4
 import refq4.functional as F
-from refq4 import matmul, pipeline
-from refq4.backend import Backend
+from refq4 import matmul, pipeline, registry
+from refq4.backend import Backend, PackedWeight
+from refq4.nn import LinearNF4
 from refq4.testing import assert_same_bits, assert_within_budget
+
+A = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
 
 
 def layer_of(n: int = 8, k: int = 64, **settings) -> refq4.nn.Linear4bit:
     return refq4.nn.Linear4bit(k, n, quant_type="nf4", **settings).to("cpu").eval()
+
+
+@pytest.fixture
+def layer() -> LinearNF4:
+    torch.manual_seed(1)
+    return LinearNF4(128, 8, compress_statistics=True).to("cpu").eval()
 
 
 def steps_of(layer: nn.Module, x: torch.Tensor) -> dict[int, str]:
@@ -143,6 +155,52 @@ def test_a_copy_does_not_carry_the_prepared_layout():
         assert_same_bits(twin(x), layer(x))
 
 
+@pytest.mark.reference_only("it names its engine itself")
+def test_another_compute_dtype_asks_the_backend_again():
+    with registry.isolated_registry():
+        asked = []
+
+        class Choosy(Recorder):
+            def can_run(self, call: Any) -> None:
+                asked.append(call.dtype)
+
+        refq4.register_backend(Choosy(own_layout=True))
+        layer = LinearNF4(256, 64, compute_dtype=torch.bfloat16).to("cpu").eval()
+        with torch.no_grad(), refq4.use_backend("recorder"):
+            layer(torch.ones(3, 256))
+            layer.compute_dtype = torch.float32
+            asked.clear()
+            layer(torch.ones(3, 256))
+        assert asked == [torch.float32]
+
+
+@pytest.mark.reference_only("it names its engine itself")
+def test_a_weight_that_accelerate_brings_for_each_call_gets_no_own_layout(layer):
+    with registry.isolated_registry():
+        refq4.register_backend(Recorder(own_layout=True))
+        with torch.no_grad(), refq4.use_backend("recorder"):
+            wanted = layer(A)
+            assert layer.weight.prepared
+            layer._hf_hook = SimpleNamespace(offload=True)
+            assert torch.equal(layer(A), wanted)
+            assert not layer.weight.prepared
+            weight, decision = pipeline.choose_layout(layer, layer.quant_state, A)
+        assert (type(weight.weight), decision) == (PackedWeight, pipeline.LAYOUT_OFFLOADED)
+
+
+def test_switching_the_backend_between_two_calls_keeps_the_result():
+    own = refq4.register_backend(Loopback(own_layout=True))
+    layer, x = refq4.nn.LinearNF4(64, 8).to("cpu").eval(), torch.randn(3, 64)
+    with torch.no_grad():
+        results = []
+        for name in ("reference", "loopback", "reference", "loopback"):
+            refq4.set_backend(name)
+            results.append(layer(x))
+    assert own.seen["prepared product"] == 2
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
 # --- 3 ----------------------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +290,12 @@ def test_steps_5_and_7_compute_in_the_compute_dtype_and_answer_in_the_inputs(x_d
     expected = ("nothing", "nothing") if x_dtype == compute else ("cast", "cast")
     chosen = steps_of(layer, x)
     assert (chosen[5], chosen[7]) == expected
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_operands_are_cast_both_and_rows_are_decoded_from_flat_bytes():
+    (x, bias), decision = pipeline.cast_operands(torch.ones(1, 64), torch.ones(8), torch.bfloat16)
+    assert (x.dtype, bias.dtype, decision) == (torch.bfloat16, torch.bfloat16, pipeline.CAST_INPUT)
 
 
 # --- 6 ----------------------------------------------------------------------------------------------------------------
@@ -340,6 +404,19 @@ def test_an_embedding_is_saved_and_loaded():
     other.load_state_dict(table.state_dict())
     ids = torch.arange(50)
     assert_same_bits(other(ids), table(ids))
+
+
+# --- all decisions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+@pytest.mark.parametrize("module", [pipeline, matmul], ids=lambda module: module.__name__)
+def test_every_decision_says_what_and_why(module):
+    decisions = {name: thing for name, thing in vars(module).items() if isinstance(thing, pipeline.Decision)}
+    assert decisions
+    for name, decision in decisions.items():
+        assert re.fullmatch(r"\w.*", decision.choice), name
+        assert re.fullmatch(r"\w.{10,}", decision.why), name
 
 
 # --- a choice of backend is made once ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import sys
 import threading
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ from refq4 import registry
 from refq4.backend import OPS, Backend, Call
 from refq4.internals import discovery, remedies
 from refq4.reference import ReferenceBackend
+from refq4.testing import assert_same_bits
 
 ROOT = Path(refq4.__file__).parent
+A = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
@@ -329,7 +332,89 @@ def test_a_backend_says_no_to_ops_it_has_not_and_devices_it_is_not_on():
         Backend().gemv_4bit(None, None, None)
 
 
-# --- the house --------------------------------------------------------------------------------------------------------
+@pytest.mark.reference_only("it names its engine itself")
+def test_a_backend_is_asked_once_whether_it_is_available_and_need_not_describe_itself():
+    asked = []
+
+    class Quiet(ReferenceBackend):
+        name, priority = "quiet", -1
+        description = Backend.description
+
+        def available(self) -> None:
+            asked.append(self)
+
+    with registry.isolated_registry():
+        refq4.register_backend(Quiet())
+        with refq4.use_backend("quiet"):
+            for _ in range(3):
+                F.quantize_4bit(A)
+        assert registry.backend_info("quiet")["description"] == ""
+    assert len(asked) == 1
+
+
+# --- plug-ins that raise ----------------------------------------------------------------------------------------------
+
+CALLED = ["quantize_4bit", "quantize_blockwise", "dequantize_4bit", "gemv_4bit", "gemm_4bit", "prepare_weight"]
+N, K = 96, 128
+
+
+class BreaksError(Exception):
+    """What a plug-in of somebody else raises."""
+
+
+def layer_of(**settings: Any) -> refq4.nn.Linear4bit:
+    torch.manual_seed(5)
+    return refq4.nn.LinearNF4(K, N, **settings).to("cpu").eval()
+
+
+@pytest.mark.reference_only("it registers a backend that breaks")
+@pytest.mark.parametrize("op", [*CALLED, "restore_weight"])
+@pytest.mark.parametrize("error", [BreaksError, KeyboardInterrupt])
+def test_a_plug_in_that_raises_in_the_middle_of_an_op_leaves_the_layer_usable(op, error):
+    plug_in = refq4.register_backend(Loopback(own_layout=True))
+    whole, layer = layer_of(), refq4.nn.LinearNF4(K, N)
+    layer.load_state_dict({"weight": F.dequantize_4bit(whole.weight.detach(), whole.quant_state), "bias": whole.bias})
+    x, working = torch.randn(3, K), getattr(plug_in, op)
+
+    def breaks(*args: Any) -> Any:
+        working(*args)
+        raise error("in the middle of it")
+
+    def use() -> None:
+        with refq4.use_backend("loopback"), torch.no_grad():
+            layer.to("cpu").eval()
+            F.dequantize_4bit(*F.quantize_4bit(torch.ones(64)))
+            layer(x[:1])
+            layer(x)
+            layer.train()
+
+    setattr(plug_in, op, breaks)
+    with pytest.raises(error, match="in the middle of it"):
+        use()
+    setattr(plug_in, op, working)
+    use()  # the very same layer, with the plug-in mended
+    with refq4.use_backend("reference"), torch.no_grad():
+        y = layer.eval()(x)
+        fresh = refq4.nn.LinearNF4(K, N)
+        fresh.load_state_dict(layer.state_dict())
+        assert_same_bits(y, fresh.eval()(x))
+
+
+@pytest.mark.reference_only("it registers a backend that breaks")
+def test_auto_does_not_hide_an_error_in_the_middle_of_an_op_behind_another_backend():
+    plug_in = refq4.register_backend(Loopback())
+    plug_in.priority = 1000
+
+    def breaks(*args: Any) -> Any:
+        raise BreaksError("in the middle of it")
+
+    plug_in.gemm_4bit = breaks
+    with pytest.raises(BreaksError) as caught, torch.no_grad():
+        layer_of()(torch.randn(3, K))
+    assert "raised while backend 'loopback' ran gemm_4bit" in caught.value.__notes__[0]
+
+
+# --- who imports whom -------------------------------------------------------------------------------------------------
 
 
 def imports(path: Path) -> set[str]:

@@ -11,6 +11,7 @@ import torch
 import refq4
 import refq4.functional as F
 from refq4 import nn
+from refq4.internals.checks import warn_caller
 
 
 def straddling_function():
@@ -64,3 +65,10 @@ def test_warning_points_at_the_callers_line(call):
         call()
     lines, first = inspect.getsourcelines(call)
     assert [(w.filename, w.lineno) for w in caught] == [(__file__, first + len(lines) - 1)]
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_a_warning_points_at_the_first_line_outside_the_package():
+    with pytest.warns(UserWarning, match="mind") as caught:
+        warn_caller("mind")
+    assert caught[0].filename == __file__

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
+import sys
 
 import pytest
 import torch
+from loopback import Loopback
 from torch import nn
 
 import refq4
@@ -172,3 +175,44 @@ def test_quantising_with_a_report_gives_the_same_bits_as_without():
     assert a.keys() == b.keys()
     for key, value in a.items():
         assert_same_bits(value, b[key])
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_bar_counts_layers_on_a_terminal_unless_it_is_not_wanted(monkeypatch, progress):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    refq4.quantize_model(nn.Sequential(nn.Linear(64, 64)), quant_type="nf4", progress=progress)
+    assert ("quantising to nf4" in screen.getvalue() and "layer" in screen.getvalue()) is progress
+    assert bool(screen.getvalue()) is progress
+
+
+def test_an_interrupt_while_a_model_is_quantised_leaves_it_usable():
+    class Interrupted(Loopback):
+        def quantize_4bit(self, *args):
+            quantised = super().quantize_4bit(*args)
+            if self.seen["quantize_4bit"] == 2:  # Ctrl-C while the second layer is under way
+                raise KeyboardInterrupt
+            return quantised
+
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    before = copy.deepcopy(model)
+    refq4.register_backend(Interrupted())
+    try:
+        with refq4.use_backend("loopback"), pytest.raises(KeyboardInterrupt):
+            refq4.quantize_model(model, progress=False)
+    finally:
+        refq4.unregister_backend("loopback")
+    assert [type(layer).__name__ for layer in model] == ["Linear4bit", "Linear", "Linear"]
+    for layer, untouched in zip(model[1:], before[1:], strict=True):
+        assert_same_bits(layer.weight.detach(), untouched.weight.detach())
+    x = torch.randn(2, 64)
+    assert model(x).isfinite().all()
+    refq4.quantize_model(model, progress=False)  # again: what was left
+    whole = refq4.quantize_model(before, progress=False)
+    assert_same_bits(model(x), whole(x))

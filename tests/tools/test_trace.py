@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 import threading
+import time
 
 import pytest
 import torch
-from loopback import Loopback
+from loopback import Loopback, Recorder
 
 import refq4
 import refq4.functional as F
+from refq4 import registry
+from refq4.nn import LinearNF4
 from refq4.testing import assert_same_bits, error_budget
+from refq4.tools.explain import _first_difference
 from refq4.trace import current
+
+A = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
 
 
 def layer_of(n: int = 8, k: int = 64, **settings) -> refq4.nn.Linear4bit:
     return refq4.nn.LinearNF4(k, n, **settings).to("cpu").eval()
+
+
+@pytest.fixture
+def layer() -> LinearNF4:
+    torch.manual_seed(1)
+    return layer_of(k=128, compress_statistics=True)
 
 
 def test_a_trace_lists_the_seven_steps_of_each_call_with_decision_reason_and_result():
@@ -162,6 +176,28 @@ def test_tracing_changes_no_bits():
     assert_same_bits(t.calls[0].steps[6].value, wanted.detach())
 
 
+@pytest.mark.reference_only("it names its engine itself")
+def test_steps_and_ops_take_the_time_between_two_looks_at_the_clock(monkeypatch, layer):
+    ticks = itertools.count(0, 3_000_000)
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: next(ticks))
+    with torch.no_grad(), refq4.use_backend("reference"), refq4.trace() as t:
+        layer(A)
+    (call,) = t.calls
+    assert [op.micros for op in t.ops] == [3000.0]
+    # each step ends with a look and one for the next; the product looks twice more
+    assert [step.micros for step in call.steps] == [3000.0] * 5 + [9000.0] + [3000.0]
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_steps_without_a_number_are_shown_without_one():
+    table = refq4.nn.EmbeddingNF4(10, 64).to("cpu")
+    with refq4.trace() as t:
+        table(torch.tensor([1]))
+    assert "embedding rows" in t.text()
+    assert "0 embedding rows" not in t.text()
+    assert sys.modules["refq4.trace"]._listeners == 0  # or every call from now on would look for one
+
+
 # --- explain ----------------------------------------------------------------------------------------------------------
 
 
@@ -272,3 +308,53 @@ def test_compare_sees_nan_against_a_number_and_a_missing_step():
     comparison = refq4.compare(only_on_reference, torch.randn(2, 64), backends=["reference", "nan"])
     assert comparison.first_difference == {"nan": (0, 0)}
     assert "no such step" in str(comparison)
+
+
+@pytest.mark.reference_only("it names its engine itself")
+def test_a_comparison_names_each_backend_once_and_tells_all_it_knows(layer):
+    with registry.isolated_registry():
+        refq4.register_backend(Recorder())
+        report = refq4.compare(layer, A)
+        assert len(set(report.backends)) == len(report.backends)
+        assert report.backends[0] == "reference"
+        told = refq4.compare(layer, A, backends=["reference", "recorder"]).to_dict()
+        shown = refq4.compare(layer, A, backends=["reference", "recorder"]).text(width=200)
+    assert told.keys() == {"backends", "errors", "first_difference", "largest_difference", "traces"}
+    assert "(recorder: loopback g" in shown
+    assert refq4.compare(lambda: "same", backends=["reference"]).largest_difference("reference") == 0
+
+
+@pytest.mark.reference_only("it names its engine itself")
+def test_a_trace_that_ends_early_differs_where_it_ends(layer):
+    with torch.no_grad(), refq4.use_backend("reference"), refq4.trace(keep_values=True) as whole:
+        layer(A)
+    with torch.no_grad(), refq4.use_backend("reference"), refq4.trace(keep_values=True) as part:
+        layer(A)
+    assert _first_difference(whole, part) is None
+    del part.calls[0].steps[3:]
+    assert _first_difference(whole, part) == (0, 3)
+
+
+@pytest.mark.reference_only("it names its engine itself")
+def test_a_backend_with_fewer_steps_or_calls_differs_where_they_end(layer):
+    table = refq4.nn.EmbeddingNF4(10, 64).to("cpu")
+
+    def fewer_steps(x: torch.Tensor) -> torch.Tensor:
+        if registry.get_backend() != "reference":
+            table(torch.tensor([1]))
+            return x
+        with torch.no_grad():
+            layer(x)
+        return x
+
+    def fewer_calls(x: torch.Tensor) -> torch.Tensor:
+        layer(x)
+        if registry.get_backend() == "reference":
+            layer(x)
+        return x
+
+    with registry.isolated_registry():
+        refq4.register_backend(Recorder())
+        names = ["reference", "recorder"]
+        assert refq4.compare(fewer_calls, A, backends=names).first_difference == {"recorder": (1, 0)}
+        assert refq4.compare(fewer_steps, A, backends=names).first_difference["recorder"][0] == 0

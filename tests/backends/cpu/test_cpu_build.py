@@ -1,4 +1,4 @@
-"""The build cache and the compiler search, by what goes wrong: shared directories, damaged files, no compiler."""
+"""Compiling the CPU kernels, by what goes wrong: no compiler, damaged libraries, tiers that the processor lacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from patience import BUSY
 
 from refq4.backend import BackendUnavailableError, Call, PackedWeight
 from refq4.codebooks import get_codebook
-from refq4.internals.buildcache import CacheError, cache_directory, cache_key, cached
+from refq4.internals.buildcache import CacheError
 
 pytest.importorskip("refq4_cpu", reason="the package refq4_cpu is not installed")
 import cpu_tiers
@@ -30,66 +30,6 @@ from refq4_cpu.kernels import PRODUCT_KERNELS, ProductKernel, addresses
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("REFQ4_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-# --- refq4/internals/buildcache.py ------------------------------------------------------------------------------------
-
-
-def test_the_directory_is_made_private(empty_cache: Path) -> None:
-    assert cache_directory("cpu") == empty_cache / "cpu"
-    assert (empty_cache / "cpu").stat().st_mode & 0o777 == 0o700
-
-
-@pytest.mark.parametrize("mode", [0o777, 0o775])
-def test_a_directory_that_others_can_write_to_is_refused(empty_cache: Path, mode: int) -> None:
-    empty_cache.mkdir()
-    empty_cache.chmod(mode)
-    with pytest.raises(CacheError, match=r"writable by others.*chmod go-w"):
-        cache_directory("cpu")
-
-
-def test_what_cannot_be_made_names_the_variable(empty_cache: Path) -> None:
-    empty_cache.write_text("a file where the directory should be")
-    with pytest.raises(CacheError, match="REFQ4_CACHE_DIR"):
-        cache_directory("cpu")
-
-
-def test_a_home_that_nobody_has_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REFQ4_CACHE_DIR", "~nobody-of-that-name/cache")
-    with pytest.raises(CacheError, match="environment variable REFQ4_CACHE_DIR='~nobody"):
-        cache_directory("cpu")
-
-
-def test_a_file_is_built_once_and_a_damaged_one_again(empty_cache: Path) -> None:
-    directory, builds = cache_directory("cpu"), []
-
-    def build_it(target: Path) -> None:
-        builds.append(target)
-        target.write_bytes(b"0123456789")
-
-    path = cached(directory, "a.bin", build_it)
-    assert cached(directory, "a.bin", build_it).read_bytes() == b"0123456789"
-    assert len(builds) == 1
-    path.write_bytes(b"01234")
-    assert cached(directory, "a.bin", build_it).read_bytes() == b"0123456789"
-    assert len(builds) == 2
-
-
-def test_a_failed_build_leaves_nothing_behind(empty_cache: Path) -> None:
-    directory = cache_directory("cpu")
-
-    def fail(target: Path) -> None:
-        target.write_text("half")
-        raise ValueError("the compiler said no")
-
-    with pytest.raises(ValueError, match="said no"):
-        cached(directory, "a.bin", fail)
-    assert [p.name for p in directory.iterdir() if not p.name.endswith(".lock")] == []
-
-
-def test_a_key_depends_on_every_part_and_its_borders() -> None:
-    parts = [("ab", "c"), ("a", "bc"), ("abc",), ("ab", "c", ""), ("ab", "d")]
-    assert len({cache_key(*p) for p in parts}) == 5
 
 
 # --- compiling ------------------------------------------------------------------------------------------------------

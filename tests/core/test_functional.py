@@ -1,38 +1,28 @@
-"""Inputs that must not crash, corrupt anything, or be silently wrong."""
+"""The functions: the shapes and strides that they take, what they refuse and how, what they write and leave alone."""
 
 from __future__ import annotations
 
 import copy
-import threading
-from functools import partial
 
 import pytest
 import torch
-from loopback import Loopback
-from threads import faults_of
 from torch import nn
 
 import refq4
 import refq4.functional as F
-from refq4 import layout
-from refq4.codebooks import codebook_names, get_codebook
+from refq4.backend import Backend
 from refq4.testing import assert_same_bits, assert_within_budget
 
 NESTED = pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "double quantisation"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+A = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
 
 
 def packed(n: int = 8, k: int = 64, nested: bool = False, **settings):
     return F.quantize_4bit(torch.randn(n, k), quant_type="nf4", compress_statistics=nested, **settings)
 
 
-def nan_at(*index: int, value: float = float("nan"), n: int = 8, k: int = 64) -> torch.Tensor:
-    weight = torch.randn(n, k)
-    weight[index] = value
-    return weight
-
-
-# --- shapes -----------------------------------------------------------------------------------------------------------
+# --- shapes and codes -------------------------------------------------------------------------------------------------
 
 
 @NESTED
@@ -114,6 +104,35 @@ def test_a_single_packed_byte_is_not_taken_for_a_transposed_row():
     B, state = F.quantize_4bit(torch.tensor([[1.0, -1.0]]), quant_type="nf4")
     assert B.shape == (1, 1)
     assert_same_bits(F.dequantize_4bit(B, state), torch.tensor([[1.0, -1.0]]))
+
+
+def test_nested_8_bit_states_and_foreign_codes_round_trip():
+    x = torch.randn(10_000)
+    q, state = F.quantize_blockwise(x, blocksize=64, nested=True)
+    assert state.nested
+    assert float((F.dequantize_blockwise(q, state) - x).abs().max()) < 0.1
+    code = torch.linspace(-1, 1, 17)
+    q, state = F.quantize_blockwise(torch.linspace(-1, 1, 17), code=code, blocksize=32)
+    assert q.tolist() == list(range(17))
+    assert_same_bits(F.dequantize_blockwise(q, absmax=state.absmax, code=code, blocksize=32), code)
+
+
+# --- defaults, and the meta device ------------------------------------------------------------------------------------
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_what_is_not_said_is_plain_scales_a_shape_of_torch_and_the_lowest_priority():
+    for quantize in (F.quantize_4bit, F.quantize_nf4, F.quantize_fp4):
+        assert not quantize(A)[1].nested
+    assert isinstance(F.QuantState(torch.ones(16), shape=[8, 128]).shape, torch.Size)
+    assert Backend.priority == 1
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_what_is_made_on_meta_is_there_with_its_tables():
+    packed, state = F.quantize_4bit(A.to("meta"), quant_type="nf4")
+    assert all(t.is_meta for t in (packed, state.absmax, state.code))
+    assert F.get_4bit_type("nf4", device="meta").is_meta
 
 
 # --- what is refused, and how -----------------------------------------------------------------------------------------
@@ -221,6 +240,41 @@ def test_a_missing_state_or_scale_is_named():
         F.get_4bit_type("af4", blocksize=128)
 
 
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_a_wrong_tensor_to_fill_is_named():
+    q, state = F.quantize_blockwise(A, blocksize=64)
+    for name, call in {
+        "absmax": lambda wrong: F.quantize_blockwise(A, absmax=wrong, blocksize=64),
+        "out": lambda wrong: F.quantize_blockwise(A, out=wrong, blocksize=64),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{name}= must be"):
+            call(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"^out= must be"):
+        F.dequantize_blockwise(q, state, out=torch.zeros(3))
+    B, state = F.quantize_4bit(A, quant_type="nf4")
+    with pytest.raises(TypeError, match=r"^A "):
+        F.matmul_4bit(torch.ones(3, 128, dtype=torch.int32), B, state)
+    with pytest.raises(TypeError, match=r"^A "):
+        F.gemv_4bit(torch.ones(1, 128, dtype=torch.int32), B, state=state)
+
+
+@pytest.mark.reference_only("what it checks is the same for every backend")
+def test_what_is_missing_to_decode_is_said():
+    B, state = F.quantize_4bit(A, quant_type="nf4")
+    for absmax, out in ((state.absmax, None), (None, torch.empty(8, 128)), (None, None)):
+        with pytest.raises(ValueError, match="absmax"):
+            F.dequantize_4bit(B, None, absmax, out)
+    q, blockwise = F.quantize_blockwise(A, blocksize=64)
+    for name in ("code", "blocksize"):
+        lacking = blockwise.copy()
+        setattr(lacking, name, None)
+        with pytest.raises(ValueError, match="has no code or no blocksize"):
+            F.dequantize_blockwise(q, lacking)
+
+
+# --- what is written, and what is left alone --------------------------------------------------------------------------
+
+
 def test_out_and_absmax_are_written_and_used():
     weight = torch.randn(4, 64)
     wanted, wanted_state = F.quantize_4bit(weight, quant_type="nf4")
@@ -242,127 +296,6 @@ def test_out_and_absmax_are_written_and_used():
     assert F.gemv_4bit(torch.randn(1, 64), out, y, state=state) is y
 
 
-def test_nested_8_bit_states_and_foreign_codes_round_trip():
-    x = torch.randn(10_000)
-    q, state = F.quantize_blockwise(x, blocksize=64, nested=True)
-    assert state.nested
-    assert float((F.dequantize_blockwise(q, state) - x).abs().max()) < 0.1
-    code = torch.linspace(-1, 1, 17)
-    q, state = F.quantize_blockwise(torch.linspace(-1, 1, 17), code=code, blocksize=32)
-    assert q.tolist() == list(range(17))
-    assert_same_bits(F.dequantize_blockwise(q, absmax=state.absmax, code=code, blocksize=32), code)
-
-
-# --- NaN, infinity, zero, overflow ------------------------------------------------------------------------------------
-
-
-@NESTED
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-def test_nan_and_infinity_in_a_weight_are_refused_with_the_place(value, nested):
-    weight = nan_at(3, 5, value=value)
-    with pytest.raises(
-        ValueError, match=r"has a NaN or an infinity: 1 of 8 blocks of 64 .* block 3 \(elements 192 to 255"
-    ):
-        F.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
-    with pytest.raises(ValueError, match="NaN or an infinity"):
-        refq4.nn.Params4bit(weight, compress_statistics=nested).to("cpu")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("name", ["nf4", "fp4"])
-def test_allowed_nan_and_infinity_spoil_their_block_and_no_other(value, name):
-    weight = nan_at(3, 5, value=value)
-    decoded = F.dequantize_4bit(*F.quantize_4bit(weight, quant_type=name, allow_nonfinite=True))
-    clean = weight.clone()
-    clean[3] = 0
-    rest = F.dequantize_4bit(*F.quantize_4bit(clean, quant_type=name))
-    keep = [row for row in range(8) if row != 3]
-    assert_same_bits(decoded[keep], rest[keep])
-    assert not decoded[3].isfinite().all()
-
-
-@pytest.mark.parametrize("name", codebook_names())
-def test_an_allowed_nan_stores_the_code_of_the_lowest_value_and_its_neighbours_that_of_zero(name):
-    book = get_codebook(name)
-    for value in (float("nan"), float("inf")):
-        weight = nan_at(0, 5, value=value, n=1)
-        B, _ = F.quantize_4bit(weight, quant_type=name, allow_nonfinite=True)
-        codes = layout.unpack(B.view(-1), 64).tolist()
-        assert codes.pop(5) == book.order[0]
-        assert set(codes) == {book.on("cpu").zero_code()}
-
-
-def test_allowed_nan_with_double_quantisation_spoils_everything_and_says_so():
-    with pytest.warns(UserWarning, match="every element will decode to NaN"):
-        B, state = F.quantize_4bit(nan_at(3, 5), quant_type="nf4", compress_statistics=True, allow_nonfinite=True)
-    assert F.dequantize_4bit(B, state).isnan().all()
-
-
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_nan_in_an_activation_stays_in_its_token(tokens):
-    B, state = packed()
-    x = torch.randn(tokens, 64)
-    x[0, 7] = float("nan")
-    y = F.matmul_4bit(x, B, state)
-    assert y[0].isnan().all()
-    assert y[1:].isfinite().all()
-
-
-@NESTED
-@pytest.mark.parametrize("name", ["nf4", "fp4", "e2m1", "int4", "af4"])
-def test_an_all_zero_block_decodes_to_zero(name, nested):
-    weight = torch.randn(8, 64)
-    weight[2] = 0
-    weight[3] = -0.0
-    B, state = F.quantize_4bit(weight, quant_type=name, compress_statistics=nested)
-    decoded = F.dequantize_4bit(B, state)
-    assert (decoded[2:4] == 0).all()
-    assert (decoded[4:] != 0).any(dim=1).all()
-    assert (
-        F.dequantize_4bit(*F.quantize_4bit(torch.zeros(8, 64), quant_type=name, compress_statistics=nested)) == 0
-    ).all()
-
-
-@pytest.mark.parametrize("tiny", [2.0**-149, 2.0**-130, 2.0**-128], ids=str)
-@pytest.mark.parametrize("name", ["nf4", "fp4"])
-def test_a_block_whose_reciprocal_overflows_decodes_to_zero(tiny, name):
-    B, state = F.quantize_4bit(torch.full((1, 64), -tiny), quant_type=name)
-    assert float(state.absmax) == tiny
-    assert (F.dequantize_4bit(B, state) == 0).all()
-
-
-def test_the_smallest_block_with_a_finite_reciprocal_decodes_to_itself():
-    weight = torch.full((1, 64), 2.0**-126)
-    assert_same_bits(F.dequantize_4bit(*F.quantize_4bit(weight, quant_type="nf4")), weight)
-
-
-@pytest.mark.reference_only("an engine whose weights stay fp32 has no overflow there")
-def test_fp16_overflow_is_what_a_plain_fp16_linear_gives():
-    weight = torch.full((4, 64), 60000.0, dtype=torch.bfloat16)
-    weight[1] = 1e6  # beyond fp16 altogether
-    B, state = F.quantize_4bit(weight, quant_type="nf4")
-    x = torch.ones(2, 64, dtype=torch.float16)
-    x[1] = 0
-    y = F.matmul_4bit(x, B, state)
-    state.dtype = torch.float32
-    wanted = nn.functional.linear(x, F.dequantize_4bit(B, state).half())
-    assert_same_bits(y.isnan(), wanted.isnan())
-    assert_same_bits(y.isinf(), wanted.isinf())
-    assert y[0].isinf().all()
-    assert y[1, 1].isnan()
-
-
-def test_the_largest_fp32_weights_quantise():
-    huge = torch.finfo(torch.float32).max
-    weight = torch.tensor([[huge, -huge, huge / 2, 0.0] * 16])
-    decoded = F.dequantize_4bit(*F.quantize_4bit(weight, quant_type="nf4"))
-    assert_same_bits(decoded[0, :2], weight[0, :2])
-    assert decoded.isfinite().all()
-
-
-# --- sharing, copying, switching --------------------------------------------------------------------------------------
-
-
 def test_quantising_and_multiplying_never_change_what_they_are_given():
     weight, x, bias = torch.randn(8, 96), torch.randn(3, 96), torch.randn(8)
     before = [t.clone() for t in (weight, x, bias)]
@@ -375,79 +308,3 @@ def test_quantising_and_multiplying_never_change_what_they_are_given():
         assert_same_bits(now, then)
     assert_same_bits(B, kept)
     assert state == kept_state
-
-
-@pytest.mark.reference_only("it compares bits of backends that share their arithmetic")
-def test_threads_share_a_layer_while_another_switches_backends():
-    refq4.register_backend(Loopback(own_layout=True))
-    layer = refq4.nn.LinearNF4(64, 8).to("cpu").eval()
-    inputs = [torch.randn(1 + i % 3, 64) for i in range(8)]
-    with torch.no_grad():
-        wanted = [layer(x) for x in inputs]
-
-    def work(x: torch.Tensor, y: torch.Tensor) -> None:
-        with torch.no_grad():
-            for _ in range(100):
-                if not torch.equal(layer(x), y):
-                    raise ValueError("another result")
-
-    def switch(done: threading.Event) -> None:
-        while not done.is_set():
-            for name in ("loopback", "reference", "auto"):
-                refq4.set_backend(name)
-
-    jobs = [partial(work, *pair) for pair in zip(inputs, wanted, strict=True)]
-    assert faults_of(jobs, meanwhile=switch) == []
-
-
-def test_switching_the_backend_between_two_calls_keeps_the_result():
-    own = refq4.register_backend(Loopback(own_layout=True))
-    layer, x = refq4.nn.LinearNF4(64, 8).to("cpu").eval(), torch.randn(3, 64)
-    with torch.no_grad():
-        results = []
-        for name in ("reference", "loopback", "reference", "loopback"):
-            refq4.set_backend(name)
-            results.append(layer(x))
-    assert own.seen["prepared product"] == 2
-    for result in results[1:]:
-        assert_same_bits(result, results[0])
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_deepcopy_before_or_after_quantising_is_independent(when):
-    layer = refq4.nn.LinearNF4(64, 8)
-    if when == "after":
-        layer.to("cpu")
-    twin = copy.deepcopy(layer).to("cpu")
-    layer.to("cpu")
-    x = torch.randn(3, 64)
-    assert_same_bits(twin(x).detach(), layer(x).detach())
-    with torch.no_grad():
-        twin.weight.zero_()
-    assert not torch.equal(twin(x), layer(x))
-
-
-def test_an_interrupt_while_a_model_is_quantised_leaves_it_usable():
-    class Interrupted(Loopback):
-        def quantize_4bit(self, *args):
-            quantised = super().quantize_4bit(*args)
-            if self.seen["quantize_4bit"] == 2:  # Ctrl-C while the second layer is under way
-                raise KeyboardInterrupt
-            return quantised
-
-    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
-    before = copy.deepcopy(model)
-    refq4.register_backend(Interrupted())
-    try:
-        with refq4.use_backend("loopback"), pytest.raises(KeyboardInterrupt):
-            refq4.quantize_model(model, progress=False)
-    finally:
-        refq4.unregister_backend("loopback")
-    assert [type(layer).__name__ for layer in model] == ["Linear4bit", "Linear", "Linear"]
-    for layer, untouched in zip(model[1:], before[1:], strict=True):
-        assert_same_bits(layer.weight.detach(), untouched.weight.detach())
-    x = torch.randn(2, 64)
-    assert model(x).isfinite().all()
-    refq4.quantize_model(model, progress=False)  # again: what was left
-    whole = refq4.quantize_model(before, progress=False)
-    assert_same_bits(model(x), whole(x))

@@ -12,12 +12,14 @@ import threading
 
 import pytest
 import torch
-from loopback import Loopback
+from loopback import Loopback, Recorder
 from torch import nn
 
 import refq4
 import refq4.functional as F
+from refq4 import registry
 from refq4.internals.prepared import MOST_RESTORES
+from refq4.nn import LinearNF4
 from refq4.pipeline import LAYOUT_IN_USE, LAYOUT_OWN
 from refq4.testing import assert_same_bits
 
@@ -90,6 +92,17 @@ def test_a_state_dict_taken_before_inference_keeps_its_bytes():
     assert_same_bits(saved["weight"], before)
 
 
+def test_preparing_in_inference_mode_leaves_an_ordinary_parameter():
+    with registry.isolated_registry():
+        refq4.register_backend(Recorder(own_layout=True))
+        layer = LinearNF4(256, 64).to("cpu").eval()
+        with torch.inference_mode(), refq4.use_backend("recorder"):
+            layer(torch.ones(3, 256))
+        assert layer.weight.prepared
+        with torch._C.DisableTorchFunctionSubclass():
+            assert not layer.weight.data.is_inference()
+
+
 @pytest.mark.parametrize(
     "read",
     [
@@ -109,6 +122,17 @@ def test_whoever_reads_the_parameter_gets_the_bytes_and_they_stay(read):
     wanted = infer(layer)
     assert layer.weight.prepared
     assert_same_bits(infer(layer), wanted)
+
+
+def test_a_prepared_weight_is_restored_where_it_is_read_by_keyword():
+    with registry.isolated_registry():
+        refq4.register_backend(Recorder(own_layout=True))
+        layer = LinearNF4(256, 64).to("cpu").eval()
+        wanted = layer.weight.stored().clone()
+        with torch.no_grad(), refq4.use_backend("recorder"):
+            layer(torch.ones(3, 256))
+        assert layer.weight.prepared
+        assert torch.equal(torch.clone(input=layer.weight), wanted)
 
 
 def decision_of_step_2(layer: nn.Module) -> str:
@@ -195,6 +219,20 @@ def test_setting_data_replaces_what_was_prepared():
     layer.weight.data = stored.flip(0)
     assert not layer.weight.prepared
     assert_same_bits(layer.weight.stored(), stored.flip(0))
+
+
+def test_new_data_for_a_prepared_weight_has_no_old_form():
+    with registry.isolated_registry():
+        refq4.register_backend(Recorder(own_layout=True))
+        layer = LinearNF4(256, 64).to("cpu").eval()
+        with torch.no_grad(), refq4.use_backend("recorder"):
+            x = torch.ones(3, 256)
+            before = layer(x)
+            assert layer.weight.prepared
+            layer.weight.data = torch.zeros(8192, 1, dtype=torch.uint8)
+            assert not layer.weight.prepared
+            assert not layer.weight.stored().any()
+            assert not torch.equal(layer(x), before)
 
 
 def test_training_restores_the_bytes_and_inference_prepares_them_again():
