@@ -27,6 +27,7 @@ from refq4.reference import ReferenceBackend
 
 pytestmark = pytest.mark.reference_only("it is about the documentation")
 MILLISECONDS = 1000 * BUSY
+PARTS = 6
 PHONE, SCREEN = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 
@@ -133,7 +134,8 @@ def test_pages_have_a_language_one_title_and_words_for_pictures_and_fields(parse
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_page_opens_without_errors_fits_phone_and_screen_and_asks_no_other_host(site, address, page):
+@pytest.mark.parametrize("part", range(PARTS))  # so that two processes share the two minutes
+def test_every_page_opens_without_errors_fits_phone_and_screen_and_asks_no_other_host(part, site, address, page):
     problems: list[str] = []
     report = problems.append
     page.on("console", lambda m: m.type in ("error", "warning") and report(f"{page.url} logs {m.text}"))
@@ -144,7 +146,7 @@ def test_every_page_opens_without_errors_fits_phone_and_screen_and_asks_no_other
     page.on("response", lambda got: got.status >= 400 and report(f"{page.url}: {got.status} for {got.url}"))
     own = (address, "data:", "blob:")
     page.on("request", lambda asked: asked.url.startswith(own) or report(f"{page.url} asks {asked.url}"))
-    for name in pages_of(site):
+    for name in pages_of(site)[part::PARTS]:
         page.set_viewport_size(SCREEN)
         page.goto(address + name)
         for size in (SCREEN, PHONE):
