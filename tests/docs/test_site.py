@@ -146,7 +146,7 @@ def test_every_page_opens_without_errors_fits_phone_and_screen_and_asks_no_other
     page.on("response", lambda got: got.status >= 400 and report(f"{page.url}: {got.status} for {got.url}"))
     own = (address, "data:", "blob:")
     page.on("request", lambda asked: asked.url.startswith(own) or report(f"{page.url} asks {asked.url}"))
-    for name in pages_of(site)[part::PARTS]:
+    for name in list(pages_of(site))[part::PARTS]:
         page.set_viewport_size(SCREEN)
         page.goto(address + name)
         for size in (SCREEN, PHONE):
