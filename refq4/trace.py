@@ -281,7 +281,7 @@ def recorder(call: object, x: Tensor) -> Step:
         >>> step(3, None, BIAS_NONE) is None
         True
     """
-    listener = current() if _listeners else None
+    listener = current()
     if listener is None:
         return _hand_on
     name = call if isinstance(call, str) else f"{type(call).__name__}.forward"

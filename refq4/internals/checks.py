@@ -21,6 +21,7 @@ from ..trace import show
 from .format import BLOCKSIZES, MAX_NUMEL, WEIGHT_DTYPES, describe, dtype_name
 
 ACTIVATION_DTYPES = (*WEIGHT_DTYPES, torch.float64)
+PLAIN = (Tensor, torch.nn.Parameter)  # torch's own: no subclass acts on them, and a storage of a size has memory
 
 
 def check_floats(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -92,11 +93,8 @@ def check_memory(name: str, tensor: Tensor) -> None:
     """
     size = tensor.nbytes
     end = tensor.storage_offset() * tensor.itemsize + size
-    if size and (end > tensor.untyped_storage().nbytes() or (type(tensor) not in _PLAIN and tensor.data_ptr() == 0)):
+    if size and (end > tensor.untyped_storage().nbytes() or (type(tensor) not in PLAIN and tensor.data_ptr() == 0)):
         raise ValueError(f"{name} {show(tensor)} has no memory: its storage was freed, cut or never allocated")
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)  # whose storages have memory if they have a size
 
 
 def check_weight_memory(weight: PackedWeight) -> None:

@@ -22,12 +22,12 @@ from torch.autograd import forward_ad
 from .. import registry
 from ..backend import Call, PackedWeight, PreparedWeight
 from ..registry import Resolved
-from .checks import check_memory, check_prepared, check_product, check_weight_memory, checked_weight
-from .codec import decode, dequantize_4bit
+from .checks import PLAIN, check_memory, check_prepared, check_product, check_weight_memory, checked_weight
+from .codec import decode
 from .running import run_op
 from .schemas import flatten, implement
 
-__all__ = ["dequantize_4bit", "grad_input", "is_deferred", "product", "wants_grad"]
+__all__ = ["grad_input", "is_deferred", "product", "wants_grad"]
 
 
 # --- the product ----------------------------------------------------------------------------------------------------
@@ -45,11 +45,11 @@ def product(
         type(weight) is not PackedWeight or not (wants_grad(A) or wants_grad(bias))
     ):
         return _product(op, A, weight, bias, backend)
-    name = backend if isinstance(backend, str) else backend.backend.name
     if isinstance(weight, PreparedWeight):
-        out: Tensor = torch.ops.refq4.matmul_prepared.default(A, *_flatten_prepared(weight), bias, op, name)
+        prepared = _flatten_prepared(weight)
+        out: Tensor = torch.ops.refq4.matmul_prepared.default(A, *prepared, bias, op, _as_argument(backend))
     else:
-        out = getattr(torch.ops.refq4, op).default(A, *flatten(weight), bias, name)
+        out = getattr(torch.ops.refq4, op).default(A, *flatten(weight), bias, _as_argument(backend))
     return out
 
 
@@ -60,9 +60,13 @@ def grad_input(grad: Tensor, weight: PackedWeight, backend: str | Resolved) -> T
     """
     if _nothing_intercepts(grad, None, backend) and not wants_grad(grad):
         return _grad_input(grad, weight, backend)
-    name = backend if isinstance(backend, str) else backend.backend.name
-    out: Tensor = torch.ops.refq4.grad_input_4bit.default(grad, *flatten(weight), name)
+    out: Tensor = torch.ops.refq4.grad_input_4bit.default(grad, *flatten(weight), _as_argument(backend))
     return out
+
+
+def _as_argument(backend: str | Resolved) -> str:
+    """The backend as an op takes it: its name, or the choice."""
+    return backend if isinstance(backend, str) else backend.backend.name
 
 
 def is_deferred() -> bool:
@@ -75,13 +79,10 @@ def is_deferred() -> bool:
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 def _nothing_intercepts(A: Tensor, bias: Tensor | None, backend: str | Resolved) -> bool:
     return (
         type(A) is Tensor
-        and (bias is None or type(bias) in _PLAIN)
+        and (bias is None or type(bias) in PLAIN)
         and (type(backend) is Resolved or not is_deferred())  # resolved is only what is not deferred
         and not A.is_neg()
         and (bias is None or not bias.is_neg())

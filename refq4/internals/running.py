@@ -20,7 +20,7 @@ __all__ = ["run_op"]
 
 def run_op(describe: Callable[[], Call], backend: str | Resolved, op: str, *operands: Any) -> Any:
     """Let the backend compute, and tell the trace; an error in the middle says whose it was."""
-    found = backend if type(backend) is Resolved else registry.resolve(describe(), str(backend))
+    found = registry.resolve(describe(), backend) if isinstance(backend, str) else backend
     listener = current()
     start = time.perf_counter_ns() if listener is not None else 0
     try:
