@@ -6,13 +6,17 @@ the one that counts as right, on the same operands.
 
 from __future__ import annotations
 
+import torch
+
 from ..codebooks import create_dynamic_map
+from ..functional import quantize_4bit
 from ..internals import codec, dispatch
+from ..internals.grouped import grouped_gemm_4bit
 from ..matmul import describe
 from ..registry import check_usable
 from ..trace import trace
 from .asked import Asked, ExplainedError, NoSuchThing, one_nan
-from .budget import assert_same_bits, error_budget
+from .budget import assert_same_bits, error_budget, grouped_budget
 from .diagnose import diagnose_product, diagnose_quantised
 
 
@@ -74,6 +78,25 @@ def ask_product(asked: Asked) -> None:
     asked.ran_here(t)
     budget = error_budget(asked.x, B, state, asked.bias, backend=asked.against)
     asked.product_within(budget, got, "product", lambda: diagnose_product(got, asked.x, B, state, asked.bias))
+
+
+def ask_grouped(asked: Asked) -> None:
+    """A product for each of three experts, the second without rows; then one on the same bytes stored transposed."""
+    case, m = asked.case, asked.case.m
+    W = torch.stack([asked.W, asked.W.flip(0), -asked.W])
+    B, state = quantize_4bit(W, **case.settings(), backend=asked.against)
+    offsets = [0, m // 2, m // 2, m]
+    bias = None if asked.bias is None else torch.stack([asked.bias, -asked.bias, asked.bias.flip(0)])
+    the_other_way = torch.randn(m, case.n, generator=torch.Generator().manual_seed(case.seed)).to(asked.x)
+    for transposed, x, added in ((False, asked.x, bias), (True, the_other_way, None)):
+        with trace() as t:
+            got = grouped_gemm_4bit(
+                x, B, state, torch.tensor(offsets), added, transposed=transposed, backend=asked.backend
+            )
+        asked.ran_here(t)
+        budget = grouped_budget(x, B, state, offsets, added, transposed, asked.against)
+        stored = "[E, K, N]" if transposed else "[E, N, K]"
+        asked.product_within(budget, got, f"grouped product with the weight stored as {stored}", lambda: "")
 
 
 def ask_own_layout(asked: Asked) -> None:
