@@ -24,6 +24,7 @@ import torch
 from ..codebooks import get_codebook
 from ..functional import DEFAULT_BLOCKSIZE
 from ..internals.checks import check_blocksize, check_storage
+from ..internals.scale_search import check_way
 from ..models.report import QuantizationReport
 from ..registry import requested_backend, use_backend
 from . import places
@@ -81,6 +82,7 @@ def quantize_checkpoint(
     compute_dtype: torch.dtype | None = None,
     quant_storage: torch.dtype = torch.uint8,
     blocksize: int | None = None,
+    scales: str = "absmax",
     include: Iterable[str] = (),
     skip: Iterable[str] = (),
     backend: str | None = None,
@@ -96,7 +98,7 @@ def quantize_checkpoint(
     Args:
         model_dir: a directory with ``model.safetensors``, or several files and their index.
         out_dir: made; a directory beside it is renamed to it at the end.
-        quant_type, compress_statistics, quant_storage, blocksize: as in ``quantize_4bit``.
+        quant_type, compress_statistics, quant_storage, blocksize, scales: as in ``quantize_4bit``.
         compute_dtype: written into config.json; that of the weights if None.
         include: patterns of module names (see :func:`refq4.quantize_model`): these linear layers only, output layers
             too where a pattern names one. By default all but the output layers and what shares their weight.
@@ -127,7 +129,9 @@ def quantize_checkpoint(
     source, target = Path(model_dir), Path(out_dir)
     check_storage(quant_storage)
     blocksize = check_blocksize(DEFAULT_BLOCKSIZE if blocksize is None else blocksize)
-    settings = Settings(get_codebook(quant_type).name, compress_statistics, quant_storage, blocksize, measure)
+    settings = Settings(
+        get_codebook(quant_type).name, compress_statistics, quant_storage, blocksize, measure, check_way(scales)
+    )
     places.check_places(source, target, force)
     with ExitStack() as stack:
         stack.enter_context(use_backend(requested_backend(backend)))
