@@ -32,7 +32,7 @@ from .selection import select
 from .tensors import FLOATS, Entry, SafetensorsReader
 from .weights import Converter, Settings
 
-__all__ = ["CheckpointReport", "quantize_checkpoint"]
+__all__ = ["CheckpointReport", "all_entries", "progress_bar", "quantize_checkpoint", "write_index"]
 
 _KNOWN_TO_BITSANDBYTES = ("nf4", "fp4")
 
@@ -136,7 +136,7 @@ def quantize_checkpoint(
     with ExitStack() as stack:
         stack.enter_context(use_backend(requested_backend(backend)))
         readers = [stack.enter_context(SafetensorsReader(path)) for path in places.weight_files(source)]
-        entries = _all_entries(readers)
+        entries = all_entries(readers)
         config = places.read_json(source / "config.json") if (source / "config.json").is_file() else None
         _check_not_quantised(entries, config, source)
         selection = select(entries, source, tuple(include), tuple(skip))
@@ -145,12 +145,12 @@ def quantize_checkpoint(
                 f"nothing to quantise in {source}: {selection.left or 'no matrix of floats named *.weight'}"
             )
         report = CheckpointReport(left=selection.left, guessed=selection.guessed)
-        bar = stack.enter_context(_progress(readers, quant_type, progress))
+        bar = stack.enter_context(progress_bar(readers, f"quantising to {quant_type}", progress))
         converter = Converter(settings, selection, report, bar.update)
         places.check_room(target.parent, sum(map(converter.planned_size, readers)))
         partial = stack.enter_context(places.directory_beside(target))
         keys = {reader.path.name: converter.convert(reader, partial / reader.path.name) for reader in readers}
-        _write_index(source, partial, keys)
+        write_index(source, partial, keys)
         if config is not None:
             compute_dtype = compute_dtype or _dtype_of_weights(config, entries, selection.chosen)
             config["quantization_config"] = _quantization_config(settings, compute_dtype, selection.skip_modules)
@@ -163,7 +163,8 @@ def quantize_checkpoint(
     return report
 
 
-def _all_entries(readers: list[SafetensorsReader]) -> dict[str, Entry]:
+def all_entries(readers: list[SafetensorsReader]) -> dict[str, Entry]:
+    """The tensors of some files by key; a ValueError if one is in two of them."""
     entries: dict[str, Entry] = {}
     for reader in readers:
         if twice := sorted(entries.keys() & reader.entries.keys()):
@@ -182,15 +183,16 @@ def _check_not_quantised(entries: dict[str, Entry], config: dict[str, Any] | Non
         raise ValueError(f"{source} is quantised already: it holds {packed}; refq4 inspect shows it")
 
 
-def _progress(readers: list[SafetensorsReader], quant_type: str, shown: bool) -> Any:
+def progress_bar(readers: list[SafetensorsReader], label: str, shown: bool) -> Any:
+    """A bar over the bytes of some files, on a terminal."""
     from tqdm.auto import tqdm
 
     total = sum(entry.nbytes for reader in readers for entry in reader.entries.values())
     settings = {"total": total, "unit": "B", "unit_scale": True, "unit_divisor": 1000}
-    return tqdm(desc=f"quantising to {quant_type}", disable=None if shown else True, **settings)
+    return tqdm(desc=label, disable=None if shown else True, **settings)
 
 
-def _write_index(source: Path, partial: Path, keys: dict[str, list[str]]) -> None:
+def write_index(source: Path, partial: Path, keys: dict[str, list[str]]) -> None:
     """The index of the new files, where the model has one."""
     if not (source / places.INDEX).is_file():
         return

@@ -13,7 +13,7 @@ from ..internals.scale_search import SCALES
 from . import options
 from .console import show
 
-__all__ = ["add"]
+__all__ = ["add", "terminating_as_interrupting"]
 
 _DESCRIPTION = """\
 Quantise the linear layers of a safetensors checkpoint, tensor by tensor: a model larger than memory is no problem.
@@ -71,7 +71,7 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from ..checkpoint import quantize_checkpoint
 
-    with _terminating_as_interrupting():
+    with terminating_as_interrupting():
         report = quantize_checkpoint(
             arguments.model_dir,
             arguments.out_dir,
@@ -92,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _terminating_as_interrupting() -> Iterator[None]:
+def terminating_as_interrupting() -> Iterator[None]:
     """SIGTERM (a batch system's end of time) tidies up as Ctrl-C does."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
