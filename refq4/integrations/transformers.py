@@ -119,6 +119,7 @@ class Refq4Quantizer(HfQuantizer):
                 config.bnb_4bit_quant_type,
                 config.bnb_4bit_quant_storage,
                 blocksize=config.blocksize,
+                scales=config.scales,
             )
         if self.pre_quantized:
             layer.weight = nn.Parameter(layer.weight.data.to(config.bnb_4bit_quant_storage), requires_grad=False)

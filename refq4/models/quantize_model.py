@@ -27,6 +27,7 @@ def quantize_model(
     compute_dtype: torch.dtype | None = None,
     quant_storage: torch.dtype = torch.uint8,
     blocksize: int | None = None,
+    scales: str = "absmax",
     include: Rule = "*",
     skip: Rule = ("lm_head",),
     progress: bool = True,
@@ -42,7 +43,7 @@ def quantize_model(
 
     Args:
         model: any module; it is changed. A bare ``nn.Linear`` is returned converted.
-        quant_type, compress_statistics, compute_dtype, quant_storage, blocksize: as in ``Linear4bit``.
+        quant_type, compress_statistics, compute_dtype, quant_storage, blocksize, scales: as in ``Linear4bit``.
         include: the layers meant. A pattern, several, or a function of (name, layer) that returns a bool. A pattern is
             a glob over a run of parts of the dotted name: ``"mlp"``, ``"layers.[0-3].*_proj"``.
         skip: of those, the layers to leave alone; as ``include``.
@@ -83,6 +84,7 @@ compute_dtype=None)
         "compute_dtype": compute_dtype,
         "quant_storage": quant_storage,
         "blocksize": blocksize,
+        "scales": scales,
     }
     if report is not None:
         report.left |= left

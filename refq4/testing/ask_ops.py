@@ -7,6 +7,7 @@ the one that counts as right, on the same operands.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..codebooks import create_dynamic_map
 from ..functional import quantize_4bit
@@ -34,6 +35,20 @@ def ask_quantize_4bit(asked: Asked) -> None:
     except AssertionError as difference:
         where, hint = diagnose_quantised(got[0], wanted[0], asked.W, wanted[1], case)
         raise ExplainedError(f"{difference}{where}", hint) from None
+    engine = check_usable(asked.backend)
+    if engine is not None and codec.takes_scales(engine):
+        _ask_quantize_with_scales(asked, 0.8 * wanted[1], allowed)
+
+
+def _ask_quantize_with_scales(asked: Asked, absmax: Tensor, allowed: bool) -> None:
+    """The same with scales given, smaller than the largest magnitudes, so that values are clamped."""
+    case = asked.case
+    wanted = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.against, absmax)
+    with trace() as t:
+        got = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.backend, absmax)
+    asked.ran_here(t)
+    assert_same_bits(one_nan(got[1]), one_nan(absmax), "absmax, which was given")
+    assert_same_bits(got[0], wanted[0], "packed bytes, with absmax given")
 
 
 def ask_dequantize_4bit(asked: Asked) -> None:

@@ -155,21 +155,27 @@ class CpuBackend(Backend):
 
     # --- quantising and dequantising --------------------------------------------------------------------------
 
-    def quantize_4bit(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
+    def quantize_4bit(
+        self, A: Tensor, code: Code, blocksize: int, absmax: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         out = torch.empty(packed_bytes(A.numel()), dtype=torch.uint8)
-        return out, self._quantize(A, code, blocksize, out, packs=True)
+        return out, self._quantize(A, code, blocksize, out, packs=True, given=absmax)
 
     def quantize_blockwise(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
         out = torch.empty(A.shape, dtype=torch.uint8)
         return out, self._quantize(A, code, blocksize, out, packs=False)
 
-    def _quantize(self, A: Tensor, code: Code, blocksize: int, out: Tensor, packs: bool) -> Tensor:
+    def _quantize(
+        self, A: Tensor, code: Code, blocksize: int, out: Tensor, packs: bool, given: Tensor | None = None
+    ) -> Tensor:
         A, order, thresholds = A.contiguous(), code.order.contiguous(), code.thresholds.contiguous()
         absmax = torch.empty(block_count(A.numel(), blocksize), dtype=torch.float32)
+        scales = None if given is None else given.contiguous()
         pad = code.zero_code() if packs and A.numel() % 2 else 0
         self.library().functions.refq4_quantize(
             A.data_ptr(), DTYPES[A.dtype], A.numel(), blocksize, thresholds.data_ptr(), order.data_ptr(),
-            order.numel(), pad, absmax.data_ptr(), out.data_ptr(), packs, torch.get_num_threads(),
+            order.numel(), pad, None if scales is None else scales.data_ptr(), absmax.data_ptr(), out.data_ptr(), packs,
+            torch.get_num_threads(),
         )  # fmt: skip
         return absmax
 

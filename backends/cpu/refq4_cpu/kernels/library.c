@@ -132,9 +132,10 @@ EXPORT int refq4_grouped(const Group *groups, int64_t count, const char *x, cons
 }
 
 EXPORT void refq4_quantize(const void *x, int dtype, int64_t numel, int64_t blocksize, const float *thresholds,
-                           const uint8_t *order, int code_length, int pad_code, float *absmax, uint8_t *out, int pack,
-                           int threads) {
-    Quantize q = {x, (enum dtype)dtype, numel, blocksize, thresholds, order, code_length, pad_code, absmax, out, pack, threads};
+                           const uint8_t *order, int code_length, int pad_code, const float *given, float *absmax,
+                           uint8_t *out, int pack, int threads) {
+    Quantize q = {x, (enum dtype)dtype, numel, blocksize, thresholds, order, code_length, pad_code, given, absmax, out, pack,
+                  threads};
     QUANTIZE(&q);
 }
 
