@@ -4,7 +4,7 @@
     module.state_dict()            the stored bytes, and the quant state under bitsandbytes' keys beside them
     module.load_state_dict(...)    packed weights with those keys, or full-precision weights
 
-``Linear4bit`` and ``Embedding4bit`` (``refq4/nn.py``) build on it. How the parameter itself is quantised and moved is
+``Linear4bit`` and ``Embedding4bit`` (``refq4/nn``) build on it. How the parameter itself is quantised and moved is
 in ``refq4/params.py``; how the keys are read and checked, in ``refq4/internals/statedict.py``.
 """
 
