@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 OPS = ("quantize_4bit", "dequantize_4bit", "quantize_blockwise", "dequantize_blockwise", "gemv_4bit", "gemm_4bit")
-"""The ops that a backend may have.
+"""The ops that a backend may have. For what is optional beside them (experts, a layout of its own) the core has a way.
 
 Example:
     >>> [op for op in OPS if op.endswith("blockwise")]
@@ -50,11 +50,8 @@ class BackendError(RuntimeError):
 
     Example:
         >>> import refq4
-        >>> try:
-        ...     refq4.set_backend("nowhere")
-        ... except BackendError as error:
-        ...     print(type(error).__name__)
-        UnknownBackendError
+        >>> issubclass(refq4.BackendUnsupportedError, BackendError)
+        True
     """
 
 
@@ -74,11 +71,8 @@ class BackendUnavailableError(BackendError):
 
     Example:
         >>> import refq4
-        >>> class Elsewhere(Backend):
-        ...     name = "elsewhere"
-        ...     def available(self):
-        ...         return "no driver: install one"
-        >>> _ = refq4.register_backend(Elsewhere())
+        >>> elsewhere = {"name": "elsewhere", "available": lambda self: "no driver: install one"}
+        >>> _ = refq4.register_backend(type("Elsewhere", (Backend,), elsewhere)())
         >>> refq4.set_backend("elsewhere")
         Traceback (most recent call last):
         refq4.backend.BackendUnavailableError: backend 'elsewhere' is not available: no driver: install one
@@ -106,7 +100,8 @@ class Call(NamedTuple):
     of elements). ``dtype`` is the input's for quantising, the output's for dequantising, the activations' for products.
     ``codebook`` is its name (in the contract of 0.1.0 ``code``, which still reads it); ``layout`` is "canonical" or the
     name of a prepared layout; ``grad`` says that the gradient of a product's input is wanted, for which the same
-    backend will be asked to decode the weight.
+    backend will be asked to decode the weight; ``experts`` is E, and ``transposed`` says that they are stored as
+    [E, K, N].
 
     Example:
         >>> print(Call("gemv_4bit", "cpu", torch.bfloat16, m=1, n=8, k=64, blocksize=64, codebook="nf4"))
@@ -124,6 +119,8 @@ class Call(NamedTuple):
     nested: bool = False
     layout: str = "canonical"
     grad: bool = False
+    experts: int = 1
+    transposed: bool = False
 
     @property
     def code(self) -> str:
@@ -132,7 +129,8 @@ class Call(NamedTuple):
 
     def __str__(self) -> str:
         extras = ", nested absmax" * self.nested + f", layout {self.layout}" * (self.layout != "canonical")
-        extras += ", with a gradient" * self.grad
+        extras += ", with a gradient" * self.grad + f", {self.experts} experts" * (self.experts > 1)
+        extras += ", transposed" * self.transposed
         return (
             f"{self.op}(M={self.m}, N={self.n}, K={self.k}, {str(self.dtype).removeprefix('torch.')} on {self.device}, "
             f"{self.codebook}, blocksize {self.blocksize}{extras})"
@@ -185,7 +183,7 @@ class PackedWeight(NamedTuple):
 class PreparedWeight(NamedTuple):
     """The same weight in a backend's own layout: opaque tensors, and enough to name and check them.
 
-    ``backend`` and ``layout`` say who can read ``tensors``; ``shape`` is [N, K].
+    ``backend`` and ``layout`` say who can read ``tensors``; ``shape`` is [N, K], or [E, N, K] for experts.
 
     Example:
         >>> PreparedWeight("mine", "rows", (torch.zeros(4, 8),), (4, 8), 64, "nf4").layout
@@ -276,6 +274,17 @@ class Backend:
         """x [M, K] times the transpose of weight [N, K], plus bias [N] in x's dtype -> [M, N] in x's dtype; M >= 1."""
         raise self._has_no("gemm_4bit")
 
+    def grouped_gemm_4bit(
+        self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, offsets: Tensor, transposed: bool
+    ) -> Tensor:
+        """Optional (else the core calls gemm_4bit for each expert): a product for each expert, in one call.
+
+        Rows offsets[e] to offsets[e + 1] of x [T, K] times the transpose of weight[e], plus bias[e] -> [T, N].
+        ``weight`` is [E, N, K] (if ``transposed``, stored as [E, K, N]), ``bias`` [E, N], ``offsets`` int64 [E + 1] on
+        the CPU, from 0 to T.
+        """
+        raise self._has_no("grouped_gemm_4bit")
+
     # --- own layout (optional) --------------------------------------------------------------------------------------
 
     def prepare_weight(self, weight: PackedWeight) -> PreparedWeight | None:
@@ -290,6 +299,8 @@ class Backend:
 
     def missing_op(self, call: Call) -> str | None:
         """The reason if a subclass has not written ``call.op``, or can't decode the weight for a wanted gradient."""
+        if call.op == "grouped_gemm_4bit" and type(self).grouped_gemm_4bit is Backend.grouped_gemm_4bit:
+            call = call._replace(op="gemm_4bit")  # expert by expert
         if getattr(type(self), call.op, None) is getattr(Backend, call.op, None):
             return f"it has no {call.op}"
         if call.grad and type(self).dequantize_4bit is Backend.dequantize_4bit:

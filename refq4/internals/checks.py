@@ -152,14 +152,16 @@ def checked_weight(
 
 def check_prepared(
     tensors: Sequence[Tensor], layout_name: str, shape: Sequence[int], blocksize: int
-) -> tuple[int, int]:
-    """[N, K] of a weight in a backend's own layout, or a ValueError. What the layout wants, its backend checks."""
+) -> tuple[int, ...]:
+    """The shape of a weight in a backend's own layout, or a ValueError. What the layout wants, its backend checks."""
     check_positive("blocksize", blocksize)
     if layout_name == "canonical":
         raise ValueError("a prepared weight is in a backend's own layout, not in the canonical one")
-    if not tensors or len(shape) != 2 or min(shape) < 0:
-        raise ValueError(f"a prepared weight has tensors and a shape [N, K], got {len(tensors)} and {list(shape)}")
-    return shape[0], shape[1]
+    if not tensors or len(shape) not in (2, 3) or min(shape) < 0:
+        raise ValueError(
+            f"a prepared weight has tensors and a shape [N, K] or [E, N, K], got {len(tensors)} and {list(shape)}"
+        )
+    return tuple(shape)
 
 
 def _row(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> Tensor:

@@ -194,8 +194,8 @@ def _flatten_prepared(weight: PreparedWeight) -> tuple[Any, ...]:
 
 def _prepared(*flat: Any) -> PreparedWeight:
     tensors, layout_name, shape, blocksize, quant_type, backend = flat
-    n, k = check_prepared(tensors, layout_name, shape, blocksize)
-    return PreparedWeight(backend, layout_name, tuple(tensors), (n, k), blocksize, quant_type)
+    shape = check_prepared(tensors, layout_name, shape, blocksize)
+    return PreparedWeight(backend, layout_name, tuple(tensors), shape, blocksize, quant_type)
 
 
 def _op_of_prepared(A: Tensor, *args: Any) -> Tensor:

@@ -11,6 +11,7 @@ backend, and a graph can be told to use another one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -93,8 +94,17 @@ def _matmul_prepared(A: Tensor, tensors: list[Tensor], layout_name: str, shape: 
     return A.new_empty((*A.shape[:-1], shape[0]))
 
 
+def _grouped(x: Tensor, *args: Any) -> Tensor:
+    shape, transposed = args[4], args[-2]
+    return x.new_empty(x.shape[0], shape[2 if transposed else 1])
+
+
+def _grouped_prepared(x: Tensor, tensors: list[Tensor], layout_name: str, shape: list[int], *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], shape[1])
+
+
 def _restore_weight(tensors: list[Tensor], layout_name: str, shape: list[int], *_: Any) -> Tensor:
-    return tensors[0].new_empty(layout.packed_bytes(shape[0] * shape[1]), dtype=torch.uint8)
+    return tensors[0].new_empty(layout.packed_bytes(math.prod(shape)), dtype=torch.uint8)
 
 
 _PRODUCT = f"Tensor A, {WEIGHT}, Tensor? bias, str backend) -> Tensor"
@@ -118,6 +128,14 @@ _OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "matmul_prepared": (
         f"Tensor A, {PREPARED}, Tensor? bias, str op, str backend) -> Tensor",
         _matmul_prepared,
+    ),
+    "grouped_gemm_4bit": (
+        f"Tensor x, {WEIGHT}, Tensor? bias, Tensor offsets, bool transposed, str backend) -> Tensor",
+        _grouped,
+    ),
+    "grouped_prepared": (
+        f"Tensor x, {PREPARED}, Tensor? bias, Tensor offsets, str backend) -> Tensor",
+        _grouped_prepared,
     ),
     "restore_weight": (f"{PREPARED}, str backend) -> Tensor", _restore_weight),
 }
