@@ -4,7 +4,7 @@ It imports nothing of refq4. Every other file generalises, checks or speeds up o
 the two to the same bits (``tests/core/test_one_page.py``):
 
     nf4_code, dynamic_code -> codebooks.py      quantize, dequantize -> reference.py      the packing -> layout.py
-    Linear4bit -> state.py (what it keeps), params.py and nn.py (the module), pipeline.py (the call)
+    Linear4bit -> state.py (what it keeps), params.py and nn (the module), pipeline.py (the call)
 
 Shapes: M tokens, N out_features, K in_features, B = N*K/64 blocks. QLoRA (Dettmers et al. 2023), section 3.
 """

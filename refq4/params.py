@@ -5,7 +5,7 @@
     after    data [b, 1] packed bytes in quant_storage, quant_state set, bnb_quantized True
 
 This file is about the parameter: how it is quantised, moved, copied and split. The modules that hold one, and state
-dicts, are in ``refq4/nn.py``.
+dicts, are in ``refq4/nn``.
 """
 
 from __future__ import annotations

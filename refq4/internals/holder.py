@@ -4,15 +4,16 @@
     module.state_dict()            the stored bytes, and the quant state under bitsandbytes' keys beside them
     module.load_state_dict(...)    packed weights with those keys, or full-precision weights
 
-``Linear4bit`` and ``Embedding4bit`` (``refq4/nn.py``) build on it. How the parameter itself is quantised and moved is
-in ``refq4/params.py``; how the keys are read and checked, in ``refq4/internals/statedict.py``.
+``Linear4bit``, ``Embedding4bit`` and the parametrisation of any other parameter (``refq4/nn``) build on it. How the
+parameter itself is quantised and moved is in ``refq4/params.py``; how the keys are read and checked, in
+``refq4/internals/statedict.py``.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class _AnyName:
 class Holds4bitWeight(nn.Module):
     """What Linear4bit and Embedding4bit share: moving, saving and loading a module with a Params4bit ``weight``."""
 
+    _held: ClassVar[str] = "weight"  # the name of the parameter, which torch's parametrisations call otherwise
     _any_name = _AnyName()
     weight: Any  # a Params4bit, until something rebuilds it as a plain parameter
     quant_state: QuantState | None
@@ -51,10 +53,14 @@ class Holds4bitWeight(nn.Module):
         """Shape of the weight, before or after it is quantised."""
         raise NotImplementedError
 
+    @property
+    def _weight(self) -> Any:
+        return getattr(self, self._held)
+
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; training mode restores the stored bytes, which backward reads."""
-        if mode and isinstance(self.weight, Params4bit):
-            self.weight.restore()
+        if mode and isinstance(self._weight, Params4bit):
+            self._weight.restore()
         super().train(mode)
         return self
 
@@ -63,19 +69,19 @@ class Holds4bitWeight(nn.Module):
 
         torch would copy only ``.data`` from the moved parameter into the old one.
         """
-        weight = self.weight
+        weight = self._weight
         if not isinstance(weight, Params4bit):
             return self._apply_to_rebuilt(fn, recurse)
         with torch.no_grad():
             moved = fn(weight)
-        self._parameters["weight"] = None
+        self._parameters[self._held] = None
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
-            self._parameters["weight"] = weight
+            self._parameters[self._held] = weight
         if moved is not weight:
             self._adopt(weight, moved)
-        self.quant_state = self.weight.quant_state
+        self.quant_state = self._weight.quant_state
         return self
 
     def _apply_to_rebuilt(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> Any:
@@ -84,7 +90,7 @@ class Holds4bitWeight(nn.Module):
         The bytes are shown to ``fn`` as the integers they are, whatever they are stored under, and of what comes back
         only a new place counts: a cast of codes would destroy them.
         """
-        weight = self.weight
+        weight = self._weight
 
         def move(tensor: Tensor) -> Tensor:
             if tensor is not weight or self.quant_state is None:
@@ -95,7 +101,7 @@ class Holds4bitWeight(nn.Module):
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         if self.quant_state is not None:
-            self.quant_state = self.quant_state.copy().to(self.weight.device)
+            self.quant_state = self.quant_state.copy().to(self._weight.device)
         return self
 
     def _adopt(self, weight: Params4bit, moved: Tensor) -> None:
@@ -112,7 +118,7 @@ class Holds4bitWeight(nn.Module):
             weight.data = moved.data
             weight.quant_state, weight.bnb_quantized = state, quantised
         else:
-            self.weight = weight._like(moved.data, state)
+            setattr(self, self._held, weight._like(moved.data, state))
 
     # --- state dicts ------------------------------------------------------------------------------------------------
 
@@ -125,10 +131,10 @@ class Holds4bitWeight(nn.Module):
                 if value is not None and f"{prefix}{name}" in destination:
                     plain = value.stored() if isinstance(value, Params4bit) else value.detach()
                     destination[f"{prefix}{name}"] = plain
-        state = getattr(self.weight, "quant_state", None) or self.quant_state
+        state = getattr(self._weight, "quant_state", None) or self.quant_state
         if state is not None:
             for key, value in state.as_dict(packed=True).items():
-                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+                destination[f"{prefix}{self._held}.{key}"] = value if keep_vars else value.detach()
 
     def _load_from_state_dict(
         self,
@@ -144,7 +150,7 @@ class Holds4bitWeight(nn.Module):
 
         A full-precision weight that meets a layer which is quantised already is quantised with the layer's settings.
         """
-        own = f"{prefix}weight"
+        own = f"{prefix}{self._held}"
         stats = {key: value for key, value in state_dict.items() if key.startswith(f"{own}.")}
         incoming = state_dict.get(own)
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
@@ -152,7 +158,7 @@ class Holds4bitWeight(nn.Module):
             missing_keys.append(own)
         elif stats:
             self._load_packed(state_dict[own], stats, assign)
-        elif incoming is not None and getattr(self.weight, "bnb_quantized", False):
+        elif incoming is not None and getattr(self._weight, "bnb_quantized", False):
             self._load_full_precision(incoming, own, error_msgs)
         else:
             args = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -169,18 +175,18 @@ class Holds4bitWeight(nn.Module):
 
         A sharded weight (a DTensor) has no ``absmax``; so ``weight`` is looked up in something that has all names.
         """
-        return {"weight": "_any_name"}
+        return {self._held: "_any_name"}
 
     def _load_packed(self, packed: Any, stats: dict[str, Any], assign: bool) -> None:
-        if hasattr(self.weight, "device_mesh"):  # a DTensor; to import the class takes a second
+        if hasattr(self._weight, "device_mesh"):  # a DTensor; to import the class takes a second
             self._load_sharded(packed, stats)
             return
-        stay = assign or self.weight.is_meta
-        weight = Params4bit.from_prequantized(packed, stats, device=None if stay else self.weight.device, module=self)
+        stay = assign or self._weight.is_meta
+        weight = Params4bit.from_prequantized(packed, stats, device=None if stay else self._weight.device, module=self)
         if not assign:  # as torch's copy_: the caller's tensors stay the caller's
             weight.data = weight.data.clone()
             weight.quant_state = copy.deepcopy(weight.quant_state)
-        self.weight = weight
+        setattr(self, self._held, weight)
         self.quant_state = weight.quant_state
 
     def _load_sharded(self, packed: Any, stats: dict[str, Any]) -> None:
@@ -189,7 +195,7 @@ class Holds4bitWeight(nn.Module):
         if state.shape != self.weight_shape:
             raise ValueError(f"the checkpoint holds {state}, this {type(self).__name__} wants {self.weight_shape}")
         with torch.no_grad():
-            self.weight.copy_(packed)
+            self._weight.copy_(packed)
         self.quant_state = copy.deepcopy(state)
 
     def _load_full_precision(self, incoming: Any, key: str, error_msgs: list[str]) -> None:
@@ -200,11 +206,11 @@ class Holds4bitWeight(nn.Module):
                 f"one with its quant_state entries is wanted, got {describe(incoming)} without them"
             )
             return
-        assert isinstance(self.weight, Params4bit)
-        fresh = self.weight._like(incoming.detach(), None)
+        assert isinstance(self._weight, Params4bit)
+        fresh = self._weight._like(incoming.detach(), None)
         fresh.bnb_quantized = False
         try:
-            fresh = fresh.to(self.weight.device)
+            fresh = fresh.to(self._weight.device)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{key}: {error}") from None
-        self.weight = fresh
+        setattr(self, self._held, fresh)

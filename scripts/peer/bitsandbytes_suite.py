@@ -45,11 +45,11 @@ def put_refq4_in_place() -> None:
     import refq4
     import refq4.autograd
     import refq4.functional
-    import refq4.nn
+    import refq4.nn.parametrize
 
     parts = {"": refq4, ".functional": refq4.functional, ".nn": refq4.nn, ".nn.modules": refq4.nn}
-    parts |= {".autograd": refq4.autograd, ".nn.parametrize": getattr(refq4.nn, "parametrize", None)}
-    shims = {name: ModuleType(f"bitsandbytes{name}") for name, part in parts.items() if part is not None}
+    parts |= {".autograd": refq4.autograd, ".nn.parametrize": refq4.nn.parametrize}
+    shims = {name: ModuleType(f"bitsandbytes{name}") for name in parts}
     for name, shim in shims.items():
         shim.__dict__.update({k: v for k, v in vars(parts[name]).items() if not k.startswith("__")})
         sys.modules[shim.__name__] = shim

@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import pipeline
-from .functional import DEFAULT_BLOCKSIZE
-from .internals.checks import warn_caller
-from .internals.holder import Holds4bitWeight
-from .params import Params4bit
+from .. import pipeline
+from ..functional import DEFAULT_BLOCKSIZE
+from ..internals.checks import warn_caller
+from ..internals.holder import Holds4bitWeight
+from ..params import Params4bit
 
 __all__ = ["Embedding4bit", "EmbeddingFP4", "EmbeddingNF4", "Linear4bit", "LinearFP4", "LinearNF4", "Params4bit"]
 
