@@ -14,8 +14,6 @@ version to version; those that were tried are in ``versions.py``. The config cla
 from __future__ import annotations
 
 import functools
-import importlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +41,7 @@ from ..functional import dequantize_4bit
 from ..nn import Linear4bit
 from ..params import Params4bit
 from .config import METHOD, Refq4Config
+from .later import connect
 
 __all__ = ["Refq4Config", "Refq4Quantizer"]
 
@@ -147,8 +146,7 @@ class Refq4Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         model.is_loaded_in_4bit = True  # asked for by peft's prepare_model_for_kbit_training, and by Trainer
-        if "peft" in sys.modules:
-            importlib.import_module("refq4.integrations.peft")
+        connect("peft")
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

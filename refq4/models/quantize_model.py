@@ -74,6 +74,8 @@ compute_dtype=None)
     """
     from tqdm.auto import tqdm
 
+    from ..integrations.later import connect
+
     places, left = _choose(model, include, skip)
     if not places:
         why = ", ".join(f"{name or 'itself'} ({reason})" for name, reason in list(left.items())[:5])
@@ -102,6 +104,7 @@ compute_dtype=None)
             return layer  # type: ignore[return-value]  # the model was one bare nn.Linear
         for name in names:
             model.set_submodule(name, layer)
+    connect("peft")
     return model
 
 
