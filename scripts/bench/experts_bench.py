@@ -3,9 +3,9 @@
 python scripts/bench/experts_bench.py               128 experts of 768 x 2048, 8 active, as in Qwen3-30B-A3B
 python scripts/bench/experts_bench.py --json FILE   the figures as JSON, too
 
-One layer's experts: [2 * 768, 2048] for gate and up, [2048, 768] for down, random weights in NF4. A token takes 8 of them,
-drawn anew for each call; of 128 experts they are rarely in the cache. "bf16" is torch's grouped product on the decoded
-weights. The limit is the time in which the active experts' bytes can be read.
+One layer's experts: [2 * 768, 2048] for gate and up, [2048, 768] for down, random weights in NF4. A token takes 8 of
+them, drawn anew for each call; of 128 experts they are rarely in the cache. "bf16" is torch's grouped product on the
+decoded weights. The limit is the time in which the active experts' bytes can be read.
 """
 
 from __future__ import annotations
