@@ -2,8 +2,8 @@
 
 Commands of a page run in one directory, which holds a small Llama as ``model`` and tokens for it in ``ids.txt``. What
 is not run stands in ``NOT_RUN`` with the reason, and what takes minutes in ``SLOW`` (``pytest -m slow``); an entry that
-no page needs any more is a failure. ``python -m refq4`` runs in this process, through the same ``main``: importing torch
-for each takes longer than all of them.
+no page needs any more is a failure. ``python -m refq4`` runs in this process, through the same ``main``: importing
+torch for each takes longer than all of them.
 """
 
 from __future__ import annotations
