@@ -5,14 +5,17 @@ For a model on disk that need not fit into memory: ``refq4/checkpoint``.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from ..nn import Linear4bit
+from ..nn import Embedding4bit, Linear4bit
+from .formats import Formats, check_formats, check_used, format_of
 from .patterns import Asked, Rule, as_rule, chosen, first_match
 from .report import QuantizationReport, layer_report
+from .tables import cast_rest, quantize_tables
 
 __all__ = ["quantize_model"]
 
@@ -29,7 +32,11 @@ def quantize_model(
     blocksize: int | None = None,
     scales: str = "absmax",
     include: Rule = "*",
-    skip: Rule = ("lm_head",),
+    skip: Rule | None = None,
+    embeddings: bool = False,
+    head: bool = False,
+    dtype: torch.dtype | None = None,
+    formats: Formats | None = None,
     progress: bool = True,
     report: QuantizationReport | None = None,
 ) -> Model:
@@ -46,7 +53,12 @@ def quantize_model(
         quant_type, compress_statistics, compute_dtype, quant_storage, blocksize, scales: as in ``Linear4bit``.
         include: the layers meant. A pattern, several, or a function of (name, layer) that returns a bool. A pattern is
             a glob over a run of parts of the dotted name: ``"mlp"``, ``"layers.[0-3].*_proj"``.
-        skip: of those, the layers to leave alone; as ``include``.
+        skip: of those, the layers to leave alone; as ``include``. ``"lm_head"`` by default, and nothing with ``head``.
+        embeddings: also the tables, as :class:`~refq4.nn.Embedding4bit` with plain scales (``skip`` holds for them).
+        head: also the output head. One that shares a table's weight needs ``embeddings``, too: they go on sharing it.
+        dtype: cast the parameters that stay as they are: norms, biases, what was skipped. Buffers are left alone.
+        formats: patterns of names -> what of quant_type, compress_statistics, blocksize and scales is different there:
+            ``{"mlp": {"blocksize": 128}}``. Where two patterns match, the later one holds.
         progress: show a progress bar (on a terminal).
         report: filled with bits and error of each layer, and with what was left alone and why. It costs a decoding of
             each layer.
@@ -76,8 +88,11 @@ compute_dtype=None)
 
     from ..integrations.later import connect
 
+    formats = check_formats(formats or {})
+    skip = (() if head else ("lm_head",)) if skip is None else skip
     places, left = _choose(model, include, skip)
-    if not places:
+    check_used(formats, [*(names[0] for names in places), *(_tables(model) if embeddings else ())])
+    if not places and not (embeddings and _tables(model)):
         why = ", ".join(f"{name or 'itself'} ({reason})" for name, reason in list(left.items())[:5])
         raise ValueError(f"no nn.Linear to quantise in this {type(model).__name__}{': ' if why else ''}{why}")
     settings = {
@@ -95,7 +110,7 @@ compute_dtype=None)
         linear = model.get_submodule(names[0])
         assert isinstance(linear, nn.Linear)
         try:
-            layer = Linear4bit.from_linear(linear, **settings)
+            layer = Linear4bit.from_linear(linear, **settings | format_of(names[0], formats))
         except ValueError as error:
             raise ValueError(f"{names[0]}: {error}") from None
         if report is not None:
@@ -104,8 +119,26 @@ compute_dtype=None)
             return layer  # type: ignore[return-value]  # the model was one bare nn.Linear
         for name in names:
             model.set_submodule(name, layer)
+    if embeddings:
+        unwanted = as_rule(skip)
+        left_tables = quantize_tables(
+            model, head, lambda name: settings | format_of(name, formats), partial(chosen, unwanted), report
+        )
+        if report is not None:
+            report.left |= left_tables
+            report.left = {name: why for name, why in report.left.items() if not _is_4bit(model, name)}
+    if dtype is not None:
+        cast_rest(model, dtype)
     connect("peft")
     return model
+
+
+def _tables(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if type(module) is nn.Embedding]
+
+
+def _is_4bit(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name), Linear4bit | Embedding4bit)
 
 
 def _choose(model: nn.Module, include: Rule, skip: Rule) -> tuple[list[list[str]], dict[str, str]]:

@@ -230,6 +230,7 @@ def test_every_command_has_help_with_an_example_and_json_where_it_reports(capsys
         "explain",
         "quantize",
         "dequantize",
+        "eval",
         "inspect",
         "verify",
         "bench",
