@@ -27,9 +27,7 @@ PORTABLE = [
 def tests(session: nox.Session) -> None:
     """The suite, as CI runs it, against the newest torch."""
     session.install("-e", ".[test]")
-    session.run(
-        "python", "-m", "pytest", "-n", "2", "--dist", "worksteal", "--cov", "--require-peers", *session.posargs
-    )
+    session.run("python", "-m", "pytest", "-n", "2", "--dist", "worksteal", "--require-peers", *session.posargs)
 
 
 @nox.session(python="3.11")

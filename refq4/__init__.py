@@ -15,7 +15,25 @@ read it     in this order; what is in the folders can wait
 """
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+
+def _is_the_command() -> bool:
+    """Whether this is ``python -m refq4`` or the script ``refq4``: both run this file before a line of their own."""
+    program = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if program == "-m":  # what was to be run is in no argv until it has been imported
+        return sys.orig_argv[-len(sys.argv)] in ("refq4", "-mrefq4")
+    return os.path.splitext(program)[0] == "refq4"
+
+
+if _is_the_command():
+    from .cli import begin
+
+    begin()  # --help and a wrong command line end here: what follows imports torch, which takes a second
 
 from . import autograd, backend, codebooks, functional, nn
 from .backend import BackendUnavailableError, BackendUnsupportedError, UnknownBackendError
@@ -37,8 +55,6 @@ if TYPE_CHECKING:
     from .models.prepare import prepare, restore
     from .models.quantize_model import quantize_model
     from .tools.explain import compare, explain
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",

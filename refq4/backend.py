@@ -240,12 +240,15 @@ class Backend:
 
     # --- ops: all tensors contiguous and on one device; outputs freshly allocated -----------------------------------
 
-    def quantize_4bit(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
+    def quantize_4bit(
+        self, A: Tensor, code: Code, blocksize: int, absmax: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """A [any shape, empty ones too], fp32/fp16/bf16 -> packed uint8 [ceil(numel/2)], absmax fp32 [blocks].
 
         ``code`` is a Code here, with thresholds and order; decoding needs its values only, and gets them as a tensor.
         Per block: absmax is the largest magnitude (NaN if there is one); a value's code is the rule of
         ``refq4.codebooks`` applied to clamp(x * (1/absmax), -1, 1) in fp32; where 1/absmax is not finite, to 0 * x.
+        An absmax that is given is taken instead. A backend may leave that argument out: the reference then stands in.
         """
         raise self._has_no("quantize_4bit")
 

@@ -59,6 +59,8 @@ def quantize_4bit(
     *,
     backend: str | None = None,
     allow_nonfinite: bool = False,
+    scales: str = "absmax",
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, QuantState]:
     """Quantise a tensor to 4 bits an element, in blocks that share a scale.
 
@@ -76,13 +78,17 @@ def quantize_4bit(
         backend: overrides the backend in effect for this call.
         allow_nonfinite: quantise a tensor with NaN or infinities all the same: their block decodes to NaN, and with
             ``compress_statistics`` everything does (a warning says so).
+        scales: "absmax" takes each block's largest magnitude, as bitsandbytes does; "search" takes the scale with the
+            smallest squared error (``refq4/internals/scale_search.py``). The format is the same: any reader decodes it.
+        importance: [K], for ``scales="search"`` and A [..., K]: what an error in each column counts, such as the mean
+            square of the activation that the column meets. All count the same if None.
 
     Returns:
         (packed, state): packed [ceil(numel/2 / itemsize), 1] in ``quant_storage``.
 
     Raises:
-        ValueError: unknown quant_type, blocksize or storage dtype; NaN or infinity in A; ``out``/``absmax`` that don't
-            fit.
+        ValueError: unknown quant_type, blocksize, storage dtype or scales; NaN or infinity in A; ``out``, ``absmax`` or
+            ``importance`` that don't fit.
         TypeError: A is no fp32, fp16 or bf16 tensor.
 
     Example:
@@ -97,12 +103,17 @@ def quantize_4bit(
     chosen = requested_backend(backend)
     A = A.detach()
 
-    packed, scales = codec.quantize_4bit(A, blocksize, book.name, allow_nonfinite, chosen)
+    packed, found = codec.quantize_4bit(A, blocksize, book.name, allow_nonfinite, chosen)
+    if scales != "absmax" or importance is not None:
+        from .internals.scale_search import search_scales  # of no use to a layer that is only loaded and called
+
+        found = search_scales(A, found, blocksize, book.name, chosen, scales, importance)
+        packed, _ = codec.quantize_4bit(A, blocksize, book.name, allow_nonfinite, chosen, found)
     stored = layout.to_storage(packed, quant_storage)
     code = get_4bit_type(book.name, device=A.device)
-    state = QuantState(scales, A.shape, code, blocksize, book.name, A.dtype)
+    state = QuantState(found, A.shape, code, blocksize, book.name, A.dtype)
     if compress_statistics:
-        state.absmax, state.offset, state.state2 = quantize_scales(scales, chosen, warn=allow_nonfinite)
+        state.absmax, state.offset, state.state2 = quantize_scales(found, chosen, warn=allow_nonfinite)
     state.absmax = write_into("absmax", absmax, state.absmax)
     return write_into("out", out, stored), state
 

@@ -48,6 +48,7 @@ class Params4bit(Preparable, nn.Parameter):
         quant_storage: dtype of the packed column.
         module: the layer that holds it; it is told the quant state, so that it can give it back (step 1).
         bnb_quantized: ``data`` is packed.
+        scales: "absmax" or "search", as in ``quantize_4bit``.
         others: what else the ``__dict__`` of a weight holds; ``Params4bit(data, **weight.__dict__)`` is how accelerate
             takes a weight's settings over.
 
@@ -63,6 +64,7 @@ class Params4bit(Preparable, nn.Parameter):
     quant_storage: torch.dtype
     quant_state: QuantState | None
     bnb_quantized: bool
+    scales: str
 
     absmax = of_the_state("absmax", "absmax")
     code = of_the_state("code", "code")
@@ -86,6 +88,8 @@ class Params4bit(Preparable, nn.Parameter):
         quant_storage: torch.dtype = torch.uint8,
         module: nn.Module | None = None,
         bnb_quantized: bool = False,
+        *,
+        scales: str = "absmax",
         **others: Any,
     ) -> Params4bit:
         if unknown := [name for name in others if not name.startswith("_")]:
@@ -101,6 +105,7 @@ class Params4bit(Preparable, nn.Parameter):
         self.quant_storage = quant_storage
         self.quant_state = quant_state
         self.bnb_quantized = bnb_quantized
+        self.scales = scales
         self.module = module
         self._form, self._restores = None, 0
         return self
@@ -146,9 +151,8 @@ class Params4bit(Preparable, nn.Parameter):
             allow_other_nested_blocksize=allow_other_nested_blocksize,
         )
         wanted = getattr(module, "weight_shape", None)
-        if (
-            wanted is not None and state.shape != wanted
-        ):  # what no state dict can show by itself: it was transposed, or is another layer's
+        # What no state dict can show by itself: it was transposed, or is another layer's.
+        if wanted is not None and state.shape != wanted:
             raise ValueError(
                 f"{min(quantized_stats, key=len).rpartition('.')[0] or 'weight'}: the checkpoint holds {state}, this "
                 f"{type(module).__name__} wants shape {list(wanted)}"
@@ -222,6 +226,7 @@ class Params4bit(Preparable, nn.Parameter):
             compress_statistics=self.compress_statistics,
             quant_type=self.quant_type,
             quant_storage=self.quant_storage,
+            scales=self.scales,
         )
         self.data = packed
         self.quant_state = state
@@ -238,16 +243,9 @@ class Params4bit(Preparable, nn.Parameter):
     def _like(self, data: Tensor, state: QuantState | None) -> Params4bit:
         """The same settings around other data."""
         return Params4bit(
-            data,
-            self.requires_grad,
-            state,
-            self.blocksize,
-            self.compress_statistics,
-            self.quant_type,
-            self.quant_storage,
-            self.module,
-            self.bnb_quantized,
-        )
+            data, self.requires_grad, state, self.blocksize, self.compress_statistics, self.quant_type,
+            self.quant_storage, self.module, self.bnb_quantized, scales=self.scales,
+        )  # fmt: skip
 
     # --- the layer that holds it: known by a weak reference, so that neither keeps the other alive ------------------
 

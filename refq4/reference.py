@@ -34,8 +34,10 @@ class ReferenceBackend(Backend):
     def kernel(self, call: Call) -> str:
         return {"gemv_4bit": "dequantize + linear", "gemm_4bit": "dequantize + linear"}.get(call.op, "PyTorch")
 
-    def quantize_4bit(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
-        codes, absmax = self.quantize_blockwise(A.reshape(-1), code, blocksize)
+    def quantize_4bit(
+        self, A: Tensor, code: Code, blocksize: int, absmax: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        codes, absmax = self._quantize(A.reshape(-1), code, blocksize, absmax)
         return layout.pack(codes, pad_code=code.zero_code()), absmax
 
     def dequantize_4bit(self, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -46,14 +48,17 @@ class ReferenceBackend(Backend):
         return flat.reshape(weight.shape)
 
     def quantize_blockwise(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
+        return self._quantize(A, code, blocksize, None)
+
+    def _quantize(self, A: Tensor, code: Code, blocksize: int, absmax: Tensor | None) -> tuple[Tensor, Tensor]:
         flat = A.reshape(-1)
         codes = torch.empty(flat.numel(), dtype=torch.uint8, device=A.device)
-        absmax = torch.empty(layout.block_count(flat.numel(), blocksize), dtype=torch.float32, device=A.device)
+        scales = torch.empty(layout.block_count(flat.numel(), blocksize), dtype=torch.float32, device=A.device)
         for elements, blocks in _chunks(flat.numel(), blocksize):
-            x = flat[elements].float().view(absmax[blocks].numel(), -1)
-            absmax[blocks] = x.abs().amax(dim=1)
-            codes[elements] = code.order[_rank(_scale(x, absmax[blocks]), code.thresholds)].view(-1)
-        return codes.view(A.shape), absmax
+            x = flat[elements].float().view(scales[blocks].numel(), -1)
+            scales[blocks] = x.abs().amax(dim=1) if absmax is None else absmax[blocks]
+            codes[elements] = code.order[_rank(_scale(x, scales[blocks]), code.thresholds)].view(-1)
+        return codes.view(A.shape), scales
 
     def dequantize_blockwise(
         self, q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype

@@ -13,7 +13,6 @@ import hypothesis
 import pytest
 import torch
 from peer_path import CANONICAL, computing_on
-from unmeasured import VARIABLE
 
 PEER = "0.50.2"
 
@@ -35,12 +34,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail, instead of skipping, the tests that need bitsandbytes or a browser where there is none",
     )
-
-
-@pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that the test starts are left out of the coverage, which makes them a third faster."""
-    monkeypatch.delenv(VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="session")

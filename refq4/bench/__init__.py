@@ -15,6 +15,6 @@ Files: ``peers`` (who is measured), ``measure`` and ``gpu`` (how), ``show`` (tab
 Not here: correctness, which is ``python -m refq4 verify``.
 """
 
-from .command import add_arguments, bench
+from .command import bench
 
-__all__ = ["add_arguments", "bench"]
+__all__ = ["bench"]

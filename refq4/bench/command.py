@@ -1,11 +1,10 @@
-"""The arguments of ``python -m refq4 bench``, and the run from the first measurement to the files."""
+"""The run of ``python -m refq4 bench``, from the first measurement to the files."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,38 +18,12 @@ from .measure import limits, machine, ops, products
 from .peers import DEVICE_DTYPES, GPU_PEERS, PEERS, Peer
 from .show import describe, ops_table, product_table
 
-__all__ = ["add_arguments", "bench"]
+__all__ = ["bench"]
 
 SHAPES = {
     "cpu": ((4096, 4096), (11008, 4096), (4096, 11008)),
     "cuda": ((4096, 4096), (8192, 8192), (28672, 8192)),
 }
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the subcommand."""
-    parser.add_argument("--device", choices=SHAPES, default="cpu", help="where the tensors are (%(default)s)")
-    parser.add_argument("--backend", help="the backend to time (default: the one named like the device)")
-    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="NxK", help="e.g. 4096x11008")
-    parser.add_argument("--m", nargs="+", type=int, default=TOKENS, help="tokens per call")
-    parser.add_argument("--dtype", choices=DEVICE_DTYPES, default="bf16", help="of the activations (%(default)s)")
-    parser.add_argument("--threads", type=int, default=_cores(), help="(default: all cores)")
-    parser.add_argument("--rounds", type=int, default=30, help="passes over the layers at small M; never fewer than 15")
-    parser.add_argument("--layers", type=int, default=8, help="weights to rotate through, at least (%(default)s)")
-    parser.add_argument(
-        "--peers",
-        nargs="+",
-        choices=sorted({p.name for p in (*PEERS, *GPU_PEERS)}),
-        metavar="NAME",
-        help=f"who is measured: {_names(PEERS)}; on a GPU {_names(GPU_PEERS)}",
-    )
-    parser.add_argument(
-        "--ops", action=argparse.BooleanOptionalAction, default=True, help="the other ops as well, on the first shape"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here ('-': standard output)")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the picture here (needs matplotlib)")
-    parser.add_argument("--quick", action="store_true", help="the first shape, fewer M and rounds: about 20 s")
 
 
 def bench(asked: argparse.Namespace) -> int:
@@ -101,19 +74,5 @@ def _measured(asked: argparse.Namespace, console: Console) -> dict[str, Any]:
     return report
 
 
-def _cores() -> int:
-    """Those this process may use, where the system can tell (Linux)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _names(peers: tuple[Peer, ...]) -> str:
     return ", ".join(peer.name for peer in peers)
-
-
-def _shape(text: str) -> tuple[int, int]:
-    n, x, k = text.partition("x")
-    if not (x and n.isdigit() and k.isdigit()):
-        raise argparse.ArgumentTypeError(f"a shape is NxK, for example 4096x11008, got {text!r}")
-    return int(n), int(k)

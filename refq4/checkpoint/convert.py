@@ -24,6 +24,7 @@ import torch
 from ..codebooks import get_codebook
 from ..functional import DEFAULT_BLOCKSIZE
 from ..internals.checks import check_blocksize, check_storage
+from ..internals.scale_search import check_way
 from ..models.report import QuantizationReport
 from ..registry import requested_backend, use_backend
 from . import places
@@ -31,7 +32,7 @@ from .selection import select
 from .tensors import FLOATS, Entry, SafetensorsReader
 from .weights import Converter, Settings
 
-__all__ = ["CheckpointReport", "quantize_checkpoint"]
+__all__ = ["CheckpointReport", "all_entries", "progress_bar", "quantize_checkpoint", "write_index"]
 
 _KNOWN_TO_BITSANDBYTES = ("nf4", "fp4")
 
@@ -81,6 +82,7 @@ def quantize_checkpoint(
     compute_dtype: torch.dtype | None = None,
     quant_storage: torch.dtype = torch.uint8,
     blocksize: int | None = None,
+    scales: str = "absmax",
     include: Iterable[str] = (),
     skip: Iterable[str] = (),
     backend: str | None = None,
@@ -96,7 +98,7 @@ def quantize_checkpoint(
     Args:
         model_dir: a directory with ``model.safetensors``, or several files and their index.
         out_dir: made; a directory beside it is renamed to it at the end.
-        quant_type, compress_statistics, quant_storage, blocksize: as in ``quantize_4bit``.
+        quant_type, compress_statistics, quant_storage, blocksize, scales: as in ``quantize_4bit``.
         compute_dtype: written into config.json; that of the weights if None.
         include: patterns of module names (see :func:`refq4.quantize_model`): these linear layers only, output layers
             too where a pattern names one. By default all but the output layers and what shares their weight.
@@ -127,12 +129,14 @@ def quantize_checkpoint(
     source, target = Path(model_dir), Path(out_dir)
     check_storage(quant_storage)
     blocksize = check_blocksize(DEFAULT_BLOCKSIZE if blocksize is None else blocksize)
-    settings = Settings(get_codebook(quant_type).name, compress_statistics, quant_storage, blocksize, measure)
+    settings = Settings(
+        get_codebook(quant_type).name, compress_statistics, quant_storage, blocksize, measure, check_way(scales)
+    )
     places.check_places(source, target, force)
     with ExitStack() as stack:
         stack.enter_context(use_backend(requested_backend(backend)))
         readers = [stack.enter_context(SafetensorsReader(path)) for path in places.weight_files(source)]
-        entries = _all_entries(readers)
+        entries = all_entries(readers)
         config = places.read_json(source / "config.json") if (source / "config.json").is_file() else None
         _check_not_quantised(entries, config, source)
         selection = select(entries, source, tuple(include), tuple(skip))
@@ -141,12 +145,12 @@ def quantize_checkpoint(
                 f"nothing to quantise in {source}: {selection.left or 'no matrix of floats named *.weight'}"
             )
         report = CheckpointReport(left=selection.left, guessed=selection.guessed)
-        bar = stack.enter_context(_progress(readers, quant_type, progress))
+        bar = stack.enter_context(progress_bar(readers, f"quantising to {quant_type}", progress))
         converter = Converter(settings, selection, report, bar.update)
         places.check_room(target.parent, sum(map(converter.planned_size, readers)))
         partial = stack.enter_context(places.directory_beside(target))
         keys = {reader.path.name: converter.convert(reader, partial / reader.path.name) for reader in readers}
-        _write_index(source, partial, keys)
+        write_index(source, partial, keys)
         if config is not None:
             compute_dtype = compute_dtype or _dtype_of_weights(config, entries, selection.chosen)
             config["quantization_config"] = _quantization_config(settings, compute_dtype, selection.skip_modules)
@@ -159,7 +163,8 @@ def quantize_checkpoint(
     return report
 
 
-def _all_entries(readers: list[SafetensorsReader]) -> dict[str, Entry]:
+def all_entries(readers: list[SafetensorsReader]) -> dict[str, Entry]:
+    """The tensors of some files by key; a ValueError if one is in two of them."""
     entries: dict[str, Entry] = {}
     for reader in readers:
         if twice := sorted(entries.keys() & reader.entries.keys()):
@@ -178,15 +183,16 @@ def _check_not_quantised(entries: dict[str, Entry], config: dict[str, Any] | Non
         raise ValueError(f"{source} is quantised already: it holds {packed}; refq4 inspect shows it")
 
 
-def _progress(readers: list[SafetensorsReader], quant_type: str, shown: bool) -> Any:
+def progress_bar(readers: list[SafetensorsReader], label: str, shown: bool) -> Any:
+    """A bar over the bytes of some files, on a terminal."""
     from tqdm.auto import tqdm
 
     total = sum(entry.nbytes for reader in readers for entry in reader.entries.values())
     settings = {"total": total, "unit": "B", "unit_scale": True, "unit_divisor": 1000}
-    return tqdm(desc=f"quantising to {quant_type}", disable=None if shown else True, **settings)
+    return tqdm(desc=label, disable=None if shown else True, **settings)
 
 
-def _write_index(source: Path, partial: Path, keys: dict[str, list[str]]) -> None:
+def write_index(source: Path, partial: Path, keys: dict[str, list[str]]) -> None:
     """The index of the new files, where the model has one."""
     if not (source / places.INDEX).is_file():
         return

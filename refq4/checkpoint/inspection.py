@@ -30,7 +30,7 @@ from .tensors import FLOATS, SafetensorsReader
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["CheckpointContents", "Problem", "TensorReport", "inspect_checkpoint"]
+__all__ = ["CheckpointContents", "Problem", "TensorReport", "groups", "inspect_checkpoint"]
 
 BINS = 16
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -185,7 +185,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], match: str | None = None) -
             files = places.weight_files(path) if path.is_dir() else [path]
             source = FromSafetensors([stack.enter_context(SafetensorsReader(file)) for file in files])
         contents = CheckpointContents(str(path), kind)
-        for key, beside in _groups(source.keys()).items():
+        for key, beside in groups(source.keys()).items():
             if match is None or first_match(key, [match]):
                 _look_at(source, key, beside, contents)
     return contents
@@ -194,7 +194,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], match: str | None = None) -
 # --- one tensor -------------------------------------------------------------------------------------------------------
 
 
-def _groups(keys: list[str]) -> dict[str, list[str]]:
+def groups(keys: list[str]) -> dict[str, list[str]]:
     """Each tensor with the entries beside it; a packed weight that is missing is a group of its entries alone."""
     possible = {*keys, *(key.partition(_STATE)[0] for key in keys if _STATE in key)}
     groups: dict[str, list[str]] = {}

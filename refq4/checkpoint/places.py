@@ -29,7 +29,9 @@ _RESERVE = 64 * 2**20  # of disk, for what is not weights
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model: those of its index, or the single one, or all that are there.
+    """The safetensors files of a model: the single one, or those of its index, or all that are there.
+
+    transformers asks in this order, so that an index left over from an earlier save counts for nothing.
 
     Raises:
         FileNotFoundError: no such directory, none in it, or the index names one that is not there.
@@ -37,6 +39,8 @@ def weight_files(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"no such directory: {directory}")
+    if (directory / _SINGLE).is_file():
+        return [directory / _SINGLE]
     if (directory / INDEX).is_file():
         weight_map = read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -49,8 +53,6 @@ def weight_files(directory: Path) -> list[Path]:
                 f"{directory / INDEX} names {', '.join(missing)}, not there: is a download incomplete?"
             )
         return [directory / name for name in names]
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE]
     found = sorted(directory.glob("*.safetensors"))
     if not found:
         others = sorted(path.name for path in directory.iterdir() if path.name.endswith(_WEIGHTS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import re
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
@@ -103,9 +103,17 @@ def _load(path: Path) -> Any:
         zipped = file.read(2) == b"PK"  # the older format can't be mapped
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{path} can't be read as torch's format: {said}") from None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of a damaged file torch reads on until something breaks, and that may be anything
+        foreign = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        why = (
+            f"it holds {foreign[1]}, and to make one would run code from the file, which refq4 does not; save the "
+            f"tensors alone: torch.save(model.state_dict(), ...), or as safetensors"
+            if foreign
+            else "it is damaged, or no file that torch.save wrote"
+        )
+        raise ValueError(f"{path} can't be read as torch's format: {why}") from None
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -37,6 +37,7 @@ class Settings:
     storage: torch.dtype
     blocksize: int
     measure: bool
+    scales: str = "absmax"
 
 
 @dataclass
@@ -146,6 +147,7 @@ class Converter:
                     blocksize=self.settings.blocksize,
                     quant_type=self.settings.quant_type,
                     quant_storage=self.settings.storage,
+                    scales=self.settings.scales,
                 )
             except ValueError as error:
                 raise ValueError(f"{entry.key}, from element {start} of the flattened tensor: {error}") from None

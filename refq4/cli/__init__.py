@@ -1,9 +1,12 @@
 """The command line: ``python -m refq4 COMMAND``, also installed as ``refq4``. One module a command; here is the frame.
 
+Nothing here imports torch before a command runs: ``--help``, a wrong command line and completion take no second.
+
 tour         real pretrained weights through every step of the 4-bit layer
 info         what this machine offers: each backend, and why it is or isn't available
 explain      the seven steps of one call, for a shape, a dtype and a backend
 quantize     a safetensors model directory in, a 4-bit one out
+dequantize   a 4-bit model directory in, a plain safetensors one out
 inspect      what a weight file holds, and what is wrong with it
 verify       one backend against another: where they differ, on which smallest input, by how much
 bench        a backend against what people use today, and against the machine's limits
@@ -14,13 +17,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+from types import FrameType
 
-from .. import __version__, bench
-from ..backend import BackendError
-from . import complete, explain, info, inspect, quantize, tour, verify
+from .. import __version__
+from . import bench, complete, dequantize, explain, info, inspect, quantize, tour, verify
 
-__all__ = ["main", "parser"]
+__all__ = ["begin", "main", "parser"]
 
 EPILOG = """\
 examples:
@@ -28,6 +32,7 @@ examples:
   python -m refq4 info --json                 for scripts
   python -m refq4 explain 4096x11008          the steps of one call, and why each was taken
   python -m refq4 quantize model model-nf4    a model on disk in 4 bits
+  python -m refq4 dequantize model-nf4 plain  and back into floats, for tools that read plain safetensors
   python -m refq4 inspect model-nf4           what is in it, and whether it is sound
   python -m refq4 verify --backend cpu        does this backend compute the 4-bit layer?
   python -m refq4 bench --quick               how fast is it, next to bitsandbytes and torch?
@@ -45,7 +50,11 @@ _BROKEN_PIPE = 141
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code (the help lists them)."""
     arguments = parser().parse_args(argv)
+    from ..backend import BackendError
+
     try:
+        if signal.getsignal(signal.SIGINT) is _leave:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = int(arguments.run(arguments))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough: refq4 inspect model | head
@@ -60,6 +69,22 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+def begin() -> None:
+    """Do what needs no torch: print the help or say what is wrong with the command line, and exit.
+
+    Else return, for the command to be loaded; Ctrl-C ends the process without a word until :func:`main` has begun.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+    arguments = parser().parse_args()
+    if arguments.command == "complete":
+        raise SystemExit(arguments.run(arguments))
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(INTERRUPTED)
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     whole = argparse.ArgumentParser(
@@ -70,10 +95,7 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"refq4 {__version__}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (tour, info, explain, quantize, inspect, verify):
+    for module in (tour, info, explain, quantize, dequantize, inspect, verify, bench):
         module.add(commands)
-    command = commands.add_parser("bench", help="a backend against what people use today, and the machine's limits")
-    bench.add_arguments(command)
-    command.set_defaults(run=bench.bench)
     complete.add(commands, whole)
     return whole

@@ -6,9 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from ..internals.verbatim import console
-
-__all__ = ["console", "print_json", "show"]
+__all__ = ["print_json", "show"]
 
 
 def print_json(value: Any) -> None:
@@ -21,4 +19,6 @@ def show(report: Any, arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(report.to_dict())
     else:
+        from ..internals.verbatim import console
+
         console().print(report)

@@ -6,8 +6,6 @@ import argparse
 import warnings
 from typing import Any
 
-import torch
-
 from . import options
 from .console import show
 
@@ -40,6 +38,8 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    import torch
+
     from ..nn import Linear4bit
     from ..registry import requested_backend, use_backend
     from ..tools.explain import explain
@@ -53,14 +53,14 @@ def _run(arguments: argparse.Namespace) -> int:
             k,
             n,
             arguments.bias,
-            options.DTYPES.get(arguments.compute_dtype),
+            arguments.compute_dtype and options.dtype(arguments.compute_dtype),
             arguments.nested,
             arguments.quant_type,
-            options.STORAGE[arguments.storage],
+            options.dtype(arguments.storage),
             blocksize=arguments.blocksize,
         )
         warnings.simplefilter("ignore")  # a slower path stands in the steps, with its reason
-        report = explain(layer.to("cpu").eval(), torch.randn(m, k).to(options.DTYPES[arguments.dtype]))
+        report = explain(layer.to("cpu").eval(), torch.randn(m, k).to(options.dtype(arguments.dtype)))
     show(report, arguments)
     return 0
 

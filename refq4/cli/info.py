@@ -7,15 +7,9 @@ import os
 import platform
 from typing import Any
 
-import torch
-from rich.table import Table
-
 from .. import __version__
-from ..backend import BackendError
-from ..codebooks import codebook_names, get_codebook
-from ..registry import ENVIRONMENT_VARIABLE, backend_info, get_backend, list_backends
 from . import options
-from .console import console, print_json
+from .console import print_json
 
 __all__ = ["add"]
 
@@ -30,6 +24,11 @@ def add(commands: Any) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from ..codebooks import codebook_names, get_codebook
+    from ..internals.verbatim import console
+
     info = _gather_info()
     if arguments.json:
         print_json(info)
@@ -55,6 +54,12 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _gather_info() -> dict[str, Any]:
+    import torch
+
+    from ..backend import BackendError
+    from ..codebooks import codebook_names
+    from ..registry import ENVIRONMENT_VARIABLE, backend_info, get_backend, list_backends
+
     machine = {
         "refq4": __version__,
         "python": platform.python_version(),

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import argparse
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from ..codebooks import codebook_names
-from ..functional import DEFAULT_BLOCKSIZE
-from ..layout import STORAGE_DTYPES
-from ..state import BLOCKSIZES, WEIGHT_DTYPES
+if TYPE_CHECKING:
+    import torch
 
-__all__ = ["DTYPES", "STORAGE", "add_backend", "add_format", "add_json", "examples", "files"]
+__all__ = ["DTYPES", "add_backend", "add_format", "add_json", "dtype", "examples", "files"]
+
+# What the core offers, said again for a help without torch; tests/tools/test_cli.py compares.
+CODEBOOKS = ("af4", "e2m1", "fp4", "int4", "iq4nl", "nf4")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+DEFAULT_BLOCKSIZE = 64
+DTYPES = ("float32", "float16", "bfloat16")
+STORAGE = ("uint8", "bfloat16", "float16", "float32")
 
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
-STORAGE = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGE_DTYPES}
+def dtype(name: str) -> torch.dtype:
+    """The dtype of a name above."""
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def add_backend(command: argparse.ArgumentParser) -> None:
@@ -29,7 +39,7 @@ def add_json(command: argparse.ArgumentParser) -> None:
 
 def add_format(command: argparse.ArgumentParser) -> None:
     """How weights are quantised: ``--quant-type``, ``--blocksize``, ``--nested``, ``--storage``, and for what dtype."""
-    command.add_argument("--quant-type", choices=codebook_names(), default="nf4", help="the codebook (%(default)s)")
+    command.add_argument("--quant-type", choices=CODEBOOKS, default="nf4", help="the codebook (%(default)s)")
     command.add_argument(
         "--blocksize", type=int, choices=BLOCKSIZES, default=DEFAULT_BLOCKSIZE, help="weights to a scale (%(default)s)"
     )

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from ..internals.scale_search import SCALES
 from . import options
 from .console import show
 
-__all__ = ["add"]
+__all__ = ["add", "terminating_as_interrupting"]
 
 _DESCRIPTION = """\
 Quantise the linear layers of a safetensors checkpoint, tensor by tensor: a model larger than memory is no problem.
@@ -34,6 +35,7 @@ def add(commands: Any) -> None:
         epilog=options.examples(
             "python -m refq4 quantize Llama-3-8B Llama-3-8B-nf4",
             "python -m refq4 quantize model model-fp4 --quant-type fp4 --no-nested --skip down_proj",
+            "python -m refq4 quantize model model-nf4 --scales search",
             "python -m refq4 quantize model model-nf4 --force --json > report.json",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -43,6 +45,12 @@ def add(commands: Any) -> None:
     )
     options.files(command.add_argument("out_dir", metavar="OUT_DIR", help="is made; its parent exists"), True)
     options.add_format(command)
+    command.add_argument(
+        "--scales",
+        choices=SCALES,
+        default="absmax",
+        help="search: each block's scale with the smallest error; slower, the same format (%(default)s)",
+    )
     command.add_argument(
         "--include",
         action="append",
@@ -63,15 +71,16 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from ..checkpoint import quantize_checkpoint
 
-    with _terminating_as_interrupting():
+    with terminating_as_interrupting():
         report = quantize_checkpoint(
             arguments.model_dir,
             arguments.out_dir,
             quant_type=arguments.quant_type,
             compress_statistics=arguments.nested,
-            compute_dtype=options.DTYPES.get(arguments.compute_dtype),
-            quant_storage=options.STORAGE[arguments.storage],
+            compute_dtype=arguments.compute_dtype and options.dtype(arguments.compute_dtype),
+            quant_storage=options.dtype(arguments.storage),
             blocksize=arguments.blocksize,
+            scales=arguments.scales,
             include=arguments.include,
             skip=arguments.skip,
             backend=arguments.backend,
@@ -83,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _terminating_as_interrupting() -> Iterator[None]:
+def terminating_as_interrupting() -> Iterator[None]:
     """SIGTERM (a batch system's end of time) tidies up as Ctrl-C does."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from ..internals.verbatim import Console, words
-from ..tools.tour import TourReport, tour
 from . import options
-from .console import console, print_json
+from .console import print_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..internals.verbatim import Console
+    from ..tools.tour import TourReport
 
 __all__ = ["add"]
 
@@ -38,6 +40,9 @@ def add(commands: Any) -> None:
 
 
 def _tour(arguments: argparse.Namespace) -> int:
+    from ..internals.verbatim import console
+    from ..tools.tour import tour
+
     report = tour(arguments.path, arguments.backend)
     if arguments.json:
         print_json(report.to_dict())
@@ -47,6 +52,8 @@ def _tour(arguments: argparse.Namespace) -> int:
 
 
 def _print_tour(report: TourReport, out: Console) -> None:
+    from ..internals.verbatim import words
+
     out.print(
         words(
             (report.model, "bold"),
@@ -61,6 +68,8 @@ def _print_tour(report: TourReport, out: Console) -> None:
 
 
 def _format_table(report: TourReport) -> Table:
+    from rich.table import Table
+
     table = Table(title="the model", title_justify="left", title_style="bold")
     table.add_column("format")
     table.add_column("bits a weight", justify="right")
@@ -78,6 +87,8 @@ def _format_table(report: TourReport) -> Table:
 
 
 def _layer_table(report: TourReport) -> Table:
+    from rich.table import Table
+
     table = Table(
         title="relative error of each layer's weight, |W - W4| / |W|", title_justify="left", title_style="bold"
     )

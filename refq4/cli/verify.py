@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .. import registry
 from . import options
 from .console import show
 
@@ -60,6 +59,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _import(source: str) -> None:
     """Import what registers a backend: a module, looked for in the current directory, too, or a Python file."""
+    from .. import registry
+
     before = registry.registered()
     try:
         if source.endswith(".py"):

@@ -19,6 +19,7 @@ from transformers import BitsAndBytesConfig
 from ..codebooks import get_codebook
 from ..functional import DEFAULT_BLOCKSIZE
 from ..internals.checks import check_blocksize, check_storage, warn_caller
+from ..internals.scale_search import check_way
 
 __all__ = ["METHOD", "Refq4Config"]
 
@@ -54,6 +55,7 @@ class Refq4Config(BitsAndBytesConfig):
         bnb_4bit_quant_storage: dtype the packed bytes are stored under, or its name; uint8 if None.
         llm_int8_skip_modules: names of modules that stay as they are; if None, the output head and what is tied.
         blocksize: elements per block; 64 if None (not in bitsandbytes).
+        scales: "absmax", or "search" for a smaller error in the same format (not in bitsandbytes).
         others: fields for 8-bit layers, accepted at their defaults: they stand in every checkpoint of bitsandbytes.
 
     Raises:
@@ -75,6 +77,7 @@ class Refq4Config(BitsAndBytesConfig):
         bnb_4bit_quant_storage: torch.dtype | str | None = None,
         llm_int8_skip_modules: list[str] | None = None,
         blocksize: int | None = None,
+        scales: str = "absmax",
         **others: Any,
     ) -> None:
         _check_others(others)
@@ -92,6 +95,7 @@ class Refq4Config(BitsAndBytesConfig):
         check_storage(self.bnb_4bit_quant_storage)
         self.quant_method = METHOD
         self.blocksize = check_blocksize(DEFAULT_BLOCKSIZE if blocksize is None else blocksize)
+        self.scales = check_way(scales)
         self._compute_dtype_given = bnb_4bit_compute_dtype is not None
 
     @classmethod
@@ -141,6 +145,7 @@ class Refq4Config(BitsAndBytesConfig):
             "bnb_4bit_quant_storage": _name(self.bnb_4bit_quant_storage),
             "llm_int8_skip_modules": self.llm_int8_skip_modules,
             "blocksize": self.blocksize,
+            "scales": self.scales,
         }
         return fields | ({"load_in_4bit": True} if self.bnb_4bit_quant_type in _KNOWN_TO_BITSANDBYTES else {})
 

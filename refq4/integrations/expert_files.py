@@ -69,8 +69,9 @@ def conversions(converters: list[WeightTransform], names: set[str], beside: list
         if isinstance(converter, WeightConverter) and _makes(converter, names):
             sources = list(converter._original_source_patterns)
             found = [f"{source}{part}" for source in sources for part in ("", *(f".{part}" for part in beside))]
-            operation = MergePacked(sources, converter.operations)
-            converter = converter.copy(found, converter._original_target_patterns, operations=[operation])
+            converter = converter.copy(
+                found, converter._original_target_patterns, operations=[MergePacked(sources, converter)]
+            )
         merged.append(converter)
     return fused + merged
 
@@ -86,13 +87,13 @@ def settle(model: nn.Module) -> None:
                 parametrize(module, name, parameter)
         choose_implementation(module)
     for part in model.modules():
+        known: Any = getattr(part, "_weight_conversions", None)
         packed = _packed_names(part) if isinstance(part, PreTrainedModel) else set()
-        if packed:
-            known: Any = getattr(part, "_weight_conversions", None)
-            if known is None:
-                made = get_model_conversion_mapping(part, add_legacy=False)
-                known = [conversion for conversion in made if not isinstance(conversion, PrefixChange)]
-            kept: Any = [conversion for conversion in known if not _makes(conversion, packed)]
+        if known is None and packed:
+            made = get_model_conversion_mapping(part, add_legacy=False)
+            known = [conversion for conversion in made if not isinstance(conversion, PrefixChange)]
+        if known is not None:
+            kept: Any = [original for original in map(_original, known) if not _makes(original, packed)]
             part._weight_conversions = kept
 
 
@@ -136,7 +137,7 @@ class RestoreExperts(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return self  # never run: settle() takes this conversion out before anything is saved
+        return self  # never run: settle() takes the conversion out before anything is saved
 
 
 class MergePacked(ConversionOps):
@@ -145,14 +146,15 @@ class MergePacked(ConversionOps):
     Scales that were quantised themselves are decoded: 256 of them share a scale, across what is put together here.
 
     Args:
-        sources: patterns of the experts' weights, as the architecture's own conversion names them.
-        operations: which put decoded weights together; here they put together a row of bytes for each expert.
+        sources: patterns of the experts' weights.
+        original: the architecture's own conversion. Its operations put decoded weights together; here they put together
+            a row of bytes for each expert.
     """
 
     hf_quantizer = True
 
-    def __init__(self, sources: list[str], operations: list[ConversionOps]) -> None:
-        self.sources, self.operations = sources, operations
+    def __init__(self, sources: list[str], original: WeightConverter) -> None:
+        self.sources, self.original, self.operations = sources, original, original.operations
 
     def convert(
         self,
@@ -245,8 +247,16 @@ def _restored(values: Tensor, beside: dict[str, Tensor], model: PreTrainedModel,
 
 def _makes(conversion: WeightTransform, names: set[str]) -> bool:
     """Whether a conversion, or its reverse, is about one of these parameters."""
-    targets = tuple(conversion.target_patterns) if isinstance(conversion, WeightConverter) else ()
-    return any(name.endswith(targets) for name in names)
+    if not isinstance(conversion, WeightConverter):
+        return False
+    targets = tuple(conversion.target_patterns)
+    return isinstance(conversion.operations[0], RestoreExperts) or any(name.endswith(targets) for name in names)
+
+
+def _original(conversion: WeightTransform) -> WeightTransform:
+    """What a conversion of this file stands for."""
+    operation = conversion.operations[0] if isinstance(conversion, WeightConverter) else None
+    return operation.original if isinstance(operation, MergePacked) else conversion
 
 
 def _packed_names(model: nn.Module) -> set[str]:

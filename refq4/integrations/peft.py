@@ -1,4 +1,4 @@
-"""LoRA on refq4's layers, as peft does it on bitsandbytes': import this module, then use peft as ever.
+"""peft on refq4's layers, as on bitsandbytes': import this module, or let refq4 load the model; then use peft as ever.
 
     prepare_model_for_kbit_training(model); model = get_peft_model(model, LoraConfig(...))
     forward          y = base(x) + B(A(x)) * scaling       the base layer's 4-bit weight is frozen
@@ -6,14 +6,18 @@
     unmerge          W4, the very bytes: they are kept while an adapter is merged (half a byte a weight)
 
 peft finds the class for a layer in ``LoraModel._create_new_module``, which knows bitsandbytes by name and offers no
-registry; for every other ``nn.Linear`` it would merge by adding to the weight, which packed bytes don't survive. Not
-here: peft's other methods (IA3, AdaLoRA, ...), which take a refq4 layer for a plain one and can't merge into it.
+registry; for every other ``nn.Linear`` it would merge by adding to the weight, which packed bytes don't survive.
+
+Its other methods take a refq4 layer for a plain one. They train, and merging them is refused here, but for those in
+``peft_others.py``.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,7 +32,8 @@ try:
 except ImportError as error:
     raise ImportError(f"this needs peft: {remedies.install('transformers')} ({error})") from error
 from peft.tuners.lora.layer import Linear
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import integrations
 
 from ..functional import dequantize_4bit
 from ..internals.checks import warn_caller
@@ -36,6 +41,11 @@ from ..nn import Linear4bit
 from ..params import Params4bit
 
 __all__ = ["LoraLinear4bit", "merge_errors"]
+
+ROUNDED = (
+    "a merged weight is rounded to 4 bits again; merge_errors(model) tells how far off each is, and unmerging "
+    "brings the stored bytes back. To keep all of an adapter, merge it into the model in full precision"
+)
 
 
 class LoraLinear4bit(Linear):
@@ -91,13 +101,10 @@ class LoraLinear4bit(Linear):
             raise ValueError(f"merging {merged} gives NaN or infinity; an adapter seems to be broken")
         merged_bias = self._merged_bias(bias, merged)
         self._unmerged = weight, bias
-        self.merge_error = _requantise(layer, weight, target)
+        self.merge_error = requantise(layer, weight, target)
         layer.bias = merged_bias  # type: ignore[assignment]  # None, where nn.Linear has None
         self.merged_adapters.extend(names)
-        warn_caller(
-            "a merged weight is rounded to 4 bits again; merge_errors(model) tells how far off each is, and unmerging "
-            "brings the stored bytes back. To keep all of an adapter, merge it into the model in full precision"
-        )
+        warn_caller(ROUNDED)
 
     def unmerge(self) -> None:
         """Take all merged adapters out again: weight and bias are what they were, bit for bit."""
@@ -140,8 +147,12 @@ def merge_errors(model: nn.Module) -> dict[str, float]:
         >>> merge_errors(get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"])))
         {}
     """
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear4bit))
-    return {name: module.merge_error for name, module in layers if module.merge_error is not None}
+    errors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            keeper = module if isinstance(module, LoraLinear4bit) else getattr(module, "quantization_backend", None)
+            errors[name] = getattr(keeper, "merge_error", None)
+    return {name: error for name, error in errors.items() if error is not None}
 
 
 def _decoded(weight: Params4bit) -> Tensor:
@@ -151,7 +162,7 @@ def _decoded(weight: Params4bit) -> Tensor:
     return dequantize_4bit(weight.stored(), state)
 
 
-def _requantise(layer: Linear4bit, like: Params4bit, target: Tensor) -> float:
+def requantise(layer: Linear4bit, like: Params4bit, target: Tensor) -> float:
     """Give ``layer`` the weight ``target`` [N, K] with the settings of ``like``; returns the error."""
     assert like.quant_state is not None
     fresh = like._like(target, None)
@@ -163,18 +174,65 @@ def _requantise(layer: Linear4bit, like: Params4bit, target: Tensor) -> float:
     return float((_decoded(fresh) - target).norm() / target.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _knows_refq4(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """``LoraModel._create_new_module`` that knows refq4's layers; custom modules of a config still come first."""
+# --- what peft has to be told ----------------------------------------------------------------------------------------
+
+
+def knows_refq4(original: Callable[..., nn.Module], ours: type[nn.Module]) -> Callable[..., nn.Module]:
+    """A tuner's ``_create_new_module`` that knows refq4's layers; custom modules of a config still come first."""
 
     @functools.wraps(original)
-    def create(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+    def create(config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        custom = tuple(lora_config._custom_modules or ())
+        custom = tuple(getattr(config, "_custom_modules", None) or ())
         if isinstance(base, Linear4bit) and not isinstance(base, custom):
-            return LoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
-        return original(lora_config, adapter_name, target, **kwargs)
+            return ours(target, adapter_name, config, **kwargs)
+        return original(config, adapter_name, target, **kwargs)
 
     return create
 
 
-LoraModel._create_new_module = staticmethod(_knows_refq4(LoraModel._create_new_module))
+def _decodes_refq4(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``dequantize_bnb_weight``, which takes every ``Params4bit`` for one of bitsandbytes."""
+
+    @functools.wraps(original)
+    def dequantize(weight: nn.Parameter, state: Any = None) -> Tensor:
+        if isinstance(weight, Params4bit) and weight.quant_state is not None:
+            return dequantize_4bit(weight.stored(), weight.quant_state)
+        return original(weight, state)
+
+    return dequantize
+
+
+def _merges_what_it_can(original: Callable[[BaseTuner], None]) -> Callable[[BaseTuner], None]:
+    """``BaseTuner._check_merge_allowed``, before anything is merged."""
+
+    @functools.wraps(original)
+    def check(self: BaseTuner) -> None:
+        original(self)
+        for name, module in self.model.named_modules():
+            if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), Linear4bit):
+                can = isinstance(module, LoraLinear4bit) or getattr(module, "quantization_backend", None) is not None
+                if not can and type(module).__module__.startswith(("peft.", "refq4.")):
+                    raise ValueError(
+                        f"{name}: {type(self).__name__.removesuffix('Model')} adapters can't be merged into refq4's "
+                        f"4-bit layers. Keep them beside the model, or decode it first: model.dequantize(); nothing "
+                        f"was merged"
+                    )
+
+    return check
+
+
+def replace_everywhere(module: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    """A function of peft, under the name that its modules have imported it by, too."""
+    original = getattr(module, name)
+    wrapped = wrap(original)
+    for other in [m for key, m in sys.modules.items() if key.partition(".")[0] == "peft"]:
+        if getattr(other, name, None) is original:
+            setattr(other, name, wrapped)
+
+
+LoraModel._create_new_module = staticmethod(knows_refq4(LoraModel._create_new_module, LoraLinear4bit))
+BaseTuner._check_merge_allowed = _merges_what_it_can(BaseTuner._check_merge_allowed)
+replace_everywhere(integrations, "dequantize_bnb_weight", _decodes_refq4)
+with suppress(ImportError):  # peft before 0.21
+    from . import peft_others  # noqa: F401

@@ -14,8 +14,6 @@ version to version; those that were tried are in ``versions.py``. The config cla
 from __future__ import annotations
 
 import functools
-import importlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +42,7 @@ from ..nn import Linear4bit
 from ..params import Params4bit
 from . import expert_files
 from .config import METHOD, Refq4Config
+from .later import connect
 
 __all__ = ["Refq4Config", "Refq4Quantizer"]
 
@@ -122,6 +121,7 @@ class Refq4Quantizer(HfQuantizer):
                 config.bnb_4bit_quant_type,
                 config.bnb_4bit_quant_storage,
                 blocksize=config.blocksize,
+                scales=config.scales,
             )
         if self.pre_quantized:
             layer.weight = nn.Parameter(layer.weight.data.to(config.bnb_4bit_quant_storage), requires_grad=False)
@@ -136,6 +136,7 @@ class Refq4Quantizer(HfQuantizer):
             compress_statistics=config.bnb_4bit_use_double_quant,
             quant_type=config.bnb_4bit_quant_type,
             quant_storage=config.bnb_4bit_quant_storage,
+            scales=config.scales,
         ).to(weight.device)
 
     # --- while loading: each tensor ---------------------------------------------------------------------------------
@@ -168,8 +169,7 @@ class Refq4Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         expert_files.settle(model)
         model.is_loaded_in_4bit = True  # asked for by peft's prepare_model_for_kbit_training, and by Trainer
-        if "peft" in sys.modules:
-            importlib.import_module("refq4.integrations.peft")
+        connect("peft")
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -9,20 +9,23 @@ The product has a file of its own, ``refq4/internals/dispatch.py``. What is chec
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import Call, PackedWeight
+from ..backend import Backend, Call, PackedWeight
 from ..codebooks import code_from_values, get_codebook
-from ..registry import Resolved
+from ..registry import Resolved, resolve
 from .checks import (
     check_blockwise,
     check_code,
     check_memory,
     check_quantisable,
+    check_scales,
     check_target,
     check_weight_memory,
     checked_weight,
@@ -30,15 +33,17 @@ from .checks import (
 from .running import run_op
 from .schemas import flatten, implement
 
-__all__ = ["decode", "dequantize_4bit", "dequantize_blockwise", "quantize_4bit", "quantize_blockwise"]
+__all__ = ["decode", "dequantize_4bit", "dequantize_blockwise", "quantize_4bit", "quantize_blockwise", "takes_scales"]
 
 
 def quantize_4bit(
-    A: Tensor, blocksize: int, quant_type: str, allow_nonfinite: bool, backend: str
+    A: Tensor, blocksize: int, quant_type: str, allow_nonfinite: bool, backend: str, absmax: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A [any shape] -> packed uint8 [ceil(numel/2)], absmax fp32 [blocks]."""
-    packed, absmax = torch.ops.refq4.quantize_4bit.default(A, blocksize, quant_type, allow_nonfinite, backend)
-    return packed, absmax
+    """A [any shape] -> packed uint8 [ceil(numel/2)], absmax fp32 [blocks]: the largest magnitudes, or those given."""
+    packed, scales = torch.ops.refq4.quantize_4bit.default(
+        A, blocksize, quant_type, allow_nonfinite, backend, absmax=absmax
+    )
+    return packed, scales
 
 
 def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype, backend: str) -> Tensor:
@@ -65,17 +70,48 @@ def dequantize_blockwise(
 
 
 def _quantize_4bit(
-    A: Tensor, blocksize: int, quant_type: str, allow_nonfinite: bool, backend: str
+    A: Tensor,
+    blocksize: int,
+    quant_type: str,
+    allow_nonfinite: bool,
+    backend: str,
+    *,
+    absmax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_quantisable(A, blocksize)
     A = A.contiguous()
     check_memory("A", A)
     call = _elementwise("quantize_4bit", A, A.dtype, blocksize, quant_type)
     code = get_codebook(quant_type).on(A.device)
-    packed, absmax = run_op(call, backend, "quantize_4bit", A, code, blocksize)
+    if absmax is None:
+        packed, scales = run_op(call, backend, "quantize_4bit", A, code, blocksize)
+    else:
+        check_scales(absmax, A.shape, blocksize)
+        check_memory("absmax", absmax)
+        found = _for_given_scales(call(), backend)
+        packed, scales = run_op(call, found, "quantize_4bit", A, code, blocksize, absmax)
     if not allow_nonfinite:
-        _refuse_nonfinite(absmax, blocksize)
-    return packed, absmax
+        _refuse_nonfinite(scales, blocksize)
+    return packed, scales
+
+
+def takes_scales(backend: Backend) -> bool:
+    """Whether a backend quantises with scales that it is given: the first contract did not have that argument."""
+    return _has_absmax(type(backend).quantize_4bit)
+
+
+@lru_cache
+def _has_absmax(method: Callable[..., Any]) -> bool:
+    return "absmax" in inspect.signature(method).parameters
+
+
+def _for_given_scales(call: Call, backend: str) -> Resolved:
+    """The backend for the call, or the reference in place of one that can't be given scales; the trace says so."""
+    found = resolve(call, backend)
+    if takes_scales(found.backend):
+        return found
+    passed_over = (found.backend.name, "its quantize_4bit takes no absmax")
+    return Resolved(resolve(call, "reference").backend, [*found.passed_over, passed_over])
 
 
 def _refuse_nonfinite(absmax: Tensor, blocksize: int) -> None:

@@ -138,7 +138,7 @@ def _grouped(
     )
     call = _call(x, weight.shape, weight.blocksize, weight.quant_type, nested, kind, transposed)
     engine = registry.resolve(call, backend)
-    if isinstance(weight, PreparedWeight) or _has_own(engine.backend):
+    if isinstance(weight, PreparedWeight) or (_has_own(engine.backend) and one_expert(weight, 0) is not None):
         result: Tensor = run_op(lambda: call, engine, OP, x, weight, bias, offsets, transposed)
         return result
     return _expert_by_expert(x, weight, bias, offsets, transposed, engine)

@@ -5,8 +5,8 @@
     kernel     refq4/internals/dispatch.py and codec.py: the checks, and the backend
     gradient   refq4/autograd.py, with the rule for vmap
 
-The backend travels as a plain string, the last argument. So a compiler sees through an op, backward keeps forward's
-backend, and a graph can be told to use another one.
+The backend travels as a plain string, the last positional argument. So a compiler sees through an op, backward keeps
+forward's backend, and a graph can be told to use another one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def implement(name: str, kernel: Callable[..., Any]) -> None:
 # --- fakes ----------------------------------------------------------------------------------------------------------
 
 
-def _quantize_4bit(A: Tensor, blocksize: int, *_: Any) -> tuple[Tensor, Tensor]:
+def _quantize_4bit(A: Tensor, blocksize: int, *_: Any, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     packed = A.new_empty(layout.packed_bytes(A.numel()), dtype=torch.uint8)
     return packed, A.new_empty(layout.block_count(A.numel(), blocksize), dtype=torch.float32)
 
@@ -110,7 +110,8 @@ def _restore_weight(tensors: list[Tensor], layout_name: str, shape: list[int], *
 _PRODUCT = f"Tensor A, {WEIGHT}, Tensor? bias, str backend) -> Tensor"
 _OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "quantize_4bit": (
-        "Tensor A, int blocksize, str quant_type, bool allow_nonfinite, str backend) -> (Tensor, Tensor)",
+        "Tensor A, int blocksize, str quant_type, bool allow_nonfinite, str backend, *, Tensor? absmax=None) "
+        "-> (Tensor, Tensor)",
         _quantize_4bit,
     ),
     "dequantize_4bit": (f"{WEIGHT}, ScalarType dtype, str backend) -> Tensor", _dequantize_4bit),

@@ -102,7 +102,8 @@ def quantize_experts(module: nn.Module, param_name: str, **settings: Any) -> Par
     Args:
         module: the owner of the parameter; it is changed.
         param_name: the parameter's name in it.
-        settings: ``quant_type``, ``compress_statistics``, ``quant_storage``, ``blocksize``, as in ``Params4bit``.
+        settings: ``quant_type``, ``compress_statistics``, ``quant_storage``, ``blocksize``, ``scales``, as in
+            ``Params4bit``.
 
     Raises:
         ValueError: it holds NaN or infinity.

@@ -37,6 +37,7 @@ def quantize_model(
     compute_dtype: torch.dtype | None = None,
     quant_storage: torch.dtype = torch.uint8,
     blocksize: int | None = None,
+    scales: str = "absmax",
     include: Rule = "*",
     skip: Rule = ("lm_head",),
     progress: bool = True,
@@ -56,7 +57,7 @@ def quantize_model(
 
     Args:
         model: any module; it is changed. A bare ``nn.Linear`` is returned converted.
-        quant_type, compress_statistics, compute_dtype, quant_storage, blocksize: as in ``Linear4bit``.
+        quant_type, compress_statistics, compute_dtype, quant_storage, blocksize, scales: as in ``Linear4bit``.
         include: the layers meant. A pattern, several, or a function of (name, layer) that returns a bool. A pattern is
             a glob over a run of parts of the dotted name: ``"mlp"``, ``"layers.[0-3].*_proj"``. The name of a fused
             expert weight is the parameter's (``"layers.0.mlp.experts.down_proj"``), its layer the parameter's owner.
@@ -88,6 +89,8 @@ compute_dtype=None)
     """
     from tqdm.auto import tqdm
 
+    from ..integrations.later import connect
+
     places, left = _choose(model, include, skip)
     if not places:
         why = ", ".join(f"{name or 'itself'} ({reason})" for name, reason in list(left.items())[:5])
@@ -97,6 +100,7 @@ compute_dtype=None)
         "compress_statistics": compress_statistics,
         "quant_storage": quant_storage,
         "blocksize": blocksize,
+        "scales": scales,
     }
     if report is not None:
         report.left |= left
@@ -116,6 +120,7 @@ compute_dtype=None)
             from ..integrations.expert_files import settle
 
             settle(model)
+    connect("peft")
     return model
 
 

@@ -39,6 +39,7 @@ class Linear4bit(Holds4bitWeight, nn.Linear):
         quant_storage: dtype the packed bytes are stored under.
         device: as in ``nn.Linear``.
         blocksize: elements per block; 64 if None (not in bitsandbytes).
+        scales: "absmax", or "search" for a smaller error in the same format; see ``quantize_4bit``.
 
     Example:
         >>> layer = Linear4bit(64, 8, quant_type="nf4").to("cpu")
@@ -58,6 +59,7 @@ class Linear4bit(Holds4bitWeight, nn.Linear):
         device: torch.device | str | None = None,
         *,
         blocksize: int | None = None,
+        scales: str = "absmax",
     ) -> None:
         super().__init__(input_features, output_features, bias, device)
         self.compute_dtype = compute_dtype
@@ -68,6 +70,7 @@ class Linear4bit(Holds4bitWeight, nn.Linear):
             compress_statistics=compress_statistics,
             quant_type=quant_type,
             quant_storage=quant_storage,
+            scales=scales,
         )
 
     @classmethod
@@ -76,7 +79,8 @@ class Linear4bit(Holds4bitWeight, nn.Linear):
 
         Args:
             linear: left as it is.
-            settings: ``quant_type``, ``compress_statistics``, ``compute_dtype``, ``quant_storage``, ``blocksize``.
+            settings: ``quant_type``, ``compress_statistics``, ``compute_dtype``, ``quant_storage``, ``blocksize``,
+                ``scales``.
 
         Example:
             >>> Linear4bit.from_linear(nn.Linear(64, 8), quant_type="nf4").weight.shape
@@ -118,6 +122,7 @@ class _LinearOfFixedType(Linear4bit):
         device: torch.device | str | None = None,
         *,
         blocksize: int | None = None,
+        scales: str = "absmax",
     ) -> None:
         super().__init__(
             input_features,
@@ -129,6 +134,7 @@ class _LinearOfFixedType(Linear4bit):
             quant_storage,
             device,
             blocksize=blocksize,
+            scales=scales,
         )
 
 

@@ -6,13 +6,18 @@ the one that counts as right, on the same operands.
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from ..codebooks import create_dynamic_map
+from ..functional import quantize_4bit
 from ..internals import codec, dispatch
+from ..internals.grouped import grouped_gemm_4bit
 from ..matmul import describe
 from ..registry import check_usable
 from ..trace import trace
 from .asked import Asked, ExplainedError, NoSuchThing, one_nan
-from .budget import assert_same_bits, error_budget
+from .budget import assert_same_bits, error_budget, grouped_budget
 from .diagnose import diagnose_product, diagnose_quantised
 
 
@@ -30,6 +35,20 @@ def ask_quantize_4bit(asked: Asked) -> None:
     except AssertionError as difference:
         where, hint = diagnose_quantised(got[0], wanted[0], asked.W, wanted[1], case)
         raise ExplainedError(f"{difference}{where}", hint) from None
+    engine = check_usable(asked.backend)
+    if engine is not None and codec.takes_scales(engine):
+        _ask_quantize_with_scales(asked, 0.8 * wanted[1], allowed)
+
+
+def _ask_quantize_with_scales(asked: Asked, absmax: Tensor, allowed: bool) -> None:
+    """The same with scales given, smaller than the largest magnitudes, so that values are clamped."""
+    case = asked.case
+    wanted = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.against, absmax)
+    with trace() as t:
+        got = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.backend, absmax)
+    asked.ran_here(t)
+    assert_same_bits(one_nan(got[1]), one_nan(absmax), "absmax, which was given")
+    assert_same_bits(got[0], wanted[0], "packed bytes, with absmax given")
 
 
 def ask_dequantize_4bit(asked: Asked) -> None:
@@ -74,6 +93,25 @@ def ask_product(asked: Asked) -> None:
     asked.ran_here(t)
     budget = error_budget(asked.x, B, state, asked.bias, backend=asked.against)
     asked.product_within(budget, got, "product", lambda: diagnose_product(got, asked.x, B, state, asked.bias))
+
+
+def ask_grouped(asked: Asked) -> None:
+    """A product for each of three experts, the second without rows; then one on the same bytes stored transposed."""
+    case, m = asked.case, asked.case.m
+    W = torch.stack([asked.W, asked.W.flip(0), -asked.W])
+    B, state = quantize_4bit(W, **case.settings(), backend=asked.against)
+    offsets = [0, m // 2, m // 2, m]
+    bias = None if asked.bias is None else torch.stack([asked.bias, -asked.bias, asked.bias.flip(0)])
+    the_other_way = torch.randn(m, case.n, generator=torch.Generator().manual_seed(case.seed)).to(asked.x)
+    for transposed, x, added in ((False, asked.x, bias), (True, the_other_way, None)):
+        with trace() as t:
+            got = grouped_gemm_4bit(
+                x, B, state, torch.tensor(offsets), added, transposed=transposed, backend=asked.backend
+            )
+        asked.ran_here(t)
+        budget = grouped_budget(x, B, state, offsets, added, transposed, asked.against)
+        stored = "[E, K, N]" if transposed else "[E, N, K]"
+        asked.product_within(budget, got, f"grouped product with the weight stored as {stored}", lambda: "")
 
 
 def ask_own_layout(asked: Asked) -> None:

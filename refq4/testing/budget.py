@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from ..state import QuantState
 
 FEW, ORDERS = 1024, 8
 
-__all__ = ["Budget", "assert_same_bits", "assert_within_budget", "error_budget", "oracle", "ulp"]
+__all__ = ["Budget", "assert_same_bits", "assert_within_budget", "error_budget", "grouped_budget", "oracle", "ulp"]
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,53 @@ def error_budget(
         exact = oracle(x, B, state, bias, backend)
         cast = None if bias is None else bias.to(x.dtype)
         reference = dispatch.product("gemm_4bit", x, state.packed_weight(B), cast, backend)
-        budget = Budget.of(exact, reference, x.dtype)
-        if 0 < reference.numel() < FEW:
-            weight = codec.dequantize_4bit(state.packed_weight(B), x.dtype, backend)
-            budget = max([budget, *_other_orders(x, weight, cast, exact)], key=lambda b: float(b.allowed.max()))
+        weight = codec.dequantize_4bit(state.packed_weight(B), x.dtype, backend)
+        return _loosest(exact, reference, x, weight, cast)
+
+
+def grouped_budget(
+    x: Tensor,
+    B: Tensor,
+    state: QuantState,
+    offsets: list[int],
+    bias: Tensor | None = None,
+    transposed: bool = False,
+    backend: str = "reference",
+) -> Budget:
+    """The budget for a grouped product: that of each expert's rows [.., K] with its own weight.
+
+    Args:
+        x: [T, K], sorted by expert.
+        B: the packed bytes of a weight of ``state.shape`` [E, N, K], or [E, K, N] if ``transposed``.
+        offsets: E + 1 of them; see ``Backend.grouped_gemm_4bit``.
+        bias: [E, N].
+        backend: decodes the weight.
+
+    Example:
+        >>> from refq4.functional import quantize_4bit
+        >>> B, state = quantize_4bit(torch.eye(2, 32).repeat(3, 1, 1), quant_type="nf4", blocksize=32)
+        >>> grouped_budget(torch.ones(4, 32), B, state, [0, 1, 1, 4]).oracle.shape
+        torch.Size([4, 2])
+    """
+    plain = state.copy()
+    plain.dtype = torch.float32
+    weights = codec.dequantize_4bit(plain.packed_weight(B), torch.float32, backend)
+    parts: list[Budget] = []
+    for e, (start, stop) in enumerate(pairwise(offsets)):
+        rows, weight = x[start:stop], weights[e].t() if transposed else weights[e]
+        added = None if bias is None else bias[e]
+        exact = torch.nn.functional.linear(rows.double(), weight.double(), None if added is None else added.double())
+        rounded = weight.to(x.dtype)
+        reference = torch.nn.functional.linear(rows, rounded, added)
+        parts.append(_loosest(exact, reference, rows, rounded, added))
+    return Budget(*(torch.cat([getattr(part, name) for part in parts]) for name in ("oracle", "reference", "allowed")))
+
+
+def _loosest(exact: Tensor, reference: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Budget:
+    """The budget of a product, or where it has few outputs the largest over several orders of its terms."""
+    budget = Budget.of(exact, reference, x.dtype)
+    if 0 < reference.numel() < FEW:
+        budget = max([budget, *_other_orders(x, weight, bias, exact)], key=lambda b: float(b.allowed.max()))
     return Budget(exact, reference, budget.allowed)
 
 

@@ -7,6 +7,7 @@
     quantize_blockwise     8-bit codes and absmax                                                  bit for bit
     dequantize_blockwise   8-bit codes decoded                                                     bit for bit
     gemv_4bit, gemm_4bit   x @ W.t() + bias on the canonical layout                                error budget
+    grouped_gemm_4bit      each row times its own expert's weight, stored as [E, N, K] and [E, K, N]       error budget
     own layout             prepare_weight, restore_weight; products on the prepared weight         bits; budget
     forward                Linear4bit: every step's decision, the result, nothing changed          equal; budget
     backward               grad of activations and bias                                            error budget
@@ -29,6 +30,7 @@ from .ask_layers import ask_backward, ask_embedding, ask_forward, ask_state_dict
 from .ask_ops import (
     ask_dequantize_4bit,
     ask_dequantize_blockwise,
+    ask_grouped,
     ask_own_layout,
     ask_product,
     ask_quantize_4bit,
@@ -101,6 +103,7 @@ CHECKS = {
     "dequantize_blockwise": Check(ask_dequantize_blockwise, (*_NO_PRODUCT, "code", "nested", "storage")),
     "gemv_4bit": Check(ask_product, ("m", "storage"), sums=True),
     "gemm_4bit": Check(ask_product, ("storage",), sums=True),
+    "grouped_gemm_4bit": Check(ask_grouped, ("storage",), sums=True, layers=True),
     "own layout": Check(ask_own_layout, ("storage",), sums=True),
     "forward": Check(ask_forward, sums=True, layers=True),
     "backward": Check(ask_backward, ("storage",), sums=True),

@@ -93,7 +93,9 @@ class BitsandbytesBackend(Backend):
 
     # --- ops --------------------------------------------------------------------------------------------------------
 
-    def quantize_4bit(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
+    def quantize_4bit(  # type: ignore[override]  # bitsandbytes takes no absmax
+        self, A: Tensor, code: Code, blocksize: int
+    ) -> tuple[Tensor, Tensor]:
         kind = type_of(code.values)
         packed, absmax = _peer().ops.quantize_4bit.default(A, blocksize, kind, torch.uint8)
         return packed.view(-1), absmax

@@ -74,7 +74,9 @@ class _Judge(ReferenceBackend):
         self.noted: set[str] = set()
         self.peer = BitsandbytesBackend()
 
-    def quantize_4bit(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
+    def quantize_4bit(  # type: ignore[override]  # bitsandbytes takes no absmax
+        self, A: Tensor, code: Code, blocksize: int
+    ) -> tuple[Tensor, Tensor]:
         mine = super().quantize_4bit(A, code, blocksize)
         if not self.quantises:
             return mine

@@ -26,7 +26,7 @@ from ..models.report import LayerReport, QuantizationReport, layer_report
 from ..nn import Linear4bit
 from .explain import Explanation, explain
 
-__all__ = ["FORMATS", "FormatReport", "LayerReport", "TourReport", "tour"]
+__all__ = ["FORMATS", "FormatReport", "LayerReport", "TourReport", "packaged_matrices", "tour"]
 
 FORMATS: dict[str, dict[str, Any]] = {
     "NF4": {"quant_type": "nf4", "compress_statistics": False},
@@ -94,6 +94,16 @@ def _packaged_model() -> Path:
             f"{remedies.install('tour')}, or give the path of a .safetensors file"
         )
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def packaged_matrices() -> dict[str, Tensor]:
+    """The weights [N, K] of the packaged encoder's 36 linear layers, by name.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    tensors = _read(_packaged_model() / "model.safetensors")
+    return {key: tensor for key, tensor in tensors.items() if key.startswith("encoder.") and tensor.dim() == 2}
 
 
 def _tour_encoder(path: Path) -> TourReport:

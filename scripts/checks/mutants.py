@@ -150,8 +150,8 @@ MUTANTS = [
     Mutant(
         "absmax without the absolute value",
         "refq4/reference.py",
-        "absmax[blocks] = x.abs().amax(dim=1)",
-        "absmax[blocks] = x.amax(dim=1)",
+        "scales[blocks] = x.abs().amax(dim=1)",
+        "scales[blocks] = x.amax(dim=1)",
     ),
     Mutant(
         "the short last block is left out of the blocks",

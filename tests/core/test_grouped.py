@@ -12,6 +12,7 @@ import refq4
 from refq4.backend import Backend
 from refq4.functional import dequantize_4bit, quantize_4bit
 from refq4.internals.grouped import grouped_gemm_4bit
+from refq4.params import Params4bit
 from refq4.reference import ReferenceBackend
 from refq4.state import QuantState
 
@@ -97,6 +98,33 @@ def test_the_gradient_has_a_gradient() -> None:
     run = lambda x: grouped_gemm_4bit(x, packed, state, torch.tensor(OFFSETS), backend="reference")  # noqa: E731
     assert torch.autograd.gradcheck(run, (x,))
     assert torch.autograd.gradgradcheck(run, (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_experts_prepared_for_the_cpu_give_the_same_and_their_bytes_come_back(dtype: torch.dtype) -> None:
+    packed, state = experts()
+    weight = Params4bit(packed.clone(), quant_state=state, bnb_quantized=True)
+    x, offsets = rows(K, dtype), torch.tensor(OFFSETS)
+    with torch.no_grad():
+        y = grouped_gemm_4bit(x, weight, state, offsets, backend="cpu")
+        assert weight.prepared
+        close(y, plain(x, dequantize_4bit(packed, state).to(dtype), None, False))
+    assert torch.equal(weight.stored(), packed)
+    assert weight.prepared, "reading a copy of the bytes does not restore them"
+    assert torch.equal(torch.cat([weight]), packed)
+    assert not weight.prepared
+
+
+def test_a_compiled_call_takes_the_prepared_experts_and_gives_the_same() -> None:
+    packed, state = experts()
+    weight = Params4bit(packed.clone(), quant_state=state, bnb_quantized=True)
+    x, offsets = rows(K), torch.tensor(OFFSETS)
+    with torch.no_grad(), refq4.use_backend("cpu"):
+        eager = grouped_gemm_4bit(x, weight, state, offsets)
+        assert weight.prepared
+        compiled = torch.compile(lambda x, o: grouped_gemm_4bit(x, weight, state, o), fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x, offsets), eager)
+        assert weight.prepared
 
 
 def test_every_op_passes_opcheck() -> None:

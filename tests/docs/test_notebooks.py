@@ -37,7 +37,6 @@ def test_the_pair_holds_the_same_cells_and_nothing_of_the_machine_that_made_it(s
 
 
 @every_notebook
-@pytest.mark.usefixtures("unmeasured")
 def test_it_runs_and_shows_what_is_committed(source):
     fresh = notebooks.read_source(source)
     notebooks.execute(fresh)

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from refq4.checkpoint import inspect_checkpoint, quantize_checkpoint
+from refq4.checkpoint import inspect_checkpoint, places, quantize_checkpoint
 from refq4.checkpoint.inspection import bars
 from refq4.internals.blockwise import decode_scales
 from refq4.layout import unpack
@@ -115,10 +116,15 @@ def test_a_file_that_cant_be_read_at_all_is_an_error_and_no_code_in_it_runs(tmp_
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "bad.safetensors").write_bytes(b"12345678{}")
     torch.save({"a": 1}, tmp_path / "none.pt")
+    garbage = {"garbage.bin": b"\x93\x1f" * 50, "text.pt": b"hello", "frame.pt": b"\x80\x02X\xff", "zip.pt": b"PK"}
+    for name, data in garbage.items():
+        (tmp_path / name).write_bytes(data)
+    damaged = r"can't be read as torch's format: it is damaged, or no file that torch.save wrote$"
+    for name, says in dict.fromkeys([*garbage, "bad.bin", "empty.pt"], damaged).items():
+        with pytest.raises(ValueError, match=says):
+            inspect_checkpoint(tmp_path / name)
     for name, says in {
-        "evil.pt": "can't be read as torch's format",
-        "bad.bin": "can't be read as torch's format",
-        "empty.pt": "can't be read as torch's format",
+        "evil.pt": "it holds print, and to make one would run code from the file.*save the tensors alone",
         "bad.safetensors": "can't be read as safetensors",
         "none.pt": "holds no tensor",
     }.items():
@@ -127,6 +133,16 @@ def test_a_file_that_cant_be_read_at_all_is_an_error_and_no_code_in_it_runs(tmp_
     with pytest.raises(FileNotFoundError, match="no such file"):
         inspect_checkpoint(tmp_path / "gone.safetensors")
     assert capsys.readouterr().out == ""
+
+
+def test_beside_a_single_file_an_index_left_over_counts_for_nothing_as_in_transformers(tmp_path):
+    config = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / places.INDEX).write_text(json.dumps(index))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    shapes = {tensor.key: tensor.shape for tensor in inspect_checkpoint(tmp_path).tensors}
+    assert shapes == {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 def test_the_table_is_short_where_there_is_much_and_a_pattern_chooses(tmp_path):

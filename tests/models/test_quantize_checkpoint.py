@@ -74,8 +74,9 @@ def left_behind(out: Path) -> list[str]:
         {},
         {"compress_statistics": False, "quant_storage": torch.bfloat16},
         {"quant_type": "fp4", "blocksize": 32, "quant_storage": torch.float32},
+        {"scales": "search"},
     ],
-    ids=["nf4 nested", "nf4 in bf16 storage", "fp4 nested in blocks of 32"],
+    ids=["nf4 nested", "nf4 in bf16 storage", "fp4 nested in blocks of 32", "nf4 with scales that were searched"],
 )
 def test_a_file_holds_the_bits_that_quantize_4bit_gives(model, tmp_path, settings, piece, monkeypatch):
     monkeypatch.setattr(weights, "PIECE", piece)

@@ -152,6 +152,22 @@ def test_the_linear_layers_of_a_model_are_quantised_while_it_loads_and_the_head_
     assert "Loading weights" in capsys.readouterr().err  # the bar
 
 
+def test_scales_that_were_searched_are_asked_for_in_the_config_and_saved_with_it(models, tmp_path):
+    config = Refq4Config(**settings(nested=True), scales="search")
+    model = load(models["llama"], config)
+    plain = load(models["llama"])
+    for name, layer in layers_of(model).items():
+        source = plain.get_submodule(name).weight.detach()
+        packed, state = refq4.functional.quantize_4bit(
+            source, quant_type="nf4", compress_statistics=True, scales="search"
+        )
+        assert_same_bits(layer.weight.data, packed, name)
+        assert layer.weight.quant_state == state
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["scales"] == "search"
+    assert load(tmp_path, None).config.quantization_config.scales == "search"
+
+
 def test_while_a_model_is_quantised_no_two_of_its_tensors_are_held_in_full_precision(models, monkeypatch):
     seen: list[weakref.ref[Tensor]] = []
     convert = integration.Quantise.convert
@@ -506,6 +522,7 @@ def test_the_config_takes_every_field_of_bitsandbytes_own_and_gives_it_back():
         ({"bnb_4bit_compute_dtype": "nn"}, "no dtype of torch"),
         ({"bnb_4bit_quant_storage": "int8"}, "quant_storage must be one of"),
         ({"blocksize": 48}, "blocksize must be one of"),
+        ({"scales": "best"}, "wanted 'absmax' or 'search'"),
     ],
 )
 def test_the_config_refuses_what_no_layer_can_have(fields, said):

@@ -78,6 +78,28 @@ def ours(peer_state, packed: Tensor | None = None) -> F.QuantState:
     return F.QuantState.from_dict(peer_state.as_dict(packed=True), packed=packed)
 
 
+# --- scales that were searched --------------------------------------------------------------------------------------
+
+
+@quant_types
+@nestings
+def test_it_decodes_a_weight_whose_scales_were_searched_to_the_same_values(bnb, quant_type, nested):
+    weight = ten_million(torch.float32)[::40].contiguous()
+    layer = nn.Linear4bit(
+        *weight.shape[::-1], False, quant_type=quant_type, compress_statistics=nested, scales="search"
+    )
+    layer.weight.data.copy_(weight)
+    saved = layer.to("cpu").state_dict()
+    packed = saved.pop("weight")
+    theirs = bnb.nn.Params4bit.from_prequantized(
+        packed, {key.removeprefix("weight."): value for key, value in saved.items()}, device="cpu"
+    )
+    decoded = F.dequantize_4bit(packed, layer.quant_state)
+    assert_decodes_alike(bnb, decoded, peer_dequantize(bnb, packed, theirs.quant_state), quant_type)
+    plain = F.dequantize_4bit(*F.quantize_4bit(weight, quant_type=quant_type, compress_statistics=nested))
+    assert (decoded - weight).norm() < 0.97 * (plain - weight).norm()
+
+
 # --- names ----------------------------------------------------------------------------------------------------------
 
 

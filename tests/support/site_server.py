@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import unmeasured
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ def built_site(shared: Path) -> Path:
         if not site.exists():
             being_built = shared / "site-being-built"
             command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(being_built)]
-            environment = unmeasured.environment() | {"NO_MKDOCS_2_WARNING": "1"}
+            environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"mkdocs build --strict:\n{done.stdout}{done.stderr}"
             being_built.rename(site)

@@ -224,7 +224,17 @@ def test_a_call_without_tokens_is_refused(capsys):
 
 def test_every_command_has_help_with_an_example_and_json_where_it_reports(capsys):
     commands = next(iter(cli.parser()._subparsers._group_actions)).choices
-    assert set(commands) == {"tour", "info", "explain", "quantize", "inspect", "verify", "bench", "complete"}
+    assert set(commands) == {
+        "tour",
+        "info",
+        "explain",
+        "quantize",
+        "dequantize",
+        "inspect",
+        "verify",
+        "bench",
+        "complete",
+    }
     for name, command in commands.items():
         text = command.format_help()
         assert name == "complete" or "--json" in text

@@ -29,10 +29,12 @@ from refq4.internals.buildcache import CacheError
 from refq4.layout import block_count, packed_bytes
 
 from . import build
-from .arguments import code_struct, declare, weight_struct
+from .arguments import declare, weight_struct
 from .calibrate import MEASURED_M, Winners, calibrated, winner
-from .kernels import DTYPES, TILES, ProductKernel, addresses, can_tile, candidates, checked_tiles, forced, tile_bytes
+from .experts import groups
+from .kernels import DTYPES, GRAD_INPUT, TILES, ProductKernel, addresses, candidates, forced
 from .threads import borrow_torch_threads
+from .tiles import Tiles, addressed, struct_of, tiled, untiled
 
 __all__ = ["CpuBackend"]
 
@@ -40,13 +42,6 @@ __all__ = ["CpuBackend"]
 _UNUSABLE = (build.BuildError, CacheError, OSError, ValueError)
 
 _LARGEST_M = MEASURED_M[-1]
-
-
-class Tiles(PreparedWeight):
-    """A weight that this backend laid out itself: its sizes need no check, and its addresses are looked up once."""
-
-    tiles: int
-    code: bytes  # the struct of kernels/refq4.h
 
 
 class CpuBackend(Backend):
@@ -95,6 +90,10 @@ class CpuBackend(Backend):
         tier = self.library().tier
         if call.op in ("gemv_4bit", "gemm_4bit"):
             name = self._kernel_for(call.dtype, call.m, call.k, call.blocksize, call.layout).name
+        elif call.op == "grouped_gemm_4bit":
+            rows = -(-call.m // call.experts)  # as if all had as many
+            kernel = self._kernel_for(call.dtype, rows, call.k, call.blocksize, call.layout)
+            name = f"{GRAD_INPUT if call.transposed else kernel.name} for each expert"
         else:
             rung = {"avx512_bf16": "2_avx512", "avx512": "2_avx512", "avx2": "2_avx2"}.get(tier.name, "1_scalar")
             in_c = call.op not in ("quantize_4bit", "dequantize_4bit")
@@ -156,21 +155,27 @@ class CpuBackend(Backend):
 
     # --- quantising and dequantising --------------------------------------------------------------------------
 
-    def quantize_4bit(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
+    def quantize_4bit(
+        self, A: Tensor, code: Code, blocksize: int, absmax: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         out = torch.empty(packed_bytes(A.numel()), dtype=torch.uint8)
-        return out, self._quantize(A, code, blocksize, out, packs=True)
+        return out, self._quantize(A, code, blocksize, out, packs=True, given=absmax)
 
     def quantize_blockwise(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
         out = torch.empty(A.shape, dtype=torch.uint8)
         return out, self._quantize(A, code, blocksize, out, packs=False)
 
-    def _quantize(self, A: Tensor, code: Code, blocksize: int, out: Tensor, packs: bool) -> Tensor:
+    def _quantize(
+        self, A: Tensor, code: Code, blocksize: int, out: Tensor, packs: bool, given: Tensor | None = None
+    ) -> Tensor:
         A, order, thresholds = A.contiguous(), code.order.contiguous(), code.thresholds.contiguous()
         absmax = torch.empty(block_count(A.numel(), blocksize), dtype=torch.float32)
+        scales = None if given is None else given.contiguous()
         pad = code.zero_code() if packs and A.numel() % 2 else 0
         self.library().functions.refq4_quantize(
             A.data_ptr(), DTYPES[A.dtype], A.numel(), blocksize, thresholds.data_ptr(), order.data_ptr(),
-            order.numel(), pad, absmax.data_ptr(), out.data_ptr(), packs, torch.get_num_threads(),
+            order.numel(), pad, None if scales is None else scales.data_ptr(), absmax.data_ptr(), out.data_ptr(), packs,
+            torch.get_num_threads(),
         )  # fmt: skip
         return absmax
 
@@ -207,6 +212,30 @@ class CpuBackend(Backend):
     def gemm_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
         return self._product(x, weight, bias)
 
+    def grouped_gemm_4bit(
+        self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, offsets: Tensor, transposed: bool
+    ) -> Tensor:
+        n, k = weight.shape[:0:-1] if transposed else weight.shape[1:]
+        y = torch.empty((x.shape[0], n), dtype=x.dtype)
+        if type(weight) is PackedWeight:
+            layout, tiles, as_struct = "canonical", None, struct_of(weight)
+        else:
+            known = weight if type(weight) is Tiles else addressed(weight)
+            layout, tiles, as_struct = TILES, known.tiles, known.code
+
+        def address(rows: int) -> int:
+            name = GRAD_INPUT if transposed else self._kernel_for(x.dtype, rows, k, weight.blocksize, layout).name
+            return self._addresses[name]
+
+        library = self.library()
+        status = library.functions.refq4_grouped(
+            *groups(offsets, address), x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+            DTYPES[x.dtype], n, k, tiles, as_struct, torch.get_num_threads(),
+        )  # fmt: skip
+        if status != 0:
+            raise MemoryError(f"refq4's CPU kernels found no scratch memory for {x.shape[0]} rows, N={n}, K={k}")
+        return y
+
     def _product(
         self,
         x: Tensor,
@@ -226,12 +255,12 @@ class CpuBackend(Backend):
             if kernel is None:
                 kernel = self._kernel_for(dtype, m, k, weight.blocksize, weight.layout)
             if type(weight) is not Tiles:
-                weight = _addressed(weight, *checked_tiles(weight))
+                weight = addressed(weight)
             tiles, as_struct = weight.tiles, weight.code
         else:
             if kernel is None:
                 kernel = self._kernel_for(dtype, m, k, weight.blocksize, "canonical")
-            tiles, as_struct = None, _struct(weight)
+            tiles, as_struct = None, struct_of(weight)
         status = (self._library or self.library()).functions.refq4_product(
             self._addresses[kernel.name], x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
             DTYPES[dtype], m, n, k, tiles, as_struct, threads or torch.get_num_threads(),
@@ -270,36 +299,7 @@ class CpuBackend(Backend):
 
     def prepare_weight(self, weight: PackedWeight) -> PreparedWeight | None:
         """Tiles (``kernels/tiles.h``), or None where no kernel of this tier reads them or rows and blocks don't fit."""
-        if len(weight.shape) != 2 or not can_tile(weight.shape[1], weight.blocksize) or self.library().tier.name == "c":
-            return None
-        n, k = weight.shape
-        tiles = torch.empty(tile_bytes(n, k, weight.blocksize), dtype=torch.uint8)
-        self.library().functions.refq4_tile(_struct(weight), n, k, tiles.data_ptr(), torch.get_num_threads())
-        kept = [tiles, weight.code]
-        if weight.nested is not None:  # tiles hold the scales undone; the way back needs the bytes they came from
-            nested = weight.nested
-            kept += [weight.absmax, nested.absmax, nested.code, nested.offset, torch.tensor(nested.blocksize)]
-        prepared = PreparedWeight(self.name, TILES, tuple(kept), (n, k), weight.blocksize, weight.quant_type)
-        return _addressed(prepared, tiles, weight.code)
+        return None if self.library().tier.name == "c" else tiled(self.library().functions, weight)
 
     def restore_weight(self, prepared: PreparedWeight) -> PackedWeight:
-        n, k = prepared.shape
-        (tiles, code), kept = checked_tiles(prepared), prepared.tensors[2:]
-        packed = torch.empty(packed_bytes(n * k), dtype=torch.uint8)
-        absmax = kept[0] if kept else torch.empty(block_count(n * k, prepared.blocksize), dtype=torch.float32)
-        self.library().functions.refq4_untile(
-            tiles.data_ptr(), n, k, prepared.blocksize, packed.data_ptr(), None if kept else absmax.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        nested = Nested(kept[1], kept[2], kept[3], int(kept[4])) if kept else None
-        return PackedWeight(packed, absmax, code, prepared.blocksize, (n, k), prepared.quant_type, nested)
-
-
-def _addressed(weight: PreparedWeight, tiles: Tensor, code: Tensor) -> Tiles:
-    known = Tiles(*weight)
-    known.tiles, known.code = tiles.data_ptr(), code_struct(code, weight.blocksize)
-    return known
-
-
-def _struct(weight: PackedWeight) -> bytes:
-    return weight_struct(weight.packed, weight.code, weight.blocksize, weight.absmax, weight.nested)
+        return untiled(self.library().functions, prepared)

@@ -8,6 +8,7 @@ calibration and fallback are skipped, and a call that the kernel can't serve is 
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from . import build
 
 __all__ = [
     "DTYPES",
+    "GRAD_INPUT",
     "KERNEL_VARIABLE",
     "PRODUCT_KERNELS",
     "TILES",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 KERNEL_VARIABLE = "REFQ4_CPU_KERNEL"
+GRAD_INPUT = "grad_input_4bit_1_blocked"  # in every tier, for every shape
 TILES = "tiles16"  # the layout of kernels/tiles.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dtype of kernels/refq4.h
 
@@ -86,7 +89,7 @@ def addresses(library: build.Library) -> dict[str, int]:
     Raises:
         BuildError: the library has no kernel of a name above.
     """
-    wanted = [kernel.name for kernel in PRODUCT_KERNELS if kernel.tier <= library.tier.number]
+    wanted = [GRAD_INPUT, *(kernel.name for kernel in PRODUCT_KERNELS if kernel.tier <= library.tier.number)]
     found = {name: library.functions.refq4_kernel(name.encode()) for name in wanted}
     if missing := [name for name, address in found.items() if address is None]:
         raise build.BuildError(
@@ -112,7 +115,8 @@ def checked_tiles(weight: PreparedWeight) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: one of them is missing, or has another dtype, size or device.
     """
-    (n, k), blocksize = weight.shape, weight.blocksize
+    (*experts, n, k), blocksize = weight.shape, weight.blocksize
+    n *= math.prod(experts)
     if not can_tile(k, blocksize):
         raise ValueError(f"tiles hold no weight of K = {k} at blocksize {blocksize}")
     wanted = (("tiles", torch.uint8, tile_bytes(n, k, blocksize)), ("code", torch.float32, 16))

@@ -65,19 +65,28 @@ class PlannedBackend(Backend):
 
     # --- quantising and dequantising ----------------------------------------------------------------------------------
 
-    def quantize_4bit(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
+    def quantize_4bit(
+        self, A: Tensor, code: Code, blocksize: int, absmax: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         out = torch.empty(packed_bytes(A.numel()), dtype=torch.uint8, device=A.device)
-        return out, self._quantize(A, code, blocksize, out, packs=True)
+        return out, self._quantize(A, code, blocksize, out, packs=True, given=absmax)
 
     def quantize_blockwise(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
         out = torch.empty(A.shape, dtype=torch.uint8, device=A.device)
         return out, self._quantize(A, code, blocksize, out, packs=False)
 
-    def _quantize(self, A: Tensor, code: Code, blocksize: int, out: Tensor, packs: bool) -> Tensor:
-        absmax = torch.empty(block_count(A.numel(), blocksize), dtype=torch.float32, device=A.device)
+    def _quantize(
+        self, A: Tensor, code: Code, blocksize: int, out: Tensor, packs: bool, given: Tensor | None = None
+    ) -> Tensor:
+        if given is None:
+            absmax = torch.empty(block_count(A.numel(), blocksize), dtype=torch.float32, device=A.device)
+        else:
+            absmax = given.clone(memory_format=torch.contiguous_format)
         if A.numel():
-            processor = self.processor(A.device)
-            processor.run(launch.quantize(A.contiguous(), code, blocksize, packs, out, absmax, processor.arch))
+            processor, measures = self.processor(A.device), given is None
+            processor.run(
+                launch.quantize(A.contiguous(), code, blocksize, packs, out, absmax, processor.arch, measures)
+            )
         return absmax
 
     def dequantize_4bit(self, weight: PackedWeight, dtype: torch.dtype) -> Tensor:

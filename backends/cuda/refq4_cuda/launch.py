@@ -67,11 +67,19 @@ def all_variants(arch: int) -> list[Variant]:
 
 
 def quantize(
-    A: Tensor, code: Code, blocksize: int, packs: bool, out: Tensor, absmax: Tensor, arch: int
+    A: Tensor,
+    code: Code,
+    blocksize: int,
+    packs: bool,
+    out: Tensor,
+    absmax: Tensor,
+    arch: int,
+    measures: bool = True,
 ) -> list[Launch]:
     """A [any shape] -> ``out`` (two codes a byte if ``packs``) and ``absmax`` fp32 [blocks].
 
-    One launch where the vectorised kernel serves, else two: scales, then codes.
+    One launch where the vectorised kernel serves, else two: scales, then codes. Unless it ``measures``, ``absmax`` is
+    what it was, and the second of these does the rest.
     """
     numel = A.numel()
     if numel == 0:
@@ -83,14 +91,14 @@ def quantize(
         absmax.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     buffers = (A, code.thresholds, code.order, absmax, out)
-    if packs and length <= 16 and log2(blocksize) >= 3 and A.data_ptr() % 16 == 0 and out.data_ptr() % 4 == 0:
+    aligned = A.data_ptr() % 16 == 0 and out.data_ptr() % 4 == 0
+    if measures and packs and length <= 16 and log2(blocksize) >= 3 and aligned:
         warps = ceil_div(numel, max(blocksize, THREADS))
         return [_launch(_quantize_variant(A.dtype), ceil_div(warps, THREADS // 32), arguments, buffers)]
     blocks, items = ceil_div(numel, blocksize), ceil_div(numel, 2) if packs else numel
-    return [
-        _launch(_absmax_variant(A.dtype), ceil_div(blocks, THREADS // 32), arguments, buffers),
-        _launch(_codes_variant(A.dtype, packs), ceil_div(items, THREADS), arguments, buffers),
-    ]
+    codes = _launch(_codes_variant(A.dtype, packs), ceil_div(items, THREADS), arguments, buffers)
+    scales = _launch(_absmax_variant(A.dtype), ceil_div(blocks, THREADS // 32), arguments, buffers)
+    return [scales, codes] if measures else [codes]
 
 
 def _quantize_variant(dtype: torch.dtype) -> Variant:

@@ -119,6 +119,22 @@ def test_tails_and_odd_lengths_match_bit_for_bit(cpu: CpuBackend, blocksize: int
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("numel", "blocksize"), [(4096, 64), (1000, 32), (333, 48), (65, 7)])
+def test_scales_that_are_given_are_taken_and_returned(
+    cpu: CpuBackend, numel: int, blocksize: int, dtype: torch.dtype
+) -> None:
+    A, code = torch.randn(numel).to(dtype), get_codebook("nf4").on("cpu")
+    _, measured = REFERENCE.quantize_4bit(A, code, blocksize)
+    given = measured * torch.linspace(0.5, 1.5, measured.numel())
+    given[0] = 0
+    packed, absmax = cpu.quantize_4bit(A, code, blocksize, given)
+    wanted, _ = REFERENCE.quantize_4bit(A, code, blocksize, given)
+    assert_same_bits(packed, wanted)
+    assert_same_bits(absmax, given)
+    assert not torch.equal(packed, REFERENCE.quantize_4bit(A, code, blocksize)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zeros_subnormals_infinities_and_nans_match_bit_for_bit(cpu: CpuBackend, dtype: torch.dtype) -> None:
     rows = [torch.full((64,), v) for v in (0.0, -0.0, 1e-45, 3e-39, 1e-38, 6e-8, float("inf"), float("nan"), 3e38)]
     mixed = torch.linspace(-1, 1, 64)

@@ -16,7 +16,6 @@ import sanitize_cpu
 pytestmark = pytest.mark.reference_only("it names its backend itself")
 
 
-@pytest.mark.usefixtures("unmeasured")
 def test_the_best_tier_is_clean_on_the_quick_catalogue():
     if (reason := CpuBackend().available()) is not None:
         pytest.skip(f"the CPU backend is not available: {reason}")

@@ -115,6 +115,12 @@ def test_quantising_and_dequantising_give_the_references_bits(row):
     cases.run(launch.quantize(A, code, blocksize, True, packed, absmax, arch), arch)
     assert_same_bits(packed, wanted)
     assert_same_bits(absmax, scales)
+    absmax = 0.8 * scales  # given, and smaller than the largest magnitudes: values are clamped
+    wanted, _ = cases.REFERENCE.quantize_4bit(A, code, blocksize, absmax)
+    packed = cases.poisoned(wanted.shape, wanted.dtype)
+    cases.run(launch.quantize(A, code, blocksize, True, packed, absmax, arch, measures=False), arch)
+    assert_same_bits(packed, wanted)
+    assert_same_bits(absmax, 0.8 * scales)
     stored, state = cases.quantised(1, row["numel"], blocksize, row["code"], row["nested"])
     weight = state.packed_weight(stored)
     out = cases.poisoned(weight.shape, dtype)

@@ -10,6 +10,7 @@
 #include "driver.h"
 #include "gemv_4bit_1_scalar.c"
 #include "gemm_4bit_1_scalar.c"
+#include "grad_input_4bit_1_blocked.c"
 #if REFQ4_TIER >= 1
 #include "gemm_4bit_2_avx2.c"
 #include "gemm_4bit_3_avx2_bytes.c"
@@ -67,6 +68,7 @@ static const struct {
 } product_kernels[] = {
     NAMED(gemv_4bit_1_scalar),
     NAMED(gemm_4bit_1_scalar),
+    NAMED(grad_input_4bit_1_blocked),
 #if REFQ4_TIER >= 1
     NAMED(gemm_4bit_2_avx2),
     NAMED(gemm_4bit_3_avx2_bytes),
@@ -96,10 +98,44 @@ EXPORT int refq4_product(ProductFn kernel, const void *x, const void *bias, void
     return kernel(&p) ? OK : OUT_OF_MEMORY;
 }
 
+/* The rows of one expert, and the kernel that serves so many. Python packs these four words (refq4_cpu/experts.py). */
+typedef struct {
+    ProductFn kernel;
+    int64_t expert, first, rows;
+} Group;
+_Static_assert(sizeof(Group) == 32, "four words of eight bytes");
+
+/* `weight` of all experts -> that of one: `numel` elements each, of whole blocks and whole nested blocks. */
+static Weight weight_of(const Weight *weight, int64_t expert, int64_t numel) {
+    Weight w = *weight;
+    int64_t blocks = numel / w.blocksize;
+    if (w.packed) w.packed += expert * (numel / 2);
+    if (w.absmax) w.absmax += expert * blocks;
+    if (w.q) {
+        w.q += expert * blocks;
+        w.nested_absmax += expert * (blocks / w.nested_blocksize);
+    }
+    return w;
+}
+
+/* The product of each group, one after the other, each on all threads. tiles: of [E * N, K], N whole panels. */
+EXPORT int refq4_grouped(const Group *groups, int64_t count, const char *x, const char *bias, char *y, int dtype,
+                         int64_t N, int64_t K, const uint8_t *tiles, const Weight *weight, int threads) {
+    int64_t size = dtype == FP32 ? 4 : 2, stride = tiles ? N / PANEL * panel_bytes(K, weight->blocksize) : 0;
+    for (const Group *g = groups; g < groups + count; g++) {
+        Product p = {x + g->first * K * size, bias ? bias + g->expert * N * size : NULL, y + g->first * N * size,
+                     (enum dtype)dtype, g->rows, N, K, weight_of(weight, g->expert, N * K),
+                     tiles ? tiles + g->expert * stride : NULL, threads};
+        if (!g->kernel(&p)) return OUT_OF_MEMORY;
+    }
+    return OK;
+}
+
 EXPORT void refq4_quantize(const void *x, int dtype, int64_t numel, int64_t blocksize, const float *thresholds,
-                           const uint8_t *order, int code_length, int pad_code, float *absmax, uint8_t *out, int pack,
-                           int threads) {
-    Quantize q = {x, (enum dtype)dtype, numel, blocksize, thresholds, order, code_length, pad_code, absmax, out, pack, threads};
+                           const uint8_t *order, int code_length, int pad_code, const float *given, float *absmax,
+                           uint8_t *out, int pack, int threads) {
+    Quantize q = {x, (enum dtype)dtype, numel, blocksize, thresholds, order, code_length, pad_code, given, absmax, out, pack,
+                  threads};
     QUANTIZE(&q);
 }
 

@@ -1,6 +1,6 @@
 /* Quantising, rung 1: the rule, one element at a time, for codes of any length up to 256.
  *
- *     absmax    largest magnitude of the block; a NaN in the block makes it NaN
+ *     absmax    largest magnitude of the block; a NaN in the block makes it NaN; or the one that is given
  *     scaled    clamp(x * (1/absmax), -1, 1) in fp32; where 1/absmax is no finite number, x * 0
  *     rank      how many thresholds lie below it: a binary search, true comparisons go up, so a NaN has rank 0
  *     code      order[rank]
@@ -18,6 +18,7 @@ typedef struct {
     const float *thresholds; /* [code_length - 1], ascending */
     const uint8_t *order;    /* [code_length] */
     int code_length, pad_code;
+    const float *given;      /* scales to take, or NULL: the largest magnitudes */
     float *absmax;
     uint8_t *out;
     int pack;                /* two codes a byte (4-bit), or one (8-bit) */
@@ -74,7 +75,7 @@ static void stretch_codes(const Quantize *q, int64_t first, int64_t count, float
 /* Blocks of even length begin at a whole byte; for the others the caller keeps to one thread. */
 static void scalar_quantize_block(const Quantize *q, int64_t block) {
     int64_t first = block * q->blocksize, count = min64(q->blocksize, q->numel - first);
-    float absmax = scalar_absmax(q, first, count), inverse = finite_inverse(absmax);
+    float absmax = q->given ? q->given[block] : scalar_absmax(q, first, count), inverse = finite_inverse(absmax);
     q->absmax[block] = absmax;
     uint8_t codes[STRETCH];
     for (int64_t i = first; i < first + count; i++) {

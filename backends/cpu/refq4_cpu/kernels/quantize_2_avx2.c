@@ -55,14 +55,14 @@ static inline __m256i ranks8(const CodeRegistersAvx2 *r, __m256 x, __m256 invers
 
 static inline __attribute__((always_inline)) void avx2_quantize_block(const Quantize *q, const CodeRegistersAvx2 *r,
                                                                       int64_t block, const enum dtype dtype) {
-    int64_t first = block * q->blocksize;
+    int64_t first = block * q->blocksize, measured = q->given ? 0 : q->blocksize;
     __m256i most = _mm256_setzero_si256(), magnitude = _mm256_set1_epi32(0x7FFFFFFF);
-    for (int64_t i = 0; i < q->blocksize; i += 8) /* as integers, so that a NaN is the largest */
+    for (int64_t i = 0; i < measured; i += 8) /* as integers, so that a NaN is the largest */
         most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_castps_si256(load8(q->x, dtype, first + i)), magnitude));
     uint32_t lanes[8], largest = 0;
     _mm256_storeu_si256((__m256i *)lanes, most);
     for (int i = 0; i < 8; i++) largest = lanes[i] > largest ? lanes[i] : largest;
-    float absmax = float_of(largest);
+    float absmax = q->given ? q->given[block] : float_of(largest);
     q->absmax[block] = absmax;
     __m256 inverse = _mm256_set1_ps(finite_inverse(absmax));
     for (int64_t i = first; i < first + q->blocksize; i += 32) {

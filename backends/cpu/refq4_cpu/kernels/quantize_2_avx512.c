@@ -47,11 +47,11 @@ static inline __m512i codes16(const CodeRegisters *r, __m512 x, __m512 inverse) 
 }
 
 static void avx512_quantize_block(const Quantize *q, const CodeRegisters *r, int64_t block) {
-    int64_t first = block * q->blocksize;
+    int64_t first = block * q->blocksize, measured = q->given ? 0 : q->blocksize;
     __m512i most = _mm512_setzero_si512(), magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-    for (int64_t i = 0; i < q->blocksize; i += 16)
+    for (int64_t i = 0; i < measured; i += 16)
         most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(load16(q->x, q->dtype, first + i)), magnitude));
-    float absmax = float_of(_mm512_reduce_max_epu32(most));
+    float absmax = q->given ? q->given[block] : float_of(_mm512_reduce_max_epu32(most));
     q->absmax[block] = absmax;
     __m512 inverse = _mm512_set1_ps(finite_inverse(absmax));
     for (int64_t i = 0; i < q->blocksize; i += 16) {

@@ -1,0 +1,75 @@
+"""``refq4 bench``: a backend against what people use today, and against the machine's limits."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add"]
+
+# What refq4.bench measures, said again for a help without torch; tests/tools/test_cli.py compares.
+DEVICES = ("cpu", "cuda")
+DTYPES = ("bf16", "fp16", "fp32")
+PEERS = (
+    "refq4",
+    "refq4 canonical",
+    "bitsandbytes packed",
+    "bitsandbytes plain",
+    "torch bf16",
+    "torch fp32",
+    "torch int4",
+    "onnxruntime",
+)
+GPU_PEERS = ("refq4", "bitsandbytes", "torch bf16", "dequantize + torch")
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+
+
+def add(commands: Any) -> None:
+    """The subcommand."""
+    command = commands.add_parser("bench", help="a backend against what people use today, and the machine's limits")
+    command.add_argument("--device", choices=DEVICES, default="cpu", help="where the tensors are (%(default)s)")
+    command.add_argument("--backend", help="the backend to time (default: the one named like the device)")
+    command.add_argument("--shapes", nargs="+", type=_shape, metavar="NxK", help="e.g. 4096x11008")
+    command.add_argument("--m", nargs="+", type=int, default=TOKENS, help="tokens per call")
+    command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the activations (%(default)s)")
+    command.add_argument("--threads", type=int, default=_cores(), help="(default: all cores)")
+    command.add_argument(
+        "--rounds", type=int, default=30, help="passes over the layers at small M; never fewer than 15"
+    )
+    command.add_argument("--layers", type=int, default=8, help="weights to rotate through, at least (%(default)s)")
+    command.add_argument(
+        "--peers",
+        nargs="+",
+        choices=sorted({*PEERS, *GPU_PEERS}),
+        metavar="NAME",
+        help=f"who is measured: {', '.join(PEERS)}; on a GPU {', '.join(GPU_PEERS)}",
+    )
+    command.add_argument(
+        "--ops", action=argparse.BooleanOptionalAction, default=True, help="the other ops as well, on the first shape"
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here ('-': standard output)")
+    command.add_argument("--png", type=Path, metavar="FILE", help="draw the picture here (needs matplotlib)")
+    command.add_argument("--quick", action="store_true", help="the first shape, fewer M and rounds: about 20 s")
+    command.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ..bench import bench
+
+    return bench(arguments)
+
+
+def _cores() -> int:
+    """Those this process may use, where the system can tell (Linux)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _shape(text: str) -> tuple[int, int]:
+    n, x, k = text.partition("x")
+    if not (x and n.isdigit() and k.isdigit()):
+        raise argparse.ArgumentTypeError(f"a shape is NxK, for example 4096x11008, got {text!r}")
+    return int(n), int(k)

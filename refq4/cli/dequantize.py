@@ -1,0 +1,58 @@
+"""``refq4 dequantize MODEL_DIR OUT_DIR``: a 4-bit checkpoint on disk as plain safetensors, in bounded memory."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from . import options
+from .console import show
+from .quantize import terminating_as_interrupting
+
+__all__ = ["add"]
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_DESCRIPTION = """\
+Decode the 4-bit weights of a safetensors checkpoint that refq4 or bitsandbytes quantised, piece by piece: for merging
+adapters, and for tools that read plain safetensors. OUT_DIR gets the same files with matrices of floats, and a
+config.json without a quantization_config. What was lost by quantising does not come back. OUT_DIR appears when all of
+it is written; Ctrl-C leaves nothing behind.
+"""
+
+
+def add(commands: Any) -> None:
+    """The subcommand."""
+    command = commands.add_parser(
+        "dequantize",
+        help="a 4-bit model directory in, a plain safetensors one out, in bounded memory",
+        description=_DESCRIPTION,
+        epilog=options.examples(
+            "python -m refq4 dequantize model-nf4 model-plain",
+            "python -m refq4 dequantize model-nf4 model-bf16 --dtype bf16 --force",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.files(command.add_argument("model_dir", metavar="MODEL_DIR", help="has 4-bit *.safetensors"), True)
+    options.files(command.add_argument("out_dir", metavar="OUT_DIR", help="is made; its parent exists"), True)
+    command.add_argument(
+        "--dtype", choices=_DTYPES, help="of all floats (default: what each weight had before it was quantised)"
+    )
+    command.add_argument("--force", action="store_true", help="replace OUT_DIR, if it is a model directory")
+    options.add_backend(command)
+    options.add_json(command)
+    command.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ..checkpoint import dequantize_checkpoint
+
+    with terminating_as_interrupting():
+        report = dequantize_checkpoint(
+            arguments.model_dir,
+            arguments.out_dir,
+            dtype=None if arguments.dtype is None else options.DTYPES[_DTYPES[arguments.dtype]],
+            backend=arguments.backend,
+            force=arguments.force,
+        )
+    show(report, arguments)
+    return 0

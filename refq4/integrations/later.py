@@ -1,0 +1,80 @@
+"""An integration when the library that it is named after is there, in whatever order a program imports things.
+
+    connect("peft")     peft is imported already     refq4.integrations.peft now
+                        it is not                    refq4.integrations.peft as soon as it has been imported
+
+Called for a model whose layers refq4 has replaced. So peft works on it without a word, and a program that never
+imports peft does not pay for it: that takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from ..internals.checks import warn_caller
+
+__all__: list[str] = []  # for what makes a model's layers
+
+
+def connect(library: str) -> None:
+    """Import ``refq4.integrations.<library>`` now if the library is imported, else when it is.
+
+    Warns:
+        UserWarning: the library is there, but not in a version that the integration takes.
+
+    Example:
+        >>> connect("peft")
+    """
+    if library in sys.modules:
+        _integrate(library)
+    elif not any(isinstance(finder, _Waiting) and finder.library == library for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Waiting(library))
+
+
+def _integrate(library: str) -> None:
+    try:
+        importlib.import_module(f"refq4.integrations.{library}")
+    except ImportError as error:
+        warn_caller(f"{library} does not know refq4's layers, so it trains on them at most: {error}")
+
+
+class _Waiting(MetaPathFinder):
+    """Finds the library as ever, once, with a loader that integrates afterwards."""
+
+    def __init__(self, library: str) -> None:
+        self.library = library
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.library:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenIntegrate(spec.loader)
+        return spec
+
+
+class _ThenIntegrate(Loader):
+    """The loader of a library, which leaves no trace in the module that it has loaded."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        created: ModuleType | None = self.loader.create_module(spec)
+        return created
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        _integrate(module.__name__)
