@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..internals.grouped import grouped_gemm_4bit
-from ..nn.parametrize import packed_parameter
+from ..nn.parametrize import held_4bit, packed_parameter
 
 __all__ = ["packed_experts_forward"]
 
@@ -29,7 +29,8 @@ _OTHERWISE = "grouped_mm"  # transformers' own default
 def packed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of one layer, each multiplied by its packed weights.
 
-    Experts that aren't in 4 bits, or that carry an adapter of peft on a parameter, are computed by transformers.
+    Experts that aren't in 4 bits, or that carry another parametrisation on a parameter, are computed by transformers;
+    adapters of peft's LoRA are added to the packed product.
 
     Args:
         self: the module of the experts, of a class under ``use_experts_implementation``.
@@ -53,8 +54,7 @@ def packed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         torch.Size([3, 64])
     """
     up_name = "gate_up_proj" if self.has_gate else "up_proj"
-    up, down = packed_parameter(self, up_name), packed_parameter(self, "down_proj")
-    if up is None or down is None:
+    if not (_computable(self, up_name) and _computable(self, "down_proj")):
         decoding: Tensor = ALL_EXPERTS_FUNCTIONS[_OTHERWISE](self, hidden_states, top_k_index, top_k_weights)
         return decoding
     top_k, experts, weights = top_k_index.shape[-1], top_k_index.reshape(-1), top_k_weights.reshape(-1)
@@ -90,12 +90,44 @@ def _choose(module: nn.Module, wanted: str, *, instead_of: str) -> None:
         config._experts_implementation_internal = wanted  # of this config alone, none below it
 
 
-def _product(self: Any, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
-    weight = packed_parameter(self, name)
-    bias = getattr(self, f"{name}_bias").to(rows.dtype) if self.has_bias else None
-    assert weight is not None
-    assert weight.quant_state is not None
-    return grouped_gemm_4bit(rows, weight, weight.quant_state, offsets, bias, transposed=self.is_transposed)
+class LowRank(nn.Module):
+    """Behind packed bytes: what an adapter adds to each expert, ``scaling * left @ right``.
+
+    Args:
+        left, right: [E, N, r] and [E, r, K], or [E, K, r] and [E, r, N] where the weight is stored [E, K, N].
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.left, self.right, self.scaling = left, right, scaling
+
+    def forward(self, decoded: Tensor) -> Tensor:
+        """The decoded experts with it added, for whoever reads the parameter."""
+        left, right = self.left.to(decoded.dtype), self.right.to(decoded.dtype)
+        matrices = decoded.view(left.shape[0], left.shape[1], right.shape[2])
+        return torch.baddbmm(matrices, left, right, alpha=self.scaling).view(decoded.shape)
+
+    def product(self, rows: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+        """[T, K] -> [T, N]: what it adds to each row's product."""
+        first, second = (self.left, self.right) if transposed else (self.right.mT, self.left.mT)
+        parts = torch.split(rows, offsets.diff().tolist())
+        low = [part @ first[e].to(part.dtype) @ second[e].to(part.dtype) for e, part in enumerate(parts) if len(part)]
+        return self.scaling * torch.cat(low)
+
+
+def _computable(module: Any, name: str) -> bool:
+    """Whether a parameter is packed bytes, and nothing but adapters behind them."""
+    held = held_4bit(module, name)
+    return held is not None and held.quant_state is not None and all(isinstance(top, LowRank) for top in list(held)[1:])
+
+
+def _product(module: Any, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
+    held, transposed = module.parametrizations[name], module.is_transposed
+    bias = getattr(module, f"{name}_bias").to(rows.dtype) if module.has_bias else None
+    y = grouped_gemm_4bit(rows, held.original, held.quant_state, offsets, bias, transposed=transposed)
+    for delta in list(held)[1:]:
+        y = y + delta.product(rows, offsets, transposed)
+    return y
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, packed_experts_forward)
