@@ -3,6 +3,9 @@
     transformers.py   from_pretrained(..., quantization_config=Refq4Config(...)), save_pretrained, bitsandbytes' files
     peft.py           adapters on refq4's layers, merged and unmerged
     peft_others.py    what methods besides LoRA need for that
+    peft_experts.py   LoRA on fused experts
+    experts.py        transformers' mixtures of experts on packed weights
+    expert_files.py   how these are loaded and saved
     later.py          peft.py by itself, for a model that refq4 has quantised
 
 Importing one of the first two is all it takes; each imports the library it is named after.

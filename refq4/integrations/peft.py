@@ -121,7 +121,7 @@ class LoraLinear4bit(Linear):
 
     def _merged_weight(self, weight: Params4bit, names: Iterable[str]) -> Tensor:
         """fp32 [N, K]: the decoded weight with adapters added."""
-        merged = _decoded(weight)
+        merged = decoded(weight)
         for name in names:
             if name in self.lora_variant:
                 merged = self.lora_variant[name].merge_safe(self, name, merged)
@@ -150,12 +150,12 @@ def merge_errors(model: nn.Module) -> dict[str, float]:
     errors = {}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            keeper = module if isinstance(module, LoraLinear4bit) else getattr(module, "quantization_backend", None)
+            keeper = getattr(module, "quantization_backend", None) or module
             errors[name] = getattr(keeper, "merge_error", None)
     return {name: error for name, error in errors.items() if error is not None}
 
 
-def _decoded(weight: Params4bit) -> Tensor:
+def decoded(weight: Params4bit) -> Tensor:
     assert weight.quant_state is not None
     state = weight.quant_state.copy()
     state.dtype = torch.float32
@@ -164,14 +164,20 @@ def _decoded(weight: Params4bit) -> Tensor:
 
 def requantise(layer: Linear4bit, like: Params4bit, target: Tensor) -> float:
     """Give ``layer`` the weight ``target`` [N, K] with the settings of ``like``; returns the error."""
+    layer.weight, error = requantised(like, target)
+    layer.quant_state = layer.weight.quant_state
+    return error
+
+
+def requantised(like: Params4bit, target: Tensor) -> tuple[Params4bit, float]:
+    """``target`` quantised with the settings of ``like``, and the error."""
     assert like.quant_state is not None
     fresh = like._like(target, None)
     fresh.bnb_quantized = False
     fresh = fresh.to(target.device)
     assert fresh.quant_state is not None
     fresh.quant_state.dtype = like.quant_state.dtype
-    layer.weight, layer.quant_state = fresh, fresh.quant_state
-    return float((_decoded(fresh) - target).norm() / target.norm().clamp(min=torch.finfo(torch.float32).tiny))
+    return fresh, float((decoded(fresh) - target).norm() / target.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 # --- what peft has to be told ----------------------------------------------------------------------------------------
@@ -236,3 +242,4 @@ BaseTuner._check_merge_allowed = _merges_what_it_can(BaseTuner._check_merge_allo
 replace_everywhere(integrations, "dequantize_bnb_weight", _decodes_refq4)
 with suppress(ImportError):  # peft before 0.21
     from . import peft_others  # noqa: F401
+from . import peft_experts  # noqa: E402, F401 (it needs what is above)

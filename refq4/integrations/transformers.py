@@ -40,6 +40,7 @@ from ..codebooks import codebook_names
 from ..functional import dequantize_4bit
 from ..nn import Linear4bit
 from ..params import Params4bit
+from . import expert_files
 from .config import METHOD, Refq4Config
 from .later import connect
 
@@ -64,6 +65,7 @@ class Refq4Quantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Refq4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._experts: set[str] = set()  # names of the fused expert weights that are or will be in 4 bits
         self._conv1d: set[str] = set()  # layers of GPT-2's kind: [K, N] in a full-precision file, and when dequantised
 
     @property
@@ -94,6 +96,7 @@ class Refq4Quantizer(HfQuantizer):
             )
         config = self.quantization_config
         skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
+        self._experts = expert_files.names_to_pack(model, skip)
         tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
         for name, module in list(model.named_modules()):
             conv1d = isinstance(module, Conv1D)
@@ -124,11 +127,23 @@ class Refq4Quantizer(HfQuantizer):
             layer.weight = nn.Parameter(layer.weight.data.to(config.bnb_4bit_quant_storage), requires_grad=False)
         return layer.requires_grad_(False)
 
+    def _packed(self, weight: Tensor) -> Params4bit:
+        """A weight of fused experts [E, N, K] in 4 bits."""
+        config = self.quantization_config
+        return Params4bit(
+            weight,
+            blocksize=config.blocksize,
+            compress_statistics=config.bnb_4bit_use_double_quant,
+            quant_type=config.bnb_4bit_quant_type,
+            quant_storage=config.bnb_4bit_quant_storage,
+            scales=config.scales,
+        ).to(weight.device)
+
     # --- while loading: each tensor ---------------------------------------------------------------------------------
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, Linear4bit) and name == "weight"
+        return (isinstance(module, Linear4bit) and name == "weight") or param_name in self._experts
 
     def get_quantize_ops(self) -> ConversionOps:
         return Quantise(self)
@@ -139,17 +154,26 @@ class Refq4Quantizer(HfQuantizer):
         beside += [f"quant_state.bitsandbytes__{name}" for name in codebook_names()]
         return {"weight": ["weight", *(f"weight.{name}" for name in beside)]}
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        if self.pre_quantized:
+            beside = [name.removeprefix("weight.") for name in self.serialized_names["weight"][1:]]
+            weight_conversions = expert_files.conversions(weight_conversions, self._experts, beside)
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return updated
+
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         return {"deserialize": Restore}
 
     # --- after loading, and back ------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        expert_files.settle(model)
         model.is_loaded_in_4bit = True  # asked for by peft's prepare_model_for_kbit_training, and by Trainer
         connect("peft")
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        expert_files.decode_all(model, dtype)
         for name, module in list(model.named_modules()):
             if isinstance(module, Linear4bit):
                 model.set_submodule(name, self._full_precision(module, name in self._conv1d, dtype))
@@ -175,6 +199,8 @@ class Quantise(ConversionOps):
         ((name, value),) = input_dict.items()
         layer, _ = get_module_from_name(model, name)
         weight = _only(value)
+        if name in self.hf_quantizer._experts:
+            return {name: self.hf_quantizer._packed(weight)}
         if name.removesuffix(".weight") in self.hf_quantizer._conv1d:
             weight = weight.T.contiguous()
         return {name: _settled(layer, layer.weight._like(weight, None).to(weight.device))}

@@ -1,17 +1,19 @@
-"""Turning the linear layers of a model that is in memory into 4-bit ones.
+"""Turning the linear layers and the fused experts of a model that is in memory into 4-bit ones.
 
 For a model on disk that need not fit into memory: ``refq4/checkpoint``.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import partial
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn import Embedding4bit, Linear4bit
+from .experts import expert_names, quantize_experts, routers
 from .formats import Formats, check_formats, check_used, format_of
 from .patterns import Asked, Rule, as_rule, chosen, first_match
 from .report import QuantizationReport, layer_report
@@ -20,6 +22,14 @@ from .tables import cast_rest, quantize_tables
 __all__ = ["quantize_model"]
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class _Place(NamedTuple):
+    """A weight to quantise: of a linear layer, with all the names that the layer goes by, or a parameter of experts."""
+
+    names: list[str]
+    module: nn.Module
+    param_name: str
 
 
 def quantize_model(
@@ -42,17 +52,22 @@ def quantize_model(
 ) -> Model:
     """Replace the ``nn.Linear`` layers of a model by quantised :class:`~refq4.nn.Linear4bit` ones, in place.
 
+    The fused experts of a mixture-of-experts model, parameters [E, N, K] that no linear layer holds, are packed as
+    well (:func:`refq4.nn.parametrize.replace_parameter_4bit`).
+
     Layer by layer: at no time does the model exist twice, and an interrupt (Ctrl-C) leaves a model that works, with
     the layers done so far in 4 bits; call it again to go on. ``copy.deepcopy`` it first to keep the original.
 
     Left alone, whatever the rules say: subclasses of ``nn.Linear``, whose owners use them in other ways (the output of
-    ``nn.MultiheadAttention``), and layers that share their weight with another module (tied to an embedding, say).
+    ``nn.MultiheadAttention``), layers that share their weight with another module (tied to an embedding, say), and
+    the routers that choose experts.
 
     Args:
         model: any module; it is changed. A bare ``nn.Linear`` is returned converted.
         quant_type, compress_statistics, compute_dtype, quant_storage, blocksize, scales: as in ``Linear4bit``.
         include: the layers meant. A pattern, several, or a function of (name, layer) that returns a bool. A pattern is
-            a glob over a run of parts of the dotted name: ``"mlp"``, ``"layers.[0-3].*_proj"``.
+            a glob over a run of parts of the dotted name: ``"mlp"``, ``"layers.[0-3].*_proj"``. The name of a fused
+            expert weight is the parameter's (``"layers.0.mlp.experts.down_proj"``), its layer the parameter's owner.
         skip: of those, the layers to leave alone; as ``include``. ``"lm_head"`` by default, and nothing with ``head``.
         embeddings: also the tables, as :class:`~refq4.nn.Embedding4bit` with plain scales (``skip`` holds for them).
         head: also the output head. One that shares a table's weight needs ``embeddings``, too: they go on sharing it.
@@ -91,7 +106,7 @@ compute_dtype=None)
     formats = check_formats(formats or {})
     skip = (() if head else ("lm_head",)) if skip is None else skip
     places, left = _choose(model, include, skip)
-    check_used(formats, [*(names[0] for names in places), *(_tables(model) if embeddings else ())])
+    check_used(formats, [*(place.names[0] for place in places), *(_tables(model) if embeddings else ())])
     if not places and not (embeddings and _tables(model)):
         why = ", ".join(f"{name or 'itself'} ({reason})" for name, reason in list(left.items())[:5])
         raise ValueError(f"no nn.Linear to quantise in this {type(model).__name__}{': ' if why else ''}{why}")
@@ -106,19 +121,21 @@ compute_dtype=None)
     if report is not None:
         report.left |= left
         report.other += sum(parameter.numel() for parameter in model.parameters())
-    for names in tqdm(places, desc=f"quantising to {quant_type}", unit="layer", disable=None if progress else True):
-        linear = model.get_submodule(names[0])
-        assert isinstance(linear, nn.Linear)
-        try:
-            layer = Linear4bit.from_linear(linear, **settings | format_of(names[0], formats))
-        except ValueError as error:
-            raise ValueError(f"{names[0]}: {error}") from None
-        if report is not None:
-            _add_to(report, names[0], linear, layer)
-        if names == [""]:
-            return layer  # type: ignore[return-value]  # the model was one bare nn.Linear
-        for name in names:
-            model.set_submodule(name, layer)
+    bar = tqdm(places, desc=f"quantising to {quant_type}", unit="layer", disable=None if progress else True)
+    try:
+        for place in bar:
+            layer = _quantise(place, settings | format_of(place.names[0], formats), report)
+            if layer is None:
+                continue
+            if place.module is model:
+                return layer  # type: ignore[return-value]  # the model was one bare nn.Linear
+            for name in place.names:
+                model.set_submodule(name, layer)
+    finally:
+        if "transformers" in sys.modules and any(not isinstance(place.module, nn.Linear) for place in places):
+            from ..integrations.expert_files import settle
+
+            settle(model)
     if embeddings:
         unwanted = as_rule(skip)
         left_tables = quantize_tables(
@@ -138,35 +155,54 @@ def _tables(model: nn.Module) -> list[str]:
 
 
 def _is_4bit(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name), Linear4bit | Embedding4bit)
+    return isinstance(dict(model.named_modules()).get(name), Linear4bit | Embedding4bit)
 
 
-def _choose(model: nn.Module, include: Rule, skip: Rule) -> tuple[list[list[str]], dict[str, str]]:
-    """The layers to quantise, each with all the names it goes by, and name -> why another linear is left alone."""
-    wanted, unwanted = as_rule(include), as_rule(skip)
+def _quantise(place: _Place, settings: dict[str, Any], report: QuantizationReport | None) -> Linear4bit | None:
+    """The layer that takes the place of a linear one; experts keep their module, and change in it."""
+    before, layer = getattr(place.module, place.param_name), None
+    try:
+        if isinstance(place.module, nn.Linear):
+            layer = Linear4bit.from_linear(place.module, **settings)
+        of_weight = {key: value for key, value in settings.items() if key != "compute_dtype"}
+        after = quantize_experts(place.module, place.param_name, **of_weight) if layer is None else layer.weight
+    except ValueError as error:
+        raise ValueError(f"{place.names[0]}: {error}") from None
+    if report is not None:
+        _add_to(report, place.names[0], before, after)
+    return layer
+
+
+def _choose(model: nn.Module, include: Rule, skip: Rule) -> tuple[list[_Place], dict[str, str]]:
+    """The weights to quantise, and name -> why another one is left alone."""
+    wanted, unwanted, choosing = as_rule(include), as_rule(skip), routers(model)
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
-    places: dict[int, list[str]] = {}
+    places: dict[int, _Place] = {}
     left: dict[str, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in places:
-            places[id(module)].append(name)
-        elif isinstance(module, nn.Linear) and not isinstance(module, Linear4bit):
-            others = [other for other in owners[id(module.weight)] if other != name]
-            why = _why_not(name, module, wanted, unwanted)
+    for owner, module in model.named_modules(remove_duplicate=False):
+        linear = isinstance(module, nn.Linear) and not isinstance(module, Linear4bit)
+        for param_name in ["weight"] if linear else expert_names(module):
+            weight = getattr(module, param_name)
+            name = owner if linear else f"{owner}.{param_name}".lstrip(".")
+            if id(weight) in places and places[id(weight)].module is module:
+                places[id(weight)].names.append(name)
+                continue
+            others = [other for other in owners[id(weight)] if other != owner]
+            why = "it chooses experts" if name in choosing else _why_not(name, module, wanted, unwanted)
             if why is None and others:
                 why = f"shares its weight with {others[0]}"
             if why is None:
-                places[id(module)] = [name]
+                places[id(weight)] = _Place([name], module, param_name)
             else:
                 left[name] = why
     return list(places.values()), left
 
 
-def _why_not(name: str, module: nn.Linear, include: Asked, skip: Asked) -> str | None:
-    if type(module) is not nn.Linear:
+def _why_not(name: str, module: nn.Module, include: Asked, skip: Asked) -> str | None:
+    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
         return f"a {type(module).__name__}, whose owner uses it in ways of its own"
     if not chosen(include, name, module):
         return "not among those to include"
@@ -175,8 +211,8 @@ def _why_not(name: str, module: nn.Linear, include: Asked, skip: Asked) -> str |
     return "skipped: the predicate says so" if callable(skip) else f"skipped: it matches {first_match(name, skip)!r}"
 
 
-def _add_to(report: QuantizationReport, name: str, linear: nn.Linear, layer: Linear4bit) -> None:
-    if layer.quant_state is None:  # a layer on the meta device waits for its weight
+def _add_to(report: QuantizationReport, name: str, before: Tensor, after: Any) -> None:
+    if after.quant_state is None:  # a weight on the meta device waits for its values
         return
-    report.layers.append(layer_report(name, linear.weight, layer.weight, layer.quant_state))
-    report.other -= linear.weight.numel()
+    report.layers.append(layer_report(name, before, after, after.quant_state))
+    report.other -= before.numel()

@@ -121,7 +121,7 @@ def packed_parameter(module: nn.Module, param_name: str) -> Params4bit | None:
         >>> packed_parameter(experts, "down_proj").quant_state.shape
         torch.Size([8, 32, 64])
     """
-    held = _held_4bit(module, param_name)
+    held = held_4bit(module, param_name)
     if held is None or len(held) != 1 or held.quant_state is None or not isinstance(held.original, Params4bit):
         return None
     return held.original
@@ -146,7 +146,7 @@ def decode_parameter_4bit(module: nn.Module, param_name: str, dtype: torch.dtype
         >>> type(experts.down_proj), experts.down_proj.dtype
         (<class 'torch.nn.parameter.Parameter'>, torch.bfloat16)
     """
-    held = _held_4bit(module, param_name)
+    held = held_4bit(module, param_name)
     if held is None or len(held) != 1:
         what = "is not in 4 bits" if held is None else f"carries {type(held[-1]).__name__} on top"
         raise ValueError(f"{param_name} of this {type(module).__name__} {what}, and can't be decoded")
@@ -262,7 +262,8 @@ def _own_parameter(module: nn.Module, param_name: str) -> nn.Parameter:
     return parameter
 
 
-def _held_4bit(module: nn.Module, param_name: str) -> PackedParameter | None:
+def held_4bit(module: nn.Module, param_name: str) -> PackedParameter | None:
+    """What torch keeps of a parameter that is in 4 bits, with whatever has been put on top of it."""
     lists: Any = module._modules.get("parametrizations")
     held = None if lists is None else lists._modules.get(param_name)
     return held if isinstance(held, PackedParameter) else None

@@ -108,7 +108,7 @@ def test_every_command_is_in_the_reference_with_its_own_help(capsys):
 
 def test_every_page_is_in_the_nav_once():
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    listed = re.findall(r"[\w/-]+\.md", str(nav))
+    listed = re.findall(r"[\w/.-]+\.md", str(nav))
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     assert len(listed) == len(set(listed))
     assert pages <= set(listed), "add the page to nav in mkdocs.yml"

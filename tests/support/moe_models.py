@@ -1,0 +1,73 @@
+"""Mixture-of-experts models of transformers with random weights, small enough to be made on the spot.
+
+A family stands here for what is special about its experts; ``made`` gives one of its models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+_SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Qwen3Moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},  # experts w1, w2, w3 in files
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},  # biases, stored [E, K, N]
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "DeepseekV3": {  # a first layer without experts, shared experts
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "num_key_value_heads": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 32,
+        "q_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+    },
+    "GraniteMoe": {"num_local_experts": 4, "num_experts_per_tok": 2},  # fused in files, too, under other names
+    "Qwen2Moe": {  # a shared expert with a gate of its own
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    },
+    "Phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Jamba": {  # beside state-space layers
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "expert_layer_offset": 0,
+        "expert_layer_period": 1,
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "mamba_d_state": 8,
+        "use_mamba_kernels": False,
+    },
+}
+
+
+def made(family: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """A causal language model of the family, in evaluation mode."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(**{**_SIZES, **FAMILIES[family], **settings})
+    model: PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "A_log" not in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
