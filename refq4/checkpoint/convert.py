@@ -27,7 +27,7 @@ from ..internals.checks import check_blocksize, check_storage
 from ..models.report import QuantizationReport
 from ..registry import requested_backend, use_backend
 from . import places
-from .selection import select
+from .selection import Selection, select
 from .tensors import FLOATS, Entry, SafetensorsReader
 from .weights import Converter, Settings
 
@@ -149,7 +149,7 @@ def quantize_checkpoint(
         _write_index(source, partial, keys)
         if config is not None:
             compute_dtype = compute_dtype or _dtype_of_weights(config, entries, selection.chosen)
-            config["quantization_config"] = _quantization_config(settings, compute_dtype, selection.skip_modules)
+            config["quantization_config"] = _quantization_config(settings, compute_dtype, selection)
             (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         report.left_out = places.copy_others(source, partial)
         report.files = sorted(keys)
@@ -209,9 +209,9 @@ def _dtype_of_weights(config: dict[str, Any], entries: dict[str, Entry], chosen:
     return FLOATS[max(sorted(set(dtypes)), key=dtypes.count)]
 
 
-def _quantization_config(settings: Settings, compute_dtype: torch.dtype, skip_modules: list[str]) -> dict[str, Any]:
-    """As transformers writes it for bitsandbytes; a codebook that bitsandbytes lacks is for refq4 alone."""
-    known = settings.quant_type in _KNOWN_TO_BITSANDBYTES
+def _quantization_config(settings: Settings, compute_dtype: torch.dtype, selection: Selection) -> dict[str, Any]:
+    """As transformers writes it for bitsandbytes; a codebook or a class that bitsandbytes lacks is for refq4 alone."""
+    known = settings.quant_type in _KNOWN_TO_BITSANDBYTES and not selection.own
     return {
         "quant_method": "bitsandbytes" if known else "refq4",
         "load_in_4bit": True,
@@ -220,5 +220,5 @@ def _quantization_config(settings: Settings, compute_dtype: torch.dtype, skip_mo
         "bnb_4bit_use_double_quant": settings.nested,
         "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": str(settings.storage).removeprefix("torch."),
-        "llm_int8_skip_modules": skip_modules,
+        "llm_int8_skip_modules": selection.skip_modules,
     } | ({"_load_in_4bit": True, "_load_in_8bit": False} if known else {"blocksize": settings.blocksize})

@@ -4,6 +4,7 @@
     peft.py           adapters on refq4's layers, merged and unmerged
     peft_others.py    what methods besides LoRA need for that
     later.py          peft.py by itself, for a model that refq4 has quantised
+    in_memory.py      save_pretrained for a model that refq4.quantize_model has quantised
 
 Importing one of the first two is all it takes; each imports the library it is named after.
 """

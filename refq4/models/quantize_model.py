@@ -5,17 +5,20 @@ For a model on disk that need not fit into memory: ``refq4/checkpoint``.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from ..internals.checks import warn_caller
 from ..nn import Linear4bit
+from .linears import is_linear, nearest, read_by_owner
 from .patterns import Asked, Rule, as_rule, chosen, first_match
 from .report import QuantizationReport, layer_report
 
 __all__ = ["quantize_model"]
 
+_HEAD = ("lm_head",)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -28,7 +31,7 @@ def quantize_model(
     quant_storage: torch.dtype = torch.uint8,
     blocksize: int | None = None,
     include: Rule = "*",
-    skip: Rule = ("lm_head",),
+    skip: Rule = _HEAD,
     progress: bool = True,
     report: QuantizationReport | None = None,
 ) -> Model:
@@ -38,7 +41,12 @@ def quantize_model(
     the layers done so far in 4 bits; call it again to go on. ``copy.deepcopy`` it first to keep the original.
 
     Left alone, whatever the rules say: subclasses of ``nn.Linear``, whose owners use them in other ways (the output of
-    ``nn.MultiheadAttention``), and layers that share their weight with another module (tied to an embedding, say).
+    ``nn.MultiheadAttention``; Falcon's own class is taken), layers whose weight the module around them reads as a
+    matrix (Mamba's ``dt_proj``) or keeps in fp32, and layers that share their weight with another module (tied to an
+    embedding, say).
+
+    A model of transformers gets the config of what was done: ``save_pretrained`` writes it, and ``from_pretrained``
+    loads the model back.
 
     Args:
         model: any module; it is changed. A bare ``nn.Linear`` is returned converted.
@@ -57,6 +65,9 @@ def quantize_model(
         ValueError: nothing was converted; the message says what the model holds instead. Or a weight holds NaN or
             infinity; the message names the layer.
 
+    Warns:
+        UserWarning: a pattern to skip matches no module.
+
     Example:
         >>> import torch, refq4
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
@@ -73,7 +84,7 @@ compute_dtype=None)
     """
     from tqdm.auto import tqdm
 
-    from ..integrations.later import connect
+    from ..integrations.later import adopt, connect
 
     places, left = _choose(model, include, skip)
     if not places:
@@ -102,6 +113,7 @@ compute_dtype=None)
             return layer  # type: ignore[return-value]  # the model was one bare nn.Linear
         for name in names:
             model.set_submodule(name, layer)
+    adopt(model, settings)
     connect("peft")
     return model
 
@@ -109,6 +121,8 @@ compute_dtype=None)
 def _choose(model: nn.Module, include: Rule, skip: Rule) -> tuple[list[list[str]], dict[str, str]]:
     """The layers to quantise, each with all the names it goes by, and name -> why another linear is left alone."""
     wanted, unwanted = as_rule(include), as_rule(skip)
+    _check_matches(model, unwanted)
+    reserved = read_by_owner(model) | _kept_in_fp32(model)
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -120,7 +134,7 @@ def _choose(model: nn.Module, include: Rule, skip: Rule) -> tuple[list[list[str]
             places[id(module)].append(name)
         elif isinstance(module, nn.Linear) and not isinstance(module, Linear4bit):
             others = [other for other in owners[id(module.weight)] if other != name]
-            why = _why_not(name, module, wanted, unwanted)
+            why = reserved.get(name) or _why_not(name, module, wanted, unwanted)
             if why is None and others:
                 why = f"shares its weight with {others[0]}"
             if why is None:
@@ -131,13 +145,27 @@ def _choose(model: nn.Module, include: Rule, skip: Rule) -> tuple[list[list[str]
 
 
 def _why_not(name: str, module: nn.Linear, include: Asked, skip: Asked) -> str | None:
-    if type(module) is not nn.Linear:
+    if not is_linear(module):
         return f"a {type(module).__name__}, whose owner uses it in ways of its own"
     if not chosen(include, name, module):
         return "not among those to include"
     if not chosen(skip, name, module):
         return None
     return "skipped: the predicate says so" if callable(skip) else f"skipped: it matches {first_match(name, skip)!r}"
+
+
+def _kept_in_fp32(model: nn.Module) -> dict[str, str]:
+    """What a model of transformers says of its layers; loading it back goes by that, too."""
+    patterns: Any = getattr(model, "_keep_in_fp32_modules", None) or ()
+    names = (name for name, _ in model.named_modules() if first_match(name, patterns))
+    return dict.fromkeys(names, "kept in fp32 by its architecture")
+
+
+def _check_matches(model: nn.Module, skip: Asked) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for pattern in () if callable(skip) or skip == _HEAD else skip:
+        if not any(first_match(name, [pattern]) for name in names):
+            warn_caller(f"skip: {pattern!r} matches no module of this {type(model).__name__}{nearest(pattern, names)}")
 
 
 def _add_to(report: QuantizationReport, name: str, linear: nn.Linear, layer: Linear4bit) -> None:
