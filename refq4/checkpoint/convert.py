@@ -45,6 +45,7 @@ class CheckpointReport(QuantizationReport):
         bytes_before, bytes_after: of all weight files.
         left_out: files of the model directory that were not copied: weights in other formats.
         guessed: whether the layers' names decided, for an architecture that nobody could be asked about.
+        dry_run: whether this is only what would be: nothing was written, and the sizes are planned.
 
     Example:
         >>> CheckpointReport(bytes_before=4096, bytes_after=1152).text().splitlines()[-1]
@@ -56,16 +57,18 @@ class CheckpointReport(QuantizationReport):
     bytes_after: int = 0
     left_out: list[str] = field(default_factory=list)
     guessed: bool = False
+    dry_run: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
-        keys = ("files", "bytes_before", "bytes_after", "left_out", "guessed")
+        keys = ("files", "bytes_before", "bytes_after", "left_out", "guessed", "dry_run")
         return super().to_dict() | {key: getattr(self, key) for key in keys}
 
     def _parts(self) -> Iterator[Any]:
         yield from super()._parts()
         ratio = self.bytes_before / max(self.bytes_after, 1)
-        yield f"{self.bytes_before / 1e6:,.1f} MB became {self.bytes_after / 1e6:,.1f} MB, {ratio:.2f} times smaller"
+        became = "would become" if self.dry_run else "became"
+        yield f"{self.bytes_before / 1e6:,.1f} MB {became} {self.bytes_after / 1e6:,.1f} MB, {ratio:.2f} times smaller"
         if self.guessed:
             yield "layers were chosen by their names: transformers, or an architecture it knows, is missing"
         if self.left_out:
@@ -87,6 +90,7 @@ def quantize_checkpoint(
     measure: bool = True,
     force: bool = False,
     progress: bool = True,
+    dry_run: bool = False,
 ) -> CheckpointReport:
     """Quantise the linear layers of a safetensors checkpoint on disk, in bounded memory, whatever its size.
 
@@ -105,6 +109,7 @@ def quantize_checkpoint(
         measure: decode each layer again and report its error.
         force: replace ``out_dir`` if it is a model directory.
         progress: show a progress bar (on a terminal).
+        dry_run: choose and check, and write nothing: the report says what would be quantised, and how large it gets.
 
     Returns:
         A :class:`CheckpointReport`.
@@ -141,9 +146,15 @@ def quantize_checkpoint(
                 f"nothing to quantise in {source}: {selection.left or 'no matrix of floats named *.weight'}"
             )
         report = CheckpointReport(left=selection.left, guessed=selection.guessed)
-        bar = stack.enter_context(_progress(readers, quant_type, progress))
+        report.bytes_before = sum(reader.path.stat().st_size for reader in readers)
+        bar = stack.enter_context(_progress(readers, quant_type, progress and not dry_run))
         converter = Converter(settings, selection, report, bar.update)
-        places.check_room(target.parent, sum(map(converter.planned_size, readers)))
+        report.bytes_after = sum(map(converter.planned_size, readers))
+        places.check_room(target.parent, report.bytes_after)
+        if dry_run:
+            converter.report_plan(readers)
+            report.files, report.dry_run = sorted(reader.path.name for reader in readers), True
+            return report
         partial = stack.enter_context(places.directory_beside(target))
         keys = {reader.path.name: converter.convert(reader, partial / reader.path.name) for reader in readers}
         _write_index(source, partial, keys)
@@ -153,7 +164,6 @@ def quantize_checkpoint(
             (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         report.left_out = places.copy_others(source, partial)
         report.files = sorted(keys)
-        report.bytes_before = sum(reader.path.stat().st_size for reader in readers)
         report.bytes_after = sum((partial / name).stat().st_size for name in keys)
         places.move_into_place(partial, target)
     return report
