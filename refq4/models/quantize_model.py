@@ -12,15 +12,18 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..internals.checks import warn_caller
 from ..nn import Embedding4bit, Linear4bit
 from .experts import expert_names, quantize_experts, routers
 from .formats import Formats, check_formats, check_used, format_of
+from .linears import is_linear, nearest, read_by_owner
 from .patterns import Asked, Rule, as_rule, chosen, first_match
 from .report import QuantizationReport, layer_report
 from .tables import cast_rest, quantize_tables
 
 __all__ = ["quantize_model"]
 
+_HEAD = ("lm_head",)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -59,8 +62,12 @@ def quantize_model(
     the layers done so far in 4 bits; call it again to go on. ``copy.deepcopy`` it first to keep the original.
 
     Left alone, whatever the rules say: subclasses of ``nn.Linear``, whose owners use them in other ways (the output of
-    ``nn.MultiheadAttention``), layers that share their weight with another module (tied to an embedding, say), and
-    the routers that choose experts.
+    ``nn.MultiheadAttention``; Falcon's own class is taken), layers whose weight the module around them reads as a
+    matrix (Mamba's ``dt_proj``) or keeps in fp32, layers that share their weight with another module (tied to an
+    embedding, say), and the routers that choose experts.
+
+    A model of transformers gets the config of what was done: ``save_pretrained`` writes it, and ``from_pretrained``
+    loads the model back.
 
     Args:
         model: any module; it is changed. A bare ``nn.Linear`` is returned converted.
@@ -85,6 +92,9 @@ def quantize_model(
         ValueError: nothing was converted; the message says what the model holds instead. Or a weight holds NaN or
             infinity; the message names the layer.
 
+    Warns:
+        UserWarning: a pattern to skip matches no module.
+
     Example:
         >>> import torch, refq4
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
@@ -101,10 +111,13 @@ compute_dtype=None)
     """
     from tqdm.auto import tqdm
 
-    from ..integrations.later import connect
+    from ..integrations.later import adopt, connect
 
     formats = check_formats(formats or {})
-    skip = (() if head else ("lm_head",)) if skip is None else skip
+    if skip is None:
+        skip = () if head else _HEAD
+    else:
+        _check_matches(model, as_rule(skip))
     places, left = _choose(model, include, skip)
     check_used(formats, [*(place.names[0] for place in places), *(_tables(model) if embeddings else ())])
     if not places and not (embeddings and _tables(model)):
@@ -146,6 +159,7 @@ compute_dtype=None)
             report.left = {name: why for name, why in report.left.items() if not _is_4bit(model, name)}
     if dtype is not None:
         cast_rest(model, dtype)
+    adopt(model, settings)
     connect("peft")
     return model
 
@@ -176,6 +190,7 @@ def _quantise(place: _Place, settings: dict[str, Any], report: QuantizationRepor
 def _choose(model: nn.Module, include: Rule, skip: Rule) -> tuple[list[_Place], dict[str, str]]:
     """The weights to quantise, and name -> why another one is left alone."""
     wanted, unwanted, choosing = as_rule(include), as_rule(skip), routers(model)
+    reserved = read_by_owner(model) | _kept_in_fp32(model) | dict.fromkeys(choosing, "it chooses experts")
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -191,7 +206,7 @@ def _choose(model: nn.Module, include: Rule, skip: Rule) -> tuple[list[_Place], 
                 places[id(weight)].names.append(name)
                 continue
             others = [other for other in owners[id(weight)] if other != owner]
-            why = "it chooses experts" if name in choosing else _why_not(name, module, wanted, unwanted)
+            why = reserved.get(name) or _why_not(name, module, wanted, unwanted)
             if why is None and others:
                 why = f"shares its weight with {others[0]}"
             if why is None:
@@ -202,13 +217,27 @@ def _choose(model: nn.Module, include: Rule, skip: Rule) -> tuple[list[_Place], 
 
 
 def _why_not(name: str, module: nn.Module, include: Asked, skip: Asked) -> str | None:
-    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+    if isinstance(module, nn.Linear) and not is_linear(module):
         return f"a {type(module).__name__}, whose owner uses it in ways of its own"
     if not chosen(include, name, module):
         return "not among those to include"
     if not chosen(skip, name, module):
         return None
     return "skipped: the predicate says so" if callable(skip) else f"skipped: it matches {first_match(name, skip)!r}"
+
+
+def _kept_in_fp32(model: nn.Module) -> dict[str, str]:
+    """What a model of transformers says of its layers; loading it back goes by that, too."""
+    patterns: Any = getattr(model, "_keep_in_fp32_modules", None) or ()
+    names = (name for name, _ in model.named_modules() if first_match(name, patterns))
+    return dict.fromkeys(names, "kept in fp32 by its architecture")
+
+
+def _check_matches(model: nn.Module, skip: Asked) -> None:
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    for pattern in () if callable(skip) else skip:
+        if not any(first_match(name, [pattern]) for name in names):
+            warn_caller(f"skip: {pattern!r} matches no module of this {type(model).__name__}{nearest(pattern, names)}")
 
 
 def _add_to(report: QuantizationReport, name: str, before: Tensor, after: Any) -> None:
