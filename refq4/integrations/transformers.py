@@ -290,7 +290,7 @@ def _settled(layer: Linear4bit, weight: Params4bit) -> Params4bit:
 
 
 def _check_skipped(model: PreTrainedModel, names: Iterable[str]) -> None:
-    there = [name for name, _ in model.named_modules()]
+    there = [name for name, _ in (*model.named_modules(), *model.named_parameters())]  # experts are parameters
     for name in names:
         if all(should_convert_module(other, [name]) for other in there):
             hint = nearest(name, there)

@@ -114,11 +114,10 @@ compute_dtype=None)
     from ..integrations.later import adopt, connect
 
     formats = check_formats(formats or {})
-    if skip is None:
-        skip = () if head else _HEAD
-    else:
-        _check_matches(model, as_rule(skip))
-    places, left = _choose(model, include, skip)
+    unwanted = as_rule(skip if skip is not None else () if head else _HEAD)
+    if skip is not None:
+        _check_matches(model, unwanted)
+    places, left = _choose(model, as_rule(include), unwanted)
     check_used(formats, [*(place.names[0] for place in places), *(_tables(model) if embeddings else ())])
     if not places and not (embeddings and _tables(model)):
         why = ", ".join(f"{name or 'itself'} ({reason})" for name, reason in list(left.items())[:5])
@@ -150,7 +149,6 @@ compute_dtype=None)
 
             settle(model)
     if embeddings:
-        unwanted = as_rule(skip)
         left_tables = quantize_tables(
             model, head, lambda name: settings | format_of(name, formats), partial(chosen, unwanted), report
         )
@@ -187,9 +185,9 @@ def _quantise(place: _Place, settings: dict[str, Any], report: QuantizationRepor
     return layer
 
 
-def _choose(model: nn.Module, include: Rule, skip: Rule) -> tuple[list[_Place], dict[str, str]]:
+def _choose(model: nn.Module, wanted: Asked, unwanted: Asked) -> tuple[list[_Place], dict[str, str]]:
     """The weights to quantise, and name -> why another one is left alone."""
-    wanted, unwanted, choosing = as_rule(include), as_rule(skip), routers(model)
+    choosing = routers(model)
     reserved = read_by_owner(model) | _kept_in_fp32(model) | dict.fromkeys(choosing, "it chooses experts")
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
