@@ -156,8 +156,8 @@ class Nested(NamedTuple):
 class PackedWeight(NamedTuple):
     """A quantised tensor in the canonical layout (``refq4/layout.py``): what the state dict holds, flattened.
 
-    ``packed`` uint8 [ceil(numel/2)]; ``absmax`` fp32 [blocks], or uint8 if ``nested`` is given; ``code`` fp32 [16]; ``shape``
-    of the tensor it decodes to; ``quant_type`` is the codebook's name, for messages: ``code`` decides.
+    ``packed`` uint8 [ceil(numel/2)]; ``absmax`` fp32 [blocks], or uint8 if ``nested`` is given; ``code`` fp32 [16];
+    ``shape`` of what it decodes to; ``quant_type``, the codebook's name, is for messages: ``code`` decides.
 
     Example:
         >>> from refq4.functional import quantize_nf4
