@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..internals import remedies
+from ..models.experts import routers
 from . import versions
 
 try:  # a clear word where it is missing or too old
@@ -96,6 +97,9 @@ class Refq4Quantizer(HfQuantizer):
             )
         config = self.quantization_config
         skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
+        choosing = set() if self.pre_quantized else {".".join(name.split(".")[-2:]) for name in routers(model)}
+        if choosing:  # written into config.json, for whoever loads what is saved
+            config.llm_int8_skip_modules = skip = sorted({*skip, *choosing})
         self._experts = expert_files.names_to_pack(model, skip)
         tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
         for name, module in list(model.named_modules()):
@@ -167,6 +171,7 @@ class Refq4Quantizer(HfQuantizer):
     # --- after loading, and back ------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        expert_files.refuse_offloaded(model, self._experts)
         expert_files.settle(model)
         model.is_loaded_in_4bit = True  # asked for by peft's prepare_model_for_kbit_training, and by Trainer
         connect("peft")

@@ -6,6 +6,7 @@ Models of transformers, made on the spot (tests/support/moe_models.py); one test
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,21 @@ def test_of_the_linear_and_expert_weights_95_percent_are_in_4_bits(family, saved
     assert torch.nn.functional.cosine_similarity(y.flatten(), exact.flatten(), dim=0) > 0.85
 
 
-def test_a_router_that_is_a_linear_layer_stays_in_full_precision_through_both_doors(saved):
+def test_a_router_that_is_a_linear_layer_stays_in_full_precision_through_all_doors(saved, tmp_path):
     in_memory, report = made("Phimoe"), QuantizationReport()
     refq4.quantize_model(in_memory, report=report, progress=False)
     assert {name for name, why in report.left.items() if why == "it chooses experts"} == routers(in_memory) != set()
-    for model in (in_memory, load(saved("Phimoe"))):
+    loaded = load(saved("Phimoe"))
+    for model in (in_memory, loaded):
         assert type(model.model.layers[0].mlp.router) is not Linear4bit
+    loaded.save_pretrained(tmp_path)
+    assert (
+        "mlp.router"
+        in json.loads((tmp_path / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    )
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    same_state(loaded, reloaded)
+    assert_same_bits(reloaded(PROMPT).logits, loaded(PROMPT).logits)
 
 
 # --- doors ------------------------------------------------------------------------------------------------------------
@@ -187,6 +197,14 @@ def test_skipped_modules_name_experts_too_and_the_model_reloads(pattern, saved, 
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     same_state(model, reloaded)
     assert_same_bits(reloaded(PROMPT).logits, model(PROMPT).logits)
+
+
+def test_experts_that_are_to_stay_on_disk_are_refused(saved, tmp_path):
+    load(saved("Qwen3Moe")).save_pretrained(tmp_path / "packed")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.down_proj: experts in 4 bits can't be offloaded"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map=places, offload_folder=tmp_path / "disk")
 
 
 # --- what they compute ------------------------------------------------------------------------------------------------
