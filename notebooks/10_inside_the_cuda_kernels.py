@@ -249,9 +249,9 @@ axes.set_title("instructions for each weight, one token")
 picture.show(figure, "Instructions for each weight: fewer with every rung from naive to ring.")
 
 # %% [markdown]
-# To keep up with its memory, an H200 has three instructions for each weight (`docs/cuda-kernels.md`). The loop of the
+# To keep up with its memory, an H200 has four instructions for each weight (`docs/cuda-kernels.md`). The loop of the
 # ring takes
-# 2.5 in machine code; here it shares the count with the filling of tables, which so small a weight does not repay.
+# 2.1 in machine code; here it shares the count with the filling of tables, which so small a weight does not repay.
 #
 # And eight tokens? The vectorised kernel multiplies again for each. The tensor cores' B has eight columns anyhow.
 

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from . import checkpoint, testing
     from .models.prepare import prepare, restore
     from .models.quantize_model import quantize_model
+    from .tools.evaluate import evaluate
     from .tools.explain import compare, explain
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "checkpoint",
     "codebooks",
     "compare",
+    "evaluate",
     "explain",
     "functional",
     "get_backend",
@@ -90,6 +92,7 @@ __all__ = [
 _ON_FIRST_USE = {  # the module in which a name is; importing refq4 loads only the layer
     "checkpoint": ".checkpoint",
     "compare": ".tools.explain",
+    "evaluate": ".tools.evaluate",
     "explain": ".tools.explain",
     "prepare": ".models.prepare",
     "quantize_model": ".models.quantize_model",

@@ -34,7 +34,7 @@ from .functional import dequantize_4bit
 from .internals.blockwise import decode_scales
 from .internals.checks import check_input, warn_caller
 from .internals.dispatch import is_deferred, wants_grad
-from .internals.prepared import MOST_RESTORES, Preparable, as_stored
+from .internals.prepared import MOST_RESTORES, Preparable, as_looked_up, as_stored
 from .matmul import BoundWeight, describe, multiply, under_autocast
 from .state import QuantState
 from .trace import Decision, recorder
@@ -132,7 +132,9 @@ LAYOUT_GRADIENT = Decision("canonical", "a gradient is wanted")
 LAYOUT_OFFLOADED = Decision("canonical", "accelerate brings the weight for each call and takes it away again")
 LAYOUT_REBUILT = Decision("canonical", "something else owns the weight's memory: it is no Params4bit any more")
 LAYOUT_IN_USE = Decision(
-    "canonical", f"the bytes were restored {MOST_RESTORES} times, so others need them; refq4.prepare(model) tries again"
+    "canonical",
+    f"others need the stored bytes: a look-up, or they were restored {MOST_RESTORES} times; refq4.prepare(model) tries "
+    f"the latter again",
 )
 LAYOUT_TRACED = Decision("canonical", "the call is being traced, or transformed, and its weight is not prepared")
 LAYOUT_NOTHING = Decision("canonical", "there is nothing to multiply: no tokens, or no outputs")
@@ -360,7 +362,7 @@ def embedding_4bit(layer: Embedding4bit, ids: Tensor) -> Tensor:
     """
     step = recorder(layer, ids)
     state, _ = recover_quant_state(layer)
-    table = as_stored(layer.weight)
+    table = as_looked_up(layer.weight)
     (_, dim), blocksize = state.geometry()
     whole_blocks = dim % blocksize == 0
     if whole_blocks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["roofline", "speedups"]
+__all__ = ["pyplot", "roofline", "speedups"]
 
 
 def roofline(report: dict[str, Any], path: Path) -> None:
@@ -18,7 +18,7 @@ def roofline(report: dict[str, Any], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    plt = _pyplot()
+    plt = pyplot()
     limits, rows = report["limits"], report["products"]
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     intensity = [2.0**i for i in range(1, 13)]  # FLOP per byte of packed weight
@@ -48,7 +48,7 @@ def speedups(report: dict[str, Any], path: Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: ``torch bf16`` was not measured.
     """
-    plt = _pyplot()
+    plt = pyplot()
     if any("torch bf16" not in row["ms"]["plain"] for row in report["products"]):
         raise ValueError("the picture compares with 'torch bf16', which was not measured: add it to --peers")
     shapes = list(dict.fromkeys((row["n"], row["k"]) for row in report["products"]))
@@ -70,7 +70,8 @@ def speedups(report: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib, drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg")

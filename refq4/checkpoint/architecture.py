@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..models.linears import is_linear, read_by_owner
 from ..models.patterns import first_match
 
 __all__ = ["EXPERTS", "FUSED", "HEAD", "Architecture", "ask_transformers"]
@@ -18,6 +19,7 @@ EXPERTS = "experts.[0-9]*"
 FUSED = "fused with other experts when transformers loads it"
 _OTHER = "not the weight of a linear layer"
 _FP32 = "kept in fp32 by its architecture"
+_READ = "its weight is read as a matrix by the module around it"
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Architecture:
         transposed: those of them that are stored as [K, N].
         heads: those that it leaves alone: output layers, and what is tied to another.
         fp32: those that the architecture keeps in fp32.
+        read: those whose weight is read as a matrix by the module around them.
+        own: whether it has linear layers of a class of its own, which bitsandbytes does not replace.
         prefix: of the base model, which a checkpoint's names may have or lack.
     """
 
@@ -36,11 +40,13 @@ class Architecture:
     transposed: set[str] = field(default_factory=set)
     heads: set[str] = field(default_factory=set)
     fp32: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
+    own: bool = False
     prefix: str = ""
 
     def module_name(self, name: str) -> str:
         """The module that a checkpoint's name means: itself, with the base model's prefix, or without."""
-        known = self.linears | self.heads | self.fp32
+        known = self.linears | self.heads | self.fp32 | self.read
         return next(
             (n for n in (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")) if n in known), name
         )
@@ -51,6 +57,8 @@ class Architecture:
             return HEAD
         if module in self.fp32:
             return _FP32
+        if module in self.read:
+            return _READ
         if module in self.linears:
             return None
         return FUSED if first_match(module, [EXPERTS]) else _OTHER
@@ -74,15 +82,19 @@ def ask_transformers(directory: Path) -> Architecture | None:
     except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError):
         return None  # a class of its own, code from a hub, or an older transformers: the names decide
     found = Architecture(prefix=model.base_model_prefix)
+    read = read_by_owner(model)
     fp32 = list(model._keep_in_fp32_modules or ())
     for name, module in model.named_modules():
-        if not (type(module) is nn.Linear or isinstance(module, Conv1D)):
+        if not (is_linear(module) or isinstance(module, Conv1D)):
             continue
         if not should_convert_module(name, heads):
             found.heads.add(name)
         elif not should_convert_module(name, fp32):
             found.fp32.add(name)
+        elif name in read:
+            found.read.add(name)
         else:
             found.linears.add(name)
+            found.own |= not (type(module) is nn.Linear or isinstance(module, Conv1D))
             found.transposed |= {name} if isinstance(module, Conv1D) else set()
     return found

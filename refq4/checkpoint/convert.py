@@ -28,7 +28,7 @@ from ..internals.scale_search import check_way
 from ..models.report import QuantizationReport
 from ..registry import requested_backend, use_backend
 from . import places
-from .selection import select
+from .selection import Selection, select
 from .tensors import FLOATS, Entry, SafetensorsReader
 from .weights import Converter, Settings
 
@@ -46,6 +46,7 @@ class CheckpointReport(QuantizationReport):
         bytes_before, bytes_after: of all weight files.
         left_out: files of the model directory that were not copied: weights in other formats.
         guessed: whether the layers' names decided, for an architecture that nobody could be asked about.
+        dry_run: whether this is only what would be: nothing was written, and the sizes are planned.
 
     Example:
         >>> CheckpointReport(bytes_before=4096, bytes_after=1152).text().splitlines()[-1]
@@ -57,16 +58,18 @@ class CheckpointReport(QuantizationReport):
     bytes_after: int = 0
     left_out: list[str] = field(default_factory=list)
     guessed: bool = False
+    dry_run: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
-        keys = ("files", "bytes_before", "bytes_after", "left_out", "guessed")
+        keys = ("files", "bytes_before", "bytes_after", "left_out", "guessed", "dry_run")
         return super().to_dict() | {key: getattr(self, key) for key in keys}
 
     def _parts(self) -> Iterator[Any]:
         yield from super()._parts()
         ratio = self.bytes_before / max(self.bytes_after, 1)
-        yield f"{self.bytes_before / 1e6:,.1f} MB became {self.bytes_after / 1e6:,.1f} MB, {ratio:.2f} times smaller"
+        became = "would become" if self.dry_run else "became"
+        yield f"{self.bytes_before / 1e6:,.1f} MB {became} {self.bytes_after / 1e6:,.1f} MB, {ratio:.2f} times smaller"
         if self.guessed:
             yield "layers were chosen by their names: transformers, or an architecture it knows, is missing"
         if self.left_out:
@@ -89,6 +92,7 @@ def quantize_checkpoint(
     measure: bool = True,
     force: bool = False,
     progress: bool = True,
+    dry_run: bool = False,
 ) -> CheckpointReport:
     """Quantise the linear layers of a safetensors checkpoint on disk, in bounded memory, whatever its size.
 
@@ -107,6 +111,7 @@ def quantize_checkpoint(
         measure: decode each layer again and report its error.
         force: replace ``out_dir`` if it is a model directory.
         progress: show a progress bar (on a terminal).
+        dry_run: choose and check, and write nothing: the report says what would be quantised, and how large it gets.
 
     Returns:
         A :class:`CheckpointReport`.
@@ -145,19 +150,24 @@ def quantize_checkpoint(
                 f"nothing to quantise in {source}: {selection.left or 'no matrix of floats named *.weight'}"
             )
         report = CheckpointReport(left=selection.left, guessed=selection.guessed)
-        bar = stack.enter_context(progress_bar(readers, f"quantising to {quant_type}", progress))
+        report.bytes_before = sum(reader.path.stat().st_size for reader in readers)
+        bar = stack.enter_context(progress_bar(readers, f"quantising to {quant_type}", progress and not dry_run))
         converter = Converter(settings, selection, report, bar.update)
-        places.check_room(target.parent, sum(map(converter.planned_size, readers)))
+        report.bytes_after = sum(map(converter.planned_size, readers))
+        places.check_room(target.parent, report.bytes_after)
+        if dry_run:
+            converter.report_plan(readers)
+            report.files, report.dry_run = sorted(reader.path.name for reader in readers), True
+            return report
         partial = stack.enter_context(places.directory_beside(target))
         keys = {reader.path.name: converter.convert(reader, partial / reader.path.name) for reader in readers}
         write_index(source, partial, keys)
         if config is not None:
             compute_dtype = compute_dtype or _dtype_of_weights(config, entries, selection.chosen)
-            config["quantization_config"] = _quantization_config(settings, compute_dtype, selection.skip_modules)
+            config["quantization_config"] = _quantization_config(settings, compute_dtype, selection)
             (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         report.left_out = places.copy_others(source, partial)
         report.files = sorted(keys)
-        report.bytes_before = sum(reader.path.stat().st_size for reader in readers)
         report.bytes_after = sum((partial / name).stat().st_size for name in keys)
         places.move_into_place(partial, target)
     return report
@@ -215,9 +225,9 @@ def _dtype_of_weights(config: dict[str, Any], entries: dict[str, Entry], chosen:
     return FLOATS[max(sorted(set(dtypes)), key=dtypes.count)]
 
 
-def _quantization_config(settings: Settings, compute_dtype: torch.dtype, skip_modules: list[str]) -> dict[str, Any]:
-    """As transformers writes it for bitsandbytes; a codebook that bitsandbytes lacks is for refq4 alone."""
-    known = settings.quant_type in _KNOWN_TO_BITSANDBYTES
+def _quantization_config(settings: Settings, compute_dtype: torch.dtype, selection: Selection) -> dict[str, Any]:
+    """As transformers writes it for bitsandbytes; a codebook or a class that bitsandbytes lacks is for refq4 alone."""
+    known = settings.quant_type in _KNOWN_TO_BITSANDBYTES and not selection.own
     return {
         "quant_method": "bitsandbytes" if known else "refq4",
         "load_in_4bit": True,
@@ -226,5 +236,5 @@ def _quantization_config(settings: Settings, compute_dtype: torch.dtype, skip_mo
         "bnb_4bit_use_double_quant": settings.nested,
         "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": str(settings.storage).removeprefix("torch."),
-        "llm_int8_skip_modules": skip_modules,
+        "llm_int8_skip_modules": selection.skip_modules,
     } | ({"_load_in_4bit": True, "_load_in_8bit": False} if known else {"blocksize": settings.blocksize})

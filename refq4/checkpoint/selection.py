@@ -38,6 +38,7 @@ class Selection:
         transposed: those of them that are stored as [K, N].
         left: module name -> why its matrix stays as it is.
         skip_modules: names for ``llm_int8_skip_modules``: those, and output layers that have no tensor of their own.
+        own: whether some are of a class of their own, which bitsandbytes does not replace.
         guessed: whether the names decided for a model of unknown architecture.
     """
 
@@ -46,6 +47,7 @@ class Selection:
     left: dict[str, str] = field(default_factory=dict)
     skip_modules: list[str] = field(default_factory=list)
     guessed: bool = False
+    own: bool = False
 
 
 def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...], skip: tuple[str, ...]) -> Selection:
@@ -71,7 +73,7 @@ def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...],
             raise ValueError(f"the pattern {pattern!r} matches none of the {len(matrices)} matrices of the checkpoint")
     by_names = _names_suffice(directory)
     architecture = None if by_names else ask_transformers(directory)
-    found = Selection(guessed=architecture is None and not by_names)
+    found = Selection(guessed=architecture is None and not by_names, own=architecture is not None and architecture.own)
     modules = {name: name if architecture is None else architecture.module_name(name) for name in matrices}
     for name, key in matrices.items():
         why = _why_not_by_name(name) if architecture is None else architecture.why_not(modules[name])
@@ -91,7 +93,7 @@ def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...],
     if architecture is None:
         left.add("lm_head")  # tied, it has no tensor of its own
     else:  # transformers replaces linear layers only: no need to name tables
-        left = (left & (architecture.linears | architecture.fp32)) | architecture.heads
+        left = (left & (architecture.linears | architecture.fp32 | architecture.read)) | architecture.heads
     found.skip_modules = _unambiguous(left - chosen, chosen)
     return found
 

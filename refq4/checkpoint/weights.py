@@ -58,6 +58,17 @@ class Converter:
         """Bytes of tensors that :meth:`convert` will write, but for a few hundred for each weight."""
         return sum(nbytes for _, _, nbytes in self._plan(reader).values())
 
+    def report_plan(self, readers: list[SafetensorsReader]) -> None:
+        """Fill the report with what :meth:`convert` would do, errors not measured."""
+        for reader in readers:
+            for key, entry in reader.entries.items():
+                if key not in self.selection.chosen:
+                    self.report.other += entry.numel
+                    continue
+                size = sum(nbytes for _, _, nbytes in self._plan_weight(key, entry.numel).values())
+                name, shape = key.removesuffix(".weight"), self._shape(entry)
+                self.report.layers.append(LayerReport(name, tuple(shape), 8 * size / entry.numel, float("nan")))
+
     def convert(self, reader: SafetensorsReader, path: Path) -> list[str]:
         """Write the file ``path``; returns its keys.
 
@@ -159,8 +170,11 @@ class Converter:
             (writer.add if "quant_state" in name else writer.write)(f"{entry.key}.{name}", tensor)
         self.report.layers.append(self._measured(pieces, writer, entry, state))
 
+    def _shape(self, entry: Entry) -> torch.Size:
+        return torch.Size(entry.shape[::-1] if entry.key in self.selection.transposed else entry.shape)
+
     def _state(self, scales: Tensor, entry: Entry) -> QuantState:
-        shape = torch.Size(entry.shape[::-1] if entry.key in self.selection.transposed else entry.shape)
+        shape = self._shape(entry)
         code, dtype = get_4bit_type(self.settings.quant_type), FLOATS[entry.dtype]
         state = QuantState(scales, shape, code, self.settings.blocksize, self.settings.quant_type, dtype)
         if self.settings.nested:

@@ -7,6 +7,7 @@ info         what this machine offers: each backend, and why it is or isn't avai
 explain      the seven steps of one call, for a shape, a dtype and a backend
 quantize     a safetensors model directory in, a 4-bit one out
 dequantize   a 4-bit model directory in, a plain safetensors one out
+eval         loss, perplexity, KL, and the damage of each layer, on a text
 inspect      what a weight file holds, and what is wrong with it
 verify       one backend against another: where they differ, on which smallest input, by how much
 bench        a backend against what people use today, and against the machine's limits
@@ -22,7 +23,7 @@ import sys
 from types import FrameType
 
 from .. import __version__
-from . import bench, complete, dequantize, explain, info, inspect, quantize, tour, verify
+from . import bench, complete, dequantize, evaluate, explain, info, inspect, quantize, tour, verify
 
 __all__ = ["begin", "main", "parser"]
 
@@ -33,6 +34,7 @@ examples:
   python -m refq4 explain 4096x11008          the steps of one call, and why each was taken
   python -m refq4 quantize model model-nf4    a model on disk in 4 bits
   python -m refq4 dequantize model-nf4 plain  and back into floats, for tools that read plain safetensors
+  python -m refq4 eval model-nf4 --text book.txt --against model     what did it cost?
   python -m refq4 inspect model-nf4           what is in it, and whether it is sound
   python -m refq4 verify --backend cpu        does this backend compute the 4-bit layer?
   python -m refq4 bench --quick               how fast is it, next to bitsandbytes and torch?
@@ -95,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"refq4 {__version__}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (tour, info, explain, quantize, dequantize, inspect, verify, bench):
+    for module in (tour, info, explain, quantize, dequantize, evaluate, inspect, verify, bench):
         module.add(commands)
     complete.add(commands, whole)
     return whole

@@ -50,7 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
         report = dequantize_checkpoint(
             arguments.model_dir,
             arguments.out_dir,
-            dtype=None if arguments.dtype is None else options.DTYPES[_DTYPES[arguments.dtype]],
+            dtype=None if arguments.dtype is None else options.dtype(_DTYPES[arguments.dtype]),
             backend=arguments.backend,
             force=arguments.force,
         )

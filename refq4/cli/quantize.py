@@ -34,6 +34,7 @@ def add(commands: Any) -> None:
         description=_DESCRIPTION,
         epilog=options.examples(
             "python -m refq4 quantize Llama-3-8B Llama-3-8B-nf4",
+            "python -m refq4 quantize Llama-3-8B Llama-3-8B-nf4 --dry-run",
             "python -m refq4 quantize model model-fp4 --quant-type fp4 --no-nested --skip down_proj",
             "python -m refq4 quantize model model-nf4 --scales search",
             "python -m refq4 quantize model model-nf4 --force --json > report.json",
@@ -63,6 +64,8 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--no-errors", action="store_true", help="don't measure each layer's error: quicker")
     command.add_argument("--force", action="store_true", help="replace OUT_DIR, if it is a model directory")
+    command.add_argument("--dry-run", action="store_true", help="say what would be done, with sizes; write nothing")
+    command.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors (and --json)")
     options.add_backend(command)
     options.add_json(command)
     command.set_defaults(run=_run)
@@ -86,8 +89,11 @@ def _run(arguments: argparse.Namespace) -> int:
             backend=arguments.backend,
             measure=not arguments.no_errors,
             force=arguments.force,
+            progress=not arguments.quiet,
+            dry_run=arguments.dry_run,
         )
-    show(report, arguments)
+    if arguments.json or not arguments.quiet:
+        show(report, arguments)
     return 0
 
 

@@ -7,6 +7,7 @@
     experts.py        transformers' mixtures of experts on packed weights
     expert_files.py   how these are loaded and saved
     later.py          peft.py by itself, for a model that refq4 has quantised
+    in_memory.py      save_pretrained for a model that refq4.quantize_model has quantised
 
 Importing one of the first two is all it takes; each imports the library it is named after.
 """

@@ -96,13 +96,15 @@ class Refq4Config(BitsAndBytesConfig):
         self.quant_method = METHOD
         self.blocksize = check_blocksize(DEFAULT_BLOCKSIZE if blocksize is None else blocksize)
         self.scales = check_way(scales)
+        self.skip_besides: list[str] = []  # what was given for a checkpoint, besides its own list
         self._compute_dtype_given = bnb_4bit_compute_dtype is not None
 
     @classmethod
     def for_checkpoint(cls, stored: dict[str, Any], given: Self | None = None) -> Self:
         """The config of a quantised checkpoint of refq4 or bitsandbytes.
 
-        How the weights are stored is the checkpoint's to say; the compute dtype is the user's, if one was given.
+        How the weights are stored is the checkpoint's to say; the compute dtype is the user's, if one was given. A
+        module that the user wants skipped must be in full precision there: a packed one is refused when it is loaded.
 
         Args:
             stored: "quantization_config" of its config.json.
@@ -127,6 +129,7 @@ class Refq4Config(BitsAndBytesConfig):
             if differ and given.to_diff_dict().keys() & set(differ):
                 held = ", ".join(f"{name}={getattr(config, name)}" for name in differ)
                 warn_caller(f"the checkpoint is quantised already, and its own settings are used: {held}")
+            config.skip_besides = given.llm_int8_skip_modules or []
             if given._compute_dtype_given:
                 config.bnb_4bit_compute_dtype = given.bnb_4bit_compute_dtype
         return config

@@ -1,10 +1,12 @@
-"""An integration when the library that it is named after is there, in whatever order a program imports things.
+"""What other libraries are told of a model that refq4 has quantised, in whatever order a program imports things.
 
     connect("peft")     peft is imported already     refq4.integrations.peft now
                         it is not                    refq4.integrations.peft as soon as it has been imported
 
-Called for a model whose layers refq4 has replaced. So peft works on it without a word, and a program that never
-imports peft does not pay for it: that takes seconds.
+    adopt(model, ...)   the model is one of transformers: it gets what from_pretrained would have given it
+
+So peft works on such a model without a word, ``save_pretrained`` writes its config, and a program that imports neither
+library does not pay for it: that takes seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+from torch import nn
 
 from ..internals.checks import warn_caller
 
@@ -36,6 +40,31 @@ def connect(library: str) -> None:
         _integrate(library)
     elif not any(isinstance(finder, _Waiting) and finder.library == library for finder in sys.meta_path):
         sys.meta_path.insert(0, _Waiting(library))
+
+
+def adopt(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Let a transformers model whose layers were quantised in memory save and reload as one that was loaded so.
+
+    Any other module is left as it is.
+
+    Args:
+        settings: of the layers, as in ``Linear4bit``.
+
+    Warns:
+        UserWarning: transformers is there, but not in a version that the integration takes.
+
+    Example:
+        >>> adopt(nn.Linear(8, 8), {})
+    """
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is None or not isinstance(model, library.PreTrainedModel):
+        return
+    try:
+        from . import in_memory
+    except ImportError as error:
+        warn_caller(f"save_pretrained will not write how this {type(model).__name__} is quantised: {error}")
+    else:
+        in_memory.adopt(model, settings)
 
 
 def _integrate(library: str) -> None:

@@ -13,8 +13,9 @@ version to version; those that were tried are in ``versions.py``. The config cla
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from ..codebooks import codebook_names
 from ..functional import dequantize_4bit
+from ..internals.checks import warn_caller
+from ..models.linears import is_linear, nearest, read_by_owner
 from ..nn import Linear4bit
 from ..params import Params4bit
 from . import expert_files
@@ -85,30 +88,48 @@ class Refq4Quantizer(HfQuantizer):
             return device_map
         return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
 
-    # --- before loading: which modules become 4-bit layers ----------------------------------------------------------
-
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
-    ) -> None:
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Asked of the device map that was given, and of the one that "auto" came to."""
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 "part of the model is to stay on disk, in full precision, and would be quantised again in each call: "
                 "quantise it without this device_map, save_pretrained it, and load that with it"
             )
+
+    # --- before loading: which modules become 4-bit layers ----------------------------------------------------------
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            _check_skipped(model, self.quantization_config.llm_int8_skip_modules or ())
+            choosing = {
+                ".".join(name.split(".")[-2:]) for name in routers(model)
+            }  # so named in parts of the model, too
+            self._leave_alone(model, choosing | set(read_by_owner(model)))
         config = self.quantization_config
         skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
-        choosing = set() if self.pre_quantized else {".".join(name.split(".")[-2:]) for name in routers(model)}
-        if choosing:  # written into config.json, for whoever loads what is saved
-            config.llm_int8_skip_modules = skip = sorted({*skip, *choosing})
+        skip += config.skip_besides
         self._experts = expert_files.names_to_pack(model, skip)
         tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
+        replaced = 0
         for name, module in list(model.named_modules()):
             conv1d = isinstance(module, Conv1D)
-            if not (conv1d or type(module) is nn.Linear) or name in tied or not should_convert_module(name, skip):
+            if not (conv1d or is_linear(module)) or name in tied or not should_convert_module(name, skip):
                 continue
             if conv1d:
                 self._conv1d.add(name)
             model.set_submodule(name, self._empty_layer(module))
+            replaced += 1
+        if not replaced:
+            warn_caller(f"no layer of this {type(model).__name__} is in 4 bits: none is linear, or all are skipped")
+
+    def _leave_alone(self, model: PreTrainedModel, names: Iterable[str]) -> None:
+        """Add names to the skipped modules that a saved config lists, in a config of the model's own."""
+        if not names:
+            return
+        config = copy.copy(self.quantization_config)
+        others = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules)
+        config.llm_int8_skip_modules = sorted({*others, *names})
+        self.quantization_config = model.config.quantization_config = config
 
     def _empty_layer(self, module: nn.Module) -> Linear4bit:
         """A 4-bit layer on the meta device. Bytes from a file have its dtype already: the loader casts to it."""
@@ -177,11 +198,13 @@ class Refq4Quantizer(HfQuantizer):
         connect("peft")
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        expert_files.decode_all(model, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # save_pretrained makes a string of the dtype in a model's config
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        expert_files.decode_all(model, wanted)
         for name, module in list(model.named_modules()):
             if isinstance(module, Linear4bit):
-                model.set_submodule(name, self._full_precision(module, name in self._conv1d, dtype))
+                model.set_submodule(name, self._full_precision(module, name in self._conv1d, wanted))
         return model
 
     def _full_precision(self, layer: Linear4bit, conv1d: bool, dtype: torch.dtype | None) -> nn.Module:
@@ -228,8 +251,8 @@ class Restore(ConversionOps):
         if not isinstance(layer, Linear4bit):
             if len(input_dict) > 1:
                 raise ValueError(
-                    f"{full_layer_name}: quantised in the checkpoint, but its config names this {type(layer).__name__} "
-                    f"among the skipped modules"
+                    f"{full_layer_name}: quantised in the checkpoint, but llm_int8_skip_modules, given or in its "
+                    f"config, names this {type(layer).__name__}: leave it away, or quantise from full precision again"
                 )
             return input_dict
         own = full_layer_name.removesuffix("weight")
@@ -269,6 +292,14 @@ def _settled(layer: Linear4bit, weight: Params4bit) -> Params4bit:
     """``weight``, with its layer marked: over one that it thinks new, transformers writes random numbers."""
     setattr(layer, "_is_hf_initialized", True)  # noqa: B010 (an attribute that the class does not know)
     return weight
+
+
+def _check_skipped(model: PreTrainedModel, names: Iterable[str]) -> None:
+    there = [name for name, _ in (*model.named_modules(), *model.named_parameters())]  # experts are parameters
+    for name in names:
+        if all(should_convert_module(other, [name]) for other in there):
+            hint = nearest(name, there)
+            warn_caller(f"llm_int8_skip_modules: {name!r} is no module of this {type(model).__name__}{hint}")
 
 
 # --- what transformers has to be told besides -------------------------------------------------------------------------

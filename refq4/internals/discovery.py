@@ -1,11 +1,12 @@
 """Which backends there are: found through entry points or registered by hand, listed, looked up by name.
 
-    entry point "refq4.backends" --+
-                                   +--> an Entry by name --- imported ---> asked whether it is available (once)
-    register_backend(...) ---------+
+    entry point "refq4.backends" ----------+
+    entry point "refq4.backends.by_name" --+--> an Entry by name --- imported ---> asked whether it is available (once)
+    register_backend(...) -----------------+
 
-An entry is imported when somebody lists the backends or wants to run a call, and asked whether it is available when it
-is needed. One that fails at either keeps the reason, which is what its name then gives. Which of them runs a call is
+What stands in the second group "auto" never takes, so nothing imports it before somebody names it. Any other entry is
+imported when somebody lists the backends or wants to run a call. Each is asked whether it is available when it is
+needed. One that fails at either keeps the reason, which is what its name then gives. Which of them runs a call is
 chosen in ``refq4/registry.py``, through which all public names here are imported.
 """
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ..registry import Resolved
 
 ENTRY_POINT_GROUP = "refq4.backends"
+BY_NAME_GROUP = f"{ENTRY_POINT_GROUP}.by_name"
 AUTO = "auto"
 
 
@@ -42,6 +44,8 @@ class Entry:
     @property
     def only_by_name(self) -> bool:
         """Whether "auto" leaves it alone."""
+        if self.entry_point is not None and self.entry_point.group == BY_NAME_GROUP:
+            return True
         return self.backend is not None and self.backend.priority < 0
 
     def awaits(self, backend: Backend) -> bool:
@@ -90,7 +94,8 @@ def known_entries() -> dict[str, Entry]:
         if _entries is None:
             _entries = {
                 point.name: Entry(point.name, f"entry point {point.value}", entry_point=point)
-                for point in entry_points(group=ENTRY_POINT_GROUP)
+                for group in (ENTRY_POINT_GROUP, BY_NAME_GROUP)
+                for point in entry_points(group=group)
             }
         return _entries
 
@@ -224,9 +229,14 @@ def by_priority() -> list[Entry]:
     global _ordered
     if _ordered is None:
         for entry in list(known_entries().values()):  # a module may register further backends when it is imported
-            entry.imported()
-        _ordered = sorted(known_entries().values(), key=lambda e: (-(e.backend.priority if e.backend else 1), e.name))
+            if not entry.only_by_name:
+                entry.imported()
+        _ordered = sorted(known_entries().values(), key=_rank)
     return _ordered
+
+
+def _rank(entry: Entry) -> tuple[bool, int, str]:
+    return entry.only_by_name, -(entry.backend.priority if entry.backend else 1), entry.name
 
 
 def list_backends() -> list[str]:

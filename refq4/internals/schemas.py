@@ -1,7 +1,7 @@
 """The ops of the 4-bit layer as ``torch.ops.refq4.*``: what they are called with, and what shapes they give.
 
     schema     flat tensors and numbers, which is what torch's dispatcher understands; a weight is the ten of ``WEIGHT``
-    fake       shapes and dtypes only: torch.compile, torch.export
+    fake       shapes and dtypes only: torch.compile, torch.export; the operations of a product, to be counted
     kernel     refq4/internals/dispatch.py and codec.py: the checks, and the backend
     gradient   refq4/autograd.py, with the rule for vmap
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .. import layout
 from ..backend import Nested, PackedWeight
@@ -54,6 +55,13 @@ def implement(name: str, kernel: Callable[..., Any]) -> None:
     library.define(f"{name}({schema}", tags=_TAGS)  # type: ignore[no-untyped-call]
     library.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"refq4::{name}", fake, lib=library)
+    if fake in (_product, _grad_input, _matmul_prepared):
+        register_flop_formula(getattr(torch.ops.refq4, name))(_flops)
+
+
+def _flops(A: torch.Size, *_: Any, out_shape: torch.Size, **others: Any) -> int:
+    """Operations of a product, for ``torch.utils.flop_counter``: K multiplications and additions for each result."""
+    return 2 * math.prod(out_shape) * A[-1]
 
 
 # --- fakes ----------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..internals.holder import Holds4bitWeight
-from ..internals.prepared import Preparable
-from ..nn import Linear4bit
+from ..internals.prepared import MOST_RESTORES, Preparable
+from ..nn import Embedding4bit, Linear4bit
 from ..pipeline import choose_layout, recover_quant_state
 
 __all__ = ["prepare", "restore"]
@@ -24,7 +24,8 @@ def prepare(model: nn.Module) -> int:
     """Prepare every 4-bit layer of a model that is in evaluation mode.
 
     A layer that inference would leave as it is stored (something else owns its weight, or the backend has no layout of
-    its own) stays so. One that was restored too often for inference to prepare it again is prepared.
+    its own, or the weight is a table as well) stays so. One that was restored too often for inference to prepare it
+    again is prepared.
 
     Returns:
         How many layers are prepared now.
@@ -39,11 +40,12 @@ def prepare(model: nn.Module) -> int:
         ...     refq4.prepare(model)
         0
     """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding4bit)}
     for layer in _layers(model):
         state, _ = recover_quant_state(layer)
         weight = layer.weight
         if isinstance(weight, Preparable):
-            weight._restores = 0
+            weight._restores = MOST_RESTORES if id(weight) in tables else 0
         x = torch.empty(1, layer.in_features, dtype=layer.compute_dtype or torch.float32, device=weight.device)
         choose_layout(layer, state, x)
     return sum(isinstance(layer.weight, Preparable) and layer.weight.prepared for layer in _layers(model))

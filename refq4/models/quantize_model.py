@@ -6,18 +6,24 @@ For a model on disk that need not fit into memory: ``refq4/checkpoint``.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..nn import Linear4bit
+from ..internals.checks import warn_caller
+from ..nn import Embedding4bit, Linear4bit
 from .experts import expert_names, quantize_experts, routers
+from .formats import Formats, check_formats, check_used, format_of
+from .linears import is_linear, nearest, read_by_owner
 from .patterns import Asked, Rule, as_rule, chosen, first_match
 from .report import QuantizationReport, layer_report
+from .tables import cast_rest, quantize_tables
 
 __all__ = ["quantize_model"]
 
+_HEAD = ("lm_head",)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -39,7 +45,11 @@ def quantize_model(
     blocksize: int | None = None,
     scales: str = "absmax",
     include: Rule = "*",
-    skip: Rule = ("lm_head",),
+    skip: Rule | None = None,
+    embeddings: bool = False,
+    head: bool = False,
+    dtype: torch.dtype | None = None,
+    formats: Formats | None = None,
     progress: bool = True,
     report: QuantizationReport | None = None,
 ) -> Model:
@@ -52,8 +62,12 @@ def quantize_model(
     the layers done so far in 4 bits; call it again to go on. ``copy.deepcopy`` it first to keep the original.
 
     Left alone, whatever the rules say: subclasses of ``nn.Linear``, whose owners use them in other ways (the output of
-    ``nn.MultiheadAttention``), layers that share their weight with another module (tied to an embedding, say), and
-    the routers that choose experts.
+    ``nn.MultiheadAttention``; Falcon's own class is taken), layers whose weight the module around them reads as a
+    matrix (Mamba's ``dt_proj``) or keeps in fp32, layers that share their weight with another module (tied to an
+    embedding, say), and the routers that choose experts.
+
+    A model of transformers gets the config of what was done: ``save_pretrained`` writes it, and ``from_pretrained``
+    loads the model back.
 
     Args:
         model: any module; it is changed. A bare ``nn.Linear`` is returned converted.
@@ -61,7 +75,12 @@ def quantize_model(
         include: the layers meant. A pattern, several, or a function of (name, layer) that returns a bool. A pattern is
             a glob over a run of parts of the dotted name: ``"mlp"``, ``"layers.[0-3].*_proj"``. The name of a fused
             expert weight is the parameter's (``"layers.0.mlp.experts.down_proj"``), its layer the parameter's owner.
-        skip: of those, the layers to leave alone; as ``include``.
+        skip: of those, the layers to leave alone; as ``include``. ``"lm_head"`` by default, and nothing with ``head``.
+        embeddings: also the tables, as :class:`~refq4.nn.Embedding4bit` with plain scales (``skip`` holds for them).
+        head: also the output head. One that shares a table's weight needs ``embeddings``, too: they go on sharing it.
+        dtype: cast the parameters that stay as they are: norms, biases, what was skipped. Buffers are left alone.
+        formats: patterns of names -> what of quant_type, compress_statistics, blocksize and scales is different there:
+            ``{"mlp": {"blocksize": 128}}``. Where two patterns match, the later one holds.
         progress: show a progress bar (on a terminal).
         report: filled with bits and error of each layer, and with what was left alone and why. It costs a decoding of
             each layer.
@@ -72,6 +91,9 @@ def quantize_model(
     Raises:
         ValueError: nothing was converted; the message says what the model holds instead. Or a weight holds NaN or
             infinity; the message names the layer.
+
+    Warns:
+        UserWarning: a pattern to skip matches no module.
 
     Example:
         >>> import torch, refq4
@@ -89,15 +111,21 @@ compute_dtype=None)
     """
     from tqdm.auto import tqdm
 
-    from ..integrations.later import connect
+    from ..integrations.later import adopt, connect
 
-    places, left = _choose(model, include, skip)
-    if not places:
+    formats = check_formats(formats or {})
+    unwanted = as_rule(skip if skip is not None else () if head else _HEAD)
+    if skip is not None:
+        _check_matches(model, unwanted)
+    places, left = _choose(model, as_rule(include), unwanted)
+    check_used(formats, [*(place.names[0] for place in places), *(_tables(model) if embeddings else ())])
+    if not places and not (embeddings and _tables(model)):
         why = ", ".join(f"{name or 'itself'} ({reason})" for name, reason in list(left.items())[:5])
         raise ValueError(f"no nn.Linear to quantise in this {type(model).__name__}{': ' if why else ''}{why}")
     settings = {
         "quant_type": quant_type,
         "compress_statistics": compress_statistics,
+        "compute_dtype": compute_dtype,
         "quant_storage": quant_storage,
         "blocksize": blocksize,
         "scales": scales,
@@ -108,7 +136,7 @@ compute_dtype=None)
     bar = tqdm(places, desc=f"quantising to {quant_type}", unit="layer", disable=None if progress else True)
     try:
         for place in bar:
-            layer = _quantise(place, compute_dtype, settings, report)
+            layer = _quantise(place, settings | format_of(place.names[0], formats), report)
             if layer is None:
                 continue
             if place.module is model:
@@ -120,19 +148,36 @@ compute_dtype=None)
             from ..integrations.expert_files import settle
 
             settle(model)
+    if embeddings:
+        left_tables = quantize_tables(
+            model, head, lambda name: settings | format_of(name, formats), partial(chosen, unwanted), report
+        )
+        if report is not None:
+            report.left |= left_tables
+            report.left = {name: why for name, why in report.left.items() if not _is_4bit(model, name)}
+    if dtype is not None:
+        cast_rest(model, dtype)
+    adopt(model, settings)
     connect("peft")
     return model
 
 
-def _quantise(
-    place: _Place, compute_dtype: torch.dtype | None, settings: dict[str, Any], report: QuantizationReport | None
-) -> Linear4bit | None:
+def _tables(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if type(module) is nn.Embedding]
+
+
+def _is_4bit(model: nn.Module, name: str) -> bool:
+    return isinstance(dict(model.named_modules()).get(name), Linear4bit | Embedding4bit)
+
+
+def _quantise(place: _Place, settings: dict[str, Any], report: QuantizationReport | None) -> Linear4bit | None:
     """The layer that takes the place of a linear one; experts keep their module, and change in it."""
     before, layer = getattr(place.module, place.param_name), None
     try:
         if isinstance(place.module, nn.Linear):
-            layer = Linear4bit.from_linear(place.module, compute_dtype=compute_dtype, **settings)
-        after = quantize_experts(place.module, place.param_name, **settings) if layer is None else layer.weight
+            layer = Linear4bit.from_linear(place.module, **settings)
+        of_weight = {key: value for key, value in settings.items() if key != "compute_dtype"}
+        after = quantize_experts(place.module, place.param_name, **of_weight) if layer is None else layer.weight
     except ValueError as error:
         raise ValueError(f"{place.names[0]}: {error}") from None
     if report is not None:
@@ -140,9 +185,10 @@ def _quantise(
     return layer
 
 
-def _choose(model: nn.Module, include: Rule, skip: Rule) -> tuple[list[_Place], dict[str, str]]:
+def _choose(model: nn.Module, wanted: Asked, unwanted: Asked) -> tuple[list[_Place], dict[str, str]]:
     """The weights to quantise, and name -> why another one is left alone."""
-    wanted, unwanted, choosing = as_rule(include), as_rule(skip), routers(model)
+    choosing = routers(model)
+    reserved = read_by_owner(model) | _kept_in_fp32(model) | dict.fromkeys(choosing, "it chooses experts")
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -158,7 +204,7 @@ def _choose(model: nn.Module, include: Rule, skip: Rule) -> tuple[list[_Place], 
                 places[id(weight)].names.append(name)
                 continue
             others = [other for other in owners[id(weight)] if other != owner]
-            why = "it chooses experts" if name in choosing else _why_not(name, module, wanted, unwanted)
+            why = reserved.get(name) or _why_not(name, module, wanted, unwanted)
             if why is None and others:
                 why = f"shares its weight with {others[0]}"
             if why is None:
@@ -169,13 +215,27 @@ def _choose(model: nn.Module, include: Rule, skip: Rule) -> tuple[list[_Place], 
 
 
 def _why_not(name: str, module: nn.Module, include: Asked, skip: Asked) -> str | None:
-    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+    if isinstance(module, nn.Linear) and not is_linear(module):
         return f"a {type(module).__name__}, whose owner uses it in ways of its own"
     if not chosen(include, name, module):
         return "not among those to include"
     if not chosen(skip, name, module):
         return None
     return "skipped: the predicate says so" if callable(skip) else f"skipped: it matches {first_match(name, skip)!r}"
+
+
+def _kept_in_fp32(model: nn.Module) -> dict[str, str]:
+    """What a model of transformers says of its layers; loading it back goes by that, too."""
+    patterns: Any = getattr(model, "_keep_in_fp32_modules", None) or ()
+    names = (name for name, _ in model.named_modules() if first_match(name, patterns))
+    return dict.fromkeys(names, "kept in fp32 by its architecture")
+
+
+def _check_matches(model: nn.Module, skip: Asked) -> None:
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    for pattern in () if callable(skip) else skip:
+        if not any(first_match(name, [pattern]) for name in names):
+            warn_caller(f"skip: {pattern!r} matches no module of this {type(model).__name__}{nearest(pattern, names)}")
 
 
 def _add_to(report: QuantizationReport, name: str, before: Tensor, after: Any) -> None:

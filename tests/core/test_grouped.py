@@ -40,7 +40,7 @@ def plain(x: Tensor, decoded: Tensor, bias: Tensor | None, transposed: bool) -> 
     return torch.cat(parts)
 
 
-def close(got: Tensor, wanted: Tensor) -> None:
+def assert_close(got: Tensor, wanted: Tensor) -> None:
     unit = 4 * torch.finfo(got.dtype).eps if got.dtype == torch.float32 else torch.finfo(got.dtype).eps  # a sum of K
     assert got.isfinite().all()
     error = (got.double() - wanted).abs().max() / wanted.abs().max()
@@ -73,7 +73,7 @@ def test_each_row_is_multiplied_by_its_own_expert(
     for given in (None, bias):
         y = grouped_gemm_4bit(x, packed, state, torch.tensor(OFFSETS), given, transposed=transposed, backend=backend)
         assert y.dtype == dtype
-        close(y, plain(x, decoded, given, transposed))
+        assert_close(y, plain(x, decoded, given, transposed))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -89,7 +89,7 @@ def test_the_gradients_are_those_of_the_decoded_experts(backend: str, transposed
     grads = torch.autograd.grad(y, [x, bias], upstream)
     wanted = torch.autograd.grad(plain(x, decoded, bias, transposed), [x, bias], upstream.double())
     for got, want in zip(grads, wanted, strict=True):
-        close(got, want.double())
+        assert_close(got, want.double())
 
 
 def test_the_gradient_has_a_gradient() -> None:
@@ -108,7 +108,7 @@ def test_experts_prepared_for_the_cpu_give_the_same_and_their_bytes_come_back(dt
     with torch.no_grad():
         y = grouped_gemm_4bit(x, weight, state, offsets, backend="cpu")
         assert weight.prepared
-        close(y, plain(x, dequantize_4bit(packed, state).to(dtype), None, False))
+        assert_close(y, plain(x, dequantize_4bit(packed, state).to(dtype), None, False))
     assert torch.equal(weight.stored(), packed)
     assert weight.prepared, "reading a copy of the bytes does not restore them"
     assert torch.equal(torch.cat([weight]), packed)
@@ -156,7 +156,7 @@ def test_a_backend_without_a_grouped_product_is_asked_for_one_product_an_expert(
             y = grouped_gemm_4bit(rows(K), packed, state, torch.tensor(OFFSETS), backend="only-gemm")
     assert backend.tokens == [3, 1, 5]  # the expert without rows is left out
     assert {op.backend for op in t.ops} == {"only-gemm"}
-    close(y, plain(rows(K), dequantize_4bit(packed, state), None, False))
+    assert_close(y, plain(rows(K), dequantize_4bit(packed, state), None, False))
 
 
 def test_a_backend_without_any_product_says_so() -> None:

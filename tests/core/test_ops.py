@@ -201,3 +201,29 @@ def test_the_reference_decodes_eight_bits_where_the_codes_are():
     q, absmax = torch.zeros(64, dtype=torch.uint8, device="meta"), torch.ones(1, device="meta")
     code = torch.ones(256, device="meta")
     assert ReferenceBackend().dequantize_blockwise(q, absmax, code, 64, torch.float32).is_meta
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 5, 64)], ids=["one token", "several", "a batch"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_flop_counter_sees_a_product_and_its_gradient_as_those_of_a_plain_layer(backend, shape):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(layer: nn.Module, gradient: bool) -> int:
+        x = torch.ones(shape, requires_grad=gradient)
+        with FlopCounterMode(display=False) as counter:
+            y = layer(x)
+            if gradient:
+                y.sum().backward()
+        return counter.get_total_flops()
+
+    plain = nn.Linear(64, 48).requires_grad_(False)
+    with refq4.use_backend(backend):
+        layer = refq4.nn.LinearNF4(64, 48, compute_dtype=torch.float32).to("cpu").requires_grad_(False)
+        for training in (True, False):
+            layer.train(training)
+            for gradient in (False, True):
+                assert flops(layer, gradient) == flops(plain, gradient) > 0
+        with torch.no_grad():
+            layer(torch.ones(shape))
+        assert layer.weight.prepared is (backend == "cpu")
+        assert flops(layer, False) == flops(plain, False)

@@ -255,6 +255,21 @@ def test_the_error_for_an_unknown_backend_says_how_one_becomes_known():
         refq4.set_backend("mine")
 
 
+def test_auto_imports_nothing_that_it_may_not_take(monkeypatch):
+    points = {
+        "refq4.backends": [EntryPoint("reference", "refq4.reference:ReferenceBackend", "refq4.backends")],
+        "refq4.backends.by_name": [EntryPoint("away", "no_such_module:Backend", "refq4.backends.by_name")],
+    }
+    monkeypatch.setattr(discovery, "entry_points", lambda group: points[group])
+    monkeypatch.setattr(discovery, "_entries", None)
+    monkeypatch.setattr(discovery, "_ordered", None)
+    assert refq4.list_backends() == ["reference", "away"]
+    F.quantize_4bit(torch.ones(64))
+    assert discovery.known_entries()["away"].problem is None, "it has not been imported"
+    with pytest.raises(refq4.BackendUnavailableError, match="importing it failed: ModuleNotFoundError"):
+        refq4.set_backend("away")
+
+
 def test_a_plug_in_that_fails_to_import_is_listed_with_its_error_and_breaks_nothing(monkeypatch):
     points = [
         EntryPoint("broken", "no_such_module:Backend", "refq4.backends"),

@@ -1,9 +1,9 @@
 """Every command and every program of the README and the how-to pages runs, in the order of the page.
 
-Commands of a page run in one directory, which holds a small Llama as ``model``. What is not run stands in ``NOT_RUN``
-with the reason, and what takes minutes in ``SLOW`` (``pytest -m slow``); an entry that no page needs any more is a
-failure. ``python -m refq4`` runs in this process, through the same ``main``: importing torch for each takes longer than
-all of them.
+Commands of a page run in one directory, which holds a small Llama as ``model`` and tokens for it in ``ids.txt``. What
+is not run stands in ``NOT_RUN`` with the reason, and what takes minutes in ``SLOW`` (``pytest -m slow``); an entry that
+no page needs any more is a failure. ``python -m refq4`` runs in this process, through the same ``main``: importing
+torch for each takes longer than all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import transformers
 
 from refq4 import cli, registry
 
@@ -68,12 +68,10 @@ def prefix_of(command: str, prefixes: object) -> str | None:
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a page's commands run: with a model, and with this environment's programs first on the PATH."""
     torch.manual_seed(0)
-    (tmp_path / "model").mkdir()
-    tensors = {"model.embed_tokens.weight": torch.randn(32, 64), "lm_head.weight": torch.randn(32, 64)}
-    for name, shape in {"gate_proj": (128, 64), "up_proj": (128, 64), "down_proj": (64, 128)}.items():
-        tensors |= {f"model.layers.{i}.mlp.{name}.weight": torch.randn(shape) for i in range(2)}
-    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "ids.txt").write_text("1 2 3 4 5 6 7 8\n31 30 29 28\n")
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

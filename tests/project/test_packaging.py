@@ -103,8 +103,8 @@ def test_every_extra_and_entry_point_can_be_read():
             requirement = Requirement(text)
             if requirement.name == "refq4":
                 assert requirement.extras <= PROJECT["optional-dependencies"].keys()
-    declared = PROJECT["entry-points"]["refq4.backends"]
-    assert {point.name: point.value for point in entry_points(group="refq4.backends")} == declared
+    for group in ("refq4.backends", "refq4.backends.by_name"):
+        assert {point.name: point.value for point in entry_points(group=group)} == PROJECT["entry-points"][group]
     (script,) = (point for point in entry_points(group="console_scripts") if point.name == "refq4")
     assert callable(script.load())
 

@@ -98,6 +98,43 @@ def test_each_option_of_quantize_reaches_the_file(model, tmp_path, monkeypatch, 
     assert (written["bnb_4bit_compute_dtype"], written["bnb_4bit_quant_storage"]) == ("float16", "bfloat16")
 
 
+@pytest.mark.parametrize("nested", ["--nested", "--no-nested"])
+def test_a_dry_run_tells_sizes_that_come_true_and_writes_nothing(model, tmp_path, nested, capsys):
+    command = ["quantize", str(model), str(tmp_path / "out"), nested]
+    assert cli.main([*command, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"up +│ +\[64, 64\] .*not measured", text), text
+    assert "left alone (the output layer, or tied to an embedding): lm_head" in text
+    assert "MB would become" in text
+    assert cli.main([*command, "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing is written, nor begun"
+    assert cli.main([*command, "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    for key in ("files", "left", "quantised", "other", "bytes_before"):
+        assert planned[key] == done[key]
+    assert planned["bits"] == pytest.approx(done["bits"], rel=1e-2)
+    header = 3000  # of the file, and what each weight says of itself
+    assert done["bytes_after"] - header < planned["bytes_after"] <= done["bytes_after"]
+    assert (planned["dry_run"], done["dry_run"]) == (True, False)
+
+
+def test_a_dry_run_refuses_what_would_be_refused(model, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    assert cli.main(["quantize", str(model), str(tmp_path / "out"), "--dry-run"]) == 1
+    assert "exists" in capsys.readouterr().err
+
+
+def test_quiet_prints_errors_and_json_and_nothing_else(model, tmp_path, capsys):
+    command = ["quantize", str(model), str(tmp_path / "out"), "--quiet"]
+    assert cli.main(command) == 0
+    assert capsys.readouterr() == ("", "")
+    assert cli.main(command) == 1
+    assert "--force" in capsys.readouterr().err
+    assert cli.main([*command, "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quantised"]
+
+
 def test_an_output_that_exists_is_one_line_on_stderr_and_force_replaces_it(model, tmp_path, capsys):
     command = ["quantize", str(model), str(tmp_path / "out")]
     assert cli.main(command) == 0
@@ -230,6 +267,7 @@ def test_every_command_has_help_with_an_example_and_json_where_it_reports(capsys
         "explain",
         "quantize",
         "dequantize",
+        "eval",
         "inspect",
         "verify",
         "bench",

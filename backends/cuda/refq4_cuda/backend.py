@@ -26,6 +26,7 @@ from refq4.layout import block_count, packed_bytes
 
 from . import driver, emulated, launch
 from .bindings import CudaError, dotted, driver_version, nvrtc_version, why_no_gpu
+from .geometry import Limits
 
 __all__ = ["CudaBackend", "CudaEmulatorBackend"]
 
@@ -42,6 +43,14 @@ class Processor(Protocol):
     @property
     def multiprocessors(self) -> int:
         """How many it has: a plan spreads a product over them."""
+
+    @property
+    def limits(self) -> Limits:
+        """What it has room for: a plan asks for no more."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why no kernel can run there, or None."""
 
     def run(self, launches: list[launch.Launch]) -> None:
         """Run kernels, one after the other."""
@@ -61,7 +70,10 @@ class PlannedBackend(Backend):
             return f"it takes fp32, fp16 and bf16, not {call.dtype}"
         if call.layout != "canonical":
             return f"it reads the layout canonical only, not {call.layout}"
-        return None
+        try:
+            return self.processor(torch.device(call.device)).problem
+        except CudaError as error:
+            return str(error)
 
     # --- quantising and dequantising ----------------------------------------------------------------------------------
 
@@ -120,7 +132,7 @@ class PlannedBackend(Backend):
             return y.zero_() if bias is None else y.copy_(bias)
         processor = self.processor(x.device)
         x = x.contiguous()
-        plan = launch.product(x, weight, bias, y, processor.arch, processor.multiprocessors)
+        plan = launch.product(x, weight, bias, y, processor.arch, processor.multiprocessors, limits=processor.limits)
         if plan is None:
             return self._dequantize_and_multiply(x, weight, bias, y)
         processor.run(plan)
@@ -162,7 +174,7 @@ def _plan_without_data(call: Call, processor: Processor) -> list[launch.Launch] 
             return launch.dequantize_blockwise(codes, scales, scales, call.blocksize, A, arch)
         case _:
             x, y = empty(call.m, call.k, dtype=call.dtype), empty(call.m, call.n, dtype=call.dtype)
-            return launch.product(x, weight, None, y, arch, processor.multiprocessors)
+            return launch.product(x, weight, None, y, arch, processor.multiprocessors, limits=processor.limits)
 
 
 class CudaBackend(PlannedBackend):

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .bindings import CudaError, driver_bindings
-from .nvrtc import compile_variant
+from .bindings import OLDEST, CudaError, driver_bindings
+from .geometry import Limits
+from .nvrtc import compile_variant, unknown_architecture
 
 if TYPE_CHECKING:
     from .launch import Launch, Variant
@@ -42,6 +43,8 @@ class Device:
         index: torch's number, which is the driver's.
         arch: compute capability as an int, such as 90.
         multiprocessors: how many it has.
+        limits: shared memory and registers, as the device tells them.
+        problem: None, or why no kernel can be compiled for this device.
     """
 
     def __init__(self, index: int) -> None:
@@ -53,6 +56,12 @@ class Device:
         minor = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
         self.arch = 10 * major + minor
         self.multiprocessors = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+        self.limits = Limits(
+            self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
+            self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR),
+            self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK),
+        )
+        self.problem = _problem(self.arch)
         self._context = self._ask("cuDevicePrimaryCtxRetain", self._handle)
         self._address = int(self._context)
         self._functions: dict[Variant, _Function] = {}
@@ -134,6 +143,13 @@ class Device:
     def _text(self, status: Any) -> str:
         text = self._driver.cuGetErrorString(status)[1]
         return f"{text.decode() if text else 'unknown error'} ({getattr(status, 'name', int(status))})"
+
+
+def _problem(arch: int) -> str | None:
+    oldest = 10 * OLDEST[0] + OLDEST[1]
+    if arch < oldest:
+        return f"the GPU is an sm_{arch}, and the kernels need sm_{oldest} (Turing) or newer"
+    return unknown_architecture(arch)
 
 
 @dataclass

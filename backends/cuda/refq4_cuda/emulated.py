@@ -10,7 +10,7 @@ import os
 from functools import cache
 from typing import TYPE_CHECKING
 
-from .geometry import ARCHITECTURES
+from .geometry import ARCHITECTURES, published
 from .nvrtc import compile_variant
 
 if TYPE_CHECKING:
@@ -37,11 +37,14 @@ def processor() -> Emulated:
 
 
 class Emulated:
-    """Attributes as those of ``driver.Device``: ``arch`` and ``multiprocessors``."""
+    """Attributes as those of ``driver.Device``: ``arch``, ``multiprocessors``, ``limits`` and ``problem``."""
+
+    problem = None
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
         self.multiprocessors = _MULTIPROCESSORS
+        self.limits = published(arch)
         self._ptx: dict[Variant, str] = {}
 
     def run(self, launches: list[Launch]) -> None:

@@ -2,14 +2,15 @@
 
     rung                 asks for                                                        serves
     -------------------  --------------------------------------------------------------  ----------------------
-    ring                 sm_80, fp16 or bf16, blocks of 64 or more, aligned              M up to 128
+    ring                 sm_80, fp16 or bf16, blocks of 64 or more, aligned, 68 KB       M up to 128
     tensor_core          the same from blocks of 32 and from sm_75 (fp16 only there)     M up to 128
     vectorised           blocks of 32 or more, aligned; any dtype                        M up to 16
     naive                nothing                                                         M up to 16
 
 *Aligned*: the blocksize is a power of two that divides K, and x and the packed bytes begin at 16-byte addresses. The
-uppermost that will do is taken. Above its M, the weight is dequantised and torch multiplies; these cross-overs are
-predictions from instruction counts (docs/cuda-kernels.md), since no GPU was there to measure them.
+uppermost that will do, and for which the device has room, is taken. Above its M, the weight is dequantised and torch
+multiplies; these cross-overs are predictions from instruction counts (docs/cuda-kernels.md), since no GPU was there to
+measure them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["ARCHITECTURES", "CROSS_OVER", "RUNGS", "THREADS", "Shape", "Variant", "plan", "product_variants"]
+__all__ = [
+    "ARCHITECTURES",
+    "CROSS_OVER",
+    "RUNGS",
+    "THREADS",
+    "Limits",
+    "Shape",
+    "Variant",
+    "plan",
+    "product_variants",
+    "published",
+]
 
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 THREADS = 256
 RUNGS = ("ring", "tensor_core", "vectorised", "naive")
 CROSS_OVER = {"ring": 128, "tensor_core": 128, "vectorised": 16, "naive": 16}
@@ -32,6 +43,36 @@ class Variant(NamedTuple):  # a NamedTuple is made and hashed in a fraction of a
     file: str
     entry: str
     defines: tuple[str, ...]
+
+
+class Limits(NamedTuple):
+    """What a device has room for: bytes of shared memory in a CTA and in a multiprocessor, registers in a CTA.
+
+    A device tells its own (``driver.py``).
+    """
+
+    cta: int
+    multiprocessor: int
+    registers: int = 65536
+
+
+_LIMITS = {
+    75: Limits(64 << 10, 64 << 10),
+    **dict.fromkeys((80, 87), Limits(163 << 10, 164 << 10)),
+    **dict.fromkeys((86, 88, 89, 120, 121), Limits(99 << 10, 100 << 10)),
+    **dict.fromkeys((90, 100, 103, 110), Limits(227 << 10, 228 << 10)),
+}
+ARCHITECTURES = tuple(sorted(_LIMITS))  # what NVRTC 13.0 compiles for
+
+
+def published(arch: int) -> Limits:
+    """The limits in the CUDA C++ Programming Guide, for planning without a device; a later architecture has 99 KB.
+
+    Example:
+        >>> published(121).cta
+        101376
+    """
+    return _LIMITS.get(arch, _LIMITS[120])
 
 
 class Shape(NamedTuple):
@@ -64,26 +105,30 @@ class Plan:
 
 
 @lru_cache(maxsize=4096)
-def plan(shape: Shape, arch: int, multiprocessors: int, rung: str | None = None) -> Plan | None:
+def plan(
+    shape: Shape, arch: int, multiprocessors: int, rung: str | None = None, limits: Limits | None = None
+) -> Plan | None:
     """The uppermost rung that serves the shape, or None above its cross-over.
 
     Args:
         rung: this one instead, at any M; for tests and lessons.
+        limits: what the device has room for; where there is none, what is published of the architecture.
 
     Raises:
         ValueError: ``rung`` does not serve the shape, or there is no such rung.
     """
+    limits = limits or published(arch)
     if rung is not None:
         if rung not in RUNGS:
             raise ValueError(f"no rung is called {rung!r}; there are {', '.join(RUNGS)}")
-        if (reason := refuses(rung, shape, arch)) is not None:
+        if (reason := refuses(rung, shape, arch, limits)) is not None:
             raise ValueError(f"the rung {rung!r} does not serve this product: it {reason}")
-        return _PLANNERS[rung](shape, arch, multiprocessors)
-    best = next(name for name in RUNGS if refuses(name, shape, arch) is None)
-    return _PLANNERS[best](shape, arch, multiprocessors) if shape.m <= CROSS_OVER[best] else None
+        return _PLANNERS[rung](shape, multiprocessors, limits)
+    best = next(name for name in RUNGS if refuses(name, shape, arch, limits) is None)
+    return _PLANNERS[best](shape, multiprocessors, limits) if shape.m <= CROSS_OVER[best] else None
 
 
-def refuses(rung: str, shape: Shape, arch: int) -> str | None:
+def refuses(rung: str, shape: Shape, arch: int, limits: Limits) -> str | None:
     """None if the rung serves the shape, else what it asks for."""
     if rung == "naive":
         return None
@@ -101,6 +146,11 @@ def refuses(rung: str, shape: Shape, arch: int) -> str | None:
     # 64 tokens of x, and all blocks, are counted in 32 bits there.
     if rung == "ring" and (shape.k >= 1 << 26 or shape.n * shape.k // shape.blocksize >= 1 << 31):
         return "counts elements of x and blocks in 32 bits, and this product has too many"
+    if rung == "ring" and limits.registers < THREADS * 256:
+        return f"needs {THREADS * 256} registers in a CTA, and the device has {limits.registers}"
+    wanted = {"ring": _ring_shared(2), "tensor_core": _TENSOR_SHARED}.get(rung, 0)
+    if wanted > limits.cta:
+        return f"needs {wanted} bytes of shared memory in a CTA, and the device allows {limits.cta}"
     return None
 
 
@@ -118,6 +168,7 @@ def ceil_div(a: int, b: int) -> int:
 
 _VECTOR_TOKENS = (1, 4)
 _TENSOR_TOKENS = (8, 32)
+_TENSOR_SHARED = 256 * 32 * 4  # the table of pairs, once per bank
 _RING_ROW_TILES = {8: 2, 16: 2, 32: 4, 64: 2}  # tokens at a time: row tiles of 16 per warp
 
 
@@ -137,23 +188,34 @@ def tensor_core_variant(dtype: str, tokens: int) -> Variant:
 
 
 def ring_variant(arch: int, dtype: str, tokens: int) -> Variant:
-    """The ring GEMM for a dtype and so many tokens at a time."""
+    """The ring GEMM for a dtype and so many tokens at a time, as it is launched on an architecture."""
+    return _ring_variant(dtype, tokens, _ring_stages(published(arch), tokens))
+
+
+def _ring_variant(dtype: str, tokens: int, stages: int) -> Variant:
     defines = (
         f"ROW_TILES={_RING_ROW_TILES[tokens]}",
-        f"STAGES={_ring_stages(arch, tokens)}",
+        f"STAGES={stages}",
         f"TOKENS={tokens}",
         f"T_{dtype}",
     )
     return Variant("gemm_4bit_4_ring.cu", "gemm_ring", defines)
 
 
-def _ring_stages(arch: int, tokens: int) -> int:
-    """As many stages as the architecture's shared memory holds beside the CTAs that registers allow."""
-    if arch in (86, 89, 120):  # 100 KB a multiprocessor
-        return 2
-    if tokens <= 16:  # two CTAs a multiprocessor, of 164 KB on sm_80, 228 KB on sm_90 and sm_100
-        return 2 if arch == 80 else 3
-    return 4
+def _ring_stages(limits: Limits, tokens: int) -> int:
+    """As many stages, 2 to 4, as shared memory holds beside the CTAs that registers allow (RESIDENT in the kernel)."""
+    resident = 2 if tokens <= 16 else 1
+    most = 3 if tokens <= 16 else 4
+    reserved = 1024  # bytes of each CTA that the driver keeps
+    room = min(limits.cta, limits.multiprocessor // resident - reserved)
+    if room < _ring_shared(2):
+        room = limits.cta  # fewer CTAs than registers allow
+    return max(stages for stages in range(2, most + 1) if _ring_shared(stages) <= max(room, _ring_shared(2)))
+
+
+def _ring_shared(stages: int) -> int:
+    """Bytes: the table with the ring in its gaps, and the scales of each warp's stages."""
+    return max(256, 8 * stages * 16) * 256 + 8 * stages * 64 * 4
 
 
 def product_variants(arch: int) -> list[Variant]:
@@ -168,25 +230,25 @@ def product_variants(arch: int) -> list[Variant]:
     return made
 
 
-def _naive(shape: Shape, arch: int, multiprocessors: int) -> Plan:
+def _naive(shape: Shape, multiprocessors: int, limits: Limits) -> Plan:
     return Plan(naive_variant(shape.dtype), (ceil_div(shape.n, THREADS // 32), min(shape.m, 65535), 1))
 
 
-def _vectorised(shape: Shape, arch: int, multiprocessors: int) -> Plan:
+def _vectorised(shape: Shape, multiprocessors: int, limits: Limits) -> Plan:
     tokens = next(t for t in _VECTOR_TOKENS if t >= min(shape.m, _VECTOR_TOKENS[-1]))
     grid = (ceil_div(shape.n, THREADS // 32), ceil_div(shape.m, tokens), 1)
     return Plan(vectorised_variant(shape.dtype, tokens), grid)
 
 
-def _tensor_core(shape: Shape, arch: int, multiprocessors: int) -> Plan:
+def _tensor_core(shape: Shape, multiprocessors: int, limits: Limits) -> Plan:
     tokens = next(t for t in _TENSOR_TOKENS if t >= min(shape.m, _TENSOR_TOKENS[-1]))
     grid = (ceil_div(shape.n, 16), ceil_div(shape.m, tokens), 1)
-    return Plan(tensor_core_variant(shape.dtype, tokens), grid, shared=256 * 32 * 4, rounded=True)
+    return Plan(tensor_core_variant(shape.dtype, tokens), grid, shared=_TENSOR_SHARED, rounded=True)
 
 
-def _ring(shape: Shape, arch: int, multiprocessors: int) -> Plan:
+def _ring(shape: Shape, multiprocessors: int, limits: Limits) -> Plan:
     tokens = next(t for t in _RING_ROW_TILES if t >= min(shape.m, 64))
-    row_tiles, stages = _RING_ROW_TILES[tokens], _ring_stages(arch, tokens)
+    row_tiles, stages = _RING_ROW_TILES[tokens], _ring_stages(limits, tokens)
     groups = ceil_div(shape.m, tokens)
     # x is read once per CTA: warps side by side share it, and the more tokens, the more that matters.
     row_warps = 1 if shape.m <= 2 else 2 if shape.m <= 4 else 4
@@ -194,9 +256,9 @@ def _ring(shape: Shape, arch: int, multiprocessors: int) -> Plan:
     tiles = ceil_div(shape.n, rows) * groups
     splits = _splits(tiles, shape.k // (8 // row_warps * 64 * (4 // row_tiles)), multiprocessors)
     return Plan(
-        ring_variant(arch, shape.dtype, tokens),
+        _ring_variant(shape.dtype, tokens, stages),
         (tiles, splits, 1),
-        shared=max(256, 8 * stages * 16) * 256 + 8 * stages * 64 * 4,
+        shared=_ring_shared(stages),
         rounded=True,
         row_warps=row_warps,
         splits=splits,

@@ -17,7 +17,7 @@ from refq4.backend import Nested, PackedWeight
 from refq4.codebooks import Code
 
 from .arguments import DequantizeArguments, ProductArguments, QuantizeArguments, packer
-from .geometry import THREADS, Shape, Variant, ceil_div, log2, plan, product_variants
+from .geometry import THREADS, Limits, Shape, Variant, ceil_div, log2, plan, product_variants
 from .operands import rounded_table, workspace
 
 __all__ = ["Launch", "Variant", "all_variants", "dequantize_4bit", "dequantize_blockwise", "product", "quantize"]
@@ -157,12 +157,14 @@ def product(
     arch: int,
     multiprocessors: int,
     rung: str | None = None,
+    limits: Limits | None = None,
 ) -> list[Launch] | None:
     """x [M, K] times the transpose of weight [N, K], plus bias [N] -> ``y`` [M, N], all in x's dtype.
 
     Args:
         multiprocessors: how many the device has; decides how far K is split.
         rung: one of ``geometry.RUNGS`` instead of the best one.
+        limits: what the device has room for; without, what is published of the architecture.
 
     Returns:
         None above the cross-over: dequantise and call ``torch.matmul``.
@@ -175,7 +177,7 @@ def product(
     nested_blocksize = 0 if nested is None else nested.blocksize
     aligned = (x.data_ptr() | packed.data_ptr()) % 16 == 0
     shape = Shape(DTYPES[x.dtype], m, n, k, weight.blocksize, nested_blocksize, aligned)
-    chosen = plan(shape, arch, multiprocessors, rung)
+    chosen = plan(shape, arch, multiprocessors, rung, limits)
     if chosen is None:
         return None
     code = rounded_table(weight.code, x.dtype) if chosen.rounded else weight.code

@@ -29,7 +29,15 @@ from .bindings import CudaError, dotted, nvrtc_bindings, nvrtc_version
 if TYPE_CHECKING:
     from .launch import Variant
 
-__all__ = ["FLAGS_VARIABLE", "CompileError", "Compiled", "Form", "compile_variant", "kernel_directory"]
+__all__ = [
+    "FLAGS_VARIABLE",
+    "CompileError",
+    "Compiled",
+    "Form",
+    "compile_variant",
+    "kernel_directory",
+    "unknown_architecture",
+]
 
 Form = Literal["cubin", "ptx"]
 FLAGS_VARIABLE = "REFQ4_CUDA_FLAGS"
@@ -94,6 +102,17 @@ def compile_options(variant: Variant, arch: int, form: Form) -> tuple[str, ...]:
     return (target, *_OPTIONS, *(_CUBIN_OPTIONS if form == "cubin" else ()), *defines, *extra)
 
 
+def unknown_architecture(arch: int) -> str | None:
+    """None if this NVRTC compiles for the architecture, else a sentence with the remedy."""
+    known = nvrtc_bindings().nvrtcGetSupportedArchs()[1]
+    if arch in known:
+        return None
+    return (
+        f"NVRTC {dotted(nvrtc_version())} does not compile for sm_{arch}, only for {', '.join(map(str, known))}: "
+        f"install the NVRTC of another CUDA version, for example pip install -U nvidia-cuda-nvrtc"
+    )
+
+
 def kernel_directory() -> Path:
     """Where the CUDA sources lie; the wheel is always installed unpacked."""
     return Path(str(files("refq4_cuda") / "kernels"))
@@ -118,12 +137,8 @@ def _told(variant: Variant, arch: int, options: tuple[str, ...], form: Form) -> 
 
 def _compile(file: str, arch: int, options: tuple[str, ...], form: Form) -> tuple[bytes, str]:
     nvrtc = nvrtc_bindings()
-    known = nvrtc.nvrtcGetSupportedArchs()[1]
-    if arch not in known:
-        raise CompileError(
-            f"NVRTC {dotted(nvrtc_version())} does not compile for sm_{arch}, only for {', '.join(map(str, known))}: "
-            f"install the NVRTC of another CUDA version, for example pip install -U nvidia-cuda-nvrtc"
-        )
+    if (problem := unknown_architecture(arch)) is not None:
+        raise CompileError(problem)
     source, *header_texts = _sources(file)
     headers = [path.name.encode() for path in _headers()]
     status, program = nvrtc.nvrtcCreateProgram(source, file.encode(), len(headers), header_texts, headers)

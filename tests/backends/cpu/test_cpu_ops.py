@@ -7,6 +7,8 @@ may err by at most twice what the reference errs in the same dtypes, plus one un
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -73,16 +75,32 @@ def random_weight(
     return weight._replace(absmax=q, nested=Nested(absmax2, dynamic.values, offset, 256))
 
 
+@dataclass(frozen=True)
+class Budget:
+    """See the head of this file."""
+
+    exact: torch.Tensor
+    allowed: torch.Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> Budget:
+        exact = x.double() @ REFERENCE.dequantize_4bit(weight, torch.float32).double().T
+        if bias is not None:
+            exact = exact + bias.double()
+        allowed = 2 * (REFERENCE.gemm_4bit(x, weight, bias).double() - exact).abs().max()
+        return cls(exact, allowed + torch.finfo(x.dtype).eps * exact.abs().max(), x.dtype)
+
+    def check(self, y: torch.Tensor) -> None:
+        """Fails closed: a NaN on either side fails."""
+        error = (y.double() - self.exact).abs().max()
+        assert y.dtype == self.dtype
+        assert y.shape == self.exact.shape
+        assert error <= self.allowed, f"error {error:.3e}, allowed {self.allowed:.3e}"
+
+
 def assert_within_budget(y: torch.Tensor, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> None:
-    """See the head of this file. Fails closed: a NaN on either side fails."""
-    exact = x.double() @ REFERENCE.dequantize_4bit(weight, torch.float32).double().T
-    if bias is not None:
-        exact = exact + bias.double()
-    allowed = 2 * (REFERENCE.gemm_4bit(x, weight, bias).double() - exact).abs().max()
-    allowed = allowed + torch.finfo(x.dtype).eps * exact.abs().max()
-    error = (y.double() - exact).abs().max()
-    assert y.dtype == x.dtype
-    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+    Budget.of(x, weight, bias).check(y)
 
 
 # --- bit for bit --------------------------------------------------------------------------------------------------
@@ -253,16 +271,28 @@ SHAPES += [(1040, 64, 64)]  # so narrow that an item of work holds more panels t
 def test_products_keep_the_error_budget(
     cpu: CpuBackend, n: int, k: int, blocksize: int, nested: bool, dtype: torch.dtype
 ) -> None:
-    weight = random_weight(n, k, blocksize, nested=nested)
+    weight, bias, products = products_of(n, k, blocksize, nested, dtype)
     prepared = cpu.prepare_weight(weight)
+    for x, with_bias, without in products:
+        op = cpu.gemv_4bit if len(x) == 1 else cpu.gemm_4bit
+        with_bias.check(op(x, weight, bias))
+        without.check(op(x, weight, None))
+        if prepared is not None:
+            with_bias.check(op(x, prepared, bias))
+
+
+@cache  # what the tiers are held to is the same for all, and takes longer than most of them
+def products_of(
+    n: int, k: int, blocksize: int, nested: bool, dtype: torch.dtype
+) -> tuple[PackedWeight, torch.Tensor, list[tuple[torch.Tensor, Budget, Budget]]]:
+    """A weight, a bias, and for several numbers of tokens x with its budgets, with the bias and without."""
+    weight = random_weight(n, k, blocksize, nested=nested)
     bias = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    products = []
     for m in (1, 2, 3, 5, 8, 9, 31):
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
-        op = cpu.gemv_4bit if m == 1 else cpu.gemm_4bit
-        assert_within_budget(op(x, weight, bias), x, weight, bias)
-        assert_within_budget(op(x, weight, None), x, weight, None)
-        if prepared is not None:
-            assert_within_budget(op(x, prepared, bias), x, weight, bias)
+        products.append((x, Budget.of(x, weight, bias), Budget.of(x, weight, None)))
+    return weight, bias, products
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,6 +6,8 @@
        FAKE_CUDA_VERSION   what cuDriverGetVersion tells, such as 12040
        FAKE_CUDA_DEVICES   how many GPUs (with none, cuInit says CUDA_ERROR_NO_DEVICE, as the real one does)
        FAKE_CUDA_INIT      another status for cuInit
+       FAKE_CUDA_ARCH      the compute capability, such as 121 (otherwise 90)
+       FAKE_CUDA_SHARED    kilobytes of shared memory that a CTA may have (otherwise 227)
        FAKE_CUDA_LAUNCH    a status for cuLaunchKernel                                                            */
 #include <stdarg.h>
 #include <stdint.h>
@@ -41,8 +43,16 @@ static int device_get(int *device, int ordinal) { return *device = ordinal, 0; }
 
 static int device_attribute(int *value, int attribute, int device) {
     (void)device;
-    *value = attribute == 75 ? 9 : attribute == 76 ? 0 : attribute == 16 ? 132 : -1; /* sm_90, 132 multiprocessors */
-    return 0;
+    long arch = from_environment("FAKE_CUDA_ARCH", 90), shared = from_environment("FAKE_CUDA_SHARED", 227);
+    switch (attribute) {
+    case 75: return *value = arch / 10, 0;
+    case 76: return *value = arch % 10, 0;
+    case 16: return *value = 132, 0;               /* multiprocessors */
+    case 97: return *value = shared << 10, 0;      /* of a CTA that asks for it */
+    case 81: return *value = (shared + 1) << 10, 0; /* of a multiprocessor */
+    case 12: return *value = 65536, 0;             /* registers of a CTA */
+    default: return 1;                             /* CUDA_ERROR_INVALID_VALUE */
+    }
 }
 
 static int primary_retain(uintptr_t *context, int device) { return *context = 0x100 + device, 0; }

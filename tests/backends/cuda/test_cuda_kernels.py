@@ -36,7 +36,12 @@ def code_of(variant: Variant, arch: int) -> list[sass.Instruction]:
         pytest.skip(str(missing))
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
+# Siblings: the same machine code as the architecture before, but for its name.
+SIBLINGS = (87, 88, 103, 110, 121)
+EACH = [pytest.param(arch, marks=pytest.mark.slow if arch in SIBLINGS else ()) for arch in ARCHITECTURES]
+
+
+@pytest.mark.parametrize("arch", EACH, ids="sm_{}".format)
 @pytest.mark.parametrize("file", FILES)
 def test_every_variant_compiles_without_spills_and_without_a_stack(file: str, arch: int) -> None:
     wanted = variants(file, arch)

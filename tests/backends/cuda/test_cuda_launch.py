@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
 from refq4_cuda import launch, operands
-from refq4_cuda.geometry import ARCHITECTURES, CROSS_OVER, RUNGS, Shape, Variant, plan
+from refq4_cuda.bindings import CudaError, nvrtc_bindings
+from refq4_cuda.geometry import ARCHITECTURES, CROSS_OVER, RUNGS, Limits, Shape, Variant, plan, published
 
 from refq4.backend import Nested, PackedWeight
 from refq4.codebooks import codebook_names, get_codebook
@@ -19,7 +20,10 @@ from refq4.layout import block_count, packed_bytes
 pytestmark = pytest.mark.reference_only("it plans launches and runs none")
 
 H200 = 132
-SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # of a CTA
+# Kilobytes that a CTA may have, of the CUDA C++ Programming Guide; written down here a second time.
+SHARED_MEMORY = {
+    75: 64, 80: 163, 86: 99, 87: 163, 88: 99, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99,
+}  # fmt: skip
 
 
 def shape(m: int = 1, n: int = 4096, k: int = 4096, dtype: str = "BF16", blocksize: int = 64, nested: int = 0) -> Shape:
@@ -83,7 +87,38 @@ def test_a_plan_covers_all_rows_and_tokens_with_a_kernel_that_is_compiled(arch: 
         else:
             assert made.grid[0] * (16 if rung == "tensor_core" else 8) >= n
             assert made.grid[1] >= groups
-        assert made.shared <= SHARED_MEMORY[arch]
+        assert made.shared <= SHARED_MEMORY[arch] << 10
+
+
+def test_every_architecture_that_the_compiler_knows_is_planned_for() -> None:
+    try:
+        known = nvrtc_bindings().nvrtcGetSupportedArchs()[1]
+    except CudaError as error:
+        pytest.skip(str(error))
+    assert set(known) <= set(ARCHITECTURES)
+    assert {arch: published(arch).cta for arch in ARCHITECTURES} == {a: kb << 10 for a, kb in SHARED_MEMORY.items()}
+
+
+@pytest.mark.parametrize("m", [1, 16, 32, 64, 128])
+@pytest.mark.parametrize("kilobytes", [227, 163, 99, 68, 67, 48, 31])
+def test_a_plan_asks_for_no_more_than_the_device_tells_whatever_its_architecture(kilobytes: int, m: int) -> None:
+    limits = Limits(kilobytes << 10, (kilobytes + 1) << 10)
+    made = plan(shape(m), 90, H200, None, limits)
+    if kilobytes < 32:
+        assert made is None if m > 16 else made is not None
+        assert made is None or made.variant.entry == "gemv_vectorised"
+        return
+    assert made is not None
+    assert made.shared <= limits.cta
+    assert made.variant.entry == ("gemm_ring" if kilobytes >= 68 else "gemm_tensor_core")
+    if kilobytes < 68:
+        with pytest.raises(
+            ValueError, match=r"'ring' does not .* needs 69632 bytes of shared memory in a CTA, and the"
+        ):
+            plan(shape(m), 90, H200, "ring", limits)
+    few = limits._replace(registers=32768)
+    with pytest.raises(ValueError, match="needs 65536 registers in a CTA, and the device has 32768"):
+        plan(shape(m), 90, H200, "ring", few)
 
 
 def test_k_is_split_where_rows_alone_would_leave_multiprocessors_idle() -> None:

@@ -410,6 +410,7 @@ for name, (environment, story) in json.load(sys.stdin).items():
         assert status == 0, f"{name}: exit status {status}"
         continue
     os.environ.update(environment, FAKE_CUDA_LOG=f"{sys.argv[1]}/{name}.log")
+    open(f"{sys.argv[1]}/{name}.log", "w").close()
     sys.stdout = open(f"{sys.argv[1]}/{name}.out", "w")
     gpu = driver.device(0)
     (plan,) = launch.dequantize_4bit(weight, torch.empty(1, 64), gpu.arch)
@@ -433,6 +434,36 @@ print(json.dumps([plan.arguments.hex(), plan.grid, plan.block, gpu.arch, gpu.mul
 bindings.driver_bindings().cuCtxPushCurrent(gpu._context)
 gpu.run([plan])
 driver.device(1).run([plan])
+""",
+    ),
+    "a GB10": (
+        {"FAKE_CUDA_ARCH": "121", "FAKE_CUDA_SHARED": "99"},
+        """
+from refq4_cuda import CudaBackend
+from refq4.backend import Call
+x, y = torch.empty(16, 64).bfloat16(), torch.empty(16, 1).bfloat16()
+CudaBackend.processor = lambda self, device: gpu
+backend, wanted = CudaBackend(), Call("gemm_4bit", "cuda", torch.bfloat16, 16, 1, 64, 64, "nf4")
+gpu.run(launch.product(x, weight, None, y, gpu.arch, gpu.multiprocessors, limits=gpu.limits))
+print(json.dumps([gpu.arch, gpu.limits, backend.can_run(wanted), backend.kernel(wanted)]))
+""",
+    ),
+    "a GPU of tomorrow": (
+        {"FAKE_CUDA_ARCH": "999"},
+        """
+from refq4_cuda import CudaBackend
+from refq4.backend import Call
+CudaBackend.processor = lambda self, device: gpu
+print(CudaBackend().can_run(Call("gemm_4bit", "cuda", torch.bfloat16, 16, 1, 64, 64, "nf4")))
+""",
+    ),
+    "a GPU of yesterday": (
+        {"FAKE_CUDA_ARCH": "61"},
+        """
+from refq4_cuda import CudaBackend
+from refq4.backend import Call
+CudaBackend.processor = lambda self, device: gpu
+print(CudaBackend().can_run(Call("gemm_4bit", "cuda", torch.bfloat16, 16, 1, 64, 64, "nf4")))
 """,
     ),
     "a failure": (
@@ -497,6 +528,18 @@ def test_a_context_that_is_current_is_left_alone_and_each_device_loads_its_own(t
     names = [line.split()[0] for line in log]
     assert names == ["push", "load", "function", "launch", "push", "load", "function", "launch", "pop"]
     assert [line.partition(" in ")[2][:3] for line in log if line.startswith("launch")] == ["100", "101"]
+
+
+def test_a_plan_fits_into_what_the_device_says_it_has(told):
+    log, out = told["a GB10"]
+    assert json.loads(out) == [121, [99 << 10, 100 << 10, 65536], None, "gemm_4bit_4_ring"]
+    (asked,) = [int(line.split("= ")[1]) for line in log if line.startswith("attribute 8")]
+    assert asked == 69632 <= 99 << 10
+
+
+def test_a_device_that_nothing_can_be_compiled_for_is_a_reason_and_auto_goes_on(told):
+    assert told["a GPU of tomorrow"][1].startswith("NVRTC 13.0 does not compile for sm_999, only for 75, 80, 86")
+    assert told["a GPU of yesterday"][1].startswith("the GPU is an sm_61, and the kernels need sm_75 (Turing) or newer")
 
 
 def test_a_failed_launch_says_which_kernel_and_that_an_earlier_one_may_be_at_fault(told):

@@ -118,17 +118,38 @@ static Weight weight_of(const Weight *weight, int64_t expert, int64_t numel) {
     return w;
 }
 
-/* The product of each group, one after the other, each on all threads. tiles: of [E * N, K], N whole panels. */
+typedef struct {
+    const Group *groups;
+    const char *x, *bias; /* of all groups */
+    char *y;
+    enum dtype dtype;
+    int64_t N, K, stride; /* stride: bytes of an expert's tiles */
+    const uint8_t *tiles;
+    const Weight *weight;
+    int threads; /* for one group */
+    atomic_int failed;
+} Grouped;
+
+static void multiply_group(void *context, int64_t i, int thread) {
+    (void)thread;
+    Grouped *all = context;
+    const Group *g = all->groups + i;
+    int64_t size = all->dtype == FP32 ? 4 : 2, N = all->N, K = all->K;
+    Product p = {all->x + g->first * K * size, all->bias ? all->bias + g->expert * N * size : NULL,
+                 all->y + g->first * N * size, all->dtype, g->rows, N, K, weight_of(all->weight, g->expert, N * K),
+                 all->tiles ? all->tiles + g->expert * all->stride : NULL, all->threads};
+    if (!g->kernel(&p)) atomic_store(&all->failed, 1);
+}
+
+/* A product for each group. tiles: of [E * N, K], N whole panels. Where there are groups enough, each thread takes whole
+ * ones: no thread then waits for another before the end. Else all threads share one group after the other. */
 EXPORT int refq4_grouped(const Group *groups, int64_t count, const char *x, const char *bias, char *y, int dtype,
                          int64_t N, int64_t K, const uint8_t *tiles, const Weight *weight, int threads) {
-    int64_t size = dtype == FP32 ? 4 : 2, stride = tiles ? N / PANEL * panel_bytes(K, weight->blocksize) : 0;
-    for (const Group *g = groups; g < groups + count; g++) {
-        Product p = {x + g->first * K * size, bias ? bias + g->expert * N * size : NULL, y + g->first * N * size,
-                     (enum dtype)dtype, g->rows, N, K, weight_of(weight, g->expert, N * K),
-                     tiles ? tiles + g->expert * stride : NULL, threads};
-        if (!g->kernel(&p)) return OUT_OF_MEMORY;
-    }
-    return OK;
+    int64_t stride = tiles ? N / PANEL * panel_bytes(K, weight->blocksize) : 0;
+    int apart = count >= 2 * threads;
+    Grouped all = {groups, x, bias, y, (enum dtype)dtype, N, K, stride, tiles, weight, apart ? 1 : threads, 0};
+    run_parallel(multiply_group, &all, count, apart ? threads : 1);
+    return atomic_load(&all.failed) ? OUT_OF_MEMORY : OK;
 }
 
 EXPORT void refq4_quantize(const void *x, int dtype, int64_t numel, int64_t blocksize, const float *thresholds,

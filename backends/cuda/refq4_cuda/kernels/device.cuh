@@ -99,6 +99,13 @@ DEVICE float fp16_to_fp32(u16 h) {
     return f;
 }
 
+/* threadIdx.x, read once: the compiler would read it, and what follows from it, anew in the middle of a loop. */
+DEVICE u32 thread_number() {
+    u32 number;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+    return number;
+}
+
 /* 32-bit address in shared memory, the form cp.async wants. */
 DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 

@@ -2,10 +2,13 @@
  *
  * Budget, per weight in the hot loop on sm_90 (python -m refq4_cuda.sass counts, a test compares):
  *
- *     TOKENS=8      instructions 2.7      alu 1.2
- *     TOKENS=16     instructions 3.2      alu 1.3
- *     TOKENS=32     instructions 3.8      alu 1.3
- *     TOKENS=64     instructions 4.8      alu 1.3     (its loop over the pieces of a stage; the stage's own work comes on top)
+ *     TOKENS=8      instructions 2.3      alu 0.9
+ *     TOKENS=16     instructions 2.6      alu 0.9
+ *     TOKENS=32     instructions 3.1      alu 0.9
+ *     TOKENS=64     instructions 4.3      alu 1.1     (its loop over the pieces of a stage; the stage's own work comes on top)
+ *
+ * What comes before and after the loop, for each instruction of the loop, where K = 4096 is split for 132 multiprocessors
+ * (counted in the emulator; a test compares): 0.27, 0.40, 0.27 at M = 16, 32, 64.
  *
  * What an mma does with a byte of the weight stands in gemm_4bit_3_tensor_core.cu. New here:
  *
@@ -108,16 +111,16 @@ DEVICE u32 look_up(const u8 *table, u32 word, int byte, u32 lane4) {
     return *(const u32 *)(table + __byte_perm(word, lane4, 0x5504u | byte << 4));
 }
 
-DEVICE void make_table(u8 *table, const float *values) {
-    for (int i = threadIdx.x; i < 256 * 8; i += WARPS * 32) {
-        u32 pair = pack(__ldg(values + i / 8 / 16), __ldg(values + i / 8 % 16));
-        *(uint4 *)(table + i / 8 * STRIDE + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
-    }
+/* A thread writes the 128 bytes of one entry, 16 at a time, and begins where its neighbours do not: no bank waits. */
+DEVICE void make_table(u8 *table, const float *values, u32 thread) {
+    u32 pair = pack(__ldg(values + thread / 16), __ldg(values + thread % 16)), at = thread * STRIDE + thread % 8 * 16;
+#pragma unroll
+    for (u32 i = 0; i < 8; i++) *(uint4 *)(table + (at ^ i * 16)) = make_uint4(pair, pair, pair, pair);
 }
 
 KERNEL_RESIDENT(gemm_ring, WARPS * 32, RESIDENT)(ProductArguments p) {
     DYNAMIC_SHARED(shared);
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, K = (u32)p.K;
+    u32 thread = thread_number(), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4, K = (u32)p.K;
     int row_warp = warp % p.row_warps, k_warp = warp / p.row_warps, k_warps = WARPS / p.row_warps;
     u32 groups = (u32)((p.M + TOKENS - 1) / TOKENS), stride = k_warps * p.splits * STEP;
     i64 first_token = (i64)(blockIdx.x % groups) * TOKENS;
@@ -145,7 +148,7 @@ KERNEL_RESIDENT(gemm_ring, WARPS * 32, RESIDENT)(ProductArguments p) {
     for (int i = 0; i < STAGES - 1; i++)
         store_scales(scales, load_scales(scales, first_block, k + scale_k + i * stride, K), stage_scales + 64 * i + lane);
     RawScales raw = load_scales(scales, first_block, k + scale_k + (STAGES - 1) * stride, K);
-    make_table(shared, p.weight.code);
+    make_table(shared, p.weight.code, thread);
     __syncthreads();
 
     const T *x = (const T *)p.x + first_token * K + t * 16;

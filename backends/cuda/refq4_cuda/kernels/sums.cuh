@@ -7,11 +7,21 @@
  *
  *     CTAs along gridDim.y      each stores its sums in `partial` and counts itself in `arrived`; whoever comes last
  *                               adds them up in the order of gridDim.y, so that the same inputs give the same bits
+ *
+ * Sums travel in the order in which the lanes hold them (fragment order), four at a time. An address is then the
+ * thread's number, and only what writes y asks which row and tokens a sum belongs to, of sizes that the compiler knows:
+ *
+ *     room, and a CTA's share of partial     [row_warp][sum i][lane 4g + t]      a float4 is sum i of the lanes t = 0..3
+ *
+ *     sum i = 4 * (row tile * TILES + token tile) + 2 * high + odd               row    16 * row tile + 8 * high + g
+ *                                                                                token  8 * token tile + 2t + odd
+ *
+ *     y of a warp's 32 float4's, t = 0..3:   16 rows side by side, of the tokens 2t and 2t + 1
  */
 #pragma once
 
 /* Sums of the warps along K: the upper half of them hands over to the lower half, until one is left. Its sums stay in
- * `room`, for all threads to see: [row_warp][sum][lane]. */
+ * `room`, for all threads to see. */
 DEVICE void reduce_warps(float (&sum)[SUMS], float *room, int k_warp, int k_warps, int row_warp, int row_warps) {
     int lane = threadIdx.x % 32;
     for (int half = k_warps / 2; half > 0; half /= 2) {
@@ -34,12 +44,6 @@ DEVICE void reduce_warps(float (&sum)[SUMS], float *room, int k_warp, int k_warp
     __syncthreads();
 }
 
-/* Where reduce_warps left the sum of a token and a row of the CTA. */
-DEVICE float sum_at(const float *room, int token, int row) {
-    int r = row % ROWS, i = (r / 16 * TILES + token / 8) * 4 + r % 16 / 8 * 2 + token % 2;
-    return room[(row / ROWS * SUMS + i) * 32 + r % 8 * 4 + token % 8 / 2];
-}
-
 /* This CTA is one of p.splits along K. True if it is the last to arrive: all the others' sums are in `partial`. */
 DEVICE bool arrives_last(const ProductArguments &p, i64 tile, u32 *word) {
     __threadfence();
@@ -55,17 +59,26 @@ DEVICE bool arrives_last(const ProductArguments &p, i64 tile, u32 *word) {
 
 /* From the sums in `room` to y, by way of `partial` where K is split. */
 DEVICE void finish(const ProductArguments &p, float *room, i64 tile, i64 first_row, i64 first_token) {
-    int rows = p.row_warps * ROWS, count = rows * TOKENS;
-    float *partial = p.partial + tile * p.splits * count, back = __ldg(p.weight.code + 16);
+    const u32 quads = p.row_warps * SUMS * 8;
+    float4 *sums = (float4 *)room, *partial = (float4 *)p.partial + tile * p.splits * quads;
     if (p.splits > 1) {
-        for (int e = threadIdx.x; e < count; e += WARPS * 32)
-            partial[blockIdx.y * count + e] = sum_at(room, e / rows, e % rows);
+        for (u32 e = threadIdx.x; e < quads; e += WARPS * 32) partial[blockIdx.y * quads + e] = sums[e];
         if (!arrives_last(p, tile, (u32 *)room)) return;
     }
-    for (int e = threadIdx.x; e < count; e += WARPS * 32) {
-        float total = 0.0f;
-        if (p.splits == 1) total = sum_at(room, e / rows, e % rows);
-        for (int s = 0; s < p.splits && p.splits > 1; s++) total += __ldcg(partial + s * count + e);
-        store_product(p, first_token + e / rows, first_row + e % rows, total * back);
+    float back = __ldg(p.weight.code + 16); /* undoes the factor in the rounded table */
+    for (u32 e = threadIdx.x; e < quads; e += WARPS * 32) {
+        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (p.splits == 1) total = sums[e];
+        for (u32 s = 0; s < p.splits && p.splits > 1; s++) {
+            float4 part = __ldcg(partial + s * quads + e);
+            total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+        }
+        u32 g = e % 8, i = e / 8 % SUMS, row_warp = e / 8 / SUMS;
+        i64 row = first_row + row_warp * ROWS + i / 4 / TILES * 16 + i / 2 % 2 * 8 + g;
+        i64 token = first_token + i / 4 % TILES * 8 + i % 2;
+        store_product(p, token, row, total.x * back);
+        store_product(p, token + 2, row, total.y * back);
+        store_product(p, token + 4, row, total.z * back);
+        store_product(p, token + 6, row, total.w * back);
     }
 }

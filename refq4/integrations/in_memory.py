@@ -1,0 +1,35 @@
+"""A transformers model that ``refq4.quantize_model`` quantised in memory, made to save and reload."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..checkpoint.selection import _unambiguous
+from ..models.linears import is_linear
+from ..nn import Linear4bit
+from .config import METHOD, Refq4Config
+from .transformers import Refq4Quantizer
+
+__all__: list[str] = []  # for quantize_model
+
+
+def adopt(model: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Give a model whose layers ``quantize_model`` replaced what one that ``from_pretrained`` quantised has."""
+    if not isinstance(getattr(model, "hf_quantizer", None), Refq4Quantizer | None):
+        return  # part of it belongs to another method
+    ours = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    left = {name for name, module in model.named_modules() if isinstance(module, Conv1D) or is_linear(module)}
+    config = Refq4Config(
+        bnb_4bit_quant_type=settings["quant_type"],
+        bnb_4bit_compute_dtype=settings["compute_dtype"] or model.dtype,
+        bnb_4bit_use_double_quant=settings["compress_statistics"],
+        bnb_4bit_quant_storage=settings["quant_storage"],
+        llm_int8_skip_modules=_unambiguous(left, ours),
+        blocksize=settings["blocksize"],
+    )
+    model.hf_quantizer = Refq4Quantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.is_quantized, model.quantization_method, model.is_loaded_in_4bit = True, METHOD, True

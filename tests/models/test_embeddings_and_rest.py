@@ -1,0 +1,172 @@
+"""Embeddings, heads, formats of single layers and the dtype of the rest: chosen in memory, in a config, and on disk."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import refq4
+from refq4.functional import dequantize_4bit, quantize_4bit
+from refq4.models.report import QuantizationReport
+from refq4.nn import Embedding4bit, Linear4bit
+from refq4.testing import assert_same_bits
+
+
+class Model(nn.Module):
+    def __init__(self, tied: bool = False):
+        super().__init__()
+        self.embed, self.mlp = nn.Embedding(50, 128, padding_idx=3), nn.Linear(128, 128)
+        self.norm, self.lm_head = nn.LayerNorm(128), nn.Linear(128, 50, bias=False)
+        self.register_buffer("frequencies", torch.rand(4))
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.lm_head(self.norm(self.mlp(self.embed(ids))))
+
+
+def model(tied: bool = False) -> Model:
+    torch.manual_seed(0)
+    return Model(tied).eval().requires_grad_(False)
+
+
+IDS = torch.tensor([[1, 2, 3, 49]])
+
+
+def packed(weight, **settings):
+    return quantize_4bit(weight, **{"quant_type": "nf4", "compress_statistics": True} | settings)
+
+
+def test_tables_and_heads_stay_unless_they_are_asked_for():
+    report = QuantizationReport()
+    plain = refq4.quantize_model(model(), report=report, progress=False)
+    assert type(plain.embed) is nn.Embedding
+    assert type(plain.lm_head) is nn.Linear
+    assert [layer.name for layer in report.layers] == ["mlp"]
+
+
+def test_a_table_gets_the_bytes_of_quantize_4bit_with_plain_scales_and_keeps_its_settings():
+    full, report = model(), QuantizationReport()
+    small = refq4.quantize_model(copy.deepcopy(full), embeddings=True, scales="search", report=report, progress=False)
+    wanted, state = packed(full.embed.weight, compress_statistics=False, scales="search")
+    assert type(small.embed) is Embedding4bit
+    assert_same_bits(small.embed.weight.data, wanted)
+    assert small.embed.weight.quant_state == state
+    assert (small.embed.padding_idx, small.embed.training) == (3, False)
+    assert_same_bits(small.embed(IDS), dequantize_4bit(wanted, state)[IDS])
+    assert [layer.name for layer in report.layers] == ["mlp", "embed"]
+    assert report.other == sum(p.numel() for p in full.parameters()) - 50 * 128 - 128 * 128
+
+
+def test_a_head_of_its_own_is_a_linear_layer_like_others():
+    small = refq4.quantize_model(model(), head=True, progress=False)
+    assert type(small.lm_head) is Linear4bit
+    assert type(small.embed) is nn.Embedding
+
+
+@pytest.mark.parametrize(
+    ("chosen", "left"),
+    [
+        ({"embeddings": True}, {"embed": "shares its weight with lm_head, the output head: head=True takes both"}),
+        ({"head": True}, {"lm_head": "shares its weight with embed"}),
+    ],
+    ids=["the table alone", "the head alone"],
+)
+def test_one_of_two_that_share_a_weight_stays_with_the_reason(chosen, left):
+    report = QuantizationReport()
+    small = refq4.quantize_model(model(tied=True), report=report, progress=False, **chosen)
+    assert small.lm_head.weight is small.embed.weight
+    assert not isinstance(small.embed, Embedding4bit)
+    assert {name: why for name, why in report.left.items() if why.startswith("shares")} == left
+
+
+def test_a_table_that_is_also_the_head_stays_canonical_and_no_look_up_restores_it():
+    full = model(tied=True)
+    small = refq4.quantize_model(copy.deepcopy(full), embeddings=True, head=True, progress=False)
+    for one in (small, copy.deepcopy(small), small.to("cpu")):
+        table, head = one.embed, one.lm_head
+        assert table.weight is head.weight
+        with torch.no_grad(), refq4.use_backend("cpu"):
+            refq4.prepare(one)
+            wanted = nn.functional.linear(
+                one.norm(one.mlp(table(IDS))), dequantize_4bit(table.weight.stored(), table.weight.quant_state)
+            )
+            for _ in range(5):
+                with refq4.trace() as t:
+                    torch.testing.assert_close(one(IDS), wanted, atol=1e-4, rtol=1e-4)
+                assert not table.weight.prepared
+            assert t.calls[-1].steps[1].choice == "canonical"
+            assert "others need the stored bytes: a look-up" in t.calls[-1].steps[1].why
+            assert one.mlp.weight.prepared, "the others are laid out as the backend likes"
+
+
+def test_the_rest_is_cast_and_buffers_are_not():
+    small = refq4.quantize_model(model(), embeddings=True, dtype=torch.bfloat16, progress=False)
+    dtypes = {name: p.dtype for name, p in small.named_parameters() if not isinstance(p, refq4.nn.Params4bit)}
+    assert set(dtypes.values()) == {torch.bfloat16}
+    assert {"norm.weight", "mlp.bias", "lm_head.weight"} <= dtypes.keys()
+    assert small.frequencies.dtype == torch.float32
+    assert small.embed(IDS).dtype == torch.bfloat16
+    assert small(IDS).dtype == torch.bfloat16
+
+
+def test_formats_differ_by_layer_and_the_later_pattern_holds():
+    formats = {"mlp": {"blocksize": 128, "quant_type": "fp4"}, "m*": {"quant_type": "nf4"}, "embed": {"blocksize": 32}}
+    full = model()
+    small = refq4.quantize_model(copy.deepcopy(full), embeddings=True, formats=formats, progress=False)
+    wanted, state = packed(full.mlp.weight, blocksize=128)
+    assert_same_bits(small.mlp.weight.data, wanted)
+    assert small.mlp.weight.quant_state == state
+    assert small.embed.weight.quant_state.blocksize == 32
+    assert small.embed(IDS).shape == (1, 4, 128)
+
+
+@pytest.mark.parametrize(
+    ("formats", "says"),
+    [
+        ({"nlp": {"blocksize": 128}}, "'nlp' matches none of the 1 layers"),
+        ({"mlp": {"blocksize": 100}}, r"formats\['mlp'\]: blocksize must be one of"),
+        ({"mlp": {"block_size": 64}}, "no setting 'block_size': did you mean 'blocksize'"),
+        ({"mlp": {"quant_type": "nf5"}}, "did you mean"),
+        ({"mlp": {"compress_statistics": 1}}, "compress_statistics is true or false"),
+        ({"mlp": {"scales": "best"}}, "wanted 'absmax' or 'search'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_formats_that_make_no_sense_are_refused_before_anything_changes(formats, says):
+    full = model()
+    with pytest.raises(ValueError, match=says):
+        refq4.quantize_model(full, formats=formats, progress=False)
+    assert type(full.mlp) is nn.Linear
+
+
+class Scaled(nn.Embedding):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("table", "why"),
+    [
+        (Scaled(10, 64), "a Scaled, whose owner uses it in ways of its own"),
+        (nn.Embedding(10, 64, max_norm=1.0), "its look-ups change the table"),
+    ],
+    ids=["a subclass", "max_norm"],
+)
+def test_tables_that_are_more_than_tables_stay_with_the_reason(table, why):
+    report = QuantizationReport()
+    small = refq4.quantize_model(
+        nn.Sequential(table, nn.Linear(64, 64)), embeddings=True, report=report, progress=False
+    )
+    assert small[0] is table
+    assert report.left["0"].startswith(why)
+
+
+def test_a_model_with_4_bit_tables_is_saved_and_loaded(tmp_path):
+    small = refq4.quantize_model(model(), embeddings=True, head=True, dtype=torch.bfloat16, progress=False)
+    torch.save(small.state_dict(), tmp_path / "small.pt")
+    again = refq4.quantize_model(model().bfloat16(), embeddings=True, head=True, progress=False)
+    again.load_state_dict(torch.load(tmp_path / "small.pt"))
+    assert_same_bits(again(IDS), small(IDS))
