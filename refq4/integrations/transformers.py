@@ -101,9 +101,8 @@ class Refq4Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized:
             _check_skipped(model, self.quantization_config.llm_int8_skip_modules or ())
-            choosing = {
-                ".".join(name.split(".")[-2:]) for name in routers(model)
-            }  # so named in parts of the model, too
+            # a name that they have in a part of the model, too
+            choosing = {".".join(name.split(".")[-2:]) for name in routers(model)}
             self._leave_alone(model, choosing | set(read_by_owner(model)))
         config = self.quantization_config
         skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
