@@ -76,6 +76,16 @@ def conversions(converters: list[WeightTransform], names: set[str], beside: list
     return fused + merged
 
 
+def refuse_offloaded(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise a ValueError if the loader has left expert weights elsewhere: what is brought back has no quant state."""
+    for name in sorted(names):
+        if model.get_parameter(name).is_meta:
+            raise ValueError(
+                f"{name}: experts in 4 bits can't be offloaded to disk or to another memory; give a device_map "
+                f"in which they stay where they compute"
+            )
+
+
 def settle(model: nn.Module) -> None:
     """After loading, or after :func:`refq4.quantize_model`: packed experts multiply by their bytes, and are saved so.
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..internals import remedies
+from ..models.experts import routers
 from . import versions
 
 try:  # a clear word where it is missing or too old
@@ -100,7 +101,9 @@ class Refq4Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized:
             _check_skipped(model, self.quantization_config.llm_int8_skip_modules or ())
-            self._leave_alone(model, read_by_owner(model))
+            # a name that they have in a part of the model, too
+            choosing = {".".join(name.split(".")[-2:]) for name in routers(model)}
+            self._leave_alone(model, choosing | set(read_by_owner(model)))
         config = self.quantization_config
         skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
         skip += config.skip_besides
@@ -188,6 +191,7 @@ class Refq4Quantizer(HfQuantizer):
     # --- after loading, and back ------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        expert_files.refuse_offloaded(model, self._experts)
         expert_files.settle(model)
         model.is_loaded_in_4bit = True  # asked for by peft's prepare_model_for_kbit_training, and by Trainer
         connect("peft")

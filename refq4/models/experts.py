@@ -75,8 +75,8 @@ def expert_names(module: nn.Module) -> list[str]:
 def routers(model: nn.Module) -> set[str]:
     """The dotted names of the linear layers that choose experts; a wrong choice costs more than their few bits save.
 
-    They are those in a class that says so (``SwitchTransformersTop1Router``), and what is called "gate" or "router"
-    beside experts.
+    They are those in a class that says so (``SwitchTransformersTop1Router``), and those that are, or lie in, what is
+    called "gate" or "router" beside experts.
 
     Example:
         >>> import torch
@@ -85,14 +85,18 @@ def routers(model: nn.Module) -> set[str]:
         >>> routers(block), routers(nn.ModuleDict({"gate": nn.Linear(64, 4)}))
         ({'gate'}, set())
     """
-    found = set()
+    found: set[str] = set()
     for name, module in model.named_modules():
-        says_so = any(word in type(module).__name__ for word in _ROUTER_CLASSES)
         children = dict(module.named_children())
-        beside = any("experts" in child for child in children)
-        for child, layer in children.items():
-            if isinstance(layer, nn.Linear) and (says_so or (beside and child in _ROUTER_NAMES)):
-                found.add(f"{name}.{child}".lstrip("."))
+        choosing = [
+            child for child in children if child in _ROUTER_NAMES and any("experts" in name for name in children)
+        ]
+        if any(word in type(module).__name__ for word in _ROUTER_CLASSES):
+            choosing = list(children)
+        for child in choosing:
+            for below, layer in children[child].named_modules():
+                if isinstance(layer, nn.Linear):
+                    found.add(".".join(part for part in (name, child, below) if part))
     return found
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..internals.holder import Holds4bitWeight
 from ..internals.prepared import MOST_RESTORES, Preparable
 from ..nn import Embedding4bit, Linear4bit
 from ..pipeline import choose_layout, recover_quant_state
@@ -51,17 +52,17 @@ def prepare(model: nn.Module) -> int:
 
 
 def restore(model: nn.Module) -> int:
-    """Give every layer of a model its stored bytes back.
+    """Give every layer of a model, and its packed experts, their stored bytes back.
 
     Returns:
-        How many layers were prepared.
+        How many were prepared.
 
     Example:
         >>> import refq4
         >>> refq4.restore(nn.Sequential(refq4.nn.LinearNF4(64, 8)).to("cpu"))
         0
     """
-    weights = [layer.weight for layer in _layers(model)]
+    weights = [module._weight for module in model.modules() if isinstance(module, Holds4bitWeight)]
     prepared = [weight for weight in weights if isinstance(weight, Preparable) and weight.prepared]
     for weight in prepared:
         weight.restore()

@@ -6,6 +6,7 @@ Models of transformers, made on the spot (tests/support/moe_models.py); one test
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from refq4.testing import assert_same_bits
 PROMPT = torch.tensor([[1, 5, 9, 200, 31, 7]])
 NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 # Plain storage, transposed with biases, other names in files, a first layer without experts.
-TRIED = ("Qwen3Moe", "Mixtral", "GptOss", "GraniteMoe", "DeepseekV3")
+TRIED = ("Qwen3Moe", "Mixtral", "GptOss", "GraniteMoe", "DeepseekV3", "JetMoe")
 
 
 @pytest.fixture(scope="module")
@@ -111,17 +112,27 @@ def test_of_the_linear_and_expert_weights_95_percent_are_in_4_bits(family, saved
     assert share_in_4_bits(full) == 0
     assert share_in_4_bits(model) >= 0.95
     assert len(packed(model)) == len(list(expert_weights(full))) > 0
-    assert not [name for name in routers(model) if isinstance(model.get_submodule(name), Linear4bit)]
+    assert not [name for name in routers(full) if isinstance(model.get_submodule(name), Linear4bit)]
     y, exact = model(PROMPT).logits, full(PROMPT).logits
     assert torch.nn.functional.cosine_similarity(y.flatten(), exact.flatten(), dim=0) > 0.85
 
 
-def test_a_router_that_is_a_linear_layer_stays_in_full_precision_through_both_doors(saved):
-    in_memory, report = made("Phimoe"), QuantizationReport()
+@pytest.mark.parametrize(("family", "router"), [("Phimoe", "mlp.router"), ("HunYuanMoEV1", "gate.wg")])
+def test_a_router_that_is_a_linear_layer_stays_in_full_precision_through_all_doors(family, router, saved, tmp_path):
+    in_memory, report = made(family), QuantizationReport()
     refq4.quantize_model(in_memory, report=report, progress=False)
     assert {name for name, why in report.left.items() if why == "it chooses experts"} == routers(in_memory) != set()
-    for model in (in_memory, load(saved("Phimoe"))):
-        assert type(model.model.layers[0].mlp.router) is not Linear4bit
+    loaded = load(saved(family))
+    for model in (in_memory, loaded):
+        linear = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+        assert linear
+        assert not [name for name in linear if name.endswith(router)]
+    loaded.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert router in stored["llm_int8_skip_modules"]
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    same_state(loaded, reloaded)
+    assert_same_bits(reloaded(PROMPT).logits, loaded(PROMPT).logits)
 
 
 # --- doors ------------------------------------------------------------------------------------------------------------
@@ -189,10 +200,18 @@ def test_skipped_modules_name_experts_too_and_the_model_reloads(pattern, saved, 
     assert_same_bits(reloaded(PROMPT).logits, model(PROMPT).logits)
 
 
+def test_experts_that_are_to_stay_on_disk_are_refused(saved, tmp_path):
+    load(saved("Qwen3Moe")).save_pretrained(tmp_path / "packed")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.down_proj: experts in 4 bits can't be offloaded"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map=places, offload_folder=tmp_path / "disk")
+
+
 # --- what they compute ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", TRIED)
+@pytest.mark.parametrize("family", [family for family in TRIED if family != "JetMoe"])
 def test_packed_experts_compute_what_their_decoded_weights_do(family):
     model = made(family)
     refq4.quantize_model(model, include="experts", progress=False)

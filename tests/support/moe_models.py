@@ -49,6 +49,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 64,
     },
     "Phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Llama4": {  # a forward of its own, which reads decoded weights; stored [E, K, N]
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 192,
+        "interleave_moe_layer_step": 1,
+        "head_dim": 32,
+    },
+    "JetMoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "kv_channels": 32,
+    },  # in attention, too; another forward
+    "HunYuanMoEV1": {"num_experts": 4, "moe_topk": 2, "head_dim": 32},  # the router is a linear layer within "gate"
     "Jamba": {  # beside state-space layers
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -65,7 +78,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def made(family: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """A causal language model of the family, in evaluation mode."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**{**_SIZES, **FAMILIES[family], **settings})
+    name = "Llama4TextConfig" if family == "Llama4" else f"{family}Config"
+    config = getattr(transformers, name)(**{**_SIZES, **FAMILIES[family], **settings})
     model: PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and "A_log" not in name:
