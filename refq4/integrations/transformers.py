@@ -13,10 +13,9 @@ version to version; those that were tried are in ``versions.py``. The config cla
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,18 +30,21 @@ try:  # a clear word where it is missing or too old
     versions.check("transformers")
 except ImportError as error:
     raise ImportError(f"this needs transformers: {remedies.install('transformers')} ({error})") from error
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from .. import layout
 from ..codebooks import codebook_names
 from ..functional import dequantize_4bit
 from ..nn import Linear4bit
 from ..params import Params4bit
+from . import fates
 from .config import METHOD, Refq4Config
+from .patches import counts_weights, refq4_has_a_say
 
 __all__ = ["Refq4Config", "Refq4Quantizer"]
 
@@ -66,6 +68,9 @@ class Refq4Quantizer(HfQuantizer):
     def __init__(self, quantization_config: Refq4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._conv1d: set[str] = set()  # layers of GPT-2's kind: [K, N] in a full-precision file, and when dequantised
+        self._shapes: Mapping[str, Sequence[int]] | None = None  # of the tensors of the checkpoint
+        self._way: fates.Route | None = None  # where they go
+        self._taken_apart: set[tuple[str, ...]] = set()  # patterns of converters that made 4-bit weights
 
     @property
     def is_trainable(self) -> bool:
@@ -86,21 +91,35 @@ class Refq4Quantizer(HfQuantizer):
     # --- before loading: which modules become 4-bit layers ----------------------------------------------------------
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
+        self, model: PreTrainedModel, device_map: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 "part of the model is to stay on disk, in full precision, and would be quantised again in each call: "
                 "quantise it without this device_map, save_pretrained it, and load that with it"
             )
-        config = self.quantization_config
-        skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
-        tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
-        for name, module in list(model.named_modules()):
-            conv1d = isinstance(module, Conv1D)
-            if not (conv1d or type(module) is nn.Linear) or name in tied or not should_convert_module(name, skip):
-                continue
-            if conv1d:
+        self._shapes = fates.shapes_in(checkpoint_files)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """The rules by which tensors are renamed, ``key_mapping`` of the user included: they say what the file has."""
+        if self._shapes is not None:
+            self._way = fates.route(model, self._shapes, weight_conversions)
+            if not self._way.groups:
+                raise ValueError(
+                    f"the checkpoint holds no parameter of a {type(model).__name__}, which wants "
+                    f"{next(iter(model.state_dict()))}, for example; the file has {min(self._shapes or ['nothing'])}. "
+                    f"Load it with another class, or pass key_mapping={{...}} with the names that differ"
+                )
+        self._replace_layers(model)
+        rules: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return rules
+
+    def _replace_layers(self, model: PreTrainedModel) -> None:
+        choice = fates.choose(model, self.quantization_config.llm_int8_skip_modules, self._way, self.pre_quantized)
+        self.quantization_config = fates.with_names_of_what_is_left(self.quantization_config, model, choice)
+        for name in (name.removesuffix(".weight") for name, why in choice.items() if why is None):
+            module = model.get_submodule(name)
+            if isinstance(module, Conv1D):
                 self._conv1d.add(name)
             model.set_submodule(name, self._empty_layer(module))
 
@@ -146,6 +165,9 @@ class Refq4Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         model.is_loaded_in_4bit = True  # asked for by peft's prepare_model_for_kbit_training, and by Trainer
+        model._weight_conversions = [  # what was quantised in pieces can't be put together again when saving
+            rule for rule in model._weight_conversions if tuple(rule.source_patterns) not in self._taken_apart
+        ]
         if "peft" in sys.modules:
             importlib.import_module("refq4.integrations.peft")
         return model
@@ -172,13 +194,18 @@ class Quantise(ConversionOps):
     def __init__(self, hf_quantizer: Refq4Quantizer) -> None:
         self.hf_quantizer = hf_quantizer  # the loader reads this attribute
 
-    def convert(self, input_dict: dict[str, Any], *, model: PreTrainedModel, **kwargs: Any) -> dict[str, Tensor]:
-        ((name, value),) = input_dict.items()
+    def convert(
+        self, input_dict: dict[str, Any], *, model: PreTrainedModel, source_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        self.hf_quantizer._taken_apart.add(tuple(source_patterns))
+        return {name: self._quantised(model, name, _only(value)) for name, value in input_dict.items()}
+
+    def _quantised(self, model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
         layer, _ = get_module_from_name(model, name)
-        weight = _only(value)
         if name.removesuffix(".weight") in self.hf_quantizer._conv1d:
             weight = weight.T.contiguous()
-        return {name: _settled(layer, layer.weight._like(weight, None).to(weight.device))}
+        with fates.named_as_in_the_file(self.hf_quantizer._way, name):
+            return _settled(layer, layer.weight._like(weight, None).to(weight.device))
 
 
 class Restore(ConversionOps):
@@ -194,6 +221,10 @@ class Restore(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], *, model: PreTrainedModel, full_layer_name: str, **kwargs: Any
     ) -> dict[str, Any]:
+        with fates.named_as_in_the_file(self.hf_quantizer._way, full_layer_name):
+            return self._restored(input_dict, model, full_layer_name)
+
+    def _restored(self, input_dict: dict[str, Any], model: PreTrainedModel, full_layer_name: str) -> dict[str, Any]:
         layer, _ = get_module_from_name(model, full_layer_name)
         if not isinstance(layer, Linear4bit):
             if len(input_dict) > 1:
@@ -212,6 +243,8 @@ class Restore(ConversionOps):
                 f"{full_layer_name}: the entries beside it are missing ({full_layer_name}.absmax, ...); if it is not "
                 f"quantised, add {own.removesuffix('.')!r} to llm_int8_skip_modules in config.json"
             )
+        if packed.is_meta:  # names and sizes are checked, not data: refq4.checkpoint
+            return {"weight": _settled(layer, _described(full_layer_name, packed, parts, layer))}
         weight = Params4bit.from_prequantized(packed, parts, module=layer)
         # What stays where the loader sends the bytes to disk: accelerate brings them back into a copy of this one.
         layer.weight = weight._like(weight.data.to("meta"), weight.quant_state)
@@ -235,6 +268,18 @@ def _only(value: Any) -> Tensor:
     return tensor
 
 
+def _described(name: str, packed: Tensor, parts: dict[str, Tensor], layer: Linear4bit) -> Params4bit:
+    """The weight of a layer that has no data, once what is beside it is there and its size is right."""
+    endings = {key.removeprefix(f"{name}.").partition("__")[0] for key in parts}
+    if missing := {"absmax", "quant_map", "quant_state.bitsandbytes"} - endings:
+        raise ValueError(f"{name}.{min(missing)}: missing, though {name} is packed")
+    wanted = layout.packed_bytes(layer.in_features * layer.out_features)
+    if not 0 <= packed.numel() * packed.itemsize - wanted < packed.itemsize:
+        raise ValueError(f"{name}: {packed.numel() * packed.itemsize} bytes, and its layer packs into {wanted}")
+    weight: Params4bit = layer.weight
+    return weight
+
+
 def _settled(layer: Linear4bit, weight: Params4bit) -> Params4bit:
     """``weight``, with its layer marked: over one that it thinks new, transformers writes random numbers."""
     setattr(layer, "_is_hf_initialized", True)  # noqa: B010 (an attribute that the class does not know)
@@ -243,42 +288,7 @@ def _settled(layer: Linear4bit, weight: Params4bit) -> Params4bit:
 
 # --- what transformers has to be told besides -------------------------------------------------------------------------
 
-
-def _refq4_has_a_say(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``AutoHfQuantizer.merge_quantization_configs``, which decides who loads a quantised checkpoint.
-
-    transformers goes by the checkpoint alone, and takes one with ``load_in_4bit`` for bitsandbytes'. Here refq4 loads
-    what refq4 saved, and what bitsandbytes saved if a Refq4Config is passed.
-    """
-
-    @functools.wraps(original)
-    def merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        stored, given = quantization_config, quantization_config_from_args
-        if not isinstance(stored, dict):
-            stored = stored.to_dict()
-        ours = stored.get("quant_method") == METHOD and not isinstance(given, BitsAndBytesConfig)
-        if ours or isinstance(given, Refq4Config):
-            return Refq4Config.for_checkpoint(stored, given)
-        return original(quantization_config, quantization_config_from_args)
-
-    return merge
-
-
-def _counts_weights(original: Callable[..., int]) -> Callable[..., int]:
-    """``PreTrainedModel.num_parameters``, which needs bitsandbytes to see that a byte holds two weights."""
-
-    @functools.wraps(original)
-    def num_parameters(self: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        if getattr(self, "quantization_method", None) != METHOD:
-            return original(self, only_trainable, exclude_embeddings)
-        left_out = {id(m.weight) for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
-        counted = (p for p in self.parameters() if id(p) not in left_out and (p.requires_grad or not only_trainable))
-        return sum(p.quant_state.shape.numel() if getattr(p, "quant_state", None) else p.numel() for p in counted)
-
-    return num_parameters
-
-
 register_quantization_config(METHOD)(Refq4Config)
 register_quantizer(METHOD)(Refq4Quantizer)
-AutoHfQuantizer.merge_quantization_configs = staticmethod(_refq4_has_a_say(AutoHfQuantizer.merge_quantization_configs))
-PreTrainedModel.num_parameters = _counts_weights(PreTrainedModel.num_parameters)
+AutoHfQuantizer.merge_quantization_configs = staticmethod(refq4_has_a_say(AutoHfQuantizer.merge_quantization_configs))
+PreTrainedModel.num_parameters = counts_weights(PreTrainedModel.num_parameters)
