@@ -1,100 +1,155 @@
-"""What transformers would do with each module of a checkpoint: asked of the model itself, built without memory."""
+"""What transformers makes of a checkpoint: asked of the model itself, built without memory.
+
+    ask_transformers   which parameter each tensor becomes, and which of them could be in 4 bits: before quantising
+    what_is_amiss      what transformers' own loader misses or can't place: afterwards, and for ``inspect``
+
+Both want a ``config.json`` whose architecture the installed transformers knows. The rules are in
+``refq4/integrations/fates.py``, for the loader and for files alike.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..models.linears import is_linear, read_by_owner
-from ..models.patterns import first_match
+from . import places
+from .tensors import DTYPES, Entry, SafetensorsReader
 
-__all__ = ["EXPERTS", "FUSED", "HEAD", "Architecture", "ask_transformers"]
+if TYPE_CHECKING:
+    from ..integrations.fates import Route
 
-HEAD = "the output layer, or tied to an embedding"
-EXPERTS = "experts.[0-9]*"
-FUSED = "fused with other experts when transformers loads it"
-_OTHER = "not the weight of a linear layer"
-_FP32 = "kept in fp32 by its architecture"
-_READ = "its weight is read as a matrix by the module around it"
+__all__ = ["UNKNOWN", "Architecture", "ask_transformers", "what_is_amiss"]
+
+UNKNOWN = "the model has no parameter of this name"
+
+_OURS = ("bitsandbytes", "refq4")
 
 
 @dataclass
 class Architecture:
-    """The modules of a model by name.
+    """A model on the meta device, and what a checkpoint's tensors become in it.
 
     Attributes:
-        linears: those that transformers replaces by 4-bit layers.
+        way: where the tensors go.
+        choice: parameters that could be in 4 bits -> why they stay as they are, or None.
         transposed: those of them that are stored as [K, N].
-        heads: those that it leaves alone: output layers, and what is tied to another.
-        fp32: those that the architecture keeps in fp32.
-        read: those whose weight is read as a matrix by the module around them.
-        own: whether it has linear layers of a class of its own, which bitsandbytes does not replace.
-        prefix: of the base model, which a checkpoint's names may have or lack.
     """
 
-    linears: set[str] = field(default_factory=set)
-    transposed: set[str] = field(default_factory=set)
-    heads: set[str] = field(default_factory=set)
-    fp32: set[str] = field(default_factory=set)
-    read: set[str] = field(default_factory=set)
-    own: bool = False
-    prefix: str = ""
+    model: Any
+    way: Route
+    choice: dict[str, str | None]
+    transposed: set[str]
 
-    def module_name(self, name: str) -> str:
-        """The module that a checkpoint's name means: itself, with the base model's prefix, or without."""
-        known = self.linears | self.heads | self.fp32 | self.read
-        return next(
-            (n for n in (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")) if n in known), name
-        )
+    def is_plain(self, parameter: str) -> bool:
+        """Whether a parameter is the weight of a layer of which bitsandbytes makes one of its own."""
+        from transformers.pytorch_utils import Conv1D
 
-    def why_not(self, module: str) -> str | None:
-        """Why a module keeps its matrix; None if it gets a 4-bit one."""
-        if module in self.heads:
-            return HEAD
-        if module in self.fp32:
-            return _FP32
-        if module in self.read:
-            return _READ
-        if module in self.linears:
+        module = self.model.get_submodule(parameter.rpartition(".")[0])
+        return parameter.endswith("weight") and (type(module) is nn.Linear or isinstance(module, Conv1D))
+
+
+def ask_transformers(directory: Path, entries: Mapping[str, Entry]) -> Architecture | None:
+    """The architecture that a directory's config.json names, or None where nobody can be asked.
+
+    Raises:
+        ValueError: transformers' own conversion of the tensors fails.
+    """
+    model = _build(directory)
+    if model is None:
+        return None
+    from transformers.pytorch_utils import Conv1D
+
+    from ..integrations import fates
+
+    way = fates.route(model, {key: entry.shape for key, entry in entries.items()})
+    choice = fates.choose(model, None, way)
+    conv1d = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    return Architecture(model, way, choice, conv1d & choice.keys())
+
+
+def what_is_amiss(directory: Path) -> dict[str, str] | None:
+    """Name -> what is wrong with it, after transformers' loader has gone through a directory without reading data.
+
+    None where nobody can be asked, or the checkpoint is of a method that is not refq4's.
+    """
+    model = _build(directory)
+    if model is None:
+        return None
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    from ..integrations.transformers import Refq4Config, Refq4Quantizer
+
+    stored = places.read_json(directory / "config.json").get("quantization_config")
+    quantizer = None
+    files = places.weight_files(directory)
+    if stored is not None:
+        if not isinstance(stored, dict) or stored.get("quant_method") not in _OURS:
             return None
-        return FUSED if first_match(module, [EXPERTS]) else _OTHER
+        quantizer = Refq4Quantizer(Refq4Config.for_checkpoint(stored), pre_quantized=True)
+        quantizer.preprocess_model(model, checkpoint_files=[str(path) for path in files])
+    with ExitStack() as stack:
+        readers = [stack.enter_context(SafetensorsReader(path)) for path in files]
+        state = {key: _described(entry) for reader in readers for key, entry in reader.entries.items()}
+    info, _ = convert_and_load_state_dict_in_model(
+        model,
+        state,
+        LoadStateDictConfig(
+            device_map={"": "meta"},
+            hf_quantizer=quantizer,
+            weight_mapping=get_model_conversion_mapping(model, None, quantizer),
+        ),
+    )
+    model._adjust_missing_and_unexpected_keys(info)
+    amiss = dict.fromkeys(info.unexpected_keys, UNKNOWN)
+    amiss |= dict.fromkeys(info.missing_keys - _tied(model), "missing: the model wants a parameter of this name")
+    amiss |= {
+        name: f"has the shape {list(held)}, and the model wants {list(wanted)}"
+        for name, held, wanted in info.mismatched_keys
+    }
+    if quantizer is not None:
+        lost = _packed(quantizer._way.unknown if quantizer._way is not None else [], state)
+        amiss |= dict.fromkeys(lost, "in 4 bits, and the model has no layer of this name")
+    errors = {name: text.partition("\nError")[0].splitlines()[-1] for name, text in info.conversion_errors.items()}
+    return dict(sorted((amiss | errors).items()))
 
 
-def ask_transformers(directory: Path) -> Architecture | None:
-    """The architecture that a directory's config.json names, or None where nobody can be asked."""
+def _build(directory: Path) -> Any:
+    """The model that the config.json names, on the meta device; None where there is none, or transformers lacks it."""
     if not (directory / "config.json").is_file() or importlib.util.find_spec("transformers") is None:
         return None
     import transformers
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.base import get_keys_to_not_convert
-    from transformers.quantizers.quantizers_utils import should_convert_module
 
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         model_class = getattr(transformers, (config.architectures or [""])[0])
-        with torch.device("meta"):
-            model = model_class(config)
-        heads = get_keys_to_not_convert(model)
+        with ExitStack() as as_from_pretrained_does:
+            for context in model_class.get_init_context(torch.float32, False, False, None):
+                as_from_pretrained_does.enter_context(context)
+            return model_class(config)
     except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError):
         return None  # a class of its own, code from a hub, or an older transformers: the names decide
-    found = Architecture(prefix=model.base_model_prefix)
-    read = read_by_owner(model)
-    fp32 = list(model._keep_in_fp32_modules or ())
-    for name, module in model.named_modules():
-        if not (is_linear(module) or isinstance(module, Conv1D)):
-            continue
-        if not should_convert_module(name, heads):
-            found.heads.add(name)
-        elif not should_convert_module(name, fp32):
-            found.fp32.add(name)
-        elif name in read:
-            found.read.add(name)
-        else:
-            found.linears.add(name)
-            found.own |= not (type(module) is nn.Linear or isinstance(module, Conv1D))
-            found.transposed |= {name} if isinstance(module, Conv1D) else set()
-    return found
+
+
+def _tied(model: Any) -> set[str]:
+    """Parameters that need no tensor: they are the same as another."""
+    return {name for pair in model.all_tied_weights_keys.items() for name in pair}
+
+
+def _packed(keys: list[str], state: Mapping[str, Any]) -> list[str]:
+    states = {key.partition(".quant_state.")[0] for key in state if ".quant_state." in key}
+    return [key for key in keys if key in states]
+
+
+def _described(entry: Entry) -> torch.Tensor:
+    dtype = DTYPES.get(entry.dtype)
+    shape = (entry.nbytes,) if dtype is None else entry.shape
+    return torch.empty(shape, dtype=dtype or torch.uint8, device="meta")

@@ -25,10 +25,12 @@ from ..codebooks import get_codebook
 from ..functional import DEFAULT_BLOCKSIZE
 from ..internals.checks import check_blocksize, check_storage
 from ..internals.scale_search import check_way
+from ..models.patterns import HEAD
 from ..models.report import QuantizationReport
 from ..registry import requested_backend, use_backend
 from . import places
-from .selection import Selection, select
+from .architecture import what_is_amiss
+from .selection import OTHER, Selection, select
 from .tensors import FLOATS, Entry, SafetensorsReader
 from .weights import Converter, Settings
 
@@ -149,10 +151,13 @@ def quantize_checkpoint(
             raise ValueError(
                 f"nothing to quantise in {source}: {selection.left or 'no matrix of floats named *.weight'}"
             )
+        if not include and not skip:
+            _check_share(selection, source)
         report = CheckpointReport(left=selection.left, guessed=selection.guessed)
         report.bytes_before = sum(reader.path.stat().st_size for reader in readers)
         bar = stack.enter_context(progress_bar(readers, f"quantising to {quant_type}", progress and not dry_run))
-        converter = Converter(settings, selection, report, bar.update)
+        homes = {key: reader for reader in readers for key in reader.entries}
+        converter = Converter(settings, selection, report, bar.update, homes)
         report.bytes_after = sum(map(converter.planned_size, readers))
         places.check_room(target.parent, report.bytes_after)
         if dry_run:
@@ -163,9 +168,10 @@ def quantize_checkpoint(
         keys = {reader.path.name: converter.convert(reader, partial / reader.path.name) for reader in readers}
         write_index(source, partial, keys)
         if config is not None:
-            compute_dtype = compute_dtype or _dtype_of_weights(config, entries, selection.chosen)
+            compute_dtype = compute_dtype or _dtype_of_weights(config, selection.chosen)
             config["quantization_config"] = _quantization_config(settings, compute_dtype, selection)
             (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            _check_it_loads(source, partial)
         report.left_out = places.copy_others(source, partial)
         report.files = sorted(keys)
         report.bytes_after = sum((partial / name).stat().st_size for name in keys)
@@ -193,6 +199,31 @@ def _check_not_quantised(entries: dict[str, Entry], config: dict[str, Any] | Non
         raise ValueError(f"{source} is quantised already: it holds {packed}; refq4 inspect shows it")
 
 
+def _check_share(selection: Selection, source: Path) -> None:
+    """That most of what could be in 4 bits will be."""
+    chosen = sum(entry.numel for entry in selection.chosen)
+    if 2 * chosen >= selection.could:
+        return
+    name, why = next((name, why) for name, why in selection.left.items() if why not in (HEAD, OTHER))
+    raise ValueError(
+        f"{source}: only {chosen / selection.could:.0%} of the {selection.could:,} weights in linear layers and "
+        f"experts would be in 4 bits; the rest would stay as it is ({name}: {why}). Name the layers that you want with "
+        f"include (--include '*' for all that can be) to quantise them all the same"
+    )
+
+
+def _check_it_loads(source: Path, partial: Path) -> None:
+    """That transformers finds a place for each tensor that was written, and a tensor for each place."""
+    before, after = what_is_amiss(source), what_is_amiss(partial)
+    new = {name: what for name, what in (after or {}).items() if name not in (before or {})}
+    if new:
+        name, what = next(iter(new.items()))
+        raise ValueError(
+            f"{source}: what was written would not load, so it is not kept: {name}: {what} ({len(new)} such tensors). "
+            f"This is an error of refq4: please report it, with the config.json"
+        )
+
+
 def progress_bar(readers: list[SafetensorsReader], label: str, shown: bool) -> Any:
     """A bar over the bytes of some files, on a terminal."""
     from tqdm.auto import tqdm
@@ -216,12 +247,12 @@ def write_index(source: Path, partial: Path, keys: dict[str, list[str]]) -> None
     (partial / places.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _dtype_of_weights(config: dict[str, Any], entries: dict[str, Entry], chosen: set[str]) -> torch.dtype:
+def _dtype_of_weights(config: dict[str, Any], chosen: list[Entry]) -> torch.dtype:
     """The dtype that the model's config names, else that of most weights."""
     named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     if isinstance(named, torch.dtype):
         return named
-    dtypes = [entries[key].dtype for key in chosen]
+    dtypes = [entry.dtype for entry in chosen]
     return FLOATS[max(sorted(set(dtypes)), key=dtypes.count)]
 
 

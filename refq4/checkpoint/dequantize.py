@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +32,6 @@ from . import places
 from .architecture import ask_transformers
 from .convert import all_entries, progress_bar, write_index
 from .inspection import groups
-from .selection import NAMES_SUFFICE
 from .sources import FromSafetensors
 from .tensors import FLOATS, Entry, SafetensorsReader, SafetensorsWriter
 
@@ -125,7 +124,7 @@ def dequantize_checkpoint(
         readers = [stack.enter_context(SafetensorsReader(path)) for path in places.weight_files(source)]
         config = places.read_json(source / "config.json") if (source / "config.json").is_file() else None
         _check_method(config, source)
-        model = _Packed(readers, dtype, _transposed(source, config, all_entries(readers)))
+        model = _Packed(readers, dtype, _transposed(source, all_entries(readers)))
         if not model.states:
             raise ValueError(f"nothing to dequantise in {source}: no tensor in it is a 4-bit weight")
         places.check_room(target.parent, sum(nbytes for r in readers for _, _, nbytes in model.plan(r).values()))
@@ -245,15 +244,12 @@ def _check_method(config: dict[str, Any] | None, source: Path) -> None:
         raise ValueError(f"{source} was quantised{bits} by {name}: only 4-bit weights of refq4 and bitsandbytes decode")
 
 
-def _transposed(source: Path, config: dict[str, Any] | None, keys: Iterable[str]) -> set[str]:
+def _transposed(source: Path, entries: dict[str, Entry]) -> set[str]:
     """Keys of the weights that a plain file of this architecture holds as [K, N]: GPT-2's ``Conv1D``."""
-    if config is None or config.get("model_type") in NAMES_SUFFICE:
+    architecture = ask_transformers(source, entries)
+    if architecture is None:
         return set()
-    architecture = ask_transformers(source)
-    if architecture is None or not architecture.transposed:
-        return set()
-    names = [key.removesuffix(".weight") for key in keys if key.endswith(".weight")]
-    return {f"{name}.weight" for name in names if architecture.module_name(name) in architecture.transposed}
+    return {key for parameter in architecture.transposed for key in architecture.way.keys(parameter)}
 
 
 def _plain(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ..models.patterns import first_match
 from ..models.report import bits_per_weight
 from ..state import QuantState
 from . import places
+from .architecture import UNKNOWN, what_is_amiss
 from .sources import FromSafetensors, FromTorch, Source
 from .tensors import FLOATS, SafetensorsReader
 
@@ -159,7 +160,8 @@ def inspect_checkpoint(path: str | os.PathLike[str], match: str | None = None) -
     """Look into a weight file, or into all safetensors files of a model directory.
 
     Args:
-        path: a ``.safetensors`` file, a file of ``torch.save``, or a directory.
+        path: a ``.safetensors`` file, a file of ``torch.save``, or a directory. Where its ``config.json`` names an
+            architecture that transformers knows, the report says, too, what the loader would miss or could not place.
         match: only tensors whose dotted name matches this pattern (see :func:`refq4.quantize_model`).
 
     Raises:
@@ -188,6 +190,11 @@ def inspect_checkpoint(path: str | os.PathLike[str], match: str | None = None) -
         for key, beside in groups(source.keys()).items():
             if match is None or first_match(key, [match]):
                 _look_at(source, key, beside, contents)
+    if path.is_dir():
+        seen = {problem.key for problem in contents.problems}
+        for key, what in (what_is_amiss(path) or {}).items():
+            if key not in seen and what != UNKNOWN:  # transformers ignores what it has no place for
+                contents.problems.append(Problem(key, what))
     return contents
 
 

@@ -1,27 +1,33 @@
-"""Which tensors of a checkpoint become 4-bit weights, so that transformers puts a 4-bit layer in the same places.
+"""What becomes of each tensor of a checkpoint, so that transformers puts a 4-bit layer in the same places.
 
-A file knows names and shapes only. For a few common decoders they say it all. Else, where the directory has a
-``config.json`` whose architecture the installed transformers knows, the model is built without memory (on the meta
-device) and asked: linear layers, GPT-2's ``Conv1D`` (stored transposed), output heads, tied weights, what must stay in
-fp32. Otherwise the names decide.
+    of the file                    written instead
+    up_proj.weight                 up_proj.weight, up_proj.weight.absmax, ...      quantised
+    norm.weight                    norm.weight                                     copied
+    qkv.weight                     q.weight, q.weight.absmax, ..., k, v            taken apart, and each piece quantised
+
+Where the directory has a ``config.json`` whose architecture the installed transformers knows, the model is built
+without memory (on the meta device) and asked. Otherwise the names and shapes decide.
 """
 
 from __future__ import annotations
 
-import re
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
-from ..models.patterns import first_match
-from .architecture import EXPERTS, FUSED, HEAD, ask_transformers
-from .places import read_json
+from torch import Tensor
+
+from ..models.patterns import EXPERTS, HEAD, first_match, unambiguous
+from .architecture import Architecture, ask_transformers
 from .tensors import FLOATS, Entry
 
-__all__ = ["Selection", "select"]
+__all__ = ["OTHER", "Made", "Output", "Selection", "select"]
 
-# Decoders of which the names say everything, as a test makes transformers confirm: its import takes seconds.
-NAMES_SUFFICE = ("gemma", "llama", "mistral", "qwen2", "qwen3")
+OTHER = "not the weight of a linear layer"
+_AN_EXPERT = "experts.[0-9]*"
 # The last part of the names of tables and output layers: for when the architecture can't be asked.
 _BY_NAME = {
     "an embedding": ("*embed*", "*_emb", "wte", "wpe", "shared", "relative_attention_bias"),
@@ -29,25 +35,76 @@ _BY_NAME = {
 }
 
 
-@dataclass
-class Selection:
-    """What is to become of each matrix.
+@dataclass(frozen=True)
+class Made:
+    """A tensor that transformers' converter makes of one or several of the file.
 
     Attributes:
-        chosen: keys of the weights to quantise.
-        transposed: those of them that are stored as [K, N].
-        left: module name -> why its matrix stays as it is.
-        skip_modules: names for ``llm_int8_skip_modules``: those, and output layers that have no tensor of their own.
-        own: whether some are of a class of their own, which bitsandbytes does not replace.
-        guessed: whether the names decided for a model of unknown architecture.
+        keys: of the file.
+        parameter: which of those that ``convert`` returns it is.
+        convert: from a function that gives the tensor of a key.
     """
 
-    chosen: set[str] = field(default_factory=set)
-    transposed: set[str] = field(default_factory=set)
+    keys: tuple[str, ...]
+    parameter: str
+    convert: Callable[[Callable[[str], Tensor]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor to write: in full precision as its entry says, or quantised with what stands beside it.
+
+    Attributes:
+        entry: key, dtype and shape before it is quantised.
+        quantise: or copy.
+        transposed: it is stored as [K, N].
+        made: how it comes about, if it is not simply read.
+    """
+
+    entry: Entry
+    quantise: bool = False
+    transposed: bool = False
+    made: Made | None = None
+
+
+@dataclass
+class Selection:
+    """What is to become of each tensor.
+
+    Attributes:
+        outputs: key of the file -> what is written in its place: nothing, if it goes into what another one becomes.
+        left: name -> why its matrix stays as it is.
+        skip_modules: names for ``llm_int8_skip_modules``: the layers left alone.
+        guessed: whether the names decided for a model of unknown architecture.
+        own: whether some layers are of a class of their own, or experts, which bitsandbytes does not replace.
+        could: weights in linear layers and experts, without output layers.
+    """
+
+    outputs: dict[str, list[Output]] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     skip_modules: list[str] = field(default_factory=list)
     guessed: bool = False
     own: bool = False
+    could: int = 0
+
+    @property
+    def chosen(self) -> list[Entry]:
+        """What is quantised."""
+        return [output.entry for outputs in self.outputs.values() for output in outputs if output.quantise]
+
+
+@dataclass
+class _Weight:
+    """One that could be in 4 bits: what it is called (without ``.weight``), why it stays as it is or None, its size."""
+
+    names: list[str]
+    why: str | None
+    numel: int
+
+    @property
+    def name(self) -> str:
+        """As the file has it; of what several of its tensors become, as the model has it."""
+        return self.names[-1] if len(self.names) <= 2 else self.names[0]
 
 
 def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...], skip: tuple[str, ...]) -> Selection:
@@ -56,68 +113,133 @@ def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...],
     Args:
         entries: all tensors of all files.
         directory: where the config.json is, if there is one.
-        include: patterns of module names; these linear layers only, output layers too where a pattern names one. Empty:
-            all but the output layers and what shares their weight.
-        skip: patterns of module names to leave alone.
+        include: patterns of names, of the file or of the model: these linear layers only, output layers too where a
+            pattern names one. Empty: all but the output layers and what shares their weight.
+        skip: patterns of names of layers to leave alone.
 
     Raises:
-        ValueError: a pattern matches no matrix of the checkpoint.
+        ValueError: a pattern matches no matrix of the checkpoint, or transformers can't convert it.
     """
-    matrices = {
-        key.removesuffix(".weight"): key
-        for key, entry in entries.items()
-        if key.endswith(".weight") and len(entry.shape) == 2 and entry.dtype in FLOATS and entry.numel
-    }
+    architecture = ask_transformers(directory, entries)
+    matrices = [_plain(key) for key, entry in entries.items() if _is_matrix(entry)]
+    weights = _by_names(entries) if architecture is None else _of_model(architecture)
+    names = {*matrices, *(name for weight in weights.values() for name in weight.names)}
     for pattern in (*include, *skip):
-        if not any(first_match(name, [pattern]) for name in matrices):
+        if not any(first_match(name, [pattern]) for name in names):
             raise ValueError(f"the pattern {pattern!r} matches none of the {len(matrices)} matrices of the checkpoint")
-    by_names = _names_suffice(directory)
-    architecture = None if by_names else ask_transformers(directory)
-    found = Selection(guessed=architecture is None and not by_names, own=architecture is not None and architecture.own)
-    modules = {name: name if architecture is None else architecture.module_name(name) for name in matrices}
-    for name, key in matrices.items():
-        why = _why_not_by_name(name) if architecture is None else architecture.why_not(modules[name])
-        if include and why in (None, HEAD):
-            why = None if first_match(name, include) else "not among those to include"
-        skipped_by = first_match(name, skip)
-        if why is None and skipped_by is not None:
-            why = f"skipped: it matches {skipped_by!r}"
-        if why is not None:
-            found.left[name] = why
-            continue
-        found.chosen.add(key)
-        if architecture is not None and modules[name] in architecture.transposed:
-            found.transposed.add(key)
-    chosen = {modules[key.removesuffix(".weight")] for key in found.chosen}
-    left = {modules[name] for name in found.left}
+    for weight in weights.values():
+        weight.why = _asked_for(weight, include, skip)
+    found = Selection(guessed=architecture is None)
     if architecture is None:
+        left = {_plain(key) for key, weight in weights.items() if weight.why is not None}
+        chosen = {_plain(key) for key in weights} - left
         left.add("lm_head")  # tied, it has no tensor of its own
-    else:  # transformers replaces linear layers only: no need to name tables
-        left = (left & (architecture.linears | architecture.fp32 | architecture.read)) | architecture.heads
-    found.skip_modules = _unambiguous(left - chosen, chosen)
+        found.outputs = {key: [Output(entry, _plain(key) in chosen)] for key, entry in entries.items()}
+    else:
+        _alike(architecture, weights)
+        found.outputs = _outputs(architecture, weights, entries)
+        linears = {name: why for name, why in architecture.choice.items() if why != EXPERTS}
+        chosen = {_plain(name) for name in linears if name in weights and weights[name].why is None}
+        left = {_plain(name) for name in linears} - chosen
+        found.own = any(not architecture.is_plain(name) for name, weight in weights.items() if weight.why is None)
+    found.skip_modules = unambiguous(left - chosen, chosen)
+    of_layers = {name for weight in weights.values() for name in weight.names}
+    found.left = {name: OTHER for name in matrices if name not in of_layers}
+    found.left |= {weight.name: weight.why for weight in weights.values() if weight.why is not None}
+    found.could = sum(weight.numel for weight in weights.values() if weight.why != HEAD and weight.numel)
     return found
 
 
-def _names_suffice(directory: Path) -> bool:
-    if not (directory / "config.json").is_file():
-        return False
-    config = read_json(directory / "config.json")
-    architectures = config.get("architectures")
-    causal = isinstance(architectures, list) and all(str(name).endswith("ForCausalLM") for name in architectures)
-    return causal and config.get("model_type") in NAMES_SUFFICE
+def _plain(key: str) -> str:
+    return key.removesuffix(".weight")
+
+
+def _is_matrix(entry: Entry) -> bool:
+    return entry.key.endswith(".weight") and len(entry.shape) == 2 and entry.dtype in FLOATS and entry.numel > 0
+
+
+def _asked_for(weight: _Weight, include: tuple[str, ...], skip: tuple[str, ...]) -> str | None:
+    """Why a weight stays as it is, once the patterns were heard."""
+    why = weight.why
+    if include and why in (None, HEAD):
+        why = None if any(first_match(name, include) for name in weight.names) else "not among those to include"
+    skipped_by = next(filter(None, (first_match(name, skip) for name in weight.names)), None)
+    return f"skipped: it matches {skipped_by!r}" if why is None and skipped_by is not None else why
+
+
+# --- by names and shapes ----------------------------------------------------------------------------------------------
+
+
+def _by_names(entries: dict[str, Entry]) -> dict[str, _Weight]:
+    """The matrices of a file; what is a table counts for nothing."""
+    found = {}
+    for key, entry in entries.items():
+        if _is_matrix(entry):
+            why = _why_not_by_name(_plain(key))
+            found[key] = _Weight([_plain(key)], why, entry.numel if why in (None, EXPERTS) else 0)
+    return found
 
 
 def _why_not_by_name(name: str) -> str | None:
-    if first_match(name, [EXPERTS]):
-        return FUSED
+    if first_match(name, [_AN_EXPERT]):
+        return EXPERTS
     last = name.rpartition(".")[2]
     return next((why for why, patterns in _BY_NAME.items() if any(fnmatchcase(last, p) for p in patterns)), None)
 
 
-def _unambiguous(left: set[str], chosen: set[str]) -> list[str]:
-    """Names for transformers' list of modules to skip, which reads them as regular expressions and as suffixes."""
+# --- by the model -----------------------------------------------------------------------------------------------------
 
-    def also_means_a_chosen_one(name: str) -> bool:
-        return any(other.endswith(name) or re.match(rf"(?:{name})(?:(?<=\.)|(?=\.|$))", other) for other in chosen)
 
-    return sorted(rf"^{re.escape(name)}$" if also_means_a_chosen_one(name) else name for name in left)
+def _of_model(architecture: Architecture) -> dict[str, _Weight]:
+    """The parameters that could be in 4 bits and of which the file has something."""
+    found = {}
+    for name, why in architecture.choice.items():
+        shape = architecture.way.shape(name)
+        if shape is not None:
+            found[name] = _Weight([_plain(name), *map(_plain, architecture.way.keys(name))], why, shape.numel())
+    return found
+
+
+def _alike(architecture: Architecture, weights: dict[str, _Weight]) -> None:
+    """The pieces of one tensor stay as they are if one of them does: transformers asks about the first of them only."""
+    for group in architecture.way.groups:
+        pieces = [weights[name] for name in group.parts if name in weights]
+        if why := next((piece.why for piece in pieces if piece.why is not None), None):
+            for piece in pieces:
+                piece.why = piece.why or why
+
+
+def _outputs(
+    architecture: Architecture, weights: dict[str, _Weight], entries: dict[str, Entry]
+) -> dict[str, list[Output]]:
+    """What is written for each key. A converter that makes a 4-bit weight is applied wherever it fits, others never."""
+    way = architecture.way
+    chosen = {name for name, weight in weights.items() if weight.why is None}
+    used = [group.converter for group in way.groups if group.converter is not None and chosen & group.parts.keys()]
+    applied = {tuple(converter.source_patterns) for converter in used}
+    outputs = {key: [Output(entry)] for key, entry in entries.items()}
+    for group in way.groups:
+        keys = tuple(group.sources)
+        first = entries[keys[0]]
+        if group.converter is None:
+            if group.target in chosen:
+                outputs[keys[0]] = [Output(first, True, group.target in architecture.transposed)]
+            continue
+        if tuple(group.converter.source_patterns) not in applied:
+            continue
+        outputs |= {key: [] for key in keys}
+        outputs[keys[0]] = [
+            Output(
+                _entry(way.name_in_file(name), first, shape),
+                name in chosen,
+                name in architecture.transposed,
+                Made(keys, name, partial(group.convert, architecture.model)),
+            )
+            for name, shape in group.parts.items()
+        ]
+    return outputs
+
+
+def _entry(key: str, of: Entry, shape: tuple[int, ...]) -> Entry:
+    """A tensor that is in no file, of the dtype of one that is."""
+    return Entry(key, of.dtype, tuple(shape), 0, math.prod(shape) * of.itemsize)

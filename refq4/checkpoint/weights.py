@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..internals.blockwise import quantize_scales, slice_state
 from ..models.report import LayerReport, QuantizationReport, relative, squared_error
 from ..state import NESTED_BLOCKSIZE, QuantState
 from .ahead import read_ahead
-from .selection import Selection
+from .selection import Output, Selection
 from .tensors import FLOATS, Entry, SafetensorsReader, SafetensorsWriter
 
 __all__ = ["Converter", "Settings"]
@@ -47,12 +47,14 @@ class Converter:
     Attributes:
         report: gets a line for each quantised weight.
         advance: called with the number of bytes that were read.
+        homes: key -> the file that holds it, of all files.
     """
 
     settings: Settings
     selection: Selection
     report: QuantizationReport
     advance: Callable[[int], object]
+    homes: dict[str, SafetensorsReader] = field(default_factory=dict)
 
     def planned_size(self, reader: SafetensorsReader) -> int:
         """Bytes of tensors that :meth:`convert` will write, but for a few hundred for each weight."""
@@ -60,14 +62,14 @@ class Converter:
 
     def report_plan(self, readers: list[SafetensorsReader]) -> None:
         """Fill the report with what :meth:`convert` would do, errors not measured."""
-        for reader in readers:
-            for key, entry in reader.entries.items():
-                if key not in self.selection.chosen:
-                    self.report.other += entry.numel
-                    continue
-                size = sum(nbytes for _, _, nbytes in self._plan_weight(key, entry.numel).values())
-                name, shape = key.removesuffix(".weight"), self._shape(entry)
-                self.report.layers.append(LayerReport(name, tuple(shape), 8 * size / entry.numel, float("nan")))
+        for output in (output for reader in readers for output in self._outputs(reader)):
+            entry = output.entry
+            if not output.quantise:
+                self.report.other += entry.numel
+                continue
+            size = sum(nbytes for _, _, nbytes in self._plan_weight(entry.key, entry.numel).values())
+            name = entry.key.removesuffix(".weight")
+            self.report.layers.append(LayerReport(name, tuple(_shape(output)), 8 * size / entry.numel, float("nan")))
 
     def convert(self, reader: SafetensorsReader, path: Path) -> list[str]:
         """Write the file ``path``; returns its keys.
@@ -75,27 +77,31 @@ class Converter:
         Raises:
             ValueError: a weight holds NaN or infinity; the message names its key.
         """
-        planned = self._plan(reader)
-        late = [self._json_key(key) for key in reader.entries if key in self.selection.chosen]
+        planned, outputs = self._plan(reader), self._outputs(reader)
+        late = [self._json_key(output.entry.key) for output in outputs if output.quantise]
         metadata = {"format": "pt"} | reader.metadata
         ahead = read_ahead(self._reads(reader))
         with SafetensorsWriter(path, planned, late, metadata) as writer, closing(ahead) as pieces:
-            for key, entry in reader.entries.items():
-                if key in self.selection.chosen:
-                    self._quantise(pieces, writer, entry)
+            for output in outputs:
+                if output.quantise:
+                    self._quantise(pieces, writer, output)
                 else:
-                    self._copy(pieces, writer, entry)
+                    self._copy(pieces, writer, output.entry)
         return [*planned, *late]
+
+    def _outputs(self, reader: SafetensorsReader) -> list[Output]:
+        return [output for key in reader.entries for output in self.selection.outputs[key]]
 
     # --- what will be written -----------------------------------------------------------------------------------------
 
     def _plan(self, reader: SafetensorsReader) -> Planned:
         planned: Planned = {}
-        for key, entry in reader.entries.items():
-            if key in self.selection.chosen:
-                planned |= self._plan_weight(key, entry.numel)
+        for output in self._outputs(reader):
+            entry = output.entry
+            if output.quantise:
+                planned |= self._plan_weight(entry.key, entry.numel)
             else:
-                planned[key] = entry.dtype, entry.shape, entry.nbytes
+                planned[entry.key] = entry.dtype, entry.shape, entry.nbytes
         return planned
 
     def _plan_weight(self, key: str, numel: int) -> Planned:
@@ -125,17 +131,32 @@ class Converter:
         They go into two buffers in turn: a piece is gone when the next but one is read.
         """
         rooms = cycle([torch.empty(4 * PIECE, dtype=torch.uint8) for _ in range(2)])  # of the widest dtype
-        for key, entry in reader.entries.items():
-            if key not in self.selection.chosen:
-                yield from reader.pieces(key, rooms)
-                continue
-            turned = None
-            if key in self.selection.transposed:  # GPT-2's layers are small: whole
-                turned = reader.tensor(key).view(entry.shape).T.reshape(-1)
-            for _ in range(2 if self.settings.measure else 1):
-                for start in range(0, entry.numel, PIECE):
-                    stop = start + PIECE
-                    yield reader.tensor(key, start, stop, next(rooms)) if turned is None else turned[start:stop]
+        made_of: tuple[str, ...] = ()
+        made: dict[str, Tensor] = {}
+        for output in self._outputs(reader):
+            entry, whole = output.entry, None
+            if output.made is not None:
+                if output.made.keys != made_of:
+                    made_of, made = output.made.keys, output.made.convert(self._whole)
+                whole = made.pop(output.made.parameter)
+            elif output.transposed:  # GPT-2's layers are small
+                whole = reader.tensor(entry.key).view(entry.shape)
+            if whole is not None:
+                whole = (whole.T if output.transposed else whole).reshape(-1)
+            if output.quantise:
+                for _ in range(2 if self.settings.measure else 1):
+                    for start in range(0, entry.numel, PIECE):
+                        stop = start + PIECE
+                        yield reader.tensor(entry.key, start, stop, next(rooms)) if whole is None else whole[start:stop]
+            elif whole is None:
+                yield from reader.pieces(entry.key, rooms)
+            elif entry.nbytes:
+                yield whole.view(torch.uint8)
+
+    def _whole(self, key: str) -> Tensor:
+        """A tensor of any of the files."""
+        reader = self.homes[key]
+        return reader.tensor(key).view(reader.entries[key].shape)
 
     # --- one tensor ---------------------------------------------------------------------------------------------------
 
@@ -148,7 +169,8 @@ class Converter:
             self.advance(piece.numel())
         self.report.other += entry.numel
 
-    def _quantise(self, pieces: Iterator[Tensor], writer: SafetensorsWriter, entry: Entry) -> None:
+    def _quantise(self, pieces: Iterator[Tensor], writer: SafetensorsWriter, output: Output) -> None:
+        entry = output.entry
         scales: list[Tensor] = []
         for start in range(0, entry.numel, PIECE):
             piece = next(pieces)
@@ -165,16 +187,13 @@ class Converter:
             writer.write(entry.key, packed, start // 2)
             scales.append(state.absmax)
             self.advance(piece.numel() * piece.itemsize)
-        state = self._state(torch.cat(scales), entry)
+        state = self._state(torch.cat(scales), output)
         for name, tensor in state.as_dict(packed=True).items():
             (writer.add if "quant_state" in name else writer.write)(f"{entry.key}.{name}", tensor)
         self.report.layers.append(self._measured(pieces, writer, entry, state))
 
-    def _shape(self, entry: Entry) -> torch.Size:
-        return torch.Size(entry.shape[::-1] if entry.key in self.selection.transposed else entry.shape)
-
-    def _state(self, scales: Tensor, entry: Entry) -> QuantState:
-        shape = self._shape(entry)
+    def _state(self, scales: Tensor, output: Output) -> QuantState:
+        entry, shape = output.entry, _shape(output)
         code, dtype = get_4bit_type(self.settings.quant_type), FLOATS[entry.dtype]
         state = QuantState(scales, shape, code, self.settings.blocksize, self.settings.quant_type, dtype)
         if self.settings.nested:
@@ -200,3 +219,8 @@ class Converter:
             of_piece, norm_of_piece = squared_error(next(pieces), packed, part)
             error, norm = error + of_piece, norm + norm_of_piece
         return LayerReport(name, tuple(shape), bits, relative(error, norm))
+
+
+def _shape(output: Output) -> torch.Size:
+    """Of the weight as its layer has it: [N, K]."""
+    return torch.Size(output.entry.shape[::-1] if output.transposed else output.entry.shape)

@@ -25,29 +25,17 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightTransform,
 )
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .. import layout
 from ..internals.blockwise import decode_scales
 from ..internals.holder import Holds4bitWeight
-from ..models.experts import expert_weights
 from ..nn.parametrize import PackedParameter, decode_parameter_4bit, parametrize
 from ..params import Params4bit
 from ..state import QuantState
+from .checks import check_described
 from .experts import choose_implementation, forget_implementation
 
 __all__: list[str] = []  # for the module beside it
-
-
-def names_to_pack(model: nn.Module, skip: Iterable[str]) -> set[str]:
-    """The dotted names of the fused expert weights that no pattern of ``skip`` names, by themselves or their owner."""
-    patterns = list(skip)
-    return {
-        name
-        for name, _, param_name in expert_weights(model)
-        if should_convert_module(name, patterns)
-        and should_convert_module(name.removesuffix(f".{param_name}"), patterns)
-    }
 
 
 def conversions(converters: list[WeightTransform], names: set[str], beside: list[str]) -> list[WeightTransform]:
@@ -245,10 +233,14 @@ def _lines(state: QuantState) -> int:
 
 
 def _restored(values: Tensor, beside: dict[str, Tensor], model: PreTrainedModel, name: str) -> Tensor:
-    parameter = model.get_parameter(name)
+    parameter: Tensor = model.get_parameter(name)
     if not beside:
         return values.to(parameter.dtype)
-    packed = Params4bit.from_prequantized(values, {f"{name}.{part.lstrip('.')}": t for part, t in beside.items()})
+    parts = {f"{name}.{part.lstrip('.')}": tensor for part, tensor in beside.items()}
+    if values.is_meta:  # names and sizes are checked, not data: refq4.checkpoint
+        check_described(name, values, parts, parameter.numel())
+        return parameter
+    packed = Params4bit.from_prequantized(values, parts)
     assert packed.quant_state is not None
     if packed.quant_state.shape != parameter.shape:
         raise ValueError(f"{name}: the checkpoint holds {packed.quant_state}, the model wants {list(parameter.shape)}")

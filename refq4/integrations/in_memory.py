@@ -7,8 +7,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..checkpoint.selection import _unambiguous
 from ..models.linears import is_linear
+from ..models.patterns import unambiguous
 from ..nn import Linear4bit
 from .config import METHOD, Refq4Config
 from .transformers import Refq4Quantizer
@@ -27,7 +27,7 @@ def adopt(model: PreTrainedModel, settings: dict[str, Any]) -> None:
         bnb_4bit_compute_dtype=settings["compute_dtype"] or model.dtype,
         bnb_4bit_use_double_quant=settings["compress_statistics"],
         bnb_4bit_quant_storage=settings["quant_storage"],
-        llm_int8_skip_modules=_unambiguous(left, ours),
+        llm_int8_skip_modules=unambiguous(left, ours),
         blocksize=settings["blocksize"],
     )
     model.hf_quantizer = Refq4Quantizer(config, pre_quantized=True)

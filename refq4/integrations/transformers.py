@@ -13,16 +13,13 @@ version to version; those that were tried are in ``versions.py``. The config cla
 
 from __future__ import annotations
 
-import copy
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..internals import remedies
-from ..models.experts import routers
 from . import versions
 
 try:  # a clear word where it is missing or too old
@@ -31,22 +28,23 @@ try:  # a clear word where it is missing or too old
     versions.check("transformers")
 except ImportError as error:
     raise ImportError(f"this needs transformers: {remedies.install('transformers')} ({error})") from error
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..codebooks import codebook_names
 from ..functional import dequantize_4bit
 from ..internals.checks import warn_caller
-from ..models.linears import is_linear, nearest, read_by_owner
 from ..nn import Linear4bit
 from ..params import Params4bit
-from . import expert_files
+from . import expert_files, fates
+from .checks import check_described, check_skipped
 from .config import METHOD, Refq4Config
 from .later import connect
+from .patches import counts_weights, refq4_has_a_say
 
 __all__ = ["Refq4Config", "Refq4Quantizer"]
 
@@ -69,8 +67,11 @@ class Refq4Quantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Refq4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._experts: set[str] = set()  # names of the fused expert weights that are or will be in 4 bits
+        self._experts: set[str] = set()  # fused expert weights that are or will be in 4 bits
         self._conv1d: set[str] = set()  # layers of GPT-2's kind: [K, N] in a full-precision file, and when dequantised
+        self._shapes: Mapping[str, Sequence[int]] | None = None  # of the tensors of the checkpoint
+        self._way: fates.Route | None = None  # where they go
+        self._taken_apart: set[tuple[str, ...]] = set()  # patterns of converters that made 4-bit weights
 
     @property
     def is_trainable(self) -> bool:
@@ -98,37 +99,48 @@ class Refq4Quantizer(HfQuantizer):
 
     # --- before loading: which modules become 4-bit layers ----------------------------------------------------------
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        if not self.pre_quantized:
-            _check_skipped(model, self.quantization_config.llm_int8_skip_modules or ())
-            # a name that they have in a part of the model, too
-            choosing = {".".join(name.split(".")[-2:]) for name in routers(model)}
-            self._leave_alone(model, choosing | set(read_by_owner(model)))
-        config = self.quantization_config
-        skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
-        skip += config.skip_besides
-        self._experts = expert_files.names_to_pack(model, skip)
-        tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
-        replaced = 0
-        for name, module in list(model.named_modules()):
-            conv1d = isinstance(module, Conv1D)
-            if not (conv1d or is_linear(module)) or name in tied or not should_convert_module(name, skip):
-                continue
-            if conv1d:
-                self._conv1d.add(name)
-            model.set_submodule(name, self._empty_layer(module))
-            replaced += 1
-        if not replaced:
-            warn_caller(f"no layer of this {type(model).__name__} is in 4 bits: none is linear, or all are skipped")
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        self._shapes = fates.shapes_in(checkpoint_files)
 
-    def _leave_alone(self, model: PreTrainedModel, names: Iterable[str]) -> None:
-        """Add names to the skipped modules that a saved config lists, in a config of the model's own."""
-        if not names:
-            return
-        config = copy.copy(self.quantization_config)
-        others = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules)
-        config.llm_int8_skip_modules = sorted({*others, *names})
-        self.quantization_config = model.config.quantization_config = config
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """The rules by which tensors are renamed, ``key_mapping`` of the user included: they say what the file has."""
+        if self._shapes is not None:
+            self._way = fates.route(model, self._shapes, weight_conversions)
+            if not self._way.groups:
+                raise ValueError(
+                    f"the checkpoint holds no parameter of a {type(model).__name__}, which wants "
+                    f"{next(iter(model.state_dict()))}, for example; the file has {min(self._shapes or ['nothing'])}. "
+                    f"Load it with another class, or pass key_mapping={{...}} with the names that differ"
+                )
+        self._replace_layers(model)
+        if self.pre_quantized:
+            beside = [name.removeprefix("weight.") for name in self.serialized_names["weight"][1:]]
+            weight_conversions = expert_files.conversions(weight_conversions, self._experts, beside)
+        rules: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return rules
+
+    def _replace_layers(self, model: PreTrainedModel) -> None:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            check_skipped(model, config.llm_int8_skip_modules or (), self._way)
+        choice = fates.choose(model, config.llm_int8_skip_modules, self._way, self.pre_quantized, config.skip_besides)
+        if not self.pre_quantized:
+            config = fates.with_names_of_what_is_left(config, model, choice)
+            self.quantization_config = model.config.quantization_config = config
+        chosen = [name for name, why in choice.items() if why is None]
+        for name in chosen:
+            owner = name.rpartition(".")[0]
+            module = model.get_submodule(owner)
+            if isinstance(module, Conv1D):
+                self._conv1d.add(owner)
+            if isinstance(module, nn.Linear | Conv1D):
+                model.set_submodule(owner, self._empty_layer(module))
+            else:
+                self._experts.add(name)
+        if not chosen:
+            warn_caller(f"no layer of this {type(model).__name__} is in 4 bits: none is linear, or all are skipped")
 
     def _empty_layer(self, module: nn.Module) -> Linear4bit:
         """A 4-bit layer on the meta device. Bytes from a file have its dtype already: the loader casts to it."""
@@ -178,13 +190,6 @@ class Refq4Quantizer(HfQuantizer):
         beside += [f"quant_state.bitsandbytes__{name}" for name in codebook_names()]
         return {"weight": ["weight", *(f"weight.{name}" for name in beside)]}
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        if self.pre_quantized:
-            beside = [name.removeprefix("weight.") for name in self.serialized_names["weight"][1:]]
-            weight_conversions = expert_files.conversions(weight_conversions, self._experts, beside)
-        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
-        return updated
-
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         return {"deserialize": Restore}
 
@@ -194,6 +199,9 @@ class Refq4Quantizer(HfQuantizer):
         expert_files.refuse_offloaded(model, self._experts)
         expert_files.settle(model)
         model.is_loaded_in_4bit = True  # asked for by peft's prepare_model_for_kbit_training, and by Trainer
+        model._weight_conversions = [  # what was quantised in pieces can't be put together again when saving
+            rule for rule in model._weight_conversions if tuple(rule.source_patterns) not in self._taken_apart
+        ]
         connect("peft")
         return model
 
@@ -222,15 +230,20 @@ class Quantise(ConversionOps):
     def __init__(self, hf_quantizer: Refq4Quantizer) -> None:
         self.hf_quantizer = hf_quantizer  # the loader reads this attribute
 
-    def convert(self, input_dict: dict[str, Any], *, model: PreTrainedModel, **kwargs: Any) -> dict[str, Tensor]:
-        ((name, value),) = input_dict.items()
+    def convert(
+        self, input_dict: dict[str, Any], *, model: PreTrainedModel, source_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        self.hf_quantizer._taken_apart.add(tuple(source_patterns))
+        return {name: self._quantised(model, name, _only(value)) for name, value in input_dict.items()}
+
+    def _quantised(self, model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
         layer, _ = get_module_from_name(model, name)
-        weight = _only(value)
-        if name in self.hf_quantizer._experts:
-            return {name: self.hf_quantizer._packed(weight)}
         if name.removesuffix(".weight") in self.hf_quantizer._conv1d:
             weight = weight.T.contiguous()
-        return {name: _settled(layer, layer.weight._like(weight, None).to(weight.device))}
+        with fates.named_as_in_the_file(self.hf_quantizer._way, name):
+            if name in self.hf_quantizer._experts:
+                return self.hf_quantizer._packed(weight)
+            return _settled(layer, layer.weight._like(weight, None).to(weight.device))
 
 
 class Restore(ConversionOps):
@@ -246,6 +259,10 @@ class Restore(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], *, model: PreTrainedModel, full_layer_name: str, **kwargs: Any
     ) -> dict[str, Any]:
+        with fates.named_as_in_the_file(self.hf_quantizer._way, full_layer_name):
+            return self._restored(input_dict, model, full_layer_name)
+
+    def _restored(self, input_dict: dict[str, Any], model: PreTrainedModel, full_layer_name: str) -> dict[str, Any]:
         layer, _ = get_module_from_name(model, full_layer_name)
         if not isinstance(layer, Linear4bit):
             if len(input_dict) > 1:
@@ -264,6 +281,9 @@ class Restore(ConversionOps):
                 f"{full_layer_name}: the entries beside it are missing ({full_layer_name}.absmax, ...); if it is not "
                 f"quantised, add {own.removesuffix('.')!r} to llm_int8_skip_modules in config.json"
             )
+        if packed.is_meta:  # names and sizes are checked, not data: refq4.checkpoint
+            check_described(full_layer_name, packed, parts, layer.in_features * layer.out_features)
+            return {"weight": _settled(layer, layer.weight)}
         weight = Params4bit.from_prequantized(packed, parts, module=layer)
         # What stays where the loader sends the bytes to disk: accelerate brings them back into a copy of this one.
         layer.weight = weight._like(weight.data.to("meta"), weight.quant_state)
@@ -293,52 +313,9 @@ def _settled(layer: Linear4bit, weight: Params4bit) -> Params4bit:
     return weight
 
 
-def _check_skipped(model: PreTrainedModel, names: Iterable[str]) -> None:
-    there = [name for name, _ in (*model.named_modules(), *model.named_parameters())]  # experts are parameters
-    for name in names:
-        if all(should_convert_module(other, [name]) for other in there):
-            hint = nearest(name, there)
-            warn_caller(f"llm_int8_skip_modules: {name!r} is no module of this {type(model).__name__}{hint}")
-
-
 # --- what transformers has to be told besides -------------------------------------------------------------------------
-
-
-def _refq4_has_a_say(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``AutoHfQuantizer.merge_quantization_configs``, which decides who loads a quantised checkpoint.
-
-    transformers goes by the checkpoint alone, and takes one with ``load_in_4bit`` for bitsandbytes'. Here refq4 loads
-    what refq4 saved, and what bitsandbytes saved if a Refq4Config is passed.
-    """
-
-    @functools.wraps(original)
-    def merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        stored, given = quantization_config, quantization_config_from_args
-        if not isinstance(stored, dict):
-            stored = stored.to_dict()
-        ours = stored.get("quant_method") == METHOD and not isinstance(given, BitsAndBytesConfig)
-        if ours or isinstance(given, Refq4Config):
-            return Refq4Config.for_checkpoint(stored, given)
-        return original(quantization_config, quantization_config_from_args)
-
-    return merge
-
-
-def _counts_weights(original: Callable[..., int]) -> Callable[..., int]:
-    """``PreTrainedModel.num_parameters``, which needs bitsandbytes to see that a byte holds two weights."""
-
-    @functools.wraps(original)
-    def num_parameters(self: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        if getattr(self, "quantization_method", None) != METHOD:
-            return original(self, only_trainable, exclude_embeddings)
-        left_out = {id(m.weight) for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
-        counted = (p for p in self.parameters() if id(p) not in left_out and (p.requires_grad or not only_trainable))
-        return sum(p.quant_state.shape.numel() if getattr(p, "quant_state", None) else p.numel() for p in counted)
-
-    return num_parameters
-
 
 register_quantization_config(METHOD)(Refq4Config)
 register_quantizer(METHOD)(Refq4Quantizer)
-AutoHfQuantizer.merge_quantization_configs = staticmethod(_refq4_has_a_say(AutoHfQuantizer.merge_quantization_configs))
-PreTrainedModel.num_parameters = _counts_weights(PreTrainedModel.num_parameters)
+AutoHfQuantizer.merge_quantization_configs = staticmethod(refq4_has_a_say(AutoHfQuantizer.merge_quantization_configs))
+PreTrainedModel.num_parameters = counts_weights(PreTrainedModel.num_parameters)

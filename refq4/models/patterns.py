@@ -7,12 +7,17 @@ that lies below it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-__all__ = ["Asked", "Rule", "as_rule", "chosen", "first_match"]
+__all__ = ["EXPERTS", "HEAD", "Asked", "Rule", "as_rule", "chosen", "first_match", "unambiguous"]
+
+# Why a weight stays as it is.
+HEAD = "the output layer, or tied to an embedding"
+EXPERTS = "experts that transformers holds in one tensor"
 
 Asked = tuple[str, ...] | Callable[[str, nn.Module], bool]  # a rule that can be asked more than once
 Rule = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -45,3 +50,22 @@ def first_match(name: str, patterns: Iterable[str]) -> str | None:
 def chosen(rule: Asked, name: str, module: nn.Module) -> bool:
     """Whether a rule means this module: its predicate says so, or one of its patterns matches the name."""
     return bool(rule(name, module)) if callable(rule) else first_match(name, rule) is not None
+
+
+def unambiguous(left: Iterable[str], taken: Iterable[str]) -> list[str]:
+    """Names for transformers' list of modules to skip, which reads them as regular expressions and as suffixes.
+
+    Args:
+        left: the modules to skip.
+        taken: modules that none of the names may mean.
+
+    Example:
+        >>> unambiguous({"proj", "lm_head"}, {"layers.0.proj"})
+        ['^proj$', 'lm_head']
+    """
+    others = list(taken)
+
+    def also_means_another(name: str) -> bool:
+        return any(other.endswith(name) or re.match(rf"(?:{name})(?:(?<=\.)|(?=\.|$))", other) for other in others)
+
+    return sorted(rf"^{re.escape(name)}$" if also_means_another(name) else name for name in left)

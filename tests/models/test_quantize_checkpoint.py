@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import refq4
 from refq4.checkpoint import places, quantize_checkpoint, weights
 from refq4.checkpoint.ahead import read_ahead
-from refq4.checkpoint.selection import Selection
+from refq4.checkpoint.selection import Output, Selection
 from refq4.checkpoint.tensors import SafetensorsReader
 from refq4.models.report import QuantizationReport
 from refq4.testing import assert_same_bits
@@ -162,14 +162,17 @@ def test_without_transformers_the_names_decide_and_the_config_says_what_was_left
     assert len(report.layers) == 3
 
 
-def test_experts_that_transformers_fuses_stay_as_they_are(model, tmp_path):
+def test_a_model_that_is_mostly_experts_is_refused_unless_the_layers_are_named(model, tmp_path):
     save_file(
         {"mlp.experts.0.up.weight": torch.ones(64, 64), "mlp.gate.weight": torch.ones(8, 64)},
         model / "model.safetensors",
     )
-    report = quantize_checkpoint(model, tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, match=r"only 11% of the 4,608 weights .* \(mlp\.experts\.0\.up: experts that"):
+        quantize_checkpoint(model, tmp_path / "out", progress=False)
+    assert left_behind(tmp_path / "out") == []
+    report = quantize_checkpoint(model, tmp_path / "out", include=["*"], progress=False)
     assert [layer.name for layer in report.layers] == ["mlp.gate"]
-    assert "fused" in report.left["mlp.experts.0.up"]
+    assert report.left == {"mlp.experts.0.up": "experts that transformers holds in one tensor"}
 
 
 def test_a_name_that_transformers_would_also_read_as_another_is_written_as_an_anchored_expression(
@@ -305,8 +308,9 @@ def test_a_piece_stays_while_the_next_one_is_read(model, monkeypatch):
     save_file({"up.weight": torch.randn(512, 64), "kept": torch.randn(64, 512)}, model / "model.safetensors")
     settings = weights.Settings("nf4", True, torch.uint8, 64, measure=True)
     for chosen in ({"up.weight"}, set()):
-        selection = Selection(chosen=chosen)
         with SafetensorsReader(model / "model.safetensors") as reader:
+            outputs = {key: [Output(entry, key in chosen)] for key, entry in reader.entries.items()}
+            selection = Selection(outputs)
             before = None
             for piece in weights.Converter(settings, selection, QuantizationReport(), print)._reads(reader):
                 if before is not None:

@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
+
+from refq4.models.experts import expert_weights, routers
+from refq4.nn import Linear4bit
+from refq4.nn.parametrize import PackedParameter
 
 _SIZES = {
     "vocab_size": 256,
@@ -85,3 +90,18 @@ def made(family: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
         if parameter.dim() > 1 and "A_log" not in name:
             torch.nn.init.normal_(parameter, std=0.05)
     return model
+
+
+def share_in_4_bits(model: nn.Module) -> float:
+    """Of the weights of linear layers and experts; not counted are embeddings, the head, and the choice of experts."""
+    in_4_bits = sum(module.quant_state.shape.numel() for module in model.modules() if isinstance(module, Linear4bit))
+    in_4_bits += sum(
+        module.quant_state.shape.numel() for module in model.modules() if isinstance(module, PackedParameter)
+    )
+    choosing, head = routers(model), model.get_output_embeddings()
+    left = sum(getattr(owner, name).numel() for _, owner, name in expert_weights(model))
+    for name, module in model.named_modules():
+        full = isinstance(module, nn.Linear) and not isinstance(module, Linear4bit)
+        if full and module is not head and name not in choosing:
+            left += module.weight.numel()
+    return in_4_bits / (in_4_bits + left)

@@ -1,0 +1,48 @@
+"""Two functions of transformers that have to know of refq4: who loads a checkpoint, and how weights are counted."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from .config import METHOD, Refq4Config
+
+__all__: list[str] = []  # for transformers.py
+
+
+def refq4_has_a_say(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``AutoHfQuantizer.merge_quantization_configs``, which decides who loads a quantised checkpoint.
+
+    transformers goes by the checkpoint alone, and takes one with ``load_in_4bit`` for bitsandbytes'. Here refq4 loads
+    what refq4 saved, and what bitsandbytes saved if a Refq4Config is passed.
+    """
+
+    @functools.wraps(original)
+    def merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        stored, given = quantization_config, quantization_config_from_args
+        if not isinstance(stored, dict):
+            stored = stored.to_dict()
+        ours = stored.get("quant_method") == METHOD and not isinstance(given, BitsAndBytesConfig)
+        if ours or isinstance(given, Refq4Config):
+            return Refq4Config.for_checkpoint(stored, given)
+        return original(quantization_config, quantization_config_from_args)
+
+    return merge
+
+
+def counts_weights(original: Callable[..., int]) -> Callable[..., int]:
+    """``PreTrainedModel.num_parameters``, which needs bitsandbytes to see that a byte holds two weights."""
+
+    @functools.wraps(original)
+    def num_parameters(self: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        if getattr(self, "quantization_method", None) != METHOD:
+            return original(self, only_trainable, exclude_embeddings)
+        left_out = {id(m.weight) for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
+        counted = (p for p in self.parameters() if id(p) not in left_out and (p.requires_grad or not only_trainable))
+        return sum(p.quant_state.shape.numel() if getattr(p, "quant_state", None) else p.numel() for p in counted)
+
+    return num_parameters
