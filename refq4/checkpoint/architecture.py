@@ -130,6 +130,7 @@ def _build(directory: Path) -> Any:
     if not (directory / "config.json").is_file() or importlib.util.find_spec("transformers") is None:
         return None
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -138,7 +139,7 @@ def _build(directory: Path) -> Any:
             for context in model_class.get_init_context(torch.float32, False, False, None):
                 as_from_pretrained_does.enter_context(context)
             return model_class(config)
-    except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError):
+    except (AttributeError, ImportError, KeyError, OSError, StrictDataclassError, TypeError, ValueError):
         return None  # a class of its own, code from a hub, or an older transformers: the names decide
 
 
