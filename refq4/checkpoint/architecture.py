@@ -10,8 +10,8 @@ Both want a ``config.json`` whose architecture the installed transformers knows.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,22 +92,20 @@ def what_is_amiss(directory: Path) -> dict[str, str] | None:
     quantizer = None
     files = places.weight_files(directory)
     if stored is not None:
-        if not isinstance(stored, dict) or stored.get("quant_method") not in _OURS:
+        if not isinstance(stored, dict) or stored.get("quant_method") not in _OURS or stored.get("load_in_8bit"):
             return None
         quantizer = Refq4Quantizer(Refq4Config.for_checkpoint(stored), pre_quantized=True)
         quantizer.preprocess_model(model, checkpoint_files=[str(path) for path in files])
     with ExitStack() as stack:
         readers = [stack.enter_context(SafetensorsReader(path)) for path in files]
         state = {key: _described(entry) for reader in readers for key, entry in reader.entries.items()}
-    info, _ = convert_and_load_state_dict_in_model(
-        model,
-        state,
-        LoadStateDictConfig(
-            device_map={"": "meta"},
-            hf_quantizer=quantizer,
-            weight_mapping=get_model_conversion_mapping(model, None, quantizer),
-        ),
-    )
+    try:
+        mapping = get_model_conversion_mapping(model, None, quantizer)
+    except ValueError as error:  # nothing fits
+        return {"config.json": str(error)}
+    settings = LoadStateDictConfig(device_map={"": "meta"}, hf_quantizer=quantizer, weight_mapping=mapping)
+    with _no_progress_bar():
+        info, _ = convert_and_load_state_dict_in_model(model, state, settings)
     model._adjust_missing_and_unexpected_keys(info)
     amiss = dict.fromkeys(info.unexpected_keys, UNKNOWN)
     amiss |= dict.fromkeys(info.missing_keys - _tied(model), "missing: the model wants a parameter of this name")
@@ -122,11 +120,25 @@ def what_is_amiss(directory: Path) -> dict[str, str] | None:
     return dict(sorted((amiss | errors).items()))
 
 
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _build(directory: Path) -> Any:
     """The model that the config.json names, on the meta device; None where there is none, or transformers lacks it."""
     if not (directory / "config.json").is_file() or importlib.util.find_spec("transformers") is None:
         return None
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -135,7 +147,7 @@ def _build(directory: Path) -> Any:
             for context in model_class.get_init_context(torch.float32, False, False, None):
                 as_from_pretrained_does.enter_context(context)
             return model_class(config)
-    except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError):
+    except (AttributeError, ImportError, KeyError, OSError, StrictDataclassError, TypeError, ValueError):
         return None  # a class of its own, code from a hub, or an older transformers: the names decide
 
 

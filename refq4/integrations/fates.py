@@ -41,23 +41,7 @@ from ..models.experts import expert_weights, routers
 from ..models.linears import is_linear, read_by_owner
 from ..models.patterns import EXPERTS, HEAD, unambiguous
 
-__all__ = [
-    "BESIDE",
-    "EXPERTS",
-    "FP32",
-    "HEAD",
-    "NEW",
-    "PLAIN",
-    "ROUTER",
-    "SKIPPED",
-    "Group",
-    "Route",
-    "choose",
-    "named_as_in_the_file",
-    "route",
-    "shapes_in",
-    "with_names_of_what_is_left",
-]
+__all__: list[str] = []  # for the loader beside it, and refq4.checkpoint
 
 FP32 = "kept in fp32 by its architecture"
 NEW = "not in the checkpoint"

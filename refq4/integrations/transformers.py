@@ -30,6 +30,7 @@ except ImportError as error:
     raise ImportError(f"this needs transformers: {remedies.install('transformers')} ({error})") from error
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.modeling_utils import local_torch_dtype
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -147,7 +148,7 @@ class Refq4Quantizer(HfQuantizer):
         config = self.quantization_config
         weight: Any = module.weight
         n, k = weight.T.shape if isinstance(module, Conv1D) else weight.shape
-        with torch.device("meta"):
+        with torch.device("meta"), local_torch_dtype(weight.dtype):
             layer = Linear4bit(
                 k,
                 n,
