@@ -26,13 +26,12 @@ from torch.utils._pytree import tree_leaves
 
 from .backend import PackedWeight
 from .internals import dispatch
+from .internals.dispatch import GRAD_INPUT
 from .internals.schemas import flatten, library, unflatten
 from .registry import Resolved, requested_backend
 from .state import QuantState
 
 __all__ = ["MatMul4Bit", "differentiable"]
-
-GRAD_INPUT = "grad_input_4bit"
 
 
 class MatMul4Bit:

@@ -25,6 +25,7 @@ from .codebooks import Code
 
 __all__ = [
     "OPS",
+    "OPTIONAL",
     "Backend",
     "BackendError",
     "BackendUnavailableError",
@@ -37,7 +38,8 @@ __all__ = [
 ]
 
 OPS = ("quantize_4bit", "dequantize_4bit", "quantize_blockwise", "dequantize_blockwise", "gemv_4bit", "gemm_4bit")
-"""The ops that a backend may have. For what is optional beside them (experts, a layout of its own) the core has a way.
+OPTIONAL = {"grouped_gemm_4bit": "gemm_4bit", "grad_input_4bit": "dequantize_4bit"}
+"""The ops that a backend may have; and those for which the core has a way with another op.
 
 Example:
     >>> [op for op in OPS if op.endswith("blockwise")]
@@ -70,13 +72,8 @@ class BackendUnavailableError(BackendError):
     """The backend exists but can't work on this machine; the message says why and what to do.
 
     Example:
-        >>> import refq4
-        >>> elsewhere = {"name": "elsewhere", "available": lambda self: "no driver: install one"}
-        >>> _ = refq4.register_backend(type("Elsewhere", (Backend,), elsewhere)())
-        >>> refq4.set_backend("elsewhere")
-        Traceback (most recent call last):
-        refq4.backend.BackendUnavailableError: backend 'elsewhere' is not available: no driver: install one
-        >>> refq4.unregister_backend("elsewhere")
+        >>> print(BackendUnavailableError("backend 'elsewhere' is not available: no driver: install one"))
+        backend 'elsewhere' is not available: no driver: install one
     """
 
 
@@ -159,9 +156,8 @@ class Nested(NamedTuple):
 class PackedWeight(NamedTuple):
     """A quantised tensor in the canonical layout (``refq4/layout.py``): what the state dict holds, flattened.
 
-    ``packed`` uint8 [ceil(numel/2)]; ``absmax`` fp32 [blocks], or uint8 [blocks] when ``nested`` is given; ``code``
-    fp32 [16]; ``shape`` of the tensor it decodes to ([N, K] for a linear layer's weight); ``quant_type`` is the
-    codebook's name, for messages: what decides is ``code``.
+    ``packed`` uint8 [ceil(numel/2)]; ``absmax`` fp32 [blocks], or uint8 if ``nested`` is given; ``code`` fp32 [16];
+    ``shape`` of what it decodes to; ``quant_type``, the codebook's name, is for messages: ``code`` decides.
 
     Example:
         >>> from refq4.functional import quantize_nf4
@@ -209,7 +205,6 @@ class Backend:
 
     Example:
         >>> class Mine(Backend):
-        ...     name = "mine"
         ...     def gemv_4bit(self, x, weight, bias):
         ...         return x.new_zeros(1, weight.shape[0])
         >>> call = Call("gemm_4bit", "cpu", torch.float32, m=2, n=8, k=64, blocksize=64, codebook="nf4")
@@ -267,26 +262,27 @@ class Backend:
         raise self._has_no("dequantize_blockwise")
 
     def gemv_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
-        """x [1, K] times the transpose of weight [N, K], plus bias [N] in x's dtype -> [1, N] in x's dtype.
-
-        M, N and K >= 1. x may be fp64: a backend that doesn't offer it says so in can_run.
-        """
+        """x [1, K] times the transpose of weight [N, K], plus bias [N] in x's dtype -> [1, N] in x's dtype."""
         raise self._has_no("gemv_4bit")
 
     def gemm_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
-        """x [M, K] times the transpose of weight [N, K], plus bias [N] in x's dtype -> [M, N] in x's dtype; M >= 1."""
+        """x [M, K], M >= 1, the same -> [M, N]. x may be fp64: a backend that doesn't offer it says so in can_run."""
         raise self._has_no("gemm_4bit")
 
     def grouped_gemm_4bit(
         self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, offsets: Tensor, transposed: bool
     ) -> Tensor:
-        """Optional (else the core calls gemm_4bit for each expert): a product for each expert, in one call.
+        """Optional, else the core calls gemm_4bit for each expert: all of them in one call, -> [T, N].
 
-        Rows offsets[e] to offsets[e + 1] of x [T, K] times the transpose of weight[e], plus bias[e] -> [T, N].
+        Rows offsets[e] to offsets[e + 1] of x [T, K] times the transpose of weight[e], plus bias[e].
         ``weight`` is [E, N, K] (if ``transposed``, stored as [E, K, N]), ``bias`` [E, N], ``offsets`` int64 [E + 1] on
         the CPU, from 0 to T.
         """
         raise self._has_no("grouped_gemm_4bit")
+
+    def grad_input_4bit(self, grad: Tensor, weight: PackedWeight) -> Tensor:
+        """Optional, else the core decodes and multiplies: grad [M, N] times weight [N, K] -> [M, K] in grad's dtype."""
+        raise self._has_no("grad_input_4bit")
 
     # --- own layout (optional) --------------------------------------------------------------------------------------
 
@@ -302,13 +298,17 @@ class Backend:
 
     def missing_op(self, call: Call) -> str | None:
         """The reason if a subclass has not written ``call.op``, or can't decode the weight for a wanted gradient."""
-        if call.op == "grouped_gemm_4bit" and type(self).grouped_gemm_4bit is Backend.grouped_gemm_4bit:
-            call = call._replace(op="gemm_4bit")  # expert by expert
-        if getattr(type(self), call.op, None) is getattr(Backend, call.op, None):
+        if call.op in OPTIONAL and not self.has(call.op):
+            call = call._replace(op=OPTIONAL[call.op])
+        if not self.has(call.op):
             return f"it has no {call.op}"
-        if call.grad and type(self).dequantize_4bit is Backend.dequantize_4bit:
+        if call.grad and not self.has("dequantize_4bit"):
             return "it has no dequantize_4bit, which the gradient needs"
         return None
+
+    def has(self, op: str) -> bool:
+        """Whether a subclass has written ``op``."""
+        return getattr(type(self), op, None) is not getattr(Backend, op, None)
 
     def wrong_device(self, call: Call) -> str | None:
         """The reason if the tensors live where this backend does not compute."""

@@ -86,6 +86,16 @@ def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device
             )
 
 
+def check_grad(grad: Tensor, shape: tuple[int, ...], device: torch.device) -> tuple[int, int]:
+    """N and K of a weight, if ``grad`` [..., N] can be the gradient of a product with it; else a ValueError."""
+    check_floats("grad", grad, ACTIVATION_DTYPES)
+    if len(shape) != 2 or grad.ndim == 0 or grad.shape[-1] != shape[0] or grad.device != device:
+        raise ValueError(
+            f"grad must be [..., N] on {device} for a weight [N, K] = {list(shape)}, got {show(grad)} on {grad.device}"
+        )
+    return shape[0], shape[1]
+
+
 def check_memory(name: str, tensor: Tensor) -> None:
     """Raise a ValueError unless the memory of a contiguous operand is all there: a storage can be freed or cut.
 

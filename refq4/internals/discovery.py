@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from ..backend import OPS, Backend, BackendUnavailableError, UnknownBackendError
+from ..backend import OPS, OPTIONAL, Backend, BackendUnavailableError, UnknownBackendError
 from . import remedies
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ def backend_info(name: str) -> dict[str, Any]:
         info |= {
             "priority": backend.priority,
             "devices": list(backend.devices),
-            "ops": [op for op in OPS if getattr(type(backend), op) is not getattr(Backend, op)],
+            "ops": [op for op in (*OPS, *OPTIONAL) if backend.has(op)],
             "description": backend.description,
         }
         if entry.problem is None:

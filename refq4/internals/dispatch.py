@@ -22,13 +22,15 @@ from torch.autograd import forward_ad
 from .. import registry
 from ..backend import Call, PackedWeight, PreparedWeight
 from ..registry import Resolved
-from .checks import PLAIN, check_memory, check_prepared, check_product, check_weight_memory, checked_weight
+from .checks import PLAIN, check_grad, check_memory, check_prepared, check_product, check_weight_memory, checked_weight
 from .codec import decode
 from .running import run_op
 from .schemas import flatten, implement
 
-__all__ = ["grad_input", "is_deferred", "product", "wants_grad"]
+__all__ = ["GRAD_INPUT", "grad_input", "is_deferred", "product", "wants_grad"]
 
+
+GRAD_INPUT = "grad_input_4bit"
 
 # --- the product ----------------------------------------------------------------------------------------------------
 
@@ -146,15 +148,25 @@ def _nothing_to_sum(A: Tensor, n: int, bias: Tensor | None) -> Tensor:
 
 
 def _grad_input(grad: Tensor, weight: PackedWeight, backend: str | Resolved) -> Tensor:
-    """Decode W and multiply.
+    """The backend's own product, or W decoded and multiplied.
 
     W is decoded again instead of being kept: that is what makes training on a 4-bit weight cheap in memory. It is
     decoded to grad's dtype with a single rounding. On processors on which torch takes tens of times as long for a
     product in half precision, the rounded numbers are multiplied as fp32.
     """
-    dtype = grad.dtype
-    within = torch.float32 if grad.device.type == "cpu" and dtype in _SLOW_ON_CPU else dtype
-    return (grad.to(within) @ decode(weight, dtype, backend).to(within)).to(dtype)
+    n, k = check_grad(grad, weight.shape, weight.packed.device)
+    dtype, device, nested = grad.dtype, grad.device.type, weight.nested is not None
+    rows = grad.numel() // n if n else 0
+    call = Call(GRAD_INPUT, device, dtype, rows, n, k, weight.blocksize, weight.quant_type, nested)
+    found = registry.resolve(call, backend) if isinstance(backend, str) else backend
+    if rows and k and found.backend.has(GRAD_INPUT):
+        grad_y = grad.reshape(-1, n).contiguous()
+        check_memory("grad", grad_y)
+        check_weight_memory(weight)
+        out: Tensor = run_op(lambda: call, found, GRAD_INPUT, grad_y, weight)
+        return out.view(*grad.shape[:-1], k)
+    within = torch.float32 if device == "cpu" and dtype in _SLOW_ON_CPU else dtype
+    return (grad.to(within) @ decode(weight, dtype, found).to(within)).to(dtype)
 
 
 def _dtypes_without_cpu_products() -> tuple[torch.dtype, ...]:
@@ -213,6 +225,6 @@ def _op_of_restore(*args: Any) -> Tensor:
 
 implement("gemv_4bit", _op_of_product("gemv_4bit"))
 implement("gemm_4bit", _op_of_product("gemm_4bit"))
-implement("grad_input_4bit", _op_of_grad_input)
+implement(GRAD_INPUT, _op_of_grad_input)
 implement("matmul_prepared", _op_of_prepared)
 implement("restore_weight", _op_of_restore)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import layout, registry
-from ..backend import Backend, Call, Nested, PackedWeight, PreparedWeight
+from ..backend import Call, Nested, PackedWeight, PreparedWeight
 from ..registry import Resolved
 from ..state import QuantState
 from .checks import (
@@ -103,7 +103,7 @@ def _own_layout(weight: Any, state: QuantState, x: Tensor, choice: str) -> Prepa
     (experts, n, k), blocksize = state.geometry()
     call = _call(x, (experts, n, k), blocksize, state.quant_type or "custom", state.state2 is not None)
     engine = registry.resolve(call, choice).backend
-    if not _has_own(engine):
+    if not engine.has(OP):
         return None
     if form is None or form.backend is not engine:
         form = weight.prepare(state, engine, choice)
@@ -138,7 +138,7 @@ def _grouped(
     )
     call = _call(x, weight.shape, weight.blocksize, weight.quant_type, nested, kind, transposed)
     engine = registry.resolve(call, backend)
-    if isinstance(weight, PreparedWeight) or (_has_own(engine.backend) and one_expert(weight, 0) is not None):
+    if isinstance(weight, PreparedWeight) or (engine.backend.has(OP) and one_expert(weight, 0) is not None):
         result: Tensor = run_op(lambda: call, engine, OP, x, weight, bias, offsets, transposed)
         return result
     return _expert_by_expert(x, weight, bias, offsets, transposed, engine)
@@ -190,10 +190,6 @@ def one_expert(weight: PackedWeight, e: int) -> PackedWeight | None:
     size = layout.packed_bytes(numel)
     packed, absmax = weight.packed[e * size : (e + 1) * size], weight.absmax[e * blocks : (e + 1) * blocks]
     return PackedWeight(packed, absmax, weight.code, weight.blocksize, shape, weight.quant_type, nested)
-
-
-def _has_own(backend: Backend) -> bool:
-    return type(backend).grouped_gemm_4bit is not Backend.grouped_gemm_4bit
 
 
 def _call(

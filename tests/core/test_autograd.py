@@ -286,3 +286,23 @@ def test_no_result_is_a_view_with_a_gradient_or_without(shape):
         ]
         for call in calls:
             assert call(A)._base is None
+
+
+def test_backward_on_the_cpu_multiplies_by_the_stored_bytes_and_decodes_no_whole_weight():
+    packed, state = F.quantize_4bit(torch.randn(48, 128), quant_type="nf4", compress_statistics=True)
+    x = torch.randn(5, 128, requires_grad=True)
+    with refq4.trace() as t:
+        y = refq4.matmul_4bit(x, packed, state, backend="cpu")
+        y.sum().backward()
+    assert [op.op for op in t.ops] == ["gemm_4bit", "grad_input_4bit"]
+    wanted = torch.ones(5, 48).double() @ F.dequantize_4bit(packed, state).double()
+    assert (x.grad.double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("features", [128, 47, 0], ids=["K instead of N", "N - 1", "none"])
+def test_a_gradient_of_another_size_is_refused_before_a_backend_reads_it(features, backend):
+    packed, state = F.quantize_4bit(torch.randn(48, 128), quant_type="nf4")
+    flat = schemas.flatten(state.packed_weight(packed))
+    with pytest.raises(ValueError, match=r"grad must be \[\.\.\., N\]"):
+        torch.ops.refq4.grad_input_4bit(torch.ones(3, features), *flat, backend)

@@ -90,6 +90,8 @@ class CpuBackend(Backend):
         tier = self.library().tier
         if call.op in ("gemv_4bit", "gemm_4bit"):
             name = self._kernel_for(call.dtype, call.m, call.k, call.blocksize, call.layout).name
+        elif call.op == "grad_input_4bit":
+            name = GRAD_INPUT
         elif call.op == "grouped_gemm_4bit":
             rows = -(-call.m // call.experts)  # as if all had as many
             kernel = self._kernel_for(call.dtype, rows, call.k, call.blocksize, call.layout)
@@ -211,6 +213,17 @@ class CpuBackend(Backend):
 
     def gemm_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
         return self._product(x, weight, bias)
+
+    def grad_input_4bit(self, grad: Tensor, weight: PackedWeight) -> Tensor:
+        (n, k), library = weight.shape, self.library()
+        grad_x = torch.empty((grad.shape[0], k), dtype=grad.dtype)
+        status = library.functions.refq4_product(
+            self._addresses[GRAD_INPUT], grad.data_ptr(), None, grad_x.data_ptr(), DTYPES[grad.dtype],
+            grad.shape[0], k, n, None, struct_of(weight), torch.get_num_threads(),
+        )  # fmt: skip
+        if status != 0:
+            raise MemoryError(f"refq4's CPU kernel {GRAD_INPUT} found no scratch memory for {list(grad.shape)}, K={k}")
+        return grad_x
 
     def grouped_gemm_4bit(
         self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, offsets: Tensor, transposed: bool

@@ -3,14 +3,19 @@
  *     y[m][n] = sum over k of x[m][k] * w[k][n]         w: K rows of N codes, blocks along n
  *
  * Along a row of w lie the outputs, not the terms of a sum, so a row's codes are decoded with their scale and added to
- * all outputs at once. 64 columns are decoded at a time, 64 rows deep, and every token passes over that tile:
+ * all outputs at once. 128 columns are decoded at a time, 32 rows deep, and every token passes over that tile:
  *
- *                 n ->                                   one work item: 64 columns, a chunk of tokens
- *            k    [ 64 x 64 tile, fp32, 16 KB ]
+ *                 n ->                                   one work item: 128 columns, a chunk of tokens
+ *            k    [ 32 x 128 tile, fp32, 16 KB ]
  *            |                 |
- *     x: six tokens  ->  6 x 16 sums in registers, 64 steps of k   ->  sums[m][64] += them     (per thread)
+ *     x: six tokens  ->  6 x 16 sums in registers, 32 steps of k   ->  sums[m][128] += them     (per thread)
  *
- * The full weight is never in memory. A sum is a sum of subtotals of 64 products (refq4.h says why). Any shape will do:
+ * Rows of w are far apart in memory, so the 64 bytes of each are asked for one tile ahead.
+ *
+ * x is packed first, [tile of up to six tokens][k][token], so that a step's values lie side by side: rows of x that are
+ * a multiple of 4 KB apart would all want the same lines of the first cache.
+ *
+ * The full weight is never in memory. A sum is a sum of subtotals of 32 products (refq4.h says why). Any shape will do:
  * blocks may straddle rows, and rows may begin in the middle of a byte.
  *
  * cc -O3 -DREFQ4_TIER=0 -fsyntax-only grad_input_4bit_1_blocked.c
@@ -24,15 +29,28 @@
 
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 
-enum { GRAD_COLUMNS = 64, GRAD_DEPTH = 64, GRAD_TOKENS = 6, GRAD_CHUNK = 240 }; /* a chunk: of tokens */
-_Static_assert(GRAD_COLUMNS % 16 == 0, "a tile is whole groups of sixteen columns");
+enum { GRAD_COLUMNS = 128, GRAD_DEPTH = 32, GRAD_TOKENS = 6, GRAD_CHUNK = 240 }; /* a chunk: of tokens */
+_Static_assert(GRAD_COLUMNS / 2 == 64, "a row of a tile is one cache line of codes, and whole groups of sixteen");
 
 typedef struct {
     const Product *p;
-    const float *x; /* [M, K] as fp32 */
-    float *sums;    /* per thread: [GRAD_CHUNK][GRAD_COLUMNS] */
-    int64_t chunks;
+    float *x;    /* packed, fp32 */
+    float *sums; /* per thread: a chunk's tokens, [.][GRAD_COLUMNS] */
+    int64_t token_tiles, chunks;
 } GradPlan;
+
+/* Tokens are split evenly over tiles, and tiles over chunks: a chunk has at most GRAD_CHUNK + GRAD_TOKENS of them. */
+static inline int64_t grad_start(const GradPlan *plan, int64_t tile) { return plan->p->M * tile / plan->token_tiles; }
+
+static void grad_pack(void *context, int64_t tile, int thread) {
+    (void)thread;
+    const GradPlan *plan = context;
+    const Product *p = plan->p;
+    int64_t first = grad_start(plan, tile), mt = grad_start(plan, tile + 1) - first;
+    for (int64_t m = 0; m < mt; m++)
+        for (int64_t k = 0; k < p->K; k++)
+            plan->x[first * p->K + k * mt + m] = load_as_fp32(p->x, p->dtype, (first + m) * p->K + k);
+}
 
 static inline void add_product(Eight *sum, const Eight *w, float x) {
 #if REFQ4_TIER >= 1
@@ -63,8 +81,8 @@ static inline void decode_bytes(const Weight *w, int64_t first, int64_t count, f
 }
 
 static void decode_run(const Weight *w, int64_t first, int64_t count, float *out) {
-    for (int64_t i = 0; i < count;) {
-        int64_t block = (first + i) / w->blocksize, end = min64((block + 1) * w->blocksize - first, count);
+    for (int64_t i = 0, block = first / w->blocksize; i < count; block++) {
+        int64_t end = min64((block + 1) * w->blocksize - first, count);
         float scale = block_scale(w, block);
         if ((first + i) & 1) out[i] = w->code[nibble(w->packed, first + i)] * scale, i++;
         if (i < end) decode_bytes(w, first + i, end - i, scale, out + i);
@@ -72,16 +90,16 @@ static void decode_run(const Weight *w, int64_t first, int64_t count, float *out
     }
 }
 
-/* sums[m][0..16) += x[m][0..depth) times sixteen columns of the tile, for MT tokens. */
-static inline __attribute__((always_inline)) void multiply_columns(const float *x, int64_t stride, const float *tile,
-                                                                   int64_t depth, float *sums, const int MT) {
+/* sums[m][0..16) += x[0..depth)[m] times sixteen columns of the tile, for MT tokens. */
+static inline __attribute__((always_inline)) void multiply_columns(const float *x, const float *tile, int64_t depth,
+                                                                   float *sums, const int MT) {
     Eight sum[GRAD_TOKENS][2];
     UNROLL for (int m = 0; m < MT; m++) sum[m][0] = sum[m][1] = (Eight){0};
-    for (int64_t k = 0; k < depth; k++, tile += GRAD_COLUMNS) {
+    for (int64_t k = 0; k < depth; k++, tile += GRAD_COLUMNS, x += MT) {
         Eight w0 = *(const Eight *)tile, w1 = *(const Eight *)(tile + 8);
         UNROLL for (int m = 0; m < MT; m++) {
-            add_product(&sum[m][0], &w0, x[m * stride + k]);
-            add_product(&sum[m][1], &w1, x[m * stride + k]);
+            add_product(&sum[m][0], &w0, x[m]);
+            add_product(&sum[m][1], &w1, x[m]);
         }
     }
     UNROLL for (int m = 0; m < MT; m++) {
@@ -90,30 +108,38 @@ static inline __attribute__((always_inline)) void multiply_columns(const float *
     }
 }
 
-static void multiply_tile(const float *x, int64_t stride, const float *tile, int64_t depth, float *sums, int64_t tokens) {
+static void multiply_tile(const float *x, const float *tile, int64_t depth, float *sums, int64_t tokens) {
     for (int n = 0; n < GRAD_COLUMNS; n += 16) switch (tokens) { /* a constant count keeps the sums in registers */
-        case 1: multiply_columns(x, stride, tile + n, depth, sums + n, 1); break;
-        case 2: multiply_columns(x, stride, tile + n, depth, sums + n, 2); break;
-        case 3: multiply_columns(x, stride, tile + n, depth, sums + n, 3); break;
-        case 4: multiply_columns(x, stride, tile + n, depth, sums + n, 4); break;
-        case 5: multiply_columns(x, stride, tile + n, depth, sums + n, 5); break;
-        default: multiply_columns(x, stride, tile + n, depth, sums + n, GRAD_TOKENS);
+        case 1: multiply_columns(x, tile + n, depth, sums + n, 1); break;
+        case 2: multiply_columns(x, tile + n, depth, sums + n, 2); break;
+        case 3: multiply_columns(x, tile + n, depth, sums + n, 3); break;
+        case 4: multiply_columns(x, tile + n, depth, sums + n, 4); break;
+        case 5: multiply_columns(x, tile + n, depth, sums + n, 5); break;
+        default: multiply_columns(x, tile + n, depth, sums + n, GRAD_TOKENS);
         }
 }
 
 static void grad_item(void *context, int64_t item, int thread) {
     const GradPlan *plan = context;
     const Product *p = plan->p;
-    int64_t n0 = item / plan->chunks * GRAD_COLUMNS, columns = min64(GRAD_COLUMNS, p->N - n0), chunk = item % plan->chunks;
-    int64_t m0 = p->M * chunk / plan->chunks, m1 = p->M * (chunk + 1) / plan->chunks;
-    float *sums = plan->sums + thread * GRAD_CHUNK * GRAD_COLUMNS;
+    int64_t n0 = item / plan->chunks * GRAD_COLUMNS, columns = min64(GRAD_COLUMNS, p->N - n0);
+    int64_t chunk = item % plan->chunks;
+    int64_t t0 = plan->token_tiles * chunk / plan->chunks, t1 = plan->token_tiles * (chunk + 1) / plan->chunks;
+    int64_t m0 = grad_start(plan, t0), m1 = grad_start(plan, t1);
+    float *sums = plan->sums + thread * (GRAD_CHUNK + GRAD_TOKENS) * GRAD_COLUMNS;
     _Alignas(64) float tile[GRAD_DEPTH * GRAD_COLUMNS] = {0};
     memset(sums, 0, (size_t)((m1 - m0) * GRAD_COLUMNS) * sizeof(float));
     for (int64_t k0 = 0; k0 < p->K; k0 += GRAD_DEPTH) {
         int64_t depth = min64(GRAD_DEPTH, p->K - k0);
-        for (int64_t k = 0; k < depth; k++) decode_run(&p->weight, (k0 + k) * p->N + n0, columns, tile + k * GRAD_COLUMNS);
-        for (int64_t m = m0; m < m1; m += GRAD_TOKENS)
-            multiply_tile(plan->x + m * p->K + k0, p->K, tile, depth, sums + (m - m0) * GRAD_COLUMNS, min64(GRAD_TOKENS, m1 - m));
+        for (int64_t k = 0; k < depth; k++) {
+            int64_t first = (k0 + k) * p->N + n0;
+            __builtin_prefetch(p->weight.packed + (first + GRAD_DEPTH * p->N) / 2);
+            decode_run(&p->weight, first, columns, tile + k * GRAD_COLUMNS);
+        }
+        for (int64_t t = t0; t < t1; t++) {
+            int64_t m = grad_start(plan, t), mt = grad_start(plan, t + 1) - m;
+            multiply_tile(plan->x + m * p->K + k0 * mt, tile, depth, sums + (m - m0) * GRAD_COLUMNS, mt);
+        }
     }
     for (int64_t m = m0; m < m1; m++)
         for (int64_t n = 0; n < columns; n++) {
@@ -123,14 +149,16 @@ static void grad_item(void *context, int64_t item, int thread) {
 }
 
 static int grad_input_4bit_1_blocked(const Product *p) {
-    float *x = scratch((size_t)(p->M * p->K) * 4), *sums = scratch((size_t)p->threads * GRAD_CHUNK * GRAD_COLUMNS * 4);
-    int ok = x && sums;
+    GradPlan plan = {.p = p, .token_tiles = ceil_div(p->M, GRAD_TOKENS), .chunks = ceil_div(p->M, GRAD_CHUNK)};
+    plan.x = scratch((size_t)(p->M * p->K) * 4);
+    plan.sums = scratch((size_t)(p->threads * (GRAD_CHUNK + GRAD_TOKENS) * GRAD_COLUMNS) * 4);
+    int ok = plan.x && plan.sums;
     if (ok) {
-        for (int64_t i = 0; i < p->M * p->K; i++) x[i] = load_as_fp32(p->x, p->dtype, i);
-        GradPlan plan = {p, x, sums, ceil_div(p->M, GRAD_CHUNK)};
-        run_parallel(grad_item, &plan, ceil_div(p->N, GRAD_COLUMNS) * plan.chunks, p->M * p->N * p->K > 1 << 17 ? p->threads : 1);
+        int64_t items = ceil_div(p->N, GRAD_COLUMNS) * plan.chunks;
+        run_parallel(grad_pack, &plan, plan.token_tiles, p->M * p->K > 1 << 16 ? p->threads : 1);
+        run_parallel(grad_item, &plan, items, p->M * p->N * p->K > 1 << 17 ? p->threads : 1);
     }
-    free(x);
-    free(sums);
+    free(plan.x);
+    free(plan.sums);
     return ok;
 }
