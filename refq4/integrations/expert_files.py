@@ -33,9 +33,22 @@ from ..nn.parametrize import PackedParameter, decode_parameter_4bit, parametrize
 from ..params import Params4bit
 from ..state import QuantState
 from .checks import check_described
+from .config import Refq4Config
 from .experts import choose_implementation, forget_implementation
 
 __all__: list[str] = []  # for the module beside it
+
+
+def packed(weight: Tensor, config: Refq4Config) -> Params4bit:
+    """A weight of fused experts [E, N, K], in 4 bits as the config says."""
+    return Params4bit(
+        weight,
+        blocksize=config.blocksize,
+        compress_statistics=config.bnb_4bit_use_double_quant,
+        quant_type=config.bnb_4bit_quant_type,
+        quant_storage=config.bnb_4bit_quant_storage,
+        scales=config.scales,
+    ).to(weight.device)
 
 
 def conversions(converters: list[WeightTransform], names: set[str], beside: list[str]) -> list[WeightTransform]:
@@ -86,12 +99,12 @@ def settle(model: nn.Module) -> None:
         choose_implementation(module)
     for part in model.modules():
         known: Any = getattr(part, "_weight_conversions", None)
-        packed = _packed_names(part) if isinstance(part, PreTrainedModel) else set()
-        if known is None and packed:
+        names = _packed_names(part) if isinstance(part, PreTrainedModel) else set()
+        if known is None and names:
             made = get_model_conversion_mapping(part, add_legacy=False)
             known = [conversion for conversion in made if not isinstance(conversion, PrefixChange)]
         if known is not None:
-            kept: Any = [original for original in map(_original, known) if not _makes(original, packed)]
+            kept: Any = [original for original in map(_original, known) if not _makes(original, names)]
             part._weight_conversions = kept
 
 
@@ -179,11 +192,11 @@ class MergePacked(ConversionOps):
             scales[source] = [decode_scales(state).view(_lines(state), -1) for state in of_source]
             shapes[source] = [torch.empty(size, device="meta") for size in sizes]
         dtype = next(iter(weights.values()))[0].dtype
-        packed = layout.to_storage(self._put_together(rows, target_patterns).flatten(), dtype)
+        together = layout.to_storage(self._put_together(rows, target_patterns).flatten(), dtype)
         absmax = self._put_together(scales, target_patterns).flatten()
         shape = self._put_together(shapes, target_patterns).shape
         state = QuantState(absmax, shape, first.code, first.blocksize, first.quant_type, first.dtype)
-        return {target_patterns[0]: _restored(packed, state.as_dict(packed=True), model, full_layer_name)}
+        return {target_patterns[0]: _restored(together, state.as_dict(packed=True), model, full_layer_name)}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -240,11 +253,11 @@ def _restored(values: Tensor, beside: dict[str, Tensor], model: PreTrainedModel,
     if values.is_meta:  # names and sizes are checked, not data: refq4.checkpoint
         check_described(name, values, parts, parameter.numel())
         return parameter
-    packed = Params4bit.from_prequantized(values, parts)
-    assert packed.quant_state is not None
-    if packed.quant_state.shape != parameter.shape:
-        raise ValueError(f"{name}: the checkpoint holds {packed.quant_state}, the model wants {list(parameter.shape)}")
-    return packed
+    weight = Params4bit.from_prequantized(values, parts)
+    assert weight.quant_state is not None
+    if weight.quant_state.shape != parameter.shape:
+        raise ValueError(f"{name}: the checkpoint holds {weight.quant_state}, the model wants {list(parameter.shape)}")
+    return weight
 
 
 def _makes(conversion: WeightTransform, names: set[str]) -> bool:

@@ -124,7 +124,8 @@ def _computable(module: Any, name: str) -> bool:
 def _product(module: Any, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
     held, transposed = module.parametrizations[name], module.is_transposed
     bias = getattr(module, f"{name}_bias").to(rows.dtype) if module.has_bias else None
-    y = grouped_gemm_4bit(rows, held.original, held.quant_state, offsets, bias, transposed=transposed)
+    weight = held.original.readable() if module.training else held.original  # backward reads the stored bytes
+    y = grouped_gemm_4bit(rows, weight, held.quant_state, offsets, bias, transposed=transposed)
     for delta in list(held)[1:]:
         y = y + delta.product(rows, offsets, transposed)
     return y

@@ -164,18 +164,6 @@ class Refq4Quantizer(HfQuantizer):
             layer.weight = nn.Parameter(layer.weight.data.to(config.bnb_4bit_quant_storage), requires_grad=False)
         return layer.requires_grad_(False)
 
-    def _packed(self, weight: Tensor) -> Params4bit:
-        """A weight of fused experts [E, N, K] in 4 bits."""
-        config = self.quantization_config
-        return Params4bit(
-            weight,
-            blocksize=config.blocksize,
-            compress_statistics=config.bnb_4bit_use_double_quant,
-            quant_type=config.bnb_4bit_quant_type,
-            quant_storage=config.bnb_4bit_quant_storage,
-            scales=config.scales,
-        ).to(weight.device)
-
     # --- while loading: each tensor ---------------------------------------------------------------------------------
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -243,7 +231,7 @@ class Quantise(ConversionOps):
             weight = weight.T.contiguous()
         with fates.named_as_in_the_file(self.hf_quantizer._way, name):
             if name in self.hf_quantizer._experts:
-                return self.hf_quantizer._packed(weight)
+                return expert_files.packed(weight, self.hf_quantizer.quantization_config)
             return _settled(layer, layer.weight._like(weight, None).to(weight.device))
 
 

@@ -251,6 +251,25 @@ def test_an_implementation_that_the_user_chose_stays():
     assert model(PROMPT).logits.isfinite().all()
 
 
+def test_packed_experts_are_laid_out_for_inference_alone():
+    model = made("Qwen3Moe")
+    refq4.quantize_model(model, include="experts", progress=False)
+    weight = model.model.layers[0].mlp.experts.parametrizations.down_proj.original
+    stored = weight.stored().clone()
+    with refq4.use_backend("cpu"), torch.no_grad():
+        want = model(PROMPT).logits
+        assert weight.prepared
+        assert_same_bits(model.state_dict()["model.layers.0.mlp.experts.down_proj"], stored)
+        assert weight.prepared, "saving leaves the layout"
+        assert_same_bits(copy.deepcopy(model)(PROMPT).logits, want)
+        assert refq4.restore(model) == 4
+        assert not weight.prepared
+        model.train()
+        torch.testing.assert_close(model(PROMPT).logits, want, atol=1e-5, rtol=1e-5)
+        assert not weight.prepared
+    assert_same_bits(weight.stored(), stored)
+
+
 def test_experts_of_a_model_of_no_library_are_decoded_when_they_are_read():
     class Layer(nn.Module):
         def __init__(self):

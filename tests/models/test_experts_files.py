@@ -14,6 +14,7 @@ from moe_models import made
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+import refq4
 import refq4.functional as F
 from refq4.integrations.transformers import Refq4Config
 from refq4.nn.parametrize import PackedParameter, packed_parameter
@@ -139,3 +140,14 @@ def test_experts_of_a_base_model_reload_under_its_head(tmp_path):
     base = type(model.model).from_pretrained(tmp_path / "base")
     assert len(packed(base)) == 4
     assert_same_bits(base(PROMPT).last_hidden_state, model.model(PROMPT).last_hidden_state)
+
+
+@pytest.mark.parametrize("skip", [("lm_head",), ("lm_head", "layers.0.mlp.experts", "q_proj")], ids=["all", "some"])
+@pytest.mark.parametrize("family", ["Mixtral", "Phimoe"])
+def test_a_model_that_was_quantised_in_memory_is_saved_and_reloads(family, skip, tmp_path):
+    model = made(family)
+    refq4.quantize_model(model, skip=skip, progress=False)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert packed(again) == packed(model) != []
+    assert_same_bits(again(PROMPT).logits, model(PROMPT).logits)
