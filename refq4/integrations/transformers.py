@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..internals import remedies
-from . import versions
+from . import methods, versions
 
 try:  # a clear word where it is missing or too old
     import transformers  # noqa: F401
@@ -293,21 +293,8 @@ def _refq4_has_a_say(original: Callable[..., Any]) -> Callable[..., Any]:
     return merge
 
 
-def _counts_weights(original: Callable[..., int]) -> Callable[..., int]:
-    """``PreTrainedModel.num_parameters``, which needs bitsandbytes to see that a byte holds two weights."""
-
-    @functools.wraps(original)
-    def num_parameters(self: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        if getattr(self, "quantization_method", None) != METHOD:
-            return original(self, only_trainable, exclude_embeddings)
-        left_out = {id(m.weight) for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
-        counted = (p for p in self.parameters() if id(p) not in left_out and (p.requires_grad or not only_trainable))
-        return sum(p.quant_state.shape.numel() if getattr(p, "quant_state", None) else p.numel() for p in counted)
-
-    return num_parameters
-
-
 register_quantization_config(METHOD)(Refq4Config)
 register_quantizer(METHOD)(Refq4Quantizer)
 AutoHfQuantizer.merge_quantization_configs = staticmethod(_refq4_has_a_say(AutoHfQuantizer.merge_quantization_configs))
-PreTrainedModel.num_parameters = _counts_weights(PreTrainedModel.num_parameters)
+PreTrainedModel.num_parameters = methods.counts_weights(PreTrainedModel.num_parameters)
+PreTrainedModel.resize_token_embeddings = methods.resizes_rows(PreTrainedModel.resize_token_embeddings)
