@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..internals import remedies
-from . import methods, versions
+from . import versions
 
 try:  # a clear word where it is missing or too old
     import transformers  # noqa: F401
@@ -43,6 +43,7 @@ from ..internals.checks import warn_caller
 from ..models.linears import is_linear, nearest, read_by_owner
 from ..nn import Linear4bit
 from ..params import Params4bit
+from . import methods
 from .config import METHOD, Refq4Config
 from .later import connect
 
