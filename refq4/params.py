@@ -4,8 +4,7 @@
     .to("cpu"), .cuda(), inside model.to(device)         <- the moment of quantisation
     after    data [b, 1] packed bytes in quant_storage, quant_state set, bnb_quantized True
 
-This file is about the parameter: how it is quantised, moved, copied and split. The modules that hold one, and state
-dicts, are in ``refq4/nn``.
+How the parameter is quantised, moved, copied and split. Modules that hold one, and state dicts: ``refq4/nn``.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 
 from .functional import DEFAULT_BLOCKSIZE, quantize_4bit
 from .internals.blockwise import slice_state
+from .internals.checks import check_layers_shape
 from .internals.prepared import Preparable
-from .internals.state_fields import of_the_state
+from .internals.state_fields import of_no_module, of_the_state
 from .state import QuantState
 
 __all__ = ["Params4bit"]
@@ -76,6 +76,7 @@ class Params4bit(Preparable, nn.Parameter):
     nested_blocksize = of_the_state("nested_blocksize", "blocksize", second=True)
     nested_quant_map = of_the_state("nested_quant_map", "code", second=True)
     nested_dtype = of_the_state("nested_dtype", "dtype", second=True)
+    _parameters = of_no_module()
 
     def __new__(
         cls,
@@ -220,6 +221,7 @@ class Params4bit(Preparable, nn.Parameter):
         return self.to(like.device, like.dtype, non_blocking) if like.device != self.device else self.to(like.dtype)
 
     def _quantize(self, weight: Tensor) -> Params4bit:
+        check_layers_shape(weight, self.module)
         packed, state = quantize_4bit(
             weight,
             blocksize=self.blocksize,

@@ -1,6 +1,7 @@
 """refq4 under the libraries people load and fine-tune models with. The core imports none of this.
 
     transformers.py   from_pretrained(..., quantization_config=Refq4Config(...)), save_pretrained, bitsandbytes' files
+    methods.py        two methods of its models
     peft.py           adapters on refq4's layers, merged and unmerged
     peft_others.py    what methods besides LoRA need for that
     peft_experts.py   LoRA on fused experts

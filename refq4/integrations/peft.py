@@ -33,7 +33,7 @@ except ImportError as error:
     raise ImportError(f"this needs peft: {remedies.install('transformers')} ({error})") from error
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from peft.utils import integrations
+from peft.utils import ModulesToSaveWrapper, integrations
 
 from ..functional import dequantize_4bit
 from ..internals.checks import warn_caller
@@ -228,6 +228,22 @@ def _merges_what_it_can(original: Callable[[BaseTuner], None]) -> Callable[[Base
     return check
 
 
+def _saves_what_can_be_trained(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``ModulesToSaveWrapper.update``, which copies a module to train the copy."""
+
+    @functools.wraps(original)
+    def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for module in self.original_module.modules():
+            if isinstance(module, Linear4bit):
+                raise ValueError(
+                    f"modules_to_save: {module} is in 4 bits, and packed codes can't be trained. Leave it in full "
+                    f"precision when the model is quantised (llm_int8_skip_modules, skip), or name it in target_modules"
+                )
+        return original(self, *args, **kwargs)
+
+    return update
+
+
 def replace_everywhere(module: Any, name: str, wrap: Callable[[Any], Any]) -> None:
     """A function of peft, under the name that its modules have imported it by, too."""
     original = getattr(module, name)
@@ -239,6 +255,7 @@ def replace_everywhere(module: Any, name: str, wrap: Callable[[Any], Any]) -> No
 
 LoraModel._create_new_module = staticmethod(knows_refq4(LoraModel._create_new_module, LoraLinear4bit))
 BaseTuner._check_merge_allowed = _merges_what_it_can(BaseTuner._check_merge_allowed)
+ModulesToSaveWrapper.update = _saves_what_can_be_trained(ModulesToSaveWrapper.update)
 replace_everywhere(integrations, "dequantize_bnb_weight", _decodes_refq4)
 with suppress(ImportError):  # peft before 0.21
     from . import peft_others  # noqa: F401

@@ -28,7 +28,9 @@ def check_floats(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> 
     """A TypeError unless ``tensor`` is a dense tensor of one of the dtypes."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
         wanted = ", ".join(map(dtype_name, dtypes))
-        raise TypeError(f"{name} must be a tensor of {wanted}, got {show(tensor)}; cast it first")
+        packed = isinstance(tensor, Tensor) and tensor.dtype == torch.uint8
+        why = " (a packed weight's dtype is that of its bytes; cast to the layer's compute_dtype)" if packed else ""
+        raise TypeError(f"{name} must be a tensor of {wanted}, got {show(tensor)}; cast it first{why}")
     if tensor.layout != torch.strided:
         layout_name = str(tensor.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense tensor, got a {layout_name} one; call .to_dense()")
@@ -47,6 +49,16 @@ def check_input(x: Tensor, n: int, k: int) -> None:
         check_floats("the input of a 4-bit layer", x, ACTIVATION_DTYPES)
     if x.ndim == 0 or x.shape[-1] != k:
         check_features(x, (n, k))
+
+
+def check_layers_shape(weight: Tensor, layer: object) -> None:
+    """Raise a ValueError if a full-precision weight has another shape than the layer that it is for."""
+    wanted = getattr(layer, "weight_shape", weight.shape)
+    if weight.shape != wanted:
+        raise ValueError(
+            f"this {type(layer).__name__} wants a weight of shape {list(wanted)}, got {list(weight.shape)}; packed "
+            f"bytes are loaded together with what stands beside them: load_state_dict, refq4.integrations.transformers"
+        )
 
 
 def check_features(A: Tensor, shape: tuple[int, ...]) -> None:

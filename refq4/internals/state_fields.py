@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..params import Params4bit
 
-__all__ = ["of_the_state"]
+__all__ = ["of_no_module", "of_the_state"]
 
 
 def of_the_state(name: str, field: str, second: bool = False) -> Any:
@@ -25,3 +25,18 @@ def of_the_state(name: str, field: str, second: bool = False) -> Any:
         return getattr(owner, field)
 
     return property(read)
+
+
+def of_no_module() -> Any:
+    """Say what is wrong where a program takes the weight for a module that holds ``absmax`` and the like.
+
+    accelerate does, when it loads a checkpoint tensor by tensor: it follows the keys attribute by attribute.
+    """
+
+    def get(weight: Any) -> Any:
+        raise AttributeError(
+            "a packed weight is loaded whole, with what stands beside it, and not tensor by tensor: use "
+            "refq4.integrations.transformers, model.load_state_dict(..., assign=True), or accelerate's device_map=None"
+        )
+
+    return property(get)

@@ -75,7 +75,10 @@ MAKE: dict[str, Callable[[], PreTrainedModel]] = {
     "rwkv": lambda: RwkvForCausalLM(RwkvConfig(**RWKV)),
     "t5": lambda: T5ForConditionalGeneration(T5Config(**T5)),
 }
-pytestmark = pytest.mark.filterwarnings("ignore:.*fast path is not available.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fast path is not available.*"),
+    pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning"),  # peft's call
+]
 
 
 def made(kind: str) -> PreTrainedModel:
@@ -246,3 +249,59 @@ def test_a_device_map_that_comes_to_spill_to_disk_while_quantising_is_refused_be
         )
     assert config.to_dict() == given.to_dict()
     assert not (tmp_path / "disk").exists()
+
+
+# --- what packed bytes are not ----------------------------------------------------------------------------------------
+
+
+def test_a_head_in_4_bits_is_not_resized_and_a_plain_one_is(tmp_path):
+    made("llama").save_pretrained(tmp_path)
+    plain = load(tmp_path, quantization_config=Refq4Config())
+    plain.resize_token_embeddings(72)
+    assert plain.lm_head.out_features == 72
+    model = load(tmp_path, quantization_config=Refq4Config(llm_int8_skip_modules=[]))
+    before = logits_of(model)
+    with pytest.raises(ValueError, match="the output layer of this LlamaForCausalLM is in 4 bits, and packed bytes"):
+        model.resize_token_embeddings(72)
+    model.resize_token_embeddings(64)  # as it is
+    assert model.get_input_embeddings().num_embeddings == 64
+    assert_same_bits(logits_of(model), before)
+
+
+def test_a_4_bit_layer_is_no_module_to_save_and_a_plain_one_is(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    made("llama").save_pretrained(tmp_path)
+    model = load(tmp_path, quantization_config=Refq4Config())
+    with pytest.raises(ValueError, match=r"modules_to_save: Linear4bit\(in_features=64, out_features=128, .* is in 4"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["up_proj"]))
+    model = load(tmp_path, quantization_config=Refq4Config())
+    tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    tuned(IDS).logits.sum().backward()
+    assert any("lm_head" in name and p.grad is not None for name, p in tuned.named_parameters())
+
+
+def test_an_input_cast_to_the_dtype_of_packed_bytes_is_refused_with_the_dtype_to_take():
+    layer = refq4.nn.LinearNF4(64, 64).to("cpu")
+    with pytest.raises(TypeError, match="a packed weight's dtype is that of its bytes; cast to the layer's comp"):
+        layer(torch.ones(2, 64).to(layer.weight.dtype))
+
+
+def test_accelerate_loads_packed_files_whole_and_says_so_where_it_would_load_them_in_parts(tmp_path):
+    from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+
+    saved = refq4.quantize_model(made("llama"), compute_dtype=torch.float32, progress=False)
+    saved.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    other = refq4.quantize_model(MAKE["llama"]().eval(), compute_dtype=torch.float32, progress=False)
+    assert_same_bits(logits_of(load_checkpoint_and_dispatch(other, tmp_path)), logits_of(saved))
+    with pytest.raises(AttributeError, match="a packed weight is loaded whole, with what stands beside it, and not"):
+        load_checkpoint_and_dispatch(other, tmp_path, device_map={"": "cpu"})
+    with init_empty_weights():
+        empty = MAKE["llama"]()
+    refq4.quantize_model(empty, progress=False)
+    with pytest.raises(
+        ValueError, match=r"this Linear4bit wants a weight of shape \[64, 128\], got \[4096, 1\]; packed"
+    ):
+        load_checkpoint_and_dispatch(empty, tmp_path, device_map={"": "cpu"})
+    assert not hasattr(nn.Parameter(torch.ones(1)), "_parameters")

@@ -331,9 +331,8 @@ def test_places_that_make_no_sense_are_refused(model, tmp_path):
         quantize_checkpoint(tmp_path / "nothing", tmp_path / "out")
 
 
-def write_index(model: Path, weight_map: object) -> None:
-    """Beside a single file an index is not read."""
-    (model / "model.safetensors").unlink()
+def leave_only_an_index(model: Path, weight_map: object) -> None:
+    (model / "model.safetensors").rename(model / "other.safetensors")
     (model / places.INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -348,9 +347,13 @@ def write_index(model: Path, weight_map: object) -> None:
             ValueError,
             "quantised already, says its config.json: by gptq",
         ),
-        (lambda m: write_index(m, {"a": "b.safetensors"}), FileNotFoundError, "names b.safetensors, not there"),
-        (lambda m: write_index(m, {"a": "../b.safetensors"}), ValueError, "outside its directory: '../b.safetensors'"),
-        (lambda m: write_index(m, {"a": 3}), ValueError, "no weight_map from keys to files"),
+        (lambda m: leave_only_an_index(m, {"a": "b.safetensors"}), FileNotFoundError, "names b.safetensors, not there"),
+        (
+            lambda m: leave_only_an_index(m, {"a": "../b.safetensors"}),
+            ValueError,
+            "outside its directory: '../b.safetensors'",
+        ),
+        (lambda m: leave_only_an_index(m, {"a": 3}), ValueError, "no weight_map from keys to files"),
         (
             lambda m: (m / "model.safetensors").rename(m / "model.bin"),
             FileNotFoundError,

@@ -1,17 +1,21 @@
-"""Two functions of transformers that have to know of refq4: who loads a checkpoint, and how weights are counted."""
+"""Functions of transformers that have to know of refq4: who loads a checkpoint, and what packed bytes are."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig
 
+from ..nn import Linear4bit
 from .config import METHOD, Refq4Config
 
-__all__: list[str] = []  # for transformers.py
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__: list[str] = []  # transformers.py puts them in place
 
 
 def refq4_has_a_say(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,3 +50,23 @@ def counts_weights(original: Callable[..., int]) -> Callable[..., int]:
         return sum(p.quant_state.shape.numel() if getattr(p, "quant_state", None) else p.numel() for p in counted)
 
     return num_parameters
+
+
+def resizes_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``PreTrainedModel.resize_token_embeddings``, which makes a head of the dtype that the old one's weight has."""
+
+    @functools.wraps(original)
+    def resize_token_embeddings(
+        self: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        head = self.get_output_embeddings()
+        if isinstance(head, Linear4bit) and new_num_tokens == head.out_features:
+            return self.get_input_embeddings()  # by the head's bytes, transformers would think it of another size
+        if isinstance(head, Linear4bit) and new_num_tokens is not None:
+            raise ValueError(
+                f"the output layer of this {type(self).__name__} is in 4 bits, and packed bytes get no new rows: "
+                f"resize before quantising, or leave that layer in full precision (llm_int8_skip_modules, skip)"
+            )
+        return original(self, new_num_tokens, *args, **kwargs)
+
+    return resize_token_embeddings
