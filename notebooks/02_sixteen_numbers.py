@@ -60,8 +60,8 @@ quantiles = torch.tensor([NormalDist().inv_cdf(p) for p in probabilities.tolist(
 nf4 = quantiles / quantiles.max()
 
 print(" ".join(f"{value:.4f}" for value in nf4.tolist()))
-assert torch.allclose(nf4, torch.tensor(create_normal_map()), rtol=0, atol=1e-6)
-assert get_codebook("nf4").values == tuple(create_normal_map())
+assert torch.allclose(nf4, create_normal_map(), rtol=0, atol=1e-6)
+assert get_codebook("nf4").values == tuple(create_normal_map().tolist())
 
 # %% [markdown]
 # These are the published NF4 values. In a picture: equal steps up the curve, and below each the number it gives.

@@ -163,7 +163,7 @@ def code_from_values(values: Tensor) -> Code:
 # --- the formats ----------------------------------------------------------------------------------------------------
 
 
-def create_normal_map(offset: float = 0.9677083) -> list[float]:
+def create_normal_map(offset: float = 0.9677083) -> Tensor:
     """NF4: sixteen quantiles of the normal distribution, rescaled so that the largest is 1.
 
     Weights of a trained layer are close to normal. Values at equally spaced *probabilities* are then used about
@@ -179,18 +179,17 @@ def create_normal_map(offset: float = 0.9677083) -> list[float]:
     they are there, which the published digits show.
 
     Returns:
-        16 ascending fp32 numbers.
+        fp32 [16], ascending.
 
     Example:
-        >>> [round(v, 4) for v in create_normal_map()[6:10]]
-        [-0.0911, 0.0, 0.0796, 0.1609]
+        >>> create_normal_map()[6:10]
+        tensor([-0.0911,  0.0000,  0.0796,  0.1609])
     """
     quantile = NormalDist().inv_cdf
     positive = [quantile(p) for p in torch.linspace(offset, 0.5, 9).tolist()[:-1]]
     negative = [-quantile(p) for p in torch.linspace(offset, 0.5, 8).tolist()[:-1]]
     values = torch.tensor(sorted([*negative, 0.0, *positive]), dtype=torch.float32)
-    normalised: list[float] = (values / values.max()).tolist()
-    return normalised
+    return values / values.max()
 
 
 def create_fp4_map() -> list[float]:
@@ -301,7 +300,7 @@ def _build_shelf() -> None:
     signed_e2m1 = [v / 6 for v in _E2M1] + [0.0 - v / 6 for v in _E2M1]
     e2m1_pivots = [(a + b) / 12 for a, b in pairwise(_E2M1)]
     for book in (
-        Codebook("nf4", create_normal_map(), description="quantiles of the normal distribution (QLoRA)"),
+        Codebook("nf4", create_normal_map().tolist(), description="quantiles of the normal distribution (QLoRA)"),
         Codebook(
             "fp4",
             create_fp4_map(),

@@ -106,7 +106,8 @@ def describe(
     tokens = x.numel() // k if k else x.shape[:-1].numel()  # the first of these may be a symbol
     chosen = route(tokens, k, blocksize, gradient, own_layout)
     name, nested = state.quant_type or "custom", state.state2 is not None
-    return Call(chosen.op, x.device.type, dtype, tokens, n, k, blocksize, name, nested, "canonical", gradient), chosen
+    device = "cpu" if x.is_cpu else x.device.type  # to name a device takes as long as to decide the route
+    return Call(chosen.op, device, dtype, tokens, n, k, blocksize, name, nested, "canonical", gradient), chosen
 
 
 def multiply(A: Tensor, weight: BoundWeight, bias: Tensor | None) -> tuple[Tensor, Decision]:
@@ -226,7 +227,7 @@ def under_autocast(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 
     fp64 is left alone, as by torch.
     """
-    kind = x.device.type
+    kind = "cpu" if x.is_cpu else x.device.type  # as in describe
     if dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return dtype

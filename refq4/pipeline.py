@@ -34,6 +34,7 @@ from .functional import dequantize_4bit
 from .internals.blockwise import decode_scales
 from .internals.checks import check_input, warn_caller
 from .internals.dispatch import is_deferred, wants_grad
+from .internals.holder import parameter
 from .internals.prepared import MOST_RESTORES, Preparable, as_looked_up, as_stored
 from .matmul import BoundWeight, describe, multiply, under_autocast
 from .state import QuantState
@@ -113,7 +114,7 @@ def recover_quant_state(layer: Linear4bit | Embedding4bit) -> tuple[QuantState, 
         >>> state.shape, decision.choice
         (torch.Size([8, 64]), 'kept')
     """
-    state: QuantState | None = getattr(layer.weight, "quant_state", None)
+    state: QuantState | None = getattr(parameter(layer, "weight"), "quant_state", None)
     if state is not None:
         return state, STATE_ON_WEIGHT
     if layer.quant_state is not None:
@@ -162,7 +163,8 @@ def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[Boun
         >>> weight.route.op, weight.engine.backend.name, decision.why
         ('gemv_4bit', 'reference', 'the backend computes on the stored layout')
     """
-    weight, gradient = layer.weight, wants_grad(x)  # a bias gets its gradient whatever the weight's layout is
+    weight = parameter(layer, "weight")
+    gradient = wants_grad(x)  # a bias gets its gradient whatever the weight's layout is
     dtype, _ = choose_compute_dtype(layer, x)
     stays = _must_stay(layer, weight, gradient)
     if is_deferred() or 0 in x.shape or layer.out_features == 0:

@@ -80,9 +80,10 @@ def check_bias(bias: Tensor, n: int, shape: tuple[int, ...]) -> None:
 
 def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device: torch.device) -> None:
     """Raise unless A [..., K] and bias [N] fit a weight of ``shape`` [N, K] on ``device``, in dtype and device, too."""
-    fits = A.dtype in ACTIVATION_DTYPES and A.layout is torch.strided and A.device == device
-    fits = fits and A.ndim > 0 and A.shape[-1:] == shape[1:]
-    if fits and (bias is None or (bias.shape == shape[:1] and bias.dtype == A.dtype and bias.device == device)):
+    dtype = A.dtype
+    fits = dtype in ACTIVATION_DTYPES and A.layout is torch.strided and A.device == device
+    fits = fits and A.ndim > 0 and shape[1:] == (A.shape[-1],)
+    if fits and (bias is None or (bias.shape == shape[:1] and bias.dtype == dtype and bias.device == device)):
         return  # all is well, as a rule: what follows says what is not
     if len(shape) != 2:
         raise ValueError(f"a product wants a weight of two dimensions [N, K], this one has shape {list(shape)}")

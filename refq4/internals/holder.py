@@ -22,7 +22,16 @@ from ..params import Params4bit
 from ..state import QuantState
 from .format import describe
 
-__all__ = ["Holds4bitWeight"]
+__all__ = ["Holds4bitWeight", "parameter"]
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """``module.weight``, say, without the microsecond that ``nn.Module.__getattr__`` takes to find it.
+
+    What something has rebuilt (FSDP, a parametrization) is an attribute like any other.
+    """
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 class _AnyName:

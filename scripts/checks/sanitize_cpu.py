@@ -17,7 +17,7 @@ import tempfile
 
 from refq4_cpu import build
 
-FLAGS = "-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover=all"
+FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover=all"
 
 
 def main() -> int:

@@ -156,7 +156,7 @@ def test_dynamic_map_equals_the_peers_for_every_number_of_exponent_bits(bnb, sig
 def test_normal_map_equals_the_peers_made_with_scipy(bnb, offset):
     pytest.importorskip("scipy", reason="the peer's create_normal_map needs scipy: pip install scipy")
     padded = bnb.functional.create_normal_map(offset)  # 256 entries: 241 of them are the zero, again and again
-    assert_same_bits(torch.tensor(codebooks.create_normal_map(offset)), padded.unique())
+    assert_same_bits(codebooks.create_normal_map(offset), padded.unique())
 
 
 # Each dtype and each blocksize, and with ``-m slow`` each pair of them: both sides widen to fp32 before they scale.

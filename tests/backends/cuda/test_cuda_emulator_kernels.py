@@ -203,8 +203,8 @@ def test_no_order_of_the_warps_changes_a_bit(rung):
 
 
 def test_the_emulator_knows_every_instruction_of_every_kernel_and_no_family_beyond():
-    used = set()
-    for arch in ARCHITECTURES:
+    used = set()  # on the oldest and the newest; the tests above run on those between, and would stop at an unknown one
+    for arch in (min(ARCHITECTURES), max(ARCHITECTURES)):
         for variant in launch.all_variants(arch):
             for instruction in parse(cases.ptx_of(variant, arch), variant.entry).code:
                 if not (is_branch(instruction) or is_exit(instruction)):
