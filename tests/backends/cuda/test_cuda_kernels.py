@@ -36,8 +36,8 @@ def code_of(variant: Variant, arch: int) -> list[sass.Instruction]:
         pytest.skip(str(missing))
 
 
-# Left to the sweep: siblings, with the same machine code as the architecture before, and three whose neighbours have the
-# same limits, though ptxas allocates registers for each anew.
+# Left to the sweep: siblings, with the same machine code as the architecture before, and three whose neighbours have
+# the same limits, though ptxas allocates registers for each anew.
 SWEPT = (86, 87, 88, 89, 100, 103, 110, 121)
 EACH = [pytest.param(arch, marks=pytest.mark.slow if arch in SWEPT else ()) for arch in ARCHITECTURES]
 
