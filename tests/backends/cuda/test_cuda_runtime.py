@@ -14,10 +14,12 @@ import shutil
 import site
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from patience import BUSY
 
 import refq4
@@ -141,6 +143,17 @@ def reference_alone():
 def _call(op: str, device: str, **changes) -> Call:
     settings = {"dtype": torch.float16, "m": 1, "n": 8, "k": 64, "blocksize": 64, "codebook": "nf4"}
     return Call(op, device, **(settings | changes))
+
+
+@pytest.mark.parametrize(("extra", "major"), [("cuda", 13), ("cuda12", 12)])
+def test_an_extra_brings_cuda_python_and_the_nvrtc_of_the_same_cuda(extra: str, major: int):
+    table = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    wanted = {Requirement(one).name: Requirement(one) for one in table["project"]["optional-dependencies"][extra]}
+    nvrtc_name = "nvidia-cuda-nvrtc" if major == 13 else "nvidia-cuda-nvrtc-cu12"
+    assert set(wanted) == {"cuda-python", nvrtc_name, "numpy"}
+    for name in ("cuda-python", nvrtc_name):
+        assert wanted[name].specifier.contains(f"{major}.9")
+        assert not any(wanted[name].specifier.contains(f"{other}.9") for other in (11, 12, 13, 14) if other != major)
 
 
 # --- what is missing --------------------------------------------------------------------------------------------------
