@@ -276,6 +276,12 @@ class Backend:
         """x [M, K] times the transpose of weight [N, K], plus bias [N] in x's dtype -> [M, N] in x's dtype; M >= 1."""
         raise self._has_no("gemm_4bit")
 
+    # --- gradient (optional) ----------------------------------------------------------------------------------------
+
+    def grad_input_4bit(self, grad: Tensor, weight: PackedWeight) -> Tensor:
+        """grad [M, N] times weight [N, K] -> [M, K] in grad's dtype. Without it, W is decoded, and torch multiplies."""
+        raise self._has_no("grad_input_4bit")
+
     # --- own layout (optional) --------------------------------------------------------------------------------------
 
     def prepare_weight(self, weight: PackedWeight) -> PreparedWeight | None:

@@ -13,6 +13,7 @@ for the whole call. Quantising and decoding have the same way in ``refq4/interna
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import registry
-from ..backend import Call, PackedWeight, PreparedWeight
+from ..backend import Backend, Call, PackedWeight, PreparedWeight
 from ..registry import Resolved
 from .checks import PLAIN, check_memory, check_prepared, check_product, check_weight_memory, checked_weight
 from .codec import decode
@@ -146,15 +147,33 @@ def _nothing_to_sum(A: Tensor, n: int, bias: Tensor | None) -> Tensor:
 
 
 def _grad_input(grad: Tensor, weight: PackedWeight, backend: str | Resolved) -> Tensor:
-    """Decode W and multiply.
+    """By the backend's own op where it has one, else: decode W and multiply.
 
     W is decoded again instead of being kept: that is what makes training on a 4-bit weight cheap in memory. It is
     decoded to grad's dtype with a single rounding. On processors on which torch takes tens of times as long for a
     product in half precision, the rounded numbers are multiplied as fp32.
     """
-    dtype = grad.dtype
-    within = torch.float32 if grad.device.type == "cpu" and dtype in _SLOW_ON_CPU else dtype
+    dtype, (n, k) = grad.dtype, weight.shape
+    nested, device = weight.nested is not None, grad.device.type
+
+    def call(op: str, m: int, n: int, k: int) -> Call:
+        return Call(op, device, dtype, m, n, k, weight.blocksize, weight.quant_type, nested)
+
+    if isinstance(backend, str):
+        backend = registry.resolve(call("dequantize_4bit", 1, 1, n * k), backend)
+    own = partial(call, "grad_input_4bit", grad.numel() // max(n, 1), n, k)
+    if _has_grad_input(backend.backend) and grad.numel() and k and backend.backend.can_run(own()) is None:
+        check_product(grad, (k, n), None, weight.packed.device)
+        rows = grad.reshape(-1, n).contiguous()
+        check_memory("grad", rows)
+        check_weight_memory(weight)
+        return _as_rows_of(grad, run_op(own, backend, "grad_input_4bit", rows, weight))
+    within = torch.float32 if device == "cpu" and dtype in _SLOW_ON_CPU else dtype
     return (grad.to(within) @ decode(weight, dtype, backend).to(within)).to(dtype)
+
+
+def _has_grad_input(backend: Backend) -> bool:
+    return type(backend).grad_input_4bit is not Backend.grad_input_4bit
 
 
 def _dtypes_without_cpu_products() -> tuple[torch.dtype, ...]:
