@@ -15,7 +15,7 @@ import torch
 from refq4_cuda import CudaBackend, CudaEmulatorBackend, emulator, launch
 from refq4_cuda.geometry import RUNGS
 from refq4_cuda.nvrtc import compile_variant
-from refq4_cuda.operands import rounded_table
+from refq4_cuda.operands import table_factor
 
 import refq4
 from refq4.functional import quantize_4bit
@@ -215,7 +215,7 @@ assert abs(exchanged - wrote).max() > 0.1
 
 # %%
 packed = weight.packed.view(128, 512)
-table = rounded_table(weight.code, torch.bfloat16)[:16]
+table = weight.code * table_factor("nf4", torch.bfloat16)
 for lane in range(32):
     g, t = divmod(lane, 4)
     for register, row in ((0, g), (1, g + 8)):

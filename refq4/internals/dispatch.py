@@ -159,12 +159,11 @@ def _grad_input(grad: Tensor, weight: PackedWeight, backend: str | Resolved) -> 
     rows = grad.numel() // n if n else 0
     call = Call(GRAD_INPUT, device, dtype, rows, n, k, weight.blocksize, weight.quant_type, nested)
     found = registry.resolve(call, backend) if isinstance(backend, str) else backend
-    if rows and k and found.backend.has(GRAD_INPUT):
+    if rows and k and found.backend.has(GRAD_INPUT) and found.backend.can_run(call) is None:
         grad_y = grad.reshape(-1, n).contiguous()
         check_memory("grad", grad_y)
         check_weight_memory(weight)
-        out: Tensor = run_op(lambda: call, found, GRAD_INPUT, grad_y, weight)
-        return out.view(*grad.shape[:-1], k)
+        return _as_rows_of(grad, run_op(lambda: call, found, GRAD_INPUT, grad_y, weight))
     within = torch.float32 if device == "cpu" and dtype in _SLOW_ON_CPU else dtype
     return (grad.to(within) @ decode(weight, dtype, found).to(within)).to(dtype)
 

@@ -14,6 +14,7 @@ import refq4.functional as F
 from refq4 import registry
 from refq4.autograd import MatMul4Bit
 from refq4.internals import dispatch, schemas
+from refq4.reference import ReferenceBackend
 from refq4.testing import assert_same_bits
 
 
@@ -195,6 +196,48 @@ def test_backward_keeps_the_backend_of_forward():
         refq4.set_backend("reference")
         y.sum().backward()  # on autograd's own thread for a GPU; the choice travels with the graph either way
         assert backend.seen["dequantize_4bit"] == 1
+
+
+class WithGradient(ReferenceBackend):
+    """The reference, with a gradient of its own that adds up one row of the weight after the other."""
+
+    name = "with-gradient"
+    refuses: tuple[int, ...] = ()
+
+    def can_run(self, call):
+        return (
+            "not so many tokens" if call.op == "grad_input_4bit" and call.m in self.refuses else super().can_run(call)
+        )
+
+    def grad_input_4bit(self, grad, weight):
+        assert grad.is_contiguous()
+        assert grad.ndim == 2
+        rows = self.dequantize_4bit(weight, grad.dtype)
+        return sum(grad[:, n : n + 1] * rows[n] for n in range(rows.shape[0]))
+
+
+@pytest.mark.parametrize("leading", [(2,), (2, 3), ()], ids=["[M, K]", "[2, 3, K]", "[K]"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "as an op"])
+def test_a_backend_with_a_gradient_of_its_own_computes_it_and_the_trace_says_so(leading, compiled):
+    with registry.isolated_registry():
+        backend = refq4.register_backend(WithGradient())
+        B, state = F.quantize_4bit(torch.randn(6, 64), backend="reference")
+        A = torch.randn(*leading, 64, requires_grad=True)
+        grad = torch.randn(6, *leading).movedim(0, -1)  # not contiguous
+        with refq4.trace() as t:
+            if compiled:
+                flat = schemas.flatten(state.packed_weight(B))
+                got = torch.ops.refq4.grad_input_4bit.default(grad, *flat, "with-gradient")
+            else:
+                (got,) = torch.autograd.grad(refq4.matmul_4bit(A, B, state, backend="with-gradient"), A, grad)
+        torch.testing.assert_close(got, grad @ F.dequantize_4bit(B, state))
+        assert t.ops[-1].op == "grad_input_4bit"
+        assert t.ops[-1].call == f"grad_input_4bit(M={A.numel() // 64}, N=6, K=64, float32 on cpu, fp4, blocksize 64)"
+        backend.refuses = (A.numel() // 64,)
+        with refq4.trace() as t:
+            (decoded,) = torch.autograd.grad(refq4.matmul_4bit(A, B, state, backend="with-gradient"), A, grad)
+        torch.testing.assert_close(decoded, got)
+        assert t.ops[-1].op == "dequantize_4bit"
 
 
 @pytest.mark.parametrize("op", ["gemv_4bit", "gemm_4bit"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from ctypes import Structure, c_int, c_int64, c_void_p, sizeof
+from ctypes import Structure, c_float, c_int, c_int64, c_void_p, sizeof
 from typing import Any
 
 __all__ = [
@@ -81,10 +81,12 @@ class ProductArguments(Structure):
         ("arrived", c_void_p),
         ("row_warps", c_int),
         ("splits", c_int),
+        ("factor", c_float),
+        ("back", c_float),
     )
 
 
-_LETTERS = {c_void_p: "P", c_int64: "q", c_int: "i"}
+_LETTERS = {c_void_p: "P", c_int64: "q", c_int: "i", c_float: "f"}
 
 
 def flat_fields(kind: type[Structure], prefix: str = "", base: int = 0) -> list[tuple[str, int, Any]]:

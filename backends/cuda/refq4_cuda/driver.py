@@ -93,7 +93,7 @@ class Device:
         return True
 
     def _launch(self, launch: Launch, stream: int) -> None:
-        function = self._functions.get(launch.variant) or self._load(launch.variant)
+        function = self._functions.get(launch.variant) or self._load(launch.variant, stream)
         if launch.shared > function.shared:
             self._allow(function, launch.shared)
         (status,) = self._driver.cuLaunchKernel(
@@ -109,10 +109,11 @@ class Device:
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
-    def _load(self, variant: Variant) -> _Function:
+    def _load(self, variant: Variant, stream: int) -> _Function:
         with self._lock:
             if variant not in self._functions:
-                if torch.cuda.is_current_stream_capturing():
+                status, mode = self._driver.cuStreamIsCapturing(stream)  # of this device, whichever is torch's current
+                if status or int(mode):
                     raise CudaError(
                         f"{_named(variant)} is not loaded on cuda:{self.index} yet, and can't be while a CUDA graph is "
                         f"captured: run the same call once before the capture"

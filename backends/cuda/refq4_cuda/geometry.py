@@ -91,7 +91,7 @@ class Shape(NamedTuple):
 class Plan:
     """A kernel and how it is launched; ``row_warps`` and ``splits`` are explained in ``gemm_4bit_4_ring.cu``.
 
-    ``sums`` and ``tiles`` are what it needs of a workspace (0: none); ``rounded`` asks for the rounded table.
+    ``sums`` and ``tiles`` are what it needs of a workspace (0: none); ``rounded``: it rounds the code at a factor.
     """
 
     variant: Variant

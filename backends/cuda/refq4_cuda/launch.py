@@ -18,7 +18,7 @@ from refq4.codebooks import Code
 
 from .arguments import DequantizeArguments, ProductArguments, QuantizeArguments, packer
 from .geometry import THREADS, Limits, Shape, Variant, ceil_div, log2, plan, product_variants
-from .operands import rounded_table, workspace
+from .operands import table_factor, workspace
 
 __all__ = ["Launch", "Variant", "all_variants", "dequantize_4bit", "dequantize_blockwise", "product", "quantize"]
 
@@ -180,14 +180,15 @@ def product(
     chosen = plan(shape, arch, multiprocessors, rung, limits)
     if chosen is None:
         return None
-    code = rounded_table(weight.code, x.dtype) if chosen.rounded else weight.code
+    factor = table_factor(weight.quant_type, x.dtype) if chosen.rounded else 1.0
     scales, scale_buffers = _scales(weight.absmax, nested, weight.blocksize)
     room = workspace(x.device, chosen.sums, chosen.tiles) if chosen.sums else ()
     arguments = _pack_product(
-        x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), m, n, k, packed.data_ptr(), code.data_ptr(),
-        *scales, *(room[0].data_ptr(), room[1].data_ptr()) if room else (0, 0), chosen.row_warps, chosen.splits,
+        x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), m, n, k, packed.data_ptr(),
+        weight.code.data_ptr(), *scales, *(room[0].data_ptr(), room[1].data_ptr()) if room else (0, 0),
+        chosen.row_warps, chosen.splits, factor, 1 / factor,
     )  # fmt: skip
-    buffers = (x, y, packed, code, *scale_buffers, *room, *(() if bias is None else (bias,)))
+    buffers = (x, y, packed, weight.code, *scale_buffers, *room, *(() if bias is None else (bias,)))
     return [Launch(chosen.variant, chosen.grid, (THREADS, 1, 1), chosen.shared, arguments, buffers)]
 
 

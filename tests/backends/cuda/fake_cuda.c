@@ -8,6 +8,7 @@
        FAKE_CUDA_INIT      another status for cuInit
        FAKE_CUDA_ARCH      the compute capability, such as 121 (otherwise 90)
        FAKE_CUDA_SHARED    kilobytes of shared memory that a CTA may have (otherwise 227)
+       FAKE_CUDA_CAPTURING the stream that is being captured, such as 85
        FAKE_CUDA_LAUNCH    a status for cuLaunchKernel                                                            */
 #include <stdarg.h>
 #include <stdint.h>
@@ -83,6 +84,10 @@ static int launch(uintptr_t function, unsigned gx, unsigned gy, unsigned gz, uns
     return from_environment("FAKE_CUDA_LAUNCH", 0);
 }
 
+static int is_capturing(uintptr_t stream, int *status) {
+    return *status = (long)stream == from_environment("FAKE_CUDA_CAPTURING", -1), 0;
+}
+
 static int error_string(int status, const char **text) {
     return *text = status == 700 ? "an illegal memory access was encountered" : "some error", 0;
 }
@@ -94,7 +99,7 @@ int cuGetProcAddress_v2(const char *name, void **function, int version, uint64_t
         {"cuDevicePrimaryCtxRetain", primary_retain}, {"cuCtxGetCurrent", get_current},
         {"cuCtxPushCurrent", push}, {"cuCtxPopCurrent", pop}, {"cuModuleLoadData", module_load},
         {"cuModuleGetFunction", get_function}, {"cuFuncSetAttribute", set_attribute}, {"cuLaunchKernel", launch},
-        {"cuGetErrorString", error_string}, {"cuGetProcAddress", cuGetProcAddress_v2},
+        {"cuStreamIsCapturing", is_capturing}, {"cuGetErrorString", error_string}, {"cuGetProcAddress", cuGetProcAddress_v2},
     };
     (void)version, (void)flags, (void)status;
     *function = NULL;

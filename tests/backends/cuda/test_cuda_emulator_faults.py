@@ -112,8 +112,8 @@ FAULTS = [
     Fault(
         "no barrier between filling the table and reading it",
         PLAIN,
-        "    make_table(table, p.weight.code);\n    __syncthreads();\n",
-        "    make_table(table, p.weight.code);\n",
+        "    make_table(table, p);\n    __syncthreads();\n",
+        "    make_table(table, p);\n",
         tensor_core,
         RACE,
     ),

@@ -78,6 +78,16 @@ def test_a_captured_layer_replays_on_new_inputs_and_beside_other_work(m):
         assert torch.equal(y, layer(x))
 
 
+@pytest.mark.parametrize("m", [1, 8, 64])
+def test_compiled_to_reduce_overhead_a_layer_that_splits_k_gives_what_it_gives_eagerly(m):
+    layer = layer_on("cuda", n=64)
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    for seed in range(5):  # warm-up, recording, replays
+        x = torch.randn(m, 1024, generator=torch.Generator().manual_seed(seed)).cuda().bfloat16()
+        torch.compiler.cudagraph_mark_step_begin()
+        assert torch.equal(compiled(x).clone(), layer(x))
+
+
 def test_streams_at_the_same_time_give_what_one_gives():
     layer = layer_on("cuda", n=64)  # few rows: K is split, and partial sums meet in a workspace
     inputs = [torch.randn(4, 1024, device="cuda").bfloat16() for _ in range(8)]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from itertools import product
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
 from refq4_cuda import launch, operands
@@ -190,30 +193,56 @@ def test_nothing_is_launched_for_nothing() -> None:
     assert launch.dequantize_4bit(weight(0, 64), torch.zeros(0), 90) == []
 
 
-# --- the rounded table ----------------------------------------------------------------------------------------------
+# --- the rounded code, and what a launch leaves behind ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", codebook_names())
-def test_the_rounded_table_errs_no_more_than_rounding_the_code_itself(name: str, dtype: torch.dtype) -> None:
-    code = get_codebook(name).on("cpu").values
-    table = operands.rounded_table(code, dtype).double()
-    assert torch.equal(table[:16].to(dtype).double(), table[:16])
-    error = (table[:16] * table[16] - code.double()).square().sum()
+def test_the_code_rounded_at_its_factor_errs_no_more_than_rounding_the_code_itself(
+    name: str, dtype: torch.dtype
+) -> None:
+    code, factor = get_codebook(name).on("cpu").values, operands.table_factor(name, dtype)
+    assert 1 <= factor < 2
+    rounded = (code * factor).to(dtype).double() / factor
+    error = (rounded - code.double()).square().sum()
     plain = (code.to(dtype).double() - code.double()).square().sum()
     assert float(error) <= float(plain) + 1e-12
-    assert 0.5 < float(table[16]) <= 1
     if name in ("fp4", "e2m1", "int4"):
         assert float(error) < 1e-13
 
 
-def test_the_rounded_table_is_kept_with_its_code_and_made_anew_when_the_code_changes() -> None:
-    code = get_codebook("nf4").on("cpu").values.clone()
-    first = operands.rounded_table(code, torch.bfloat16)
-    assert operands.rounded_table(code, torch.bfloat16) is first
-    code.mul_(0.5)
-    assert not torch.equal(operands.rounded_table(code, torch.bfloat16), first)
-    known = len(operands._tables)
-    del code
-    gc.collect()
-    assert len(operands._tables) == known - 1
+def test_a_code_of_no_registered_name_is_rounded_as_it_is() -> None:
+    assert operands.table_factor("one of my own", torch.bfloat16) == 1.0
+
+
+class Allocator(TorchDispatchMode):
+    """Lists what was allocated while it is on: as the pool of a CUDA graph does, which wants all of it back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self.made += [weakref.ref(t) for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        return out
+
+    def alive(self) -> int:
+        gc.collect()
+        return sum(ref() is not None for ref in self.made)
+
+
+@pytest.mark.parametrize("m", [1, 8, 64])
+def test_of_what_a_launch_allocates_nothing_is_kept(m: int) -> None:
+    made = weight(512, 4096)._replace(code=get_codebook("nf4").on("cpu").values.clone())
+    x, y = torch.zeros(m, 4096).bfloat16(), torch.zeros(m, 512).bfloat16()
+    with Allocator() as allocator:
+        launches = launch.product(x, made, None, y, 90, H200) or []
+        again = launch.product(x, made, None, y, 90, H200) or []
+        assert allocator.made, "K is split, so there is room for sums"
+        rooms = [
+            {t.data_ptr() for t in one.buffers} - {t.data_ptr() for t in (x, y, *made[:3])} for one in launches + again
+        ]
+        assert not rooms[0] & rooms[1], "two launches may run at the same time, on two streams or in two graphs"
+        del launches, again
+        assert allocator.alive() == 0

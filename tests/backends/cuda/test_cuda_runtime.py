@@ -14,10 +14,12 @@ import shutil
 import site
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from patience import BUSY
 
 import refq4
@@ -141,6 +143,17 @@ def reference_alone():
 def _call(op: str, device: str, **changes) -> Call:
     settings = {"dtype": torch.float16, "m": 1, "n": 8, "k": 64, "blocksize": 64, "codebook": "nf4"}
     return Call(op, device, **(settings | changes))
+
+
+@pytest.mark.parametrize(("extra", "major"), [("cuda", 13), ("cuda12", 12)])
+def test_an_extra_brings_cuda_python_and_the_nvrtc_of_the_same_cuda(extra: str, major: int):
+    table = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    wanted = {Requirement(one).name: Requirement(one) for one in table["project"]["optional-dependencies"][extra]}
+    nvrtc_name = "nvidia-cuda-nvrtc" if major == 13 else "nvidia-cuda-nvrtc-cu12"
+    assert set(wanted) == {"cuda-python", nvrtc_name, "numpy"}
+    for name in ("cuda-python", nvrtc_name):
+        assert wanted[name].specifier.contains(f"{major}.9")
+        assert not any(wanted[name].specifier.contains(f"{other}.9") for other in (11, 12, 13, 14) if other != major)
 
 
 # --- what is missing --------------------------------------------------------------------------------------------------
@@ -393,12 +406,12 @@ def test_the_cache_refuses_a_shared_directory(kernels, tmp_path):
 
 # --- launching --------------------------------------------------------------------------------------------------------
 
-# torch for the CPU has no streams to ask for; 0x55 is the current one. Importing torch takes longer than all that is
-# asked here, so one process does it and forks before each story: a story meets a driver that nobody has spoken to.
+# torch for the CPU has no streams to ask for; 0x55 is the current one of cuda:0, and 0x56 of cuda:1. Importing torch
+# takes longer than all that is asked here, so one process does it and forks before each story: a story meets a driver
+# that nobody has spoken to.
 STORYTELLER = """
 import json, os, sys, torch
-torch._C._cuda_getCurrentRawStream = lambda index: 0x55
-torch.cuda.is_current_stream_capturing = lambda: False
+torch._C._cuda_getCurrentRawStream = lambda index: 0x55 + index
 from refq4.backend import PackedWeight
 from refq4.codebooks import get_codebook
 from refq4_cuda import bindings, driver, launch
@@ -476,17 +489,18 @@ except bindings.CudaError as error:
 """,
     ),
     "a capture": (
-        {},
+        {"FAKE_CUDA_DEVICES": "2"},
         """
-torch.cuda.is_current_stream_capturing = lambda: True
+os.environ["FAKE_CUDA_CAPTURING"] = str(0x56)
+gpu.run([plan])
 try:
-    gpu.run([plan])
+    driver.device(1).run([plan])
 except bindings.CudaError as error:
     print(error)
-torch.cuda.is_current_stream_capturing = lambda: False
-gpu.run([plan])
-torch.cuda.is_current_stream_capturing = lambda: True
-gpu.run([plan])
+os.environ["FAKE_CUDA_CAPTURING"] = ""
+driver.device(1).run([plan])
+os.environ["FAKE_CUDA_CAPTURING"] = str(0x56)
+driver.device(1).run([plan])
 """,
     ),
 }
@@ -552,9 +566,9 @@ def test_a_failed_launch_says_which_kernel_and_that_an_earlier_one_may_be_at_fau
 
 def test_a_kernel_met_first_in_a_capture_is_refused_and_one_met_before_is_launched(told):
     log, out = told["a capture"]
-    assert "not loaded on cuda:0 yet" in out
+    assert "not loaded on cuda:1 yet" in out, "cuda:0 is torch's current device, and captures nothing"
     assert "run the same call once before the capture" in out
-    assert [line.split()[0] for line in log].count("launch") == 2
+    assert [line.split(" stream ")[1][:2] for line in log if line.startswith("launch")] == ["55", "56", "56"]
 
 
 def test_more_arguments_than_a_kernel_takes_are_refused_before_they_are_copied():

@@ -29,7 +29,7 @@ struct Scales {
  *     byte       [ hi   lo ] [ hi   lo ] ...         the first element of a pair is in the high nibble        */
 struct Weight {
     const u8 *packed;
-    const float *code; /* 16 values; for the tensor-core kernels the rounded table that launch.py makes, 17 values */
+    const float *code; /* 16 values */
     Scales scales;
 };
 
@@ -59,6 +59,7 @@ struct ProductArguments {
     u32 *arrived;
     int row_warps; /* how many of a CTA's warps stand side by side along N; the others share K */
     int splits;
+    float factor, back; /* tensor cores: the code is multiplied by `factor` before it is rounded, sums by 1/factor */
 };
 
 /* --- on the device ------------------------------------------------------------------------------------------------ */
@@ -169,6 +170,14 @@ DEVICE u32 pack(float lo, float hi) { return pack_fp16(lo, hi); }
 DEVICE float to_fp32(T v) { return fp16_to_fp32(v); }
 #endif
 DEVICE T from_fp32(float v) { return (T)pack(v, 0.0f); }
+#endif
+
+#ifndef T_FP32
+/* What the tensor cores multiply with for a stored byte: its two weights without their scale, rounded at a factor at
+ * which the code rounds best (operands.py). */
+DEVICE u32 pair_of_byte(const float *code, u32 byte, float factor) {
+    return pack(__fmul_rn(__ldg(code + (byte >> 4)), factor), __fmul_rn(__ldg(code + (byte & 15)), factor));
+}
 #endif
 
 /* Eight consecutive elements, by 16-byte accesses. */

@@ -19,7 +19,7 @@
  *     mma         first   second    first   second   ...
  *
  * All 32 weights of a row share one scale, so the scale is applied to the finished sum of two mma's, in fp32; what is
- * rounded to 16 bits is only the table, and launch.py picks a factor at which it rounds best (values[16] undoes it).
+ * rounded to 16 bits is only the table, and operands.py picks a factor at which it rounds best (p.back undoes it).
  *
  * The pair table is there once per bank (32 KB): entry e of lane l is word 32 * e + l, free of conflicts. Eight warps share
  * 16 rows and split K; their sums meet in shared memory. TOKENS is 8 or 32; more go along gridDim.y.
@@ -33,9 +33,9 @@
 #define DEPTH 32 /* k per step of a warp */
 #define TILES (TOKENS / 8)
 
-DEVICE void make_table(u32 *table, const float *values) {
+DEVICE void make_table(u32 *table, const ProductArguments &p) {
     for (int i = threadIdx.x; i < 256 * 8; i += WARPS * 32) {
-        u32 pair = pack(__ldg(values + i / 8 / 16), __ldg(values + i / 8 % 16));
+        u32 pair = pair_of_byte(p.weight.code, i / 8, p.factor);
         ((uint4 *)table)[i] = make_uint4(pair, pair, pair, pair);
     }
 }
@@ -46,7 +46,7 @@ DEVICE u32 look_up(const u32 *mine, u32 word, int byte) { return mine[(word >> 8
 KERNEL(gemm_tensor_core, WARPS * 32)(ProductArguments p) {
     DYNAMIC_SHARED(shared);
     u32 *table = (u32 *)shared;
-    make_table(table, p.weight.code);
+    make_table(table, p);
     __syncthreads();
 
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -91,13 +91,12 @@ KERNEL(gemm_tensor_core, WARPS * 32)(ProductArguments p) {
 #pragma unroll
     for (int i = 0; i < TILES * 4; i++) sums[(warp * TILES * 4 + i) * 32 + lane] = sum[i / 4][i % 4];
     __syncthreads();
-    float back = __ldg(p.weight.code + 16);
     for (int i = threadIdx.x; i < TILES * 4 * 32; i += WARPS * 32) {
         float total = 0.0f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) total += sums[w * TILES * 4 * 32 + i];
         int at = i % 32, part = i / 32;
         i64 token = first_token + part / 4 * 8 + at % 4 * 2 + part % 2;
-        store_product(p, token, first_row + at / 4 + part % 4 / 2 * 8, total * back);
+        store_product(p, token, first_row + at / 4 + part % 4 / 2 * 8, total * p.back);
     }
 }

@@ -112,8 +112,8 @@ DEVICE u32 look_up(const u8 *table, u32 word, int byte, u32 lane4) {
 }
 
 /* A thread writes the 128 bytes of one entry, 16 at a time, and begins where its neighbours do not: no bank waits. */
-DEVICE void make_table(u8 *table, const float *values, u32 thread) {
-    u32 pair = pack(__ldg(values + thread / 16), __ldg(values + thread % 16)), at = thread * STRIDE + thread % 8 * 16;
+DEVICE void make_table(u8 *table, const ProductArguments &p, u32 thread) {
+    u32 pair = pair_of_byte(p.weight.code, thread, p.factor), at = thread * STRIDE + thread % 8 * 16;
 #pragma unroll
     for (u32 i = 0; i < 8; i++) *(uint4 *)(table + (at ^ i * 16)) = make_uint4(pair, pair, pair, pair);
 }
@@ -148,7 +148,7 @@ KERNEL_RESIDENT(gemm_ring, WARPS * 32, RESIDENT)(ProductArguments p) {
     for (int i = 0; i < STAGES - 1; i++)
         store_scales(scales, load_scales(scales, first_block, k + scale_k + i * stride, K), stage_scales + 64 * i + lane);
     RawScales raw = load_scales(scales, first_block, k + scale_k + (STAGES - 1) * stride, K);
-    make_table(shared, p.weight.code, thread);
+    make_table(shared, p, thread);
     __syncthreads();
 
     const T *x = (const T *)p.x + first_token * K + t * 16;

@@ -65,7 +65,6 @@ DEVICE void finish(const ProductArguments &p, float *room, i64 tile, i64 first_r
         for (u32 e = threadIdx.x; e < quads; e += WARPS * 32) partial[blockIdx.y * quads + e] = sums[e];
         if (!arrives_last(p, tile, (u32 *)room)) return;
     }
-    float back = __ldg(p.weight.code + 16); /* undoes the factor in the rounded table */
     for (u32 e = threadIdx.x; e < quads; e += WARPS * 32) {
         float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         if (p.splits == 1) total = sums[e];
@@ -76,9 +75,9 @@ DEVICE void finish(const ProductArguments &p, float *room, i64 tile, i64 first_r
         u32 g = e % 8, i = e / 8 % SUMS, row_warp = e / 8 / SUMS;
         i64 row = first_row + row_warp * ROWS + i / 4 / TILES * 16 + i / 2 % 2 * 8 + g;
         i64 token = first_token + i / 4 % TILES * 8 + i % 2;
-        store_product(p, token, row, total.x * back);
-        store_product(p, token + 2, row, total.y * back);
-        store_product(p, token + 4, row, total.z * back);
-        store_product(p, token + 6, row, total.w * back);
+        store_product(p, token, row, total.x * p.back);
+        store_product(p, token + 2, row, total.y * p.back);
+        store_product(p, token + 4, row, total.z * p.back);
+        store_product(p, token + 6, row, total.w * p.back);
     }
 }
