@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import sys
 import tempfile
 import warnings
@@ -116,7 +117,10 @@ def _through_the_doors(row: Row, model: Any, before: Tensor, root: Path) -> None
 
     def from_pretrained() -> str:
         loaded = held["loaded"] = kind.from_pretrained(root / "full", quantization_config=Refq4Config(**SETTINGS))
-        row.share, row.cosine = _share(loaded, root), _cosine(before, tiny.output(loaded))
+        share, row.cosine = _share(loaded, root), _cosine(before, tiny.output(loaded))
+        if share is None:
+            row.excluded = "it has no linear layers or experts but for its output layer"
+        row.share = share or 0.0
         loaded.save_pretrained(root / "saved")
         return "yes"
 
@@ -144,7 +148,7 @@ def _through_the_doors(row: Row, model: Any, before: Tensor, root: Path) -> None
         return "same" if torch.equal(*said) else "fails: other tokens"
 
     at("from_pretrained", from_pretrained)
-    if row.cells["from_pretrained"] != "yes":
+    if row.cells["from_pretrained"] != "yes" or row.excluded:
         return
     at("command", command)
     at("reload", reload)
@@ -164,8 +168,8 @@ def _not_by_itself(kind: Any, root: Path) -> str:
     return ""
 
 
-def _share(loaded: Any, root: Path) -> float:
-    """Of the weights that could be in 4 bits, those that are."""
+def _share(loaded: Any, root: Path) -> float | None:
+    """Of the weights that could be in 4 bits, those that are; None where there are none."""
     with SafetensorsReader(root / "full" / "model.safetensors") as reader:
         architecture = ask_transformers(root / "full", reader.entries)
     if architecture is None:
@@ -173,7 +177,7 @@ def _share(loaded: Any, root: Path) -> float:
     could = {name for name, why in architecture.choice.items() if why not in (fates.HEAD, fates.NEW)}
     total = sum(architecture.model.get_parameter(name).numel() for name in could)
     states = (getattr(parameter, "quant_state", None) for parameter in loaded.parameters())
-    return sum(state.shape.numel() for state in states if state is not None) / max(total, 1)
+    return sum(state.shape.numel() for state in states if state is not None) / total if total else None
 
 
 def _plain_layers(loaded: Any) -> list[str]:
@@ -250,7 +254,12 @@ def _bitsandbytes(kind: Any, root: Path) -> str:
 def _said(error: Exception) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0] if lines else ''}"
-    return text.replace("|", "/").replace("`", "'")[:160]
+    return _shown(text)
+
+
+def _shown(text: str) -> str:
+    """For a cell of the table: without the names of temporary directories."""
+    return re.sub(r"\S*/(full|saved|out)\b'?", "the model", text).replace("|", "/").replace("`", "'")[:160]
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -260,14 +269,17 @@ def page(rows: list[Row]) -> str:
     """The table, and what takes no part in it with the reasons."""
     taken, excluded = [row for row in rows if not row.excluded], [row for row in rows if row.excluded]
     kinds = Counter(part for row in taken for part in row.kind.split(", "))
+    missing = len(tiny.model_types()) - len(rows)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     lines = [
         "# Architectures",
         "",
         f"Written by `scripts/models/sweep.py`: transformers {version('transformers')}, torch {version('torch')}.",
         f"Of {len(rows)} model types in transformers, {len(taken)} build below 5 M parameters with a shrunk config and",
-        f"random weights, and run on inputs that the script makes: {counts}. Each goes through all doors:",
+        f"random weights, and run on inputs that the script makes: {counts}.",
+        "Each goes through all doors:",
         "",
+        *([f"({missing} types are not in the table: they were not run.)", ""] if missing else []),
         "- *Share* in 4 bits: of the weights of linear layers and experts in the source file, output layers apart.",
         "- *Cosine*: between the outputs in full precision and in NF4. Random weights lose more than trained ones.",
         "- *Command*: `refq4 quantize` writes the tensors that the model of `from_pretrained` saves, bit for bit.",
@@ -281,7 +293,7 @@ def page(rows: list[Row]) -> str:
     for row in taken:
         cells = [row.cells.get(door, row.cells["from_pretrained"]) for door in ("command", "quantize_model", "reload")]
         figures = [f"{row.share:.0%}", f"{row.cosine:.3f}"]
-        cells.append(row.cells.get("generate", "–"))
+        cells = [_shown(cell) for cell in (*cells, row.cells.get("generate", "–"))]
         lines.append(f"| {' | '.join([f'`{row.type}`', f'`{row.model}`', row.kind, *figures, *cells])} |")
     lines += ["", "## What takes no part", "", "| type | reason |", "| --- | --- |"]
     lines += [f"| `{row.type}` | {row.excluded} |" for row in excluded]
@@ -300,12 +312,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types (all)")
     parser.add_argument("--rows", type=Path, help="rows of an earlier run, added to")
+    parser.add_argument("--write", action="store_true", help="run nothing, write the page from the rows that are there")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     known = read_rows(arguments.rows)
-    for model_type in arguments.types or tiny.model_types():
+    types = sorted(known) if arguments.write else arguments.types or tiny.model_types()
+    for model_type in types:
         if model_type not in known:
             known[model_type] = row = sweep(model_type)
             if arguments.rows is not None:
@@ -313,7 +327,7 @@ def main() -> int:
                     file.write(json.dumps(asdict(row)) + "\n")
             print(row.type, row.excluded or f"{row.share:.0%} {row.cosine:.3f} {row.cells}", flush=True)
             gc.collect()
-    rows = [known[model_type] for model_type in arguments.types or tiny.model_types()]
+    rows = [known[model_type] for model_type in types]
     if not arguments.types:
         PAGE.write_text(page(rows), encoding="utf-8")
     failed = [f"{row.type}, {said}" for row in rows for said in row.fails]

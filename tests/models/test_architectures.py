@@ -40,7 +40,10 @@ def test_a_door_that_fails_where_bitsandbytes_does_not_is_called_so(monkeypatch,
 
 def test_a_type_that_takes_no_part_has_its_reason():
     assert sweep.sweep("convnext_of_nowhere").excluded.startswith("KeyError")
-    assert "| reason |" in sweep.page([sweep.sweep("convnext_of_nowhere"), sweep.Row("bert", model="B", kind="text")])
+    taken = sweep.Row("bert", model="B", kind="text", cells=dict.fromkeys(sweep.DOORS, "same"))
+    page = sweep.page([sweep.sweep("convnext_of_nowhere"), taken])
+    assert "| `bert` | `B` | text | 0% | 0.000 | same | same | same | same |" in page
+    assert "| `convnext_of_nowhere` | KeyError" in page
 
 
 @pytest.mark.slow
