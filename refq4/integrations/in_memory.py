@@ -31,5 +31,8 @@ def adopt(model: PreTrainedModel, settings: dict[str, Any]) -> None:
         blocksize=settings["blocksize"],
     )
     model.hf_quantizer = Refq4Quantizer(config, pre_quantized=True)
+    model.hf_quantizer._conv1d = {
+        name for name, module in model.named_modules() if module.__dict__.get("source_cls") is Conv1D
+    }
     model.config.quantization_config = config
     model.is_quantized, model.quantization_method, model.is_loaded_in_4bit = True, METHOD, True

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-__all__ = ["is_linear", "nearest", "read_by_owner"]
+__all__ = ["as_linear", "is_conv1d", "is_linear", "nearest", "read_by_owner"]
 
 # Subclasses that models have for themselves, and that compute what nn.Linear does.
 _OWN_CLASSES = ("FalconLinear",)
@@ -41,6 +41,36 @@ def is_linear(module: nn.Module) -> bool:
         (True, False)
     """
     return type(module) is nn.Linear or (isinstance(module, nn.Linear) and type(module).__name__ in _OWN_CLASSES)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' ``Conv1D``, GPT-2's linear layer, whose weight is stored as [K, N].
+
+    Example:
+        >>> is_conv1d(nn.Linear(8, 8))
+        False
+    """
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def as_linear(module: nn.Module) -> nn.Linear | None:
+    """A module as the full-precision ``nn.Linear`` that it is or stands for; None if it is none.
+
+    Example:
+        >>> layer = nn.Linear(8, 4)
+        >>> as_linear(layer) is layer, as_linear(nn.ReLU())
+        (True, None)
+    """
+    if isinstance(module, nn.Linear):
+        return module
+    if not is_conv1d(module):
+        return None
+    parameters = dict(module.named_parameters(recurse=False))
+    k, n = parameters["weight"].shape
+    linear = nn.Linear(k, n, device="meta", dtype=parameters["weight"].dtype)
+    linear.weight = nn.Parameter(parameters["weight"].detach().T.contiguous(), requires_grad=False)
+    linear.bias = parameters["bias"]
+    return linear.train(module.training)
 
 
 def read_by_owner(model: nn.Module) -> dict[str, str]:

@@ -16,7 +16,7 @@ from ..internals.checks import warn_caller
 from ..nn import Embedding4bit, Linear4bit
 from .experts import expert_names, quantize_experts, routers
 from .formats import Formats, check_formats, check_used, format_of
-from .linears import is_linear, nearest, read_by_owner
+from .linears import as_linear, is_conv1d, is_linear, nearest, read_by_owner
 from .patterns import Asked, Rule, as_rule, chosen, first_match
 from .report import QuantizationReport, layer_report
 from .tables import cast_rest, quantize_tables
@@ -54,6 +54,8 @@ def quantize_model(
     report: QuantizationReport | None = None,
 ) -> Model:
     """Replace the ``nn.Linear`` layers of a model by quantised :class:`~refq4.nn.Linear4bit` ones, in place.
+
+    GPT-2's ``Conv1D`` is one of them, a linear layer whose weight is stored as [K, N].
 
     The fused experts of a mixture-of-experts model, parameters [E, N, K] that no linear layer holds, are packed as
     well (:func:`refq4.nn.parametrize.replace_parameter_4bit`).
@@ -144,7 +146,7 @@ compute_dtype=None)
             for name in place.names:
                 model.set_submodule(name, layer)
     finally:
-        if "transformers" in sys.modules and any(not isinstance(place.module, nn.Linear) for place in places):
+        if "transformers" in sys.modules and any(as_linear(place.module) is None for place in places):
             from ..integrations.expert_files import settle
 
             settle(model)
@@ -172,10 +174,12 @@ def _is_4bit(model: nn.Module, name: str) -> bool:
 
 def _quantise(place: _Place, settings: dict[str, Any], report: QuantizationReport | None) -> Linear4bit | None:
     """The layer that takes the place of a linear one; experts keep their module, and change in it."""
-    before, layer = getattr(place.module, place.param_name), None
+    linear, layer = as_linear(place.module), None
+    before = getattr(place.module, place.param_name) if linear is None else linear.weight
     try:
-        if isinstance(place.module, nn.Linear):
-            layer = Linear4bit.from_linear(place.module, **settings)
+        if linear is not None:
+            layer = Linear4bit.from_linear(linear, **settings)
+            layer.__dict__["source_cls"] = type(place.module)  # what dequantising gives back
         of_weight = {key: value for key, value in settings.items() if key != "compute_dtype"}
         after = quantize_experts(place.module, place.param_name, **of_weight) if layer is None else layer.weight
     except ValueError as error:
@@ -196,7 +200,7 @@ def _choose(model: nn.Module, wanted: Asked, unwanted: Asked) -> tuple[list[_Pla
     places: dict[int, _Place] = {}
     left: dict[str, str] = {}
     for owner, module in model.named_modules(remove_duplicate=False):
-        linear = isinstance(module, nn.Linear) and not isinstance(module, Linear4bit)
+        linear = is_conv1d(module) or (isinstance(module, nn.Linear) and not isinstance(module, Linear4bit))
         for param_name in ["weight"] if linear else expert_names(module):
             weight = getattr(module, param_name)
             name = owner if linear else f"{owner}.{param_name}".lstrip(".")

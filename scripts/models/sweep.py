@@ -42,7 +42,7 @@ from refq4.checkpoint.architecture import ask_transformers
 from refq4.checkpoint.tensors import SafetensorsReader
 from refq4.integrations import fates
 from refq4.integrations.transformers import Refq4Config
-from refq4.nn import Linear4bit
+from refq4.models.experts import expert_weights
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 DOORS = ("from_pretrained", "quantize_model", "command", "reload", "generate")
@@ -93,7 +93,7 @@ def sweep(model_type: str) -> Row:
     row.model, row.parameters = kind.__name__, sum(parameter.numel() for parameter in model.parameters())
     if any(part in type(module).__name__.lower() for module in model.modules() for part in _STATE_SPACE):
         row.kind += ", state space"
-    if fates.EXPERTS in fates.candidates(model).values():
+    if fates.EXPERTS in fates.candidates(model).values() or list(expert_weights(model)):
         row.kind += ", experts"
     with tempfile.TemporaryDirectory() as directory:
         _through_the_doors(row, model, before, Path(directory))
@@ -135,7 +135,7 @@ def _through_the_doors(row: Row, model: Any, before: Tensor, root: Path) -> None
     def quantize_model() -> str:
         skip = [rf"{name}" for name in _plain_layers(held["loaded"])]
         made = refq4.quantize_model(model, skip=skip, compress_statistics=True, progress=False)
-        return _same_layers(held["loaded"], made)
+        return _same_weights(held["loaded"], made)
 
     def generate() -> str:
         if not kind.can_generate() or "input_ids" not in tiny.inputs(held["loaded"]):
@@ -221,21 +221,26 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
-def _same_layers(loaded: Any, made: Any) -> str:
+def _same_weights(loaded: Any, made: Any) -> str:
+    """Linear layers and experts in 4 bits, by name."""
     ours, theirs = (
-        {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+        {name: weight for name, weight in model.named_parameters() if getattr(weight, "quant_state", None) is not None}
         for model in (loaded, made)
     )
-    differ = [name for name in ours.keys() & theirs.keys() if not _same_weight(ours[name], theirs[name])]
+    common = ours.keys() & theirs.keys()
+    differ = [name for name in common if not _same_weight(ours[name], theirs[name])]
     if differ:
         return f"fails: other bytes: {sorted(differ)[:3]}"
     lacking = len(ours.keys() - theirs.keys())
-    return "same" if not lacking else f"same, {lacking} of {len(ours)} layers left in full precision"
+    return "same" if not lacking else f"same, {lacking} of {len(ours)} weights left in full precision"
 
 
-def _same_weight(a: Linear4bit, b: Linear4bit) -> bool:
-    one, other = a.state_dict(), b.state_dict()
-    return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one if key != "bias")
+def _same_weight(a: Any, b: Any) -> bool:
+    states = [weight.quant_state.as_dict(packed=True) for weight in (a, b)]
+    same_states = states[0].keys() == states[1].keys() and all(
+        _same(states[0][key], states[1][key]) for key in states[0]
+    )
+    return _same(a.stored(), b.stored()) and same_states
 
 
 def _bitsandbytes(kind: Any, root: Path) -> str:

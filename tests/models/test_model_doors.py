@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -30,11 +31,13 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.pytorch_utils import Conv1D
 
 import refq4
 from refq4.checkpoint import quantize_checkpoint
 from refq4.integrations.transformers import Refq4Config
 from refq4.models import linears
+from refq4.nn import Linear4bit
 from refq4.testing import assert_same_bits
 
 IDS = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -305,3 +308,20 @@ def test_accelerate_loads_packed_files_whole_and_says_so_where_it_would_load_the
     ):
         load_checkpoint_and_dispatch(empty, tmp_path, device_map={"": "cpu"})
     assert not hasattr(nn.Parameter(torch.ones(1)), "_parameters")
+
+
+def test_gpt2s_own_linear_layers_are_quantised_in_memory_saved_and_given_back(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=96, n_embd=64, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=None
+    )
+    model, ids = transformers.GPT2LMHeadModel(config).eval(), torch.arange(8)[None]
+    refq4.quantize_model(model, progress=False)
+    assert sum(isinstance(module, Linear4bit) for module in model.modules()) == 4
+    wanted = model(ids).logits
+    model.save_pretrained(tmp_path)
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, quantization_config=Refq4Config())
+    assert torch.equal(again(ids).logits, wanted)
+    model.dequantize()
+    assert type(model.transformer.h[0].attn.c_attn) is Conv1D
+    torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-4)
