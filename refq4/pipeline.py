@@ -81,7 +81,7 @@ def linear_4bit(layer: Linear4bit, x: Tensor) -> Tensor:
     check_input(x, n=layer.out_features, k=layer.in_features)
     state = step(1, *recover_quant_state(layer))
     weight = step(2, *choose_layout(layer, state, x))
-    bias = step(3, *align_bias(layer.bias, x.dtype))
+    bias = step(3, *align_bias(parameter(layer, "bias"), x.dtype))
     dtype = step(4, *choose_compute_dtype(layer, x))
     if layer.awaits_first_input:  # after step 4, which says why
         remember_first_input(layer, x)
