@@ -17,6 +17,7 @@ HEAD = "the output layer, or tied to an embedding"
 EXPERTS = "experts.[0-9]*"
 FUSED = "fused with other experts when transformers loads it"
 _OTHER = "not the weight of a linear layer"
+_TIED = "shares its weight with another module, to which transformers ties it again"
 _FP32 = "kept in fp32 by its architecture"
 
 
@@ -29,6 +30,9 @@ class Architecture:
         transposed: those of them that are stored as [K, N].
         heads: those that it leaves alone: output layers, and what is tied to another.
         fp32: those that the architecture keeps in fp32.
+        tables: embeddings.
+        takes_tables, taken: whether they were asked for (:meth:`take`), and those of them that get a 4-bit table.
+        tied: modules that share their weight with another.
         prefix: of the base model, which a checkpoint's names may have or lack.
     """
 
@@ -36,14 +40,26 @@ class Architecture:
     transposed: set[str] = field(default_factory=set)
     heads: set[str] = field(default_factory=set)
     fp32: set[str] = field(default_factory=set)
+    tables: set[str] = field(default_factory=set)
+    takes_tables: bool = False
+    taken: set[str] = field(default_factory=set)
+    tied: set[str] = field(default_factory=set)
     prefix: str = ""
 
     def module_name(self, name: str) -> str:
         """The module that a checkpoint's name means: itself, with the base model's prefix, or without."""
-        known = self.linears | self.heads | self.fp32
+        known = self.linears | self.heads | self.fp32 | self.tables
         return next(
             (n for n in (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")) if n in known), name
         )
+
+    def take(self, embeddings: bool, head: bool) -> None:
+        """Let embeddings and output layers get 4-bit weights, too; not those that share their weight."""
+        if head:
+            free = self.heads - self.tied
+            self.heads, self.linears = self.heads - free, self.linears | free
+        if embeddings:
+            self.takes_tables, self.taken = True, self.tables - self.tied
 
     def why_not(self, module: str) -> str | None:
         """Why a module keeps its matrix; None if it gets a 4-bit one."""
@@ -51,8 +67,10 @@ class Architecture:
             return HEAD
         if module in self.fp32:
             return _FP32
-        if module in self.linears:
+        if module in self.linears or module in self.taken:
             return None
+        if self.takes_tables and module in self.tables:
+            return _TIED
         return FUSED if first_match(module, [EXPERTS]) else _OTHER
 
 
@@ -74,8 +92,11 @@ def ask_transformers(directory: Path) -> Architecture | None:
     except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError):
         return None  # a class of its own, code from a hub, or an older transformers: the names decide
     found = Architecture(prefix=model.base_model_prefix)
+    found.tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
     fp32 = list(model._keep_in_fp32_modules or ())
     for name, module in model.named_modules():
+        if type(module) is nn.Embedding:
+            found.tables.add(name)
         if not (type(module) is nn.Linear or isinstance(module, Conv1D)):
             continue
         if not should_convert_module(name, heads):

@@ -25,10 +25,11 @@ from ..codebooks import get_codebook
 from ..functional import DEFAULT_BLOCKSIZE
 from ..internals.checks import check_blocksize, check_storage
 from ..internals.scale_search import check_way
+from ..models.formats import Formats, check_formats, check_used
 from ..models.report import QuantizationReport
 from ..registry import requested_backend, use_backend
 from . import places
-from .selection import select
+from .selection import Selection, select
 from .tensors import FLOATS, Entry, SafetensorsReader
 from .weights import Converter, Settings
 
@@ -85,6 +86,10 @@ def quantize_checkpoint(
     scales: str = "absmax",
     include: Iterable[str] = (),
     skip: Iterable[str] = (),
+    embeddings: bool = False,
+    head: bool = False,
+    dtype: torch.dtype | None = None,
+    formats: Formats | None = None,
     backend: str | None = None,
     measure: bool = True,
     force: bool = False,
@@ -103,6 +108,10 @@ def quantize_checkpoint(
         include: patterns of module names (see :func:`refq4.quantize_model`): these linear layers only, output layers
             too where a pattern names one. By default all but the output layers and what shares their weight.
         skip: patterns of module names to leave alone.
+        embeddings: also the tables, with plain scales; only refq4 loads such a file. Needs transformers.
+        head: also the output layers. Needs transformers. What shares its weight with another module stays as it is.
+        dtype: fp32, fp16 or bf16, of all other floats and of what the layers decode to; as they are if None.
+        formats: what is different for some layers; as in :func:`refq4.quantize_model`.
         backend: overrides the backend in effect.
         measure: decode each layer again and report its error.
         force: replace ``out_dir`` if it is a model directory.
@@ -128,9 +137,19 @@ def quantize_checkpoint(
     """
     source, target = Path(model_dir), Path(out_dir)
     check_storage(quant_storage)
+    formats = check_formats(formats or {})
+    if dtype is not None and dtype not in FLOATS.values():
+        raise ValueError(f"dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
     blocksize = check_blocksize(DEFAULT_BLOCKSIZE if blocksize is None else blocksize)
     settings = Settings(
-        get_codebook(quant_type).name, compress_statistics, quant_storage, blocksize, measure, check_way(scales)
+        get_codebook(quant_type).name,
+        compress_statistics,
+        quant_storage,
+        blocksize,
+        measure,
+        check_way(scales),
+        formats,
+        dtype,
     )
     places.check_places(source, target, force)
     with ExitStack() as stack:
@@ -139,7 +158,8 @@ def quantize_checkpoint(
         entries = all_entries(readers)
         config = places.read_json(source / "config.json") if (source / "config.json").is_file() else None
         _check_not_quantised(entries, config, source)
-        selection = select(entries, source, tuple(include), tuple(skip))
+        selection = select(entries, source, tuple(include), tuple(skip), embeddings, head)
+        check_used(formats, (key.removesuffix(".weight") for key in selection.chosen))
         if not selection.chosen:
             raise ValueError(
                 f"nothing to quantise in {source}: {selection.left or 'no matrix of floats named *.weight'}"
@@ -152,8 +172,10 @@ def quantize_checkpoint(
         keys = {reader.path.name: converter.convert(reader, partial / reader.path.name) for reader in readers}
         write_index(source, partial, keys)
         if config is not None:
-            compute_dtype = compute_dtype or _dtype_of_weights(config, entries, selection.chosen)
-            config["quantization_config"] = _quantization_config(settings, compute_dtype, selection.skip_modules)
+            compute_dtype = compute_dtype or dtype or _dtype_of_weights(config, entries, selection.chosen)
+            config["quantization_config"] = _quantization_config(settings, compute_dtype, selection)
+            if dtype is not None:
+                config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
             (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         report.left_out = places.copy_others(source, partial)
         report.files = sorted(keys)
@@ -215,9 +237,11 @@ def _dtype_of_weights(config: dict[str, Any], entries: dict[str, Entry], chosen:
     return FLOATS[max(sorted(set(dtypes)), key=dtypes.count)]
 
 
-def _quantization_config(settings: Settings, compute_dtype: torch.dtype, skip_modules: list[str]) -> dict[str, Any]:
-    """As transformers writes it for bitsandbytes; a codebook that bitsandbytes lacks is for refq4 alone."""
-    known = settings.quant_type in _KNOWN_TO_BITSANDBYTES
+def _quantization_config(settings: Settings, compute_dtype: torch.dtype, selection: Selection) -> dict[str, Any]:
+    """As transformers writes it for bitsandbytes; what that lacks (a codebook, tables) is for refq4 alone."""
+    types = {settings.of(key, False).quant_type for key in selection.chosen}
+    known = types <= set(_KNOWN_TO_BITSANDBYTES) and not selection.tables
+    own = {"blocksize": settings.blocksize} | ({"embeddings": True} if selection.tables else {})
     return {
         "quant_method": "bitsandbytes" if known else "refq4",
         "load_in_4bit": True,
@@ -226,5 +250,5 @@ def _quantization_config(settings: Settings, compute_dtype: torch.dtype, skip_mo
         "bnb_4bit_use_double_quant": settings.nested,
         "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": str(settings.storage).removeprefix("torch."),
-        "llm_int8_skip_modules": skip_modules,
-    } | ({"_load_in_4bit": True, "_load_in_8bit": False} if known else {"blocksize": settings.blocksize})
+        "llm_int8_skip_modules": selection.skip_modules,
+    } | ({"_load_in_4bit": True, "_load_in_8bit": False} if known else own)

@@ -36,6 +36,7 @@ class Selection:
     Attributes:
         chosen: keys of the weights to quantise.
         transposed: those of them that are stored as [K, N].
+        tables: those of them that are embeddings.
         left: module name -> why its matrix stays as it is.
         skip_modules: names for ``llm_int8_skip_modules``: those, and output layers that have no tensor of their own.
         guessed: whether the names decided for a model of unknown architecture.
@@ -43,12 +44,20 @@ class Selection:
 
     chosen: set[str] = field(default_factory=set)
     transposed: set[str] = field(default_factory=set)
+    tables: set[str] = field(default_factory=set)
     left: dict[str, str] = field(default_factory=dict)
     skip_modules: list[str] = field(default_factory=list)
     guessed: bool = False
 
 
-def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...], skip: tuple[str, ...]) -> Selection:
+def select(
+    entries: dict[str, Entry],
+    directory: Path,
+    include: tuple[str, ...],
+    skip: tuple[str, ...],
+    embeddings: bool = False,
+    head: bool = False,
+) -> Selection:
     """Choose among a checkpoint's tensors.
 
     Args:
@@ -57,9 +66,11 @@ def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...],
         include: patterns of module names; these linear layers only, output layers too where a pattern names one. Empty:
             all but the output layers and what shares their weight.
         skip: patterns of module names to leave alone.
+        embeddings, head: also the tables, also the output layers; not those that share their weight.
 
     Raises:
-        ValueError: a pattern matches no matrix of the checkpoint.
+        ValueError: a pattern matches no matrix of the checkpoint; or ``embeddings`` or ``head``, and transformers can't
+            be asked which those are.
     """
     matrices = {
         key.removesuffix(".weight"): key
@@ -69,8 +80,15 @@ def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...],
     for pattern in (*include, *skip):
         if not any(first_match(name, [pattern]) for name in matrices):
             raise ValueError(f"the pattern {pattern!r} matches none of the {len(matrices)} matrices of the checkpoint")
-    by_names = _names_suffice(directory)
+    by_names = _names_suffice(directory) and not (embeddings or head)
     architecture = None if by_names else ask_transformers(directory)
+    if embeddings or head:
+        if architecture is None:
+            raise ValueError(
+                f"which are the embeddings and the head of {directory}, and what they share, is asked of transformers, "
+                f"which is missing or does not know the architecture"
+            )
+        architecture.take(embeddings, head)
     found = Selection(guessed=architecture is None and not by_names)
     modules = {name: name if architecture is None else architecture.module_name(name) for name in matrices}
     for name, key in matrices.items():
@@ -86,12 +104,14 @@ def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...],
         found.chosen.add(key)
         if architecture is not None and modules[name] in architecture.transposed:
             found.transposed.add(key)
+        if architecture is not None and modules[name] in architecture.taken:
+            found.tables.add(key)
     chosen = {modules[key.removesuffix(".weight")] for key in found.chosen}
     left = {modules[name] for name in found.left}
     if architecture is None:
         left.add("lm_head")  # tied, it has no tensor of its own
     else:  # transformers replaces linear layers only: no need to name tables
-        left = (left & (architecture.linears | architecture.fp32)) | architecture.heads
+        left = (left & (architecture.linears | architecture.fp32 | architecture.taken)) | architecture.heads
     found.skip_modules = _unambiguous(left - chosen, chosen)
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import layout
 from ..functional import get_4bit_type, quantize_4bit
 from ..internals.blockwise import quantize_scales, slice_state
+from ..models.formats import Formats, format_of
 from ..models.report import LayerReport, QuantizationReport, relative, squared_error
 from ..state import NESTED_BLOCKSIZE, QuantState
 from .ahead import read_ahead
@@ -22,6 +23,7 @@ from .tensors import FLOATS, Entry, SafetensorsReader, SafetensorsWriter
 
 __all__ = ["Converter", "Settings"]
 
+_FIELDS = {"compress_statistics": "nested"}
 PIECE = 2**23  # elements in memory at once: a multiple of every blocksize, of a nested block of those, and of eight
 _FORMAT_NAMES = {dtype: name for name, dtype in FLOATS.items()} | {torch.uint8: "U8"}
 
@@ -30,7 +32,13 @@ Planned = dict[str, tuple[str, tuple[int, ...], int]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How weights are quantised; ``measure``: decode each again for the report."""
+    """How weights are quantised.
+
+    Attributes:
+        measure: decode each again for the report.
+        formats: what is different for some layers, by patterns of their names.
+        rest: dtype of the floats that stay; as they are if None.
+    """
 
     quant_type: str
     nested: bool
@@ -38,6 +46,20 @@ class Settings:
     blocksize: int
     measure: bool
     scales: str = "absmax"
+    formats: Formats = field(default_factory=dict)
+    rest: torch.dtype | None = None
+
+    def of(self, key: str, table: bool) -> Settings:
+        """Those of one weight; a table has plain scales, so that a look-up need not decode them all."""
+        other = {
+            _FIELDS.get(name, name): value
+            for name, value in format_of(key.removesuffix(".weight"), self.formats).items()
+        }
+        return replace(self, **other | ({"nested": False} if table else {}))
+
+    def casts(self, entry: Entry) -> bool:
+        """Whether a tensor that stays gets another dtype."""
+        return self.rest is not None and FLOATS.get(entry.dtype, self.rest) != self.rest
 
 
 @dataclass
@@ -83,18 +105,22 @@ class Converter:
         for key, entry in reader.entries.items():
             if key in self.selection.chosen:
                 planned |= self._plan_weight(key, entry.numel)
+            elif self.settings.casts(entry) and self.settings.rest is not None:
+                rest = self.settings.rest
+                planned[key] = _FORMAT_NAMES[rest], entry.shape, entry.numel * rest.itemsize
             else:
                 planned[key] = entry.dtype, entry.shape, entry.nbytes
         return planned
 
     def _plan_weight(self, key: str, numel: int) -> Planned:
-        storage, blocks = self.settings.storage, layout.block_count(numel, self.settings.blocksize)
+        settings = self._of(key)
+        storage, blocks = settings.storage, layout.block_count(numel, settings.blocksize)
         elements = -(-layout.packed_bytes(numel) // storage.itemsize)
         planned: Planned = {
             key: (_FORMAT_NAMES[storage], (elements, 1), elements * storage.itemsize),
             f"{key}.quant_map": ("F32", (16,), 64),
         }
-        if not self.settings.nested:
+        if not settings.nested:
             return planned | {f"{key}.absmax": ("F32", (blocks,), 4 * blocks)}
         blocks2 = layout.block_count(blocks, NESTED_BLOCKSIZE)
         return planned | {
@@ -104,7 +130,10 @@ class Converter:
         }
 
     def _json_key(self, key: str) -> str:
-        return f"{key}.quant_state.bitsandbytes__{self.settings.quant_type}"
+        return f"{key}.quant_state.bitsandbytes__{self._of(key).quant_type}"
+
+    def _of(self, key: str) -> Settings:
+        return self.settings.of(key, key in self.selection.tables)
 
     # --- what will be read --------------------------------------------------------------------------------------------
 
@@ -116,7 +145,10 @@ class Converter:
         rooms = cycle([torch.empty(4 * PIECE, dtype=torch.uint8) for _ in range(2)])  # of the widest dtype
         for key, entry in reader.entries.items():
             if key not in self.selection.chosen:
-                yield from reader.pieces(key, rooms)
+                if self.settings.casts(entry):
+                    yield from (reader.tensor(key, at, at + PIECE, next(rooms)) for at in range(0, entry.numel, PIECE))
+                else:
+                    yield from reader.pieces(key, rooms)
                 continue
             turned = None
             if key in self.selection.transposed:  # GPT-2's layers are small: whole
@@ -129,25 +161,27 @@ class Converter:
     # --- one tensor ---------------------------------------------------------------------------------------------------
 
     def _copy(self, pieces: Iterator[Tensor], writer: SafetensorsWriter, entry: Entry) -> None:
-        at = 0
-        while at < entry.nbytes:
+        at = read = 0
+        while read < entry.nbytes:
             piece = next(pieces)
-            writer.write(entry.key, piece, at)
-            at += piece.numel()
-            self.advance(piece.numel())
+            kept = piece.to(self.settings.rest) if self.settings.casts(entry) else piece
+            writer.write(entry.key, kept, at)
+            at, read = at + kept.nbytes, read + piece.nbytes
+            self.advance(piece.nbytes)
         self.report.other += entry.numel
 
     def _quantise(self, pieces: Iterator[Tensor], writer: SafetensorsWriter, entry: Entry) -> None:
         scales: list[Tensor] = []
+        settings = self._of(entry.key)
         for start in range(0, entry.numel, PIECE):
             piece = next(pieces)
             try:
                 packed, state = quantize_4bit(
                     piece,
-                    blocksize=self.settings.blocksize,
-                    quant_type=self.settings.quant_type,
-                    quant_storage=self.settings.storage,
-                    scales=self.settings.scales,
+                    blocksize=settings.blocksize,
+                    quant_type=settings.quant_type,
+                    quant_storage=settings.storage,
+                    scales=settings.scales,
                 )
             except ValueError as error:
                 raise ValueError(f"{entry.key}, from element {start} of the flattened tensor: {error}") from None
@@ -161,9 +195,10 @@ class Converter:
 
     def _state(self, scales: Tensor, entry: Entry) -> QuantState:
         shape = torch.Size(entry.shape[::-1] if entry.key in self.selection.transposed else entry.shape)
-        code, dtype = get_4bit_type(self.settings.quant_type), FLOATS[entry.dtype]
-        state = QuantState(scales, shape, code, self.settings.blocksize, self.settings.quant_type, dtype)
-        if self.settings.nested:
+        settings = self._of(entry.key)
+        code, dtype = get_4bit_type(settings.quant_type), self.settings.rest or FLOATS[entry.dtype]
+        state = QuantState(scales, shape, code, settings.blocksize, settings.quant_type, dtype)
+        if settings.nested:
             state.absmax, state.offset, state.state2 = quantize_scales(scales)
         return state
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 from contextlib import suppress
 
+import torch
+
 from ..codebooks import codebook_names
 from ..functional import DEFAULT_BLOCKSIZE
 from ..layout import STORAGE_DTYPES
 from ..state import BLOCKSIZES, WEIGHT_DTYPES
 
-__all__ = ["DTYPES", "STORAGE", "add_backend", "add_format", "add_json", "examples", "files"]
+__all__ = ["DTYPES", "SHORT_DTYPES", "STORAGE", "add_backend", "add_format", "add_json", "examples", "files"]
 
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
+SHORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STORAGE = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGE_DTYPES}
 
 

@@ -17,7 +17,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +40,15 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from ..codebooks import codebook_names
 from ..functional import dequantize_4bit
-from ..nn import Linear4bit
+from ..models.formats import format_of
+from ..models.tables import empty_table
+from ..nn import Embedding4bit, Linear4bit
 from ..params import Params4bit
 from .config import METHOD, Refq4Config
 
 __all__ = ["Refq4Config", "Refq4Quantizer"]
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Refq4Quantizer(HfQuantizer):
@@ -94,19 +98,34 @@ class Refq4Quantizer(HfQuantizer):
                 "quantise it without this device_map, save_pretrained it, and load that with it"
             )
         config = self.quantization_config
-        skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
+        chosen = [] if config.head and config.llm_int8_skip_modules is None else config.llm_int8_skip_modules
+        skip = self.get_modules_to_not_convert(model, chosen, model._keep_in_fp32_modules)
         tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
         for name, module in list(model.named_modules()):
-            conv1d = isinstance(module, Conv1D)
-            if not (conv1d or type(module) is nn.Linear) or name in tied or not should_convert_module(name, skip):
+            conv1d, table = isinstance(module, Conv1D), config.embeddings and type(module) is nn.Embedding
+            wanted = conv1d or table or type(module) is nn.Linear
+            if not wanted or name in tied or not should_convert_module(name, skip):
                 continue
             if conv1d:
                 self._conv1d.add(name)
-            model.set_submodule(name, self._empty_layer(module))
+            model.set_submodule(name, self._empty_table(name, module) if table else self._empty_layer(name, module))
 
-    def _empty_layer(self, module: nn.Module) -> Linear4bit:
-        """A 4-bit layer on the meta device. Bytes from a file have its dtype already: the loader casts to it."""
+    def _settings(self, name: str) -> dict[str, Any]:
         config = self.quantization_config
+        settings = {
+            "quant_type": config.bnb_4bit_quant_type,
+            "compress_statistics": config.bnb_4bit_use_double_quant,
+            "blocksize": config.blocksize,
+            "scales": config.scales,
+        }
+        return settings | {"quant_storage": config.bnb_4bit_quant_storage} | format_of(name, config.formats)
+
+    def _empty_table(self, name: str, module: Any) -> Embedding4bit:
+        """A 4-bit table on the meta device, with what the model may ask of its embedding."""
+        return self._awaiting(empty_table(module, self._settings(name)))
+
+    def _empty_layer(self, name: str, module: nn.Module) -> Linear4bit:
+        """A 4-bit layer on the meta device."""
         weight: Any = module.weight
         n, k = weight.T.shape if isinstance(module, Conv1D) else weight.shape
         with torch.device("meta"):
@@ -114,22 +133,24 @@ class Refq4Quantizer(HfQuantizer):
                 k,
                 n,
                 module.bias is not None,
-                config.bnb_4bit_compute_dtype,
-                config.bnb_4bit_use_double_quant,
-                config.bnb_4bit_quant_type,
-                config.bnb_4bit_quant_storage,
-                blocksize=config.blocksize,
-                scales=config.scales,
+                self.quantization_config.bnb_4bit_compute_dtype,
+                **self._settings(name),
             )
+        return self._awaiting(layer)
+
+    def _awaiting(self, layer: Layer) -> Layer:
+        """Bytes from a file have its dtype already: the loader casts to it."""
         if self.pre_quantized:
-            layer.weight = nn.Parameter(layer.weight.data.to(config.bnb_4bit_quant_storage), requires_grad=False)
+            storage = self.quantization_config.bnb_4bit_quant_storage
+            weight: Any = layer.weight
+            layer.weight = nn.Parameter(weight.data.to(storage), requires_grad=False)
         return layer.requires_grad_(False)
 
     # --- while loading: each tensor ---------------------------------------------------------------------------------
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, Linear4bit) and name == "weight"
+        return isinstance(module, Linear4bit | Embedding4bit) and name == "weight"
 
     def get_quantize_ops(self) -> ConversionOps:
         return Quantise(self)
@@ -155,6 +176,10 @@ class Refq4Quantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, Linear4bit):
                 model.set_submodule(name, self._full_precision(module, name in self._conv1d, dtype))
+            elif isinstance(module, Embedding4bit):
+                rows = dequantize_4bit(module.weight, module.quant_state).to(dtype)
+                table = nn.Embedding(rows.shape[0], rows.shape[1], module.padding_idx, _weight=rows)
+                model.set_submodule(name, table.train(module.training))
         return model
 
     def _full_precision(self, layer: Linear4bit, conv1d: bool, dtype: torch.dtype | None) -> nn.Module:
@@ -196,7 +221,7 @@ class Restore(ConversionOps):
         self, input_dict: dict[str, Any], *, model: PreTrainedModel, full_layer_name: str, **kwargs: Any
     ) -> dict[str, Any]:
         layer, _ = get_module_from_name(model, full_layer_name)
-        if not isinstance(layer, Linear4bit):
+        if not isinstance(layer, Linear4bit | Embedding4bit):
             if len(input_dict) > 1:
                 raise ValueError(
                     f"{full_layer_name}: quantised in the checkpoint, but its config names this {type(layer).__name__} "
@@ -236,7 +261,7 @@ def _only(value: Any) -> Tensor:
     return tensor
 
 
-def _settled(layer: Linear4bit, weight: Params4bit) -> Params4bit:
+def _settled(layer: nn.Module, weight: Params4bit) -> Params4bit:
     """``weight``, with its layer marked: over one that it thinks new, transformers writes random numbers."""
     setattr(layer, "_is_hf_initialized", True)  # noqa: B010 (an attribute that the class does not know)
     return weight

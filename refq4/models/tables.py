@@ -20,7 +20,7 @@ from ..nn import Embedding4bit, Linear4bit
 from ..params import Params4bit
 from .report import QuantizationReport, layer_report
 
-__all__ = ["cast_rest", "quantize_tables"]
+__all__ = ["cast_rest", "empty_table", "quantize_tables"]
 
 
 def quantize_tables(
@@ -76,23 +76,27 @@ def _why_not(model: nn.Module, module: nn.Embedding, others: list[str], head: bo
     return None
 
 
-def _table(module: nn.Embedding, settings: dict[str, Any]) -> Embedding4bit:
-    weight = module.weight.detach()
-    table = Embedding4bit(
-        module.num_embeddings, module.embedding_dim, weight.dtype, settings["quant_type"], device="meta"
-    )
+def empty_table(module: nn.Embedding, settings: dict[str, Any]) -> Embedding4bit:
+    """A 4-bit table on the meta device for the weight of an embedding: its sizes, dtype and padding_idx."""
+    quant_type, quant_storage = settings["quant_type"], settings["quant_storage"]
+    sizes = module.num_embeddings, module.embedding_dim
+    table = Embedding4bit(*sizes, module.weight.dtype, quant_type, quant_storage, device="meta")
     table.padding_idx = module.padding_idx
-    table.quant_storage = settings["quant_storage"]
-    packed = Params4bit(
-        weight,
+    table.weight = Params4bit(
+        table.weight.data,
         blocksize=settings["blocksize"],
         compress_statistics=False,
-        quant_type=settings["quant_type"],
-        quant_storage=settings["quant_storage"],
+        quant_type=quant_type,
+        quant_storage=quant_storage,
         module=table,
         scales=settings["scales"],
     )
-    table.weight = packed.to(weight.device)
+    return table
+
+
+def _table(module: nn.Embedding, settings: dict[str, Any]) -> Embedding4bit:
+    table, weight = empty_table(module, settings), module.weight.detach()
+    table.weight = table.weight._like(weight, None).to(weight.device)
     return table.train(module.training)
 
 
