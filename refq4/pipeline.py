@@ -35,7 +35,7 @@ from .internals.blockwise import decode_scales
 from .internals.checks import check_input, warn_caller
 from .internals.dispatch import is_deferred, wants_grad
 from .internals.holder import parameter
-from .internals.prepared import MOST_RESTORES, Preparable, as_looked_up, as_stored
+from .internals.prepared import MOST_RESTORES, Preparable, as_stored
 from .matmul import BoundWeight, describe, multiply, under_autocast
 from .state import QuantState
 from .trace import Decision, recorder
@@ -364,7 +364,7 @@ def embedding_4bit(layer: Embedding4bit, ids: Tensor) -> Tensor:
     """
     step = recorder(layer, ids)
     state, _ = recover_quant_state(layer)
-    table = as_looked_up(layer.weight)
+    table = as_stored(layer.weight, looked_up=True)
     (_, dim), blocksize = state.geometry()
     whole_blocks = dim % blocksize == 0
     if whole_blocks:

@@ -40,12 +40,14 @@ class Architecture:
         way: where the tensors go.
         choice: parameters that could be in 4 bits -> why they stay as they are, or None.
         transposed: those of them that are stored as [K, N].
+        tables: those of them that are embeddings.
     """
 
     model: Any
     way: Route
     choice: dict[str, str | None]
     transposed: set[str]
+    tables: set[str]
 
     def is_plain(self, parameter: str) -> bool:
         """Whether a parameter is the weight of a layer of which bitsandbytes makes one of its own."""
@@ -55,8 +57,13 @@ class Architecture:
         return parameter.endswith("weight") and (type(module) is nn.Linear or isinstance(module, Conv1D))
 
 
-def ask_transformers(directory: Path, entries: Mapping[str, Entry]) -> Architecture | None:
+def ask_transformers(
+    directory: Path, entries: Mapping[str, Entry], embeddings: bool = False, head: bool = False
+) -> Architecture | None:
     """The architecture that a directory's config.json names, or None where nobody can be asked.
+
+    Args:
+        embeddings, head: whether tables and output layers could be in 4 bits, too.
 
     Raises:
         ValueError: transformers' own conversion of the tensors fails.
@@ -69,9 +76,10 @@ def ask_transformers(directory: Path, entries: Mapping[str, Entry]) -> Architect
     from ..integrations import fates
 
     way = fates.route(model, {key: entry.shape for key, entry in entries.items()})
-    choice = fates.choose(model, None, way)
+    choice = fates.choose(model, None, way, embeddings=embeddings, head=head)
     conv1d = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    return Architecture(model, way, choice, conv1d & choice.keys())
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return Architecture(model, way, choice, conv1d & choice.keys(), tables & choice.keys())
 
 
 def what_is_amiss(directory: Path) -> dict[str, str] | None:

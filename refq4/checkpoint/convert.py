@@ -25,12 +25,13 @@ from ..codebooks import get_codebook
 from ..functional import DEFAULT_BLOCKSIZE
 from ..internals.checks import check_blocksize, check_storage
 from ..internals.scale_search import check_way
+from ..models.formats import Formats, check_formats, check_used
 from ..models.patterns import HEAD
 from ..models.report import QuantizationReport
 from ..registry import requested_backend, use_backend
 from . import places
 from .architecture import what_is_amiss
-from .selection import OTHER, Selection, select
+from .selection import OTHER, Output, Selection, select
 from .tensors import FLOATS, Entry, SafetensorsReader
 from .weights import Converter, Settings
 
@@ -90,6 +91,10 @@ def quantize_checkpoint(
     scales: str = "absmax",
     include: Iterable[str] = (),
     skip: Iterable[str] = (),
+    embeddings: bool = False,
+    head: bool = False,
+    dtype: torch.dtype | None = None,
+    formats: Formats | None = None,
     backend: str | None = None,
     measure: bool = True,
     force: bool = False,
@@ -109,6 +114,10 @@ def quantize_checkpoint(
         include: patterns of module names (see :func:`refq4.quantize_model`): these linear layers only, output layers
             too where a pattern names one. By default all but the output layers and what shares their weight.
         skip: patterns of module names to leave alone.
+        embeddings: also the tables, with plain scales; only refq4 loads such a file. Needs transformers.
+        head: also the output layers. Needs transformers. What shares its weight with another module stays as it is.
+        dtype: fp32, fp16 or bf16, of all other floats and of what the layers decode to; as they are if None.
+        formats: what is different for some layers; as in :func:`refq4.quantize_model`.
         backend: overrides the backend in effect.
         measure: decode each layer again and report its error.
         force: replace ``out_dir`` if it is a model directory.
@@ -136,8 +145,18 @@ def quantize_checkpoint(
     source, target = Path(model_dir), Path(out_dir)
     check_storage(quant_storage)
     blocksize = check_blocksize(DEFAULT_BLOCKSIZE if blocksize is None else blocksize)
+    formats = check_formats(formats or {})
+    if dtype is not None and dtype not in FLOATS.values():
+        raise ValueError(f"dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
     settings = Settings(
-        get_codebook(quant_type).name, compress_statistics, quant_storage, blocksize, measure, check_way(scales)
+        get_codebook(quant_type).name,
+        compress_statistics,
+        quant_storage,
+        blocksize,
+        measure,
+        check_way(scales),
+        formats,
+        dtype,
     )
     places.check_places(source, target, force)
     with ExitStack() as stack:
@@ -146,11 +165,12 @@ def quantize_checkpoint(
         entries = all_entries(readers)
         config = places.read_json(source / "config.json") if (source / "config.json").is_file() else None
         _check_not_quantised(entries, config, source)
-        selection = select(entries, source, tuple(include), tuple(skip))
+        selection = select(entries, source, tuple(include), tuple(skip), embeddings, head)
         if not selection.chosen:
             raise ValueError(
                 f"nothing to quantise in {source}: {selection.left or 'no matrix of floats named *.weight'}"
             )
+        check_used(formats, (name for output in selection.chosen for name in output.names))
         if not include and not skip:
             _check_share(selection, source)
         report = CheckpointReport(left=selection.left, guessed=selection.guessed)
@@ -168,8 +188,10 @@ def quantize_checkpoint(
         keys = {reader.path.name: converter.convert(reader, partial / reader.path.name) for reader in readers}
         write_index(source, partial, keys)
         if config is not None:
-            compute_dtype = compute_dtype or _dtype_of_weights(config, selection.chosen)
+            compute_dtype = compute_dtype or dtype or _dtype_of_weights(config, selection.chosen)
             config["quantization_config"] = _quantization_config(settings, compute_dtype, selection)
+            if dtype is not None:
+                config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
             (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             _check_it_loads(source, partial)
         report.left_out = places.copy_others(source, partial)
@@ -201,7 +223,7 @@ def _check_not_quantised(entries: dict[str, Entry], config: dict[str, Any] | Non
 
 def _check_share(selection: Selection, source: Path) -> None:
     """That most of what could be in 4 bits will be."""
-    chosen = sum(entry.numel for entry in selection.chosen)
+    chosen = sum(output.entry.numel for output in selection.chosen)
     if 2 * chosen >= selection.could:
         return
     name, why = next((name, why) for name, why in selection.left.items() if why not in (HEAD, OTHER))
@@ -247,25 +269,26 @@ def write_index(source: Path, partial: Path, keys: dict[str, list[str]]) -> None
     (partial / places.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _dtype_of_weights(config: dict[str, Any], chosen: list[Entry]) -> torch.dtype:
+def _dtype_of_weights(config: dict[str, Any], chosen: list[Output]) -> torch.dtype:
     """The dtype that the model's config names, else that of most weights."""
     named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     if isinstance(named, torch.dtype):
         return named
-    dtypes = [entry.dtype for entry in chosen]
+    dtypes = [output.entry.dtype for output in chosen]
     return FLOATS[max(sorted(set(dtypes)), key=dtypes.count)]
 
 
 def _quantization_config(settings: Settings, compute_dtype: torch.dtype, selection: Selection) -> dict[str, Any]:
     """As transformers writes it for bitsandbytes; a codebook or a class that bitsandbytes lacks is for refq4 alone."""
-    known = settings.quant_type in _KNOWN_TO_BITSANDBYTES and not selection.own
+    types = {settings.of(output).quant_type for output in selection.chosen}
+    known = types <= set(_KNOWN_TO_BITSANDBYTES) and not selection.own
+    theirs = {"load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True, "_load_in_8bit": False}
+    ours = {"blocksize": settings.blocksize, "embeddings": any(output.table for output in selection.chosen)}
     return {
         "quant_method": "bitsandbytes" if known else "refq4",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
         "bnb_4bit_quant_type": settings.quant_type,
         "bnb_4bit_use_double_quant": settings.nested,
         "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": str(settings.storage).removeprefix("torch."),
         "llm_int8_skip_modules": selection.skip_modules,
-    } | ({"_load_in_4bit": True, "_load_in_8bit": False} if known else {"blocksize": settings.blocksize})
+    } | (theirs if known else ours)

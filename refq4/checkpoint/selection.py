@@ -58,12 +58,16 @@ class Output:
         entry: key, dtype and shape before it is quantised.
         quantise: or copy.
         transposed: it is stored as [K, N].
+        table: it is an embedding.
+        names: all that it is called, in the file and in the model, without ``.weight``.
         made: how it comes about, if it is not simply read.
     """
 
     entry: Entry
     quantise: bool = False
     transposed: bool = False
+    table: bool = False
+    names: tuple[str, ...] = ()
     made: Made | None = None
 
 
@@ -88,9 +92,9 @@ class Selection:
     could: int = 0
 
     @property
-    def chosen(self) -> list[Entry]:
+    def chosen(self) -> list[Output]:
         """What is quantised."""
-        return [output.entry for outputs in self.outputs.values() for output in outputs if output.quantise]
+        return [output for outputs in self.outputs.values() for output in outputs if output.quantise]
 
 
 @dataclass
@@ -100,6 +104,7 @@ class _Weight:
     names: list[str]
     why: str | None
     numel: int
+    table: bool = False
 
     @property
     def name(self) -> str:
@@ -107,7 +112,14 @@ class _Weight:
         return self.names[-1] if len(self.names) <= 2 else self.names[0]
 
 
-def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...], skip: tuple[str, ...]) -> Selection:
+def select(
+    entries: dict[str, Entry],
+    directory: Path,
+    include: tuple[str, ...],
+    skip: tuple[str, ...],
+    embeddings: bool = False,
+    head: bool = False,
+) -> Selection:
     """Choose among a checkpoint's tensors.
 
     Args:
@@ -116,11 +128,18 @@ def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...],
         include: patterns of names, of the file or of the model: these linear layers only, output layers too where a
             pattern names one. Empty: all but the output layers and what shares their weight.
         skip: patterns of names of layers to leave alone.
+        embeddings, head: also the tables, also the output layers; not those that share their weight.
 
     Raises:
-        ValueError: a pattern matches no matrix of the checkpoint, or transformers can't convert it.
+        ValueError: a pattern matches no matrix of the checkpoint; transformers can't convert it; or ``embeddings`` or
+            ``head``, and it can't be asked which those are.
     """
-    architecture = ask_transformers(directory, entries)
+    architecture = ask_transformers(directory, entries, embeddings, head)
+    if architecture is None and (embeddings or head):
+        raise ValueError(
+            f"which are the embeddings and the head of {directory}, and what they share, is asked of transformers, "
+            f"which is missing or does not know the architecture"
+        )
     matrices = [_plain(key) for key, entry in entries.items() if _is_matrix(entry)]
     weights = _by_names(entries) if architecture is None else _of_model(architecture)
     names = {*matrices, *(name for weight in weights.values() for name in weight.names)}
@@ -128,13 +147,15 @@ def select(entries: dict[str, Entry], directory: Path, include: tuple[str, ...],
         if not any(first_match(name, [pattern]) for name in names):
             raise ValueError(f"the pattern {pattern!r} matches none of the {len(matrices)} matrices of the checkpoint")
     for weight in weights.values():
-        weight.why = _asked_for(weight, include, skip)
+        weight.why = _asked_for(weight, () if weight.table else include, skip)
     found = Selection(guessed=architecture is None)
     if architecture is None:
         left = {_plain(key) for key, weight in weights.items() if weight.why is not None}
         chosen = {_plain(key) for key in weights} - left
         left.add("lm_head")  # tied, it has no tensor of its own
-        found.outputs = {key: [Output(entry, _plain(key) in chosen)] for key, entry in entries.items()}
+        found.outputs = {
+            key: [Output(entry, _plain(key) in chosen, names=(_plain(key),))] for key, entry in entries.items()
+        }
     else:
         _alike(architecture, weights)
         found.outputs = _outputs(architecture, weights, entries)
@@ -196,7 +217,8 @@ def _of_model(architecture: Architecture) -> dict[str, _Weight]:
     for name, why in architecture.choice.items():
         shape = architecture.way.shape(name)
         if shape is not None:
-            found[name] = _Weight([_plain(name), *map(_plain, architecture.way.keys(name))], why, shape.numel())
+            names = [_plain(name), *map(_plain, architecture.way.keys(name))]
+            found[name] = _Weight(names, why, shape.numel(), name in architecture.tables)
     return found
 
 
@@ -218,21 +240,25 @@ def _outputs(
     used = [group.converter for group in way.groups if group.converter is not None and chosen & group.parts.keys()]
     applied = {tuple(converter.source_patterns) for converter in used}
     outputs = {key: [Output(entry)] for key, entry in entries.items()}
+
+    def output(entry: Entry, name: str, made: Made | None = None) -> Output:
+        called = tuple(weights[name].names) if name in weights else ()
+        return Output(entry, name in chosen, name in architecture.transposed, name in architecture.tables, called, made)
+
     for group in way.groups:
         keys = tuple(group.sources)
         first = entries[keys[0]]
         if group.converter is None:
             if group.target in chosen:
-                outputs[keys[0]] = [Output(first, True, group.target in architecture.transposed)]
+                outputs[keys[0]] = [output(first, group.target)]
             continue
         if tuple(group.converter.source_patterns) not in applied:
             continue
         outputs |= {key: [] for key in keys}
         outputs[keys[0]] = [
-            Output(
+            output(
                 _entry(way.name_in_file(name), first, shape),
-                name in chosen,
-                name in architecture.transposed,
+                name,
                 Made(keys, name, partial(group.convert, architecture.model)),
             )
             for name, shape in group.parts.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import layout
 from ..functional import get_4bit_type, quantize_4bit
 from ..internals.blockwise import quantize_scales, slice_state
+from ..models.formats import Formats, format_of
 from ..models.report import LayerReport, QuantizationReport, relative, squared_error
 from ..state import NESTED_BLOCKSIZE, QuantState
 from .ahead import read_ahead
@@ -22,6 +23,7 @@ from .tensors import FLOATS, Entry, SafetensorsReader, SafetensorsWriter
 
 __all__ = ["Converter", "Settings"]
 
+_FIELDS = {"compress_statistics": "nested"}
 PIECE = 2**23  # elements in memory at once: a multiple of every blocksize, of a nested block of those, and of eight
 _FORMAT_NAMES = {dtype: name for name, dtype in FLOATS.items()} | {torch.uint8: "U8"}
 
@@ -30,7 +32,13 @@ Planned = dict[str, tuple[str, tuple[int, ...], int]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How weights are quantised; ``measure``: decode each again for the report."""
+    """How weights are quantised.
+
+    Attributes:
+        measure: decode each again for the report.
+        formats: what is different for some layers, by patterns of their names.
+        rest: dtype of the floats that stay; as they are if None.
+    """
 
     quant_type: str
     nested: bool
@@ -38,6 +46,17 @@ class Settings:
     blocksize: int
     measure: bool
     scales: str = "absmax"
+    formats: Formats = field(default_factory=dict)
+    rest: torch.dtype | None = None
+
+    def of(self, output: Output) -> Settings:
+        """Those of one weight; a table has plain scales, so that a look-up need not decode them all."""
+        other = {_FIELDS.get(name, name): value for name, value in format_of(self.formats, *output.names).items()}
+        return replace(self, **other | ({"nested": False} if output.table else {}))
+
+    def casts(self, entry: Entry) -> bool:
+        """Whether a tensor that stays gets another dtype."""
+        return self.rest is not None and FLOATS.get(entry.dtype, self.rest) != self.rest
 
 
 @dataclass
@@ -67,7 +86,7 @@ class Converter:
             if not output.quantise:
                 self.report.other += entry.numel
                 continue
-            size = sum(nbytes for _, _, nbytes in self._plan_weight(entry.key, entry.numel).values())
+            size = sum(nbytes for _, _, nbytes in self._plan_weight(output).values())
             name = entry.key.removesuffix(".weight")
             self.report.layers.append(LayerReport(name, tuple(_shape(output)), 8 * size / entry.numel, float("nan")))
 
@@ -78,7 +97,7 @@ class Converter:
             ValueError: a weight holds NaN or infinity; the message names its key.
         """
         planned, outputs = self._plan(reader), self._outputs(reader)
-        late = [self._json_key(output.entry.key) for output in outputs if output.quantise]
+        late = [self._json_key(output) for output in outputs if output.quantise]
         metadata = {"format": "pt"} | reader.metadata
         ahead = read_ahead(self._reads(reader))
         with SafetensorsWriter(path, planned, late, metadata) as writer, closing(ahead) as pieces:
@@ -99,19 +118,22 @@ class Converter:
         for output in self._outputs(reader):
             entry = output.entry
             if output.quantise:
-                planned |= self._plan_weight(entry.key, entry.numel)
+                planned |= self._plan_weight(output)
+            elif (rest := self.settings.rest) is not None and self.settings.casts(entry):
+                planned[entry.key] = _FORMAT_NAMES[rest], entry.shape, entry.numel * rest.itemsize
             else:
                 planned[entry.key] = entry.dtype, entry.shape, entry.nbytes
         return planned
 
-    def _plan_weight(self, key: str, numel: int) -> Planned:
-        storage, blocks = self.settings.storage, layout.block_count(numel, self.settings.blocksize)
+    def _plan_weight(self, output: Output) -> Planned:
+        settings, key, numel = self.settings.of(output), output.entry.key, output.entry.numel
+        storage, blocks = settings.storage, layout.block_count(numel, settings.blocksize)
         elements = -(-layout.packed_bytes(numel) // storage.itemsize)
         planned: Planned = {
             key: (_FORMAT_NAMES[storage], (elements, 1), elements * storage.itemsize),
             f"{key}.quant_map": ("F32", (16,), 64),
         }
-        if not self.settings.nested:
+        if not settings.nested:
             return planned | {f"{key}.absmax": ("F32", (blocks,), 4 * blocks)}
         blocks2 = layout.block_count(blocks, NESTED_BLOCKSIZE)
         return planned | {
@@ -120,8 +142,8 @@ class Converter:
             f"{key}.nested_quant_map": ("F32", (256,), 1024),
         }
 
-    def _json_key(self, key: str) -> str:
-        return f"{key}.quant_state.bitsandbytes__{self.settings.quant_type}"
+    def _json_key(self, output: Output) -> str:
+        return f"{output.entry.key}.quant_state.bitsandbytes__{self.settings.of(output).quant_type}"
 
     # --- what will be read --------------------------------------------------------------------------------------------
 
@@ -143,8 +165,8 @@ class Converter:
                 whole = reader.tensor(entry.key).view(entry.shape)
             if whole is not None:
                 whole = (whole.T if output.transposed else whole).reshape(-1)
-            if output.quantise:
-                for _ in range(2 if self.settings.measure else 1):
+            if output.quantise or self.settings.casts(entry):
+                for _ in range(2 if output.quantise and self.settings.measure else 1):
                     for start in range(0, entry.numel, PIECE):
                         stop = start + PIECE
                         yield reader.tensor(entry.key, start, stop, next(rooms)) if whole is None else whole[start:stop]
@@ -161,26 +183,27 @@ class Converter:
     # --- one tensor ---------------------------------------------------------------------------------------------------
 
     def _copy(self, pieces: Iterator[Tensor], writer: SafetensorsWriter, entry: Entry) -> None:
-        at = 0
-        while at < entry.nbytes:
+        at = read = 0
+        while read < entry.nbytes:
             piece = next(pieces)
-            writer.write(entry.key, piece, at)
-            at += piece.numel()
-            self.advance(piece.numel())
+            kept = piece.to(self.settings.rest) if self.settings.casts(entry) else piece
+            writer.write(entry.key, kept, at)
+            at, read = at + kept.nbytes, read + piece.nbytes
+            self.advance(piece.nbytes)
         self.report.other += entry.numel
 
     def _quantise(self, pieces: Iterator[Tensor], writer: SafetensorsWriter, output: Output) -> None:
         entry = output.entry
-        scales: list[Tensor] = []
+        settings, scales = self.settings.of(output), list[Tensor]()
         for start in range(0, entry.numel, PIECE):
             piece = next(pieces)
             try:
                 packed, state = quantize_4bit(
                     piece,
-                    blocksize=self.settings.blocksize,
-                    quant_type=self.settings.quant_type,
-                    quant_storage=self.settings.storage,
-                    scales=self.settings.scales,
+                    blocksize=settings.blocksize,
+                    quant_type=settings.quant_type,
+                    quant_storage=settings.storage,
+                    scales=settings.scales,
                 )
             except ValueError as error:
                 raise ValueError(f"{entry.key}, from element {start} of the flattened tensor: {error}") from None
@@ -190,20 +213,21 @@ class Converter:
         state = self._state(torch.cat(scales), output)
         for name, tensor in state.as_dict(packed=True).items():
             (writer.add if "quant_state" in name else writer.write)(f"{entry.key}.{name}", tensor)
-        self.report.layers.append(self._measured(pieces, writer, entry, state))
+        self.report.layers.append(self._measured(pieces, writer, output, state))
 
     def _state(self, scales: Tensor, output: Output) -> QuantState:
-        entry, shape = output.entry, _shape(output)
-        code, dtype = get_4bit_type(self.settings.quant_type), FLOATS[entry.dtype]
-        state = QuantState(scales, shape, code, self.settings.blocksize, self.settings.quant_type, dtype)
-        if self.settings.nested:
+        settings = self.settings.of(output)
+        code, dtype = get_4bit_type(settings.quant_type), settings.rest or FLOATS[output.entry.dtype]
+        state = QuantState(scales, _shape(output), code, settings.blocksize, settings.quant_type, dtype)
+        if settings.nested:
             state.absmax, state.offset, state.state2 = quantize_scales(scales)
         return state
 
     def _measured(
-        self, pieces: Iterator[Tensor], writer: SafetensorsWriter, entry: Entry, state: QuantState
+        self, pieces: Iterator[Tensor], writer: SafetensorsWriter, output: Output, state: QuantState
     ) -> LayerReport:
-        _, _, stored = self._plan_weight(entry.key, entry.numel)[entry.key]
+        entry = output.entry
+        _, _, stored = self._plan_weight(output)[entry.key]
         bits = 8 * (stored + state.nbytes()) / entry.numel
         shape, _ = state.geometry()
         name, error, norm = entry.key.removesuffix(".weight"), 0.0, 0.0

@@ -11,7 +11,6 @@ from .quantize import terminating_as_interrupting
 
 __all__ = ["add"]
 
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _DESCRIPTION = """\
 Decode the 4-bit weights of a safetensors checkpoint that refq4 or bitsandbytes quantised, piece by piece: for merging
 adapters, and for tools that read plain safetensors. OUT_DIR gets the same files with matrices of floats, and a
@@ -35,7 +34,9 @@ def add(commands: Any) -> None:
     options.files(command.add_argument("model_dir", metavar="MODEL_DIR", help="has 4-bit *.safetensors"), True)
     options.files(command.add_argument("out_dir", metavar="OUT_DIR", help="is made; its parent exists"), True)
     command.add_argument(
-        "--dtype", choices=_DTYPES, help="of all floats (default: what each weight had before it was quantised)"
+        "--dtype",
+        choices=options.SHORT_DTYPES,
+        help="of all floats (default: what each weight had before it was quantised)",
     )
     command.add_argument("--force", action="store_true", help="replace OUT_DIR, if it is a model directory")
     options.add_backend(command)
@@ -50,7 +51,7 @@ def _run(arguments: argparse.Namespace) -> int:
         report = dequantize_checkpoint(
             arguments.model_dir,
             arguments.out_dir,
-            dtype=None if arguments.dtype is None else options.dtype(_DTYPES[arguments.dtype]),
+            dtype=arguments.dtype and options.dtype(arguments.dtype),
             backend=arguments.backend,
             force=arguments.force,
         )

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "add_backend", "add_format", "add_json", "dtype", "examples", "files"]
+__all__ = ["DTYPES", "SHORT_DTYPES", "add_backend", "add_format", "add_json", "dtype", "examples", "files"]
 
 # What the core offers, said again for a help without torch; tests/tools/test_cli.py compares.
 CODEBOOKS = ("af4", "e2m1", "fp4", "int4", "iq4nl", "nf4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_BLOCKSIZE = 64
+SCALES = ("absmax", "search")
 DTYPES = ("float32", "float16", "bfloat16")
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 STORAGE = ("uint8", "bfloat16", "float16", "float32")
 
 
@@ -23,7 +25,7 @@ def dtype(name: str) -> torch.dtype:
     """The dtype of a name above."""
     import torch
 
-    found: torch.dtype = getattr(torch, name)
+    found: torch.dtype = getattr(torch, SHORT_DTYPES.get(name, name))
     return found
 
 

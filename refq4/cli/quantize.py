@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from ..internals.scale_search import SCALES
 from . import options
 from .console import show
 
@@ -36,7 +35,8 @@ def add(commands: Any) -> None:
             "python -m refq4 quantize Llama-3-8B Llama-3-8B-nf4",
             "python -m refq4 quantize Llama-3-8B Llama-3-8B-nf4 --dry-run",
             "python -m refq4 quantize model model-fp4 --quant-type fp4 --no-nested --skip down_proj",
-            "python -m refq4 quantize model model-nf4 --scales search",
+            "python -m refq4 quantize model model-nf4 --scales search --set 'mlp=blocksize:128'",
+            "python -m refq4 quantize model model-small --embeddings --head --dtype fp16",
             "python -m refq4 quantize model model-nf4 --force --json > report.json",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,7 +48,7 @@ def add(commands: Any) -> None:
     options.add_format(command)
     command.add_argument(
         "--scales",
-        choices=SCALES,
+        choices=options.SCALES,
         default="absmax",
         help="search: each block's scale with the smallest error; slower, the same format (%(default)s)",
     )
@@ -62,6 +62,16 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--skip", action="append", default=[], metavar="PATTERN", help="leave these layers alone (repeatable)"
     )
+    command.add_argument("--embeddings", action="store_true", help="also the tables; only refq4 loads such a file")
+    command.add_argument("--head", action="store_true", help="also the output layers, unless they share their weight")
+    command.add_argument("--dtype", choices=options.SHORT_DTYPES, help="of all other floats (default: as they are)")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATTERN=SETTING:VALUE",
+        help="another format for these layers: 'mlp=blocksize:128,scales:search' (repeatable)",
+    )
     command.add_argument("--no-errors", action="store_true", help="don't measure each layer's error: quicker")
     command.add_argument("--force", action="store_true", help="replace OUT_DIR, if it is a model directory")
     command.add_argument("--dry-run", action="store_true", help="say what would be done, with sizes; write nothing")
@@ -73,6 +83,7 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from ..checkpoint import quantize_checkpoint
+    from ..models.formats import parse_formats
 
     with terminating_as_interrupting():
         report = quantize_checkpoint(
@@ -86,6 +97,10 @@ def _run(arguments: argparse.Namespace) -> int:
             scales=arguments.scales,
             include=arguments.include,
             skip=arguments.skip,
+            embeddings=arguments.embeddings,
+            head=arguments.head,
+            dtype=arguments.dtype and options.dtype(arguments.dtype),
+            formats=parse_formats(arguments.set),
             backend=arguments.backend,
             measure=not arguments.no_errors,
             force=arguments.force,

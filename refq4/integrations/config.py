@@ -20,6 +20,7 @@ from ..codebooks import get_codebook
 from ..functional import DEFAULT_BLOCKSIZE
 from ..internals.checks import check_blocksize, check_storage, warn_caller
 from ..internals.scale_search import check_way
+from ..models.formats import Formats, check_formats, format_of
 
 __all__ = ["METHOD", "Refq4Config"]
 
@@ -56,6 +57,10 @@ class Refq4Config(BitsAndBytesConfig):
         llm_int8_skip_modules: names of modules that stay as they are; if None, the output head and what is tied.
         blocksize: elements per block; 64 if None (not in bitsandbytes).
         scales: "absmax", or "search" for a smaller error in the same format (not in bitsandbytes).
+        embeddings: also the tables, as Embedding4bit with plain scales; one that shares its weight stays (likewise).
+        head: also the output head, unless it shares its weight (likewise); ``llm_int8_skip_modules`` goes before it.
+        formats: what is different for some layers, by patterns of their names: ``{"mlp": {"blocksize": 128}}``
+            (likewise); see :func:`refq4.quantize_model`.
         others: fields for 8-bit layers, accepted at their defaults: they stand in every checkpoint of bitsandbytes.
 
     Raises:
@@ -78,6 +83,9 @@ class Refq4Config(BitsAndBytesConfig):
         llm_int8_skip_modules: list[str] | None = None,
         blocksize: int | None = None,
         scales: str = "absmax",
+        embeddings: bool = False,
+        head: bool = False,
+        formats: Formats | None = None,
         **others: Any,
     ) -> None:
         _check_others(others)
@@ -96,6 +104,7 @@ class Refq4Config(BitsAndBytesConfig):
         self.quant_method = METHOD
         self.blocksize = check_blocksize(DEFAULT_BLOCKSIZE if blocksize is None else blocksize)
         self.scales = check_way(scales)
+        self.embeddings, self.head, self.formats = bool(embeddings), bool(head), check_formats(formats or {})
         self.skip_besides: list[str] = []  # what was given for a checkpoint, besides its own list
         self._compute_dtype_given = bnb_4bit_compute_dtype is not None
 
@@ -134,11 +143,27 @@ class Refq4Config(BitsAndBytesConfig):
                 config.bnb_4bit_compute_dtype = given.bnb_4bit_compute_dtype
         return config
 
+    def of(self, *names: str) -> dict[str, Any]:
+        """How one weight is quantised, by the names that it goes by, as in ``quantize_4bit``.
+
+        Example:
+            >>> Refq4Config(formats={"mlp": {"blocksize": 128}}).of("layers.0.mlp.up_proj")["blocksize"]
+            128
+        """
+        settings = {
+            "quant_type": self.bnb_4bit_quant_type,
+            "compress_statistics": self.bnb_4bit_use_double_quant,
+            "quant_storage": self.bnb_4bit_quant_storage,
+            "blocksize": self.blocksize,
+            "scales": self.scales,
+        }
+        return settings | format_of(self.formats, *names)
+
     def to_dict(self) -> dict[str, Any]:
         """What goes into a config.json.
 
         With ``load_in_4bit`` beside it, transformers hands the checkpoint to bitsandbytes where refq4's integration is
-        not imported; for a codebook that bitsandbytes lacks it is left out.
+        not imported; for a codebook that bitsandbytes lacks, and for tables, it is left out.
         """
         fields = {
             "quant_method": METHOD,
@@ -149,8 +174,13 @@ class Refq4Config(BitsAndBytesConfig):
             "llm_int8_skip_modules": self.llm_int8_skip_modules,
             "blocksize": self.blocksize,
             "scales": self.scales,
+            "embeddings": self.embeddings,
+            "head": self.head,
+            "formats": self.formats,
         }
-        return fields | ({"load_in_4bit": True} if self.bnb_4bit_quant_type in _KNOWN_TO_BITSANDBYTES else {})
+        types = {self.bnb_4bit_quant_type, *(own.get("quant_type", "nf4") for own in self.formats.values())}
+        known = types <= set(_KNOWN_TO_BITSANDBYTES) and not self.embeddings
+        return fields | ({"load_in_4bit": True} if known else {})
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The fields that are not at their defaults."""

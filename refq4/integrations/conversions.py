@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ..nn import Linear4bit
+from ..nn import Embedding4bit, Linear4bit
 from ..params import Params4bit
 from . import expert_files, fates
 from .checks import check_described
@@ -45,7 +45,7 @@ class Quantise(ConversionOps):
             weight = weight.T.contiguous()
         with fates.named_as_in_the_file(self.hf_quantizer._way, name):
             if name in self.hf_quantizer._experts:
-                return expert_files.packed(weight, self.hf_quantizer.quantization_config)
+                return expert_files.packed(weight, self.hf_quantizer.settings(name))
             return _settled(layer, layer.weight._like(weight, None).to(weight.device))
 
 
@@ -67,7 +67,7 @@ class Restore(ConversionOps):
 
     def _restored(self, input_dict: dict[str, Any], model: PreTrainedModel, full_layer_name: str) -> dict[str, Any]:
         layer, _ = get_module_from_name(model, full_layer_name)
-        if not isinstance(layer, Linear4bit):
+        if not isinstance(layer, Linear4bit | Embedding4bit):
             if len(input_dict) > 1:
                 raise ValueError(
                     f"{full_layer_name}: quantised in the checkpoint, but llm_int8_skip_modules, given or in its "
@@ -85,7 +85,7 @@ class Restore(ConversionOps):
                 f"quantised, add {own.removesuffix('.')!r} to llm_int8_skip_modules in config.json"
             )
         if packed.is_meta:  # names and sizes are checked, not data: refq4.checkpoint
-            check_described(full_layer_name, packed, parts, layer.in_features * layer.out_features)
+            check_described(full_layer_name, packed, parts, layer.weight_shape.numel())
             return {"weight": _settled(layer, layer.weight)}
         weight = Params4bit.from_prequantized(packed, parts, module=layer)
         # What stays where the loader sends the bytes to disk: accelerate brings them back into a copy of this one.
@@ -110,7 +110,7 @@ def _only(value: Any) -> Tensor:
     return tensor
 
 
-def _settled(layer: Linear4bit, weight: Params4bit) -> Params4bit:
+def _settled(layer: nn.Module, weight: Params4bit) -> Params4bit:
     """``weight``, with its layer marked: over one that it thinks new, transformers writes random numbers."""
     setattr(layer, "_is_hf_initialized", True)  # noqa: B010 (an attribute that the class does not know)
     return weight

@@ -33,22 +33,14 @@ from ..nn.parametrize import PackedParameter, decode_parameter_4bit, parametrize
 from ..params import Params4bit
 from ..state import QuantState
 from .checks import check_described
-from .config import Refq4Config
 from .experts import choose_implementation, forget_implementation
 
 __all__: list[str] = []  # for the module beside it
 
 
-def packed(weight: Tensor, config: Refq4Config) -> Params4bit:
-    """A weight of fused experts [E, N, K], in 4 bits as the config says."""
-    return Params4bit(
-        weight,
-        blocksize=config.blocksize,
-        compress_statistics=config.bnb_4bit_use_double_quant,
-        quant_type=config.bnb_4bit_quant_type,
-        quant_storage=config.bnb_4bit_quant_storage,
-        scales=config.scales,
-    ).to(weight.device)
+def packed(weight: Tensor, settings: dict[str, Any]) -> Params4bit:
+    """A weight of fused experts [E, N, K], in 4 bits, with the settings of ``Params4bit``."""
+    return Params4bit(weight, **settings).to(weight.device)
 
 
 def conversions(converters: list[WeightTransform], names: set[str], beside: list[str]) -> list[WeightTransform]:

@@ -40,6 +40,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..models.experts import expert_weights, routers
 from ..models.linears import is_linear, read_by_owner
 from ..models.patterns import EXPERTS, HEAD, unambiguous
+from ..models.tables import CHANGES
 
 __all__: list[str] = []  # for the loader beside it, and refq4.checkpoint
 
@@ -48,6 +49,7 @@ NEW = "not in the checkpoint"
 PLAIN = "in full precision in the checkpoint"
 ROUTER = "it chooses experts"
 SKIPPED = "named in llm_int8_skip_modules"
+TIED = "shares its weight with another module, to which transformers ties it again"
 BESIDE = ".quant_state.bitsandbytes__"
 
 
@@ -190,37 +192,46 @@ def choose(
     way: Route | None,
     pre_quantized: bool = False,
     besides: Sequence[str] = (),
+    embeddings: bool = False,
+    head: bool = False,
 ) -> dict[str, str | None]:
     """Each parameter that could be in 4 bits -> why it stays as it is; None if it is to be in 4 bits.
 
     Args:
         model: whose layers are not replaced yet.
-        skip: ``llm_int8_skip_modules``, by names of the model or of the file; None for the output layers.
+        skip: ``llm_int8_skip_modules``, by names of the model or of the file; None for the output layers, or with
+            ``head`` for nothing.
         way: where the tensors of the checkpoint go; None if it is not known.
         pre_quantized: the file says what is in 4 bits.
         besides: more names like those of ``skip``.
+        embeddings, head: whether tables and output layers are asked for; what shares its weight stays.
     """
     skipped = [*(skip or ()), *besides]
-    heads = get_keys_to_not_convert(model) if skip is None else []
+    heads = get_keys_to_not_convert(model) if skip is None and not head else []
     if not pre_quantized:  # bitsandbytes quantises an output layer with a bias
         heads = [_module_of(model, key) for key in heads]
     fp32 = list(model._keep_in_fp32_modules or ())
-    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    pairs = model.all_tied_weights_keys.items()
+    packed = way.quantised if pre_quantized and embeddings and way is not None else set()
+    shared = {name for pair in pairs if packed & set(pair) for name in pair}  # in 4 bits in the file, once
+    tied = {name for pair in pairs for name in pair} - shared
     choice: dict[str, str | None] = {}
-    for name, kind in candidates(model, pre_quantized).items():
-        module = name.removesuffix(".weight")
-        called = [module, *(key.removesuffix(".weight") for key in (way.keys(name) if way is not None else ()))]
+    for name, kind in candidates(model, pre_quantized, embeddings).items():
+        called = names_of(name, way)
+        module = called[0]
         if not name.endswith("weight"):  # experts: a parameter of the module that is meant
             called.append(name.rpartition(".")[0])
         shape = way.shape(name) if way is not None else None
         why: str | None = None
-        if name in tied or module in tied or not should_convert_module(module, heads):
+        if name in tied or module in tied:
+            why = TIED if embeddings or head else HEAD
+        elif not should_convert_module(module, heads):
             why = HEAD
         elif not all(should_convert_module(either, skipped) for either in called):
             why = SKIPPED
         elif not should_convert_module(module, fp32):
             why = FP32
-        elif way is not None and shape is None:
+        elif way is not None and shape is None and name not in shared:
             why = NEW
         elif pre_quantized and way is not None and name not in way.quantised and shape == _shape(model, name):
             why = PLAIN
@@ -228,8 +239,14 @@ def choose(
     return _alike(choice, way)
 
 
-def candidates(model: PreTrainedModel, pre_quantized: bool = False) -> dict[str, str | None]:
-    """The weights of linear layers and experts by name -> why all of their kind stay as they are, or None.
+def names_of(parameter: str, way: Route | None) -> list[str]:
+    """What a parameter is called in the model, and what its tensors are in the file; without ``.weight``."""
+    keys = [] if way is None else way.keys(parameter)
+    return list(dict.fromkeys(key.removesuffix(".weight") for key in (parameter, *keys)))
+
+
+def candidates(model: PreTrainedModel, pre_quantized: bool = False, embeddings: bool = False) -> dict[str, str | None]:
+    """The weights of linear layers, experts and embeddings by name -> why all such ones stay as they are, or None.
 
     Of a file that is quantised already, the file says what is in 4 bits.
     """
@@ -239,6 +256,8 @@ def candidates(model: PreTrainedModel, pre_quantized: bool = False) -> dict[str,
     for name, module in model.named_modules():
         if is_linear(module) or isinstance(module, Conv1D):
             found[f"{name}.weight" if name else "weight"] = reserved.get(name)
+        elif embeddings and type(module) is nn.Embedding:
+            found[f"{name}.weight"] = None if module.max_norm is None else CHANGES
         elif "experts" in name.rpartition(".")[2].lower() or "Experts" in type(module).__name__:
             weights = (f"{name}.{own}" for own, weight in module.named_parameters(recurse=False) if weight.dim() == 3)
             found |= {weight: EXPERTS for weight in weights if weight not in packable}
@@ -272,7 +291,7 @@ def _shape(model: PreTrainedModel, parameter: str) -> torch.Size:
 def with_names_of_what_is_left(config: Any, model: PreTrainedModel, choice: dict[str, str | None]) -> Any:
     """The config, or a copy that names the layers left alone where transformers by itself would replace one of them."""
     skip = config.llm_int8_skip_modules
-    own_rule = get_keys_to_not_convert(model) if skip is None else list(skip)
+    own_rule = list(skip or ()) if config.head or skip is not None else get_keys_to_not_convert(model)
     own_rule += list(model._keep_in_fp32_modules or ())
     linears = {name.removesuffix(".weight"): why for name, why in choice.items() if why != EXPERTS}
     left = {name for name, why in linears.items() if why is not None}

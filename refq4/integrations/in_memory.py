@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ..models.linears import is_linear
-from ..models.patterns import unambiguous
-from ..nn import Linear4bit
+from ..models.patterns import EXPERTS, unambiguous
+from ..nn import Embedding4bit, Linear4bit
+from . import fates
 from .config import METHOD, Refq4Config
 from .transformers import Refq4Quantizer
 
@@ -20,8 +19,10 @@ def adopt(model: PreTrainedModel, settings: dict[str, Any]) -> None:
     """Give a model whose layers ``quantize_model`` replaced what one that ``from_pretrained`` quantised has."""
     if not isinstance(getattr(model, "hf_quantizer", None), Refq4Quantizer | None):
         return  # part of it belongs to another method
-    ours = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    left = {name for name, module in model.named_modules() if isinstance(module, Conv1D) or is_linear(module)}
+    ours = {name for name, module in model.named_modules() if isinstance(module, Linear4bit | Embedding4bit)}
+    embeddings = any(isinstance(module, Embedding4bit) for module in model.modules())
+    could = fates.candidates(model, pre_quantized=True, embeddings=embeddings)
+    left = {name.removesuffix(".weight") for name, why in could.items() if why != EXPERTS}
     config = Refq4Config(
         bnb_4bit_quant_type=settings["quant_type"],
         bnb_4bit_compute_dtype=settings["compute_dtype"] or model.dtype,
@@ -29,6 +30,10 @@ def adopt(model: PreTrainedModel, settings: dict[str, Any]) -> None:
         bnb_4bit_quant_storage=settings["quant_storage"],
         llm_int8_skip_modules=unambiguous(left, ours),
         blocksize=settings["blocksize"],
+        scales=settings["scales"],
+        embeddings=embeddings,
+        head=settings["head"],
+        formats=settings["formats"],
     )
     model.hf_quantizer = Refq4Quantizer(config, pre_quantized=True)
     model.hf_quantizer._conv1d = {

@@ -48,7 +48,7 @@ def adopt(model: nn.Module, settings: dict[str, Any]) -> None:
     Any other module is left as it is.
 
     Args:
-        settings: of the layers, as in ``Linear4bit``.
+        settings: of the layers, as in ``Linear4bit``, and ``head`` and ``formats`` of ``quantize_model``.
 
     Warns:
         UserWarning: transformers is there, but not in a version that the integration takes.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from ..nn import Linear4bit
+from ..nn import Embedding4bit, Linear4bit
 from .config import METHOD, Refq4Config
 
 if TYPE_CHECKING:
@@ -59,12 +59,14 @@ def resizes_rows(original: Callable[..., Any]) -> Callable[..., Any]:
     def resize_token_embeddings(
         self: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        head = self.get_output_embeddings()
-        if isinstance(head, Linear4bit) and new_num_tokens == head.out_features:
-            return self.get_input_embeddings()  # by the head's bytes, transformers would think it of another size
-        if isinstance(head, Linear4bit) and new_num_tokens is not None:
+        table, head = self.get_input_embeddings(), self.get_output_embeddings()
+        packed = head if isinstance(head, Linear4bit) else table
+        if isinstance(packed, Linear4bit | Embedding4bit) and new_num_tokens is not None:
+            if new_num_tokens == packed.weight_shape[0]:
+                return table  # by the bytes, transformers would think it of another size
+            what = "output layer" if packed is head else "embedding"
             raise ValueError(
-                f"the output layer of this {type(self).__name__} is in 4 bits, and packed bytes get no new rows: "
+                f"the {what} of this {type(self).__name__} is in 4 bits, and packed bytes get no new rows: "
                 f"resize before quantising, or leave that layer in full precision (llm_int8_skip_modules, skip)"
             )
         return original(self, new_num_tokens, *args, **kwargs)

@@ -14,7 +14,7 @@ version to version; those that were tried are in ``versions.py``. The config cla
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -39,7 +39,10 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from ..codebooks import codebook_names
 from ..functional import dequantize_4bit
 from ..internals.checks import warn_caller
-from ..nn import Linear4bit
+from ..models.formats import check_used
+from ..models.tables import empty_table, share_tables
+from ..nn import Embedding4bit, Linear4bit
+from ..params import Params4bit
 from . import expert_files, fates, methods
 from .checks import check_skipped
 from .config import METHOD, Refq4Config
@@ -47,6 +50,8 @@ from .conversions import Quantise, Restore
 from .later import connect
 
 __all__ = ["Refq4Config", "Refq4Quantizer"]
+
+Layer = TypeVar("Layer", Linear4bit, Embedding4bit)
 
 
 class Refq4Quantizer(HfQuantizer):
@@ -125,26 +130,41 @@ class Refq4Quantizer(HfQuantizer):
         config = self.quantization_config
         if not self.pre_quantized:
             check_skipped(model, config.llm_int8_skip_modules or (), self._way)
-        choice = fates.choose(model, config.llm_int8_skip_modules, self._way, self.pre_quantized, config.skip_besides)
+        choice = fates.choose(
+            model,
+            config.llm_int8_skip_modules,
+            self._way,
+            self.pre_quantized,
+            config.skip_besides,
+            config.embeddings,
+            config.head,
+        )
         if not self.pre_quantized:
             config = fates.with_names_of_what_is_left(config, model, choice)
             self.quantization_config = model.config.quantization_config = config
         chosen = [name for name, why in choice.items() if why is None]
+        if not self.pre_quantized:
+            check_used(config.formats, (called for name in chosen for called in fates.names_of(name, self._way)))
         for name in chosen:
             owner = name.rpartition(".")[0]
             module = model.get_submodule(owner)
             if isinstance(module, Conv1D):
                 self._conv1d.add(owner)
             if isinstance(module, nn.Linear | Conv1D):
-                model.set_submodule(owner, self._empty_layer(module))
+                model.set_submodule(owner, self._empty_layer(module, self.settings(name)))
+            elif isinstance(module, nn.Embedding):
+                model.set_submodule(owner, self._awaiting(empty_table(module, self.settings(name))))
             else:
                 self._experts.add(name)
         if not chosen:
             warn_caller(f"no layer of this {type(model).__name__} is in 4 bits: none is linear, or all are skipped")
 
-    def _empty_layer(self, module: nn.Module) -> Linear4bit:
-        """A 4-bit layer on the meta device. Bytes from a file have its dtype already: the loader casts to it."""
-        config = self.quantization_config
+    def settings(self, parameter: str) -> dict[str, Any]:
+        """How a parameter is quantised, as in ``quantize_4bit``."""
+        return self.quantization_config.of(*fates.names_of(parameter, self._way))
+
+    def _empty_layer(self, module: nn.Module, settings: dict[str, Any]) -> Linear4bit:
+        """A 4-bit layer on the meta device."""
         weight: Any = module.weight
         n, k = weight.T.shape if isinstance(module, Conv1D) else weight.shape
         with torch.device("meta"), local_torch_dtype(weight.dtype):
@@ -152,22 +172,23 @@ class Refq4Quantizer(HfQuantizer):
                 k,
                 n,
                 module.bias is not None,
-                config.bnb_4bit_compute_dtype,
-                config.bnb_4bit_use_double_quant,
-                config.bnb_4bit_quant_type,
-                config.bnb_4bit_quant_storage,
-                blocksize=config.blocksize,
-                scales=config.scales,
+                self.quantization_config.bnb_4bit_compute_dtype,
+                **settings,
             )
+        return self._awaiting(layer)
+
+    def _awaiting(self, layer: Layer) -> Layer:
+        """Bytes from a file have its dtype already: the loader casts to it."""
         if self.pre_quantized:
-            layer.weight = nn.Parameter(layer.weight.data.to(config.bnb_4bit_quant_storage), requires_grad=False)
+            storage = self.quantization_config.bnb_4bit_quant_storage
+            layer.weight = nn.Parameter(layer.weight.data.to(storage), requires_grad=False)
         return layer.requires_grad_(False)
 
     # --- while loading: each tensor ---------------------------------------------------------------------------------
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
-        return (isinstance(module, Linear4bit) and name == "weight") or param_name in self._experts
+        return (isinstance(module, Linear4bit | Embedding4bit) and name == "weight") or param_name in self._experts
 
     def get_quantize_ops(self) -> ConversionOps:
         return Quantise(self)
@@ -178,6 +199,14 @@ class Refq4Quantizer(HfQuantizer):
         beside += [f"quant_state.bitsandbytes__{name}" for name in codebook_names()]
         return {"weight": ["weight", *(f"weight.{name}" for name in beside)]}
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
+        """Without what stands beside a weight that is tied to a 4-bit table: transformers leaves out that weight."""
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        tied = tuple(f"{name}." for name in model.all_tied_weights_keys if isinstance(weights.get(name), Params4bit))
+        if not tied:
+            return super().get_state_dict_and_metadata(model)
+        return {key: value for key, value in model.state_dict().items() if not key.startswith(tied)}, {}
+
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         return {"deserialize": Restore}
 
@@ -186,6 +215,7 @@ class Refq4Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         expert_files.refuse_offloaded(model, self._experts)
         expert_files.settle(model)
+        share_tables(model)
         model.is_loaded_in_4bit = True  # asked for by peft's prepare_model_for_kbit_training, and by Trainer
         model._weight_conversions = [  # what was quantised in pieces can't be put together again when saving
             rule for rule in model._weight_conversions if tuple(rule.source_patterns) not in self._taken_apart
@@ -200,6 +230,10 @@ class Refq4Quantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, Linear4bit):
                 model.set_submodule(name, self._full_precision(module, name in self._conv1d, wanted))
+            elif isinstance(module, Embedding4bit):
+                rows = dequantize_4bit(module.weight, module.quant_state).to(wanted)
+                table = nn.Embedding(rows.shape[0], rows.shape[1], module.padding_idx, _weight=rows)
+                model.set_submodule(name, table.train(module.training))
         return model
 
     def _full_precision(self, layer: Linear4bit, conv1d: bool, dtype: torch.dtype | None) -> nn.Module:

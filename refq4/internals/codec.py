@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Backend, Call, PackedWeight
+from ..backend import Call, PackedWeight
 from ..codebooks import code_from_values, get_codebook
 from ..registry import Resolved, resolve
 from .checks import (
@@ -70,13 +70,7 @@ def dequantize_blockwise(
 
 
 def _quantize_4bit(
-    A: Tensor,
-    blocksize: int,
-    quant_type: str,
-    allow_nonfinite: bool,
-    backend: str,
-    *,
-    absmax: Tensor | None = None,
+    A: Tensor, blocksize: int, quant_type: str, allow_nonfinite: bool, backend: str, *, absmax: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     check_quantisable(A, blocksize)
     A = A.contiguous()
@@ -95,20 +89,16 @@ def _quantize_4bit(
     return packed, scales
 
 
-def takes_scales(backend: Backend) -> bool:
-    """Whether a backend quantises with scales that it is given: the first contract did not have that argument."""
-    return _has_absmax(type(backend).quantize_4bit)
-
-
 @lru_cache
-def _has_absmax(method: Callable[..., Any]) -> bool:
-    return "absmax" in inspect.signature(method).parameters
+def takes_scales(quantize_4bit: Callable[..., Any]) -> bool:
+    """Whether a class's method takes scales that are given: the first contract did not have that argument."""
+    return "absmax" in inspect.signature(quantize_4bit).parameters
 
 
 def _for_given_scales(call: Call, backend: str) -> Resolved:
     """The backend for the call, or the reference in place of one that can't be given scales; the trace says so."""
     found = resolve(call, backend)
-    if takes_scales(found.backend):
+    if takes_scales(type(found.backend).quantize_4bit):
         return found
     passed_over = (found.backend.name, "its quantize_4bit takes no absmax")
     return Resolved(resolve(call, "reference").backend, [*found.passed_over, passed_over])

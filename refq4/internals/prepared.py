@@ -33,7 +33,7 @@ from ..backend import Backend, PreparedWeight
 if TYPE_CHECKING:
     from ..state import QuantState
 
-__all__ = ["MOST_RESTORES", "Form", "Preparable", "as_looked_up", "as_stored"]
+__all__ = ["MOST_RESTORES", "Form", "Preparable", "as_stored"]
 
 MOST_RESTORES = 3  # then the parameter stays as stored: to prepare it takes as long as many products
 
@@ -169,19 +169,15 @@ class Preparable:
                 tensor.restore()
 
 
-def as_stored(weight: Tensor) -> Tensor:
-    """The weight with its stored bytes: restored first, if it is prepared."""
-    if isinstance(weight, Preparable) and weight.prepared and not torch.compiler.is_compiling():
-        return weight.restore()
-    return weight
+def as_stored(weight: Tensor, looked_up: bool = False) -> Tensor:
+    """The weight with its stored bytes: restored first, if it is prepared.
 
-
-def as_looked_up(weight: Tensor) -> Tensor:
-    """The same for a table. A product that shares the weight leaves it as it is stored from now on."""
+    From one that is ``looked_up``, as a table is, a product that shares it makes no form any more.
+    """
     if isinstance(weight, Preparable) and not torch.compiler.is_compiling():
-        if weight.prepared:
-            weight.restore()
-        weight._restores = MOST_RESTORES
+        if looked_up:
+            weight._restores = MOST_RESTORES
+        return weight.restore() if weight.prepared else weight
     return weight
 
 

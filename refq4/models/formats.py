@@ -46,15 +46,18 @@ def check_formats(formats: Formats) -> dict[str, dict[str, Any]]:
     return {pattern: dict(settings) for pattern, settings in formats.items()}
 
 
-def format_of(name: str, formats: Formats) -> dict[str, Any]:
-    """What is different for the layer of a dotted name.
+def format_of(formats: Formats, *names: str) -> dict[str, Any]:
+    """What is different for a layer, by its dotted name, or by several that it goes by.
 
     Example:
-        >>> format_of("layers.0.mlp.up", {"mlp": {"blocksize": 128}, "up": {"scales": "search"}})
+        >>> format_of({"mlp": {"blocksize": 128}, "up": {"scales": "search"}}, "layers.0.mlp.up")
         {'blocksize': 128, 'scales': 'search'}
     """
     return {
-        key: value for pattern in formats if first_match(name, [pattern]) for key, value in formats[pattern].items()
+        key: value
+        for pattern, settings in formats.items()
+        if any(first_match(name, [pattern]) for name in names)
+        for key, value in settings.items()
     }
 
 

@@ -138,7 +138,7 @@ compute_dtype=None)
     bar = tqdm(places, desc=f"quantising to {quant_type}", unit="layer", disable=None if progress else True)
     try:
         for place in bar:
-            layer = _quantise(place, settings | format_of(place.names[0], formats), report)
+            layer = _quantise(place, settings | format_of(formats, place.names[0]), report)
             if layer is None:
                 continue
             if place.module is model:
@@ -152,14 +152,14 @@ compute_dtype=None)
             settle(model)
     if embeddings:
         left_tables = quantize_tables(
-            model, head, lambda name: settings | format_of(name, formats), partial(chosen, unwanted), report
+            model, head, lambda name: settings | format_of(formats, name), partial(chosen, unwanted), report
         )
         if report is not None:
             report.left |= left_tables
             report.left = {name: why for name, why in report.left.items() if not _is_4bit(model, name)}
     if dtype is not None:
         cast_rest(model, dtype)
-    adopt(model, settings)
+    adopt(model, settings | {"head": head, "formats": formats})
     connect("peft")
     return model
 

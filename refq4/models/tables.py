@@ -20,7 +20,9 @@ from ..nn import Embedding4bit, Linear4bit
 from ..params import Params4bit
 from .report import QuantizationReport, layer_report
 
-__all__ = ["cast_rest", "quantize_tables"]
+__all__ = ["CHANGES", "cast_rest", "empty_table", "quantize_tables", "share_tables"]
+
+CHANGES = "its look-ups change the table (max_norm)"
 
 
 def quantize_tables(
@@ -68,7 +70,7 @@ def _why_not(model: nn.Module, module: nn.Embedding, others: list[str], head: bo
     if type(module) is not nn.Embedding:
         return f"a {type(module).__name__}, whose owner uses it in ways of its own"
     if module.max_norm is not None:
-        return "its look-ups change the table (max_norm)"
+        return CHANGES
     if any(type(model.get_submodule(other)) is not nn.Linear for other in others):
         return f"shares its weight with {others[0]}, which is no linear layer"
     if others and not head:
@@ -76,23 +78,27 @@ def _why_not(model: nn.Module, module: nn.Embedding, others: list[str], head: bo
     return None
 
 
-def _table(module: nn.Embedding, settings: dict[str, Any]) -> Embedding4bit:
-    weight = module.weight.detach()
-    table = Embedding4bit(
-        module.num_embeddings, module.embedding_dim, weight.dtype, settings["quant_type"], device="meta"
-    )
+def empty_table(module: nn.Embedding, settings: dict[str, Any]) -> Embedding4bit:
+    """A 4-bit table on the meta device for the weight of an embedding: its sizes, dtype and padding_idx."""
+    quant_type, quant_storage = settings["quant_type"], settings["quant_storage"]
+    sizes = module.num_embeddings, module.embedding_dim
+    table = Embedding4bit(*sizes, module.weight.dtype, quant_type, quant_storage, device="meta")
     table.padding_idx = module.padding_idx
-    table.quant_storage = settings["quant_storage"]
-    packed = Params4bit(
-        weight,
+    table.weight = Params4bit(
+        table.weight.data,
         blocksize=settings["blocksize"],
         compress_statistics=False,
-        quant_type=settings["quant_type"],
-        quant_storage=settings["quant_storage"],
+        quant_type=quant_type,
+        quant_storage=quant_storage,
         module=table,
         scales=settings["scales"],
     )
-    table.weight = packed.to(weight.device)
+    return table
+
+
+def _table(module: nn.Embedding, settings: dict[str, Any]) -> Embedding4bit:
+    table, weight = empty_table(module, settings), module.weight.detach()
+    table.weight = table.weight._like(weight, None).to(weight.device)
     return table.train(module.training)
 
 
@@ -109,9 +115,21 @@ def _sharing(linear: nn.Module, table: Embedding4bit) -> Linear4bit:
         device="meta",
     )
     layer.bias = linear.bias
+    _share(layer, weight)
+    return layer.train(linear.training)
+
+
+def _share(layer: Linear4bit, weight: Params4bit) -> None:
     weight._restores = MOST_RESTORES  # so that no product prepares what a look-up reads
     layer.weight, layer.quant_state = weight, weight.quant_state
-    return layer.train(linear.training)
+
+
+def share_tables(model: nn.Module) -> None:
+    """Settle the layers whose weight has become that of a 4-bit table, after both were loaded as one."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding4bit)}
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and id(module.weight) in tables:
+            _share(module, module.weight)
 
 
 def cast_rest(model: nn.Module, dtype: torch.dtype) -> None:

@@ -36,7 +36,7 @@ def ask_quantize_4bit(asked: Asked) -> None:
         where, hint = diagnose_quantised(got[0], wanted[0], asked.W, wanted[1], case)
         raise ExplainedError(f"{difference}{where}", hint) from None
     engine = check_usable(asked.backend)
-    if engine is not None and codec.takes_scales(engine):
+    if engine is not None and codec.takes_scales(type(engine).quantize_4bit):
         _ask_quantize_with_scales(asked, 0.8 * wanted[1], allowed)
 
 

@@ -19,6 +19,7 @@ from refq4.cli import bench as bench_command
 from refq4.cli import options
 from refq4.codebooks import codebook_names
 from refq4.functional import DEFAULT_BLOCKSIZE
+from refq4.internals.scale_search import SCALES
 from refq4.layout import STORAGE_DTYPES
 from refq4.state import BLOCKSIZES, WEIGHT_DTYPES
 
@@ -96,10 +97,11 @@ def test_ctrl_c_while_torch_loads_is_quiet(started, tmp_path):
 
 def test_what_the_help_offers_is_what_the_core_and_the_benchmark_offer():
     assert list(options.CODEBOOKS) == codebook_names()
+    assert options.SCALES == SCALES
     assert (options.BLOCKSIZES, options.DEFAULT_BLOCKSIZE) == (BLOCKSIZES, DEFAULT_BLOCKSIZE)
     assert [options.dtype(name) for name in options.DTYPES] == list(WEIGHT_DTYPES)
     assert [options.dtype(name) for name in options.STORAGE] == list(STORAGE_DTYPES)
-    assert options.dtype("bfloat16") is torch.bfloat16
+    assert options.dtype("bfloat16") is options.dtype("bf16") is torch.bfloat16
     assert tuple(command.SHAPES) == bench_command.DEVICES
     assert tuple(peers.DEVICE_DTYPES) == bench_command.DTYPES
     assert tuple(peer.name for peer in peers.PEERS) == bench_command.PEERS
