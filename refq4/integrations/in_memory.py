@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..models.patterns import EXPERTS, unambiguous
 from ..nn import Embedding4bit, Linear4bit
