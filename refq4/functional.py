@@ -160,9 +160,8 @@ def dequantize_4bit(
         code = get_4bit_type(get_codebook(quant_type).name, device=A.device)
         quant_state = QuantState(absmax, out.shape, code, blocksize, quant_type, out.dtype)
         check_scales(absmax, out.shape, blocksize)
-    dtype = quant_state.dtype or torch.float32
-    result = codec.dequantize_4bit(quant_state.packed_weight(A), dtype, requested_backend(backend))
-    result = write_into("out", out, result)
+    weight, dtype = quant_state.packed_weight(A), quant_state.dtype or torch.float32
+    result = write_into("out", out, codec.dequantize_4bit(weight, dtype, requested_backend(backend)))
     is_row = A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1
     return result.t() if is_row and result.dim() == 2 else result
 

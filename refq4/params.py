@@ -102,10 +102,8 @@ class Params4bit(Preparable, nn.Parameter):
         self: Params4bit = torch.Tensor._make_subclass(cls, data, requires_grad)
         self.blocksize = DEFAULT_BLOCKSIZE if blocksize is None else blocksize
         self.compress_statistics = bool(compress_statistics)
-        self.quant_type = quant_type
-        self.quant_storage = quant_storage
-        self.quant_state = quant_state
-        self.bnb_quantized = bnb_quantized
+        self.quant_type, self.quant_storage = quant_type, quant_storage
+        self.quant_state, self.bnb_quantized = quant_state, bnb_quantized
         self.scales = scales
         self.module = module
         self._form, self._restores = None, 0
@@ -161,16 +159,9 @@ class Params4bit(Preparable, nn.Parameter):
         device = torch.device(device) if device is not None else data.device
         state = state.to(device)
         self = cls(
-            data.detach().to(device),
-            requires_grad,
-            state,
-            state.blocksize,
-            state.nested,
-            str(state.quant_type),
-            data.dtype,
-            module,
-            bnb_quantized=True,
-        )
+            data.detach().to(device), requires_grad, state, state.blocksize, state.nested, str(state.quant_type),
+            data.dtype, module, bnb_quantized=True,
+        )  # fmt: skip
         self._tell_module()
         return self
 
@@ -222,7 +213,7 @@ class Params4bit(Preparable, nn.Parameter):
 
     def _quantize(self, weight: Tensor) -> Params4bit:
         check_layers_shape(weight, self.module)
-        packed, state = quantize_4bit(
+        self.data, self.quant_state = quantize_4bit(
             weight,
             blocksize=self.blocksize,
             compress_statistics=self.compress_statistics,
@@ -230,8 +221,6 @@ class Params4bit(Preparable, nn.Parameter):
             quant_storage=self.quant_storage,
             scales=self.scales,
         )
-        self.data = packed
-        self.quant_state = state
         self.bnb_quantized = True
         self._tell_module()
         return self

@@ -245,9 +245,7 @@ class QuantState:
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-            return False
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
         alike = a.device == b.device and a.dtype == b.dtype and a.shape == b.shape
         return alike and (a is b or (not a.is_meta and torch.equal(a, b)))
-    return bool(a == b)
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)

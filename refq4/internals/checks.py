@@ -27,10 +27,9 @@ PLAIN = (Tensor, torch.nn.Parameter)  # torch's own: no subclass acts on them, a
 def check_floats(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     """A TypeError unless ``tensor`` is a dense tensor of one of the dtypes."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
-        wanted = ", ".join(map(dtype_name, dtypes))
         packed = isinstance(tensor, Tensor) and tensor.dtype == torch.uint8
         why = " (a packed weight's dtype is that of its bytes; cast to the layer's compute_dtype)" if packed else ""
-        raise TypeError(f"{name} must be a tensor of {wanted}, got {show(tensor)}; cast it first{why}")
+        raise TypeError(f"{name} must be a tensor of {_names(dtypes)}, got {show(tensor)}; cast it first{why}")
     if tensor.layout != torch.strided:
         layout_name = str(tensor.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense tensor, got a {layout_name} one; call .to_dense()")
@@ -206,8 +205,7 @@ def check_positive(name: str, size: int) -> None:
 def check_storage(dtype: torch.dtype) -> None:
     """A ValueError unless packed bytes can be stored under ``dtype``."""
     if dtype not in layout.STORAGE_DTYPES:
-        wanted = ", ".join(map(dtype_name, layout.STORAGE_DTYPES))
-        raise ValueError(f"quant_storage must be one of {wanted}, got {dtype!r}")
+        raise ValueError(f"quant_storage must be one of {_names(layout.STORAGE_DTYPES)}, got {dtype!r}")
 
 
 def check_quantisable(A: Tensor, blocksize: int) -> None:
@@ -249,7 +247,7 @@ def check_scales(absmax: Tensor, shape: torch.Size, blocksize: int) -> None:
 def check_target(dtype: torch.dtype) -> None:
     """Raise a TypeError unless codes can be decoded to ``dtype``."""
     if dtype not in ACTIVATION_DTYPES:
-        raise TypeError(f"codes decode to {', '.join(map(dtype_name, ACTIVATION_DTYPES))}, not to {dtype_name(dtype)}")
+        raise TypeError(f"codes decode to {_names(ACTIVATION_DTYPES)}, not to {dtype_name(dtype)}")
 
 
 def write_into(name: str, given: Tensor | None, result: Tensor) -> Tensor:
@@ -264,14 +262,17 @@ def write_into(name: str, given: Tensor | None, result: Tensor) -> Tensor:
 def check_packed(stored: Tensor, shape: torch.Size, key: str = "weight") -> None:
     """Raise a ValueError if ``stored`` can't be the packed bytes of ``shape``."""
     if stored.dtype not in layout.STORAGE_DTYPES:
-        names = ", ".join(map(dtype_name, layout.STORAGE_DTYPES))
-        raise ValueError(f"{key}: a packed weight is stored as {names}, got {stored.dtype}")
+        raise ValueError(f"{key}: a packed weight is stored as {_names(layout.STORAGE_DTYPES)}, got {stored.dtype}")
     wanted = -(-layout.packed_bytes(shape.numel()) // stored.dtype.itemsize)
     if stored.numel() != wanted:
         raise ValueError(
             f"{key}: shape {list(shape)} packs into {wanted} {dtype_name(stored.dtype)} elements "
             f"(two codes a byte), got {stored.numel()} in shape {list(stored.shape)}"
         )
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(map(dtype_name, dtypes))
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:

@@ -137,8 +137,7 @@ def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -
     check_memory("A", A)
     check_memory("code", code)
     call = _elementwise("quantize_blockwise", A, A.dtype, blocksize, f"{code.numel()} values")
-    rule = code_from_values(code)
-    q, absmax = run_op(call, backend, "quantize_blockwise", A, rule, blocksize)
+    q, absmax = run_op(call, backend, "quantize_blockwise", A, code_from_values(code), blocksize)
     return q, absmax
 
 

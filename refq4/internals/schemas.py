@@ -82,10 +82,8 @@ def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -
     return A.new_empty(A.shape, dtype=torch.uint8), A.new_empty(blocks, dtype=torch.float32)
 
 
-def _dequantize_blockwise(
-    q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, backend: str
-) -> Tensor:
-    return q.new_empty(q.shape, dtype=dtype)
+def _dequantize_blockwise(q: Tensor, *args: Any) -> Tensor:
+    return q.new_empty(q.shape, dtype=args[-2])
 
 
 def _product(A: Tensor, *args: Any) -> Tensor:
@@ -134,10 +132,7 @@ _OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "gemv_4bit": (_PRODUCT, _product),
     "gemm_4bit": (_PRODUCT, _product),
     "grad_input_4bit": (f"Tensor grad, {WEIGHT}, str backend) -> Tensor", _grad_input),
-    "matmul_prepared": (
-        f"Tensor A, {PREPARED}, Tensor? bias, str op, str backend) -> Tensor",
-        _matmul_prepared,
-    ),
+    "matmul_prepared": (f"Tensor A, {PREPARED}, Tensor? bias, str op, str backend) -> Tensor", _matmul_prepared),
     "grouped_gemm_4bit": (
         f"Tensor x, {WEIGHT}, Tensor? bias, Tensor offsets, bool transposed, str backend) -> Tensor",
         _grouped,

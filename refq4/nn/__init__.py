@@ -124,17 +124,9 @@ class _LinearOfFixedType(Linear4bit):
         blocksize: int | None = None,
         scales: str = "absmax",
     ) -> None:
+        of_weight = compress_statistics, self._quant_type, quant_storage, device
         super().__init__(
-            input_features,
-            output_features,
-            bias,
-            compute_dtype,
-            compress_statistics,
-            self._quant_type,
-            quant_storage,
-            device,
-            blocksize=blocksize,
-            scales=scales,
+            input_features, output_features, bias, compute_dtype, *of_weight, blocksize=blocksize, scales=scales
         )
 
 
