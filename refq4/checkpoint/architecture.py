@@ -25,7 +25,7 @@ from .tensors import DTYPES, Entry, SafetensorsReader
 if TYPE_CHECKING:
     from ..integrations.fates import Route
 
-__all__ = ["UNKNOWN", "Architecture", "ask_transformers", "what_is_amiss"]
+__all__ = ["UNKNOWN", "Architecture", "ask_transformers", "no_progress_bar", "what_is_amiss"]
 
 UNKNOWN = "the model has no parameter of this name"
 
@@ -112,7 +112,7 @@ def what_is_amiss(directory: Path) -> dict[str, str] | None:
     except ValueError as error:  # nothing fits
         return {"config.json": str(error)}
     settings = LoadStateDictConfig(device_map={"": "meta"}, hf_quantizer=quantizer, weight_mapping=mapping)
-    with _no_progress_bar():
+    with no_progress_bar():
         info, _ = convert_and_load_state_dict_in_model(model, state, settings)
     model._adjust_missing_and_unexpected_keys(info)
     amiss = dict.fromkeys(info.unexpected_keys, UNKNOWN)
@@ -129,7 +129,8 @@ def what_is_amiss(directory: Path) -> dict[str, str] | None:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers from showing its own bar while it loads."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

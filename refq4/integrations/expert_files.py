@@ -59,7 +59,8 @@ def conversions(converters: list[WeightTransform], names: set[str], beside: list
         fused.append(WeightConverter(list(patterns), tail, [RestoreExperts(patterns)]))
     merged: list[WeightTransform] = []
     for converter in converters:
-        if isinstance(converter, WeightConverter) and _makes(converter, names):
+        whole = isinstance(converter, WeightConverter) and len(converter._original_target_patterns) == 1
+        if whole and _makes(converter, names):  # what is taken apart was packed in pieces
             sources = list(converter._original_source_patterns)
             found = [f"{source}{part}" for source in sources for part in ("", *(f".{part}" for part in beside))]
             converter = converter.copy(

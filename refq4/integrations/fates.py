@@ -147,7 +147,10 @@ def route(
     found.groups = list(groups.values())
     found.renamings = [rule.reverse_transform() for rule in renamings[::-1] if rule.was_used()]
     for group in found.groups:
-        group.parts = _parts(group, model, shapes)
+        if packed & group.sources.keys():  # their bytes say nothing of shapes
+            group.parts = {group.target: known[group.target].shape}
+        else:
+            group.parts = _parts(group, model, shapes)
         found._of |= dict.fromkeys(group.parts, group)
     return found
 

@@ -31,6 +31,27 @@ _READ = {
 }
 
 
+# The same for layers to whose dtype the code casts their input, which of packed bytes is uint8.
+_CAST_TO = {
+    "AXK2Indexer": ("weights_proj",),
+    "DeepseekV32Indexer": ("weights_proj",),
+    "Dots3NoteTextIndexer": ("weights_proj",),
+    "Glm5NextTextIndexer": ("weights_proj",),
+    "GlmMoeDsaIndexer": ("weights_proj",),
+    "HYV4Indexer": ("weights_proj",),
+    "HYV4VLIndexer": ("weights_proj",),
+    "Kosmos2_5VisionMlp": ("wo",),
+    "LongT5DenseActDense": ("wo",),
+    "LongT5DenseGatedActDense": ("wo",),
+    "MistralLarge4TextIndexer": ("weights_proj",),
+    "NllbMoeDenseActDense": ("fc2",),
+    "PocketTTSModel": ("audio_latent_proj", "audio_prompt_proj"),
+    "SeamlessM4TFeedForwardNetwork": ("fc2",),
+    "SeamlessM4Tv2FeedForwardNetwork": ("fc2",),
+    "SwitchTransformersDenseActDense": ("wo",),
+}
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a full-precision linear layer that a 4-bit one can stand for.
 
@@ -81,9 +102,10 @@ def read_by_owner(model: nn.Module) -> dict[str, str]:
         {}
     """
     return {
-        f"{name}.{child}".removeprefix("."): f"its weight is read as a matrix by the {type(module).__name__} around it"
+        f"{name}.{child}".removeprefix("."): f"its weight {reads} by the {type(module).__name__} around it"
+        for table, reads in ((_READ, "is read as a matrix"), (_CAST_TO, "has its dtype read"))
         for name, module in model.named_modules()
-        for child in _READ.get(type(module).__name__, ())
+        for child in table.get(type(module).__name__, ())
         if hasattr(module, child)
     }
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import places
+from ..checkpoint.architecture import no_progress_bar
 from ..checkpoint.inspection import groups
 from ..checkpoint.sources import FromSafetensors
 from ..checkpoint.tensors import SafetensorsReader
@@ -103,7 +104,8 @@ def _load(directory: Path) -> nn.Module:
         from ..integrations.transformers import Refq4Config
 
         settings["quantization_config"] = Refq4Config()
-    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(directory, **settings)
+    with no_progress_bar():
+        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(directory, **settings)
     return model.to("cuda") if torch.cuda.is_available() else model
 
 
@@ -116,12 +118,10 @@ def _transformers() -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         import transformers
-        from transformers.utils import logging
     except ImportError as error:
         raise ModuleNotFoundError(
             f"models on disk are loaded by transformers, which is not installed: {remedies.install('transformers')}"
         ) from error
-    logging.disable_progress_bar()
     return transformers
 
 

@@ -110,10 +110,11 @@ def _tour_encoder(path: Path) -> TourReport:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the weights are in the package: nothing to ask a hub for
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    model = SentenceTransformer(str(path), device="cpu").eval()
+    from ..checkpoint.architecture import no_progress_bar
+
+    with no_progress_bar():
+        model = SentenceTransformer(str(path), device="cpu").eval()
     sentences = files("refq4").joinpath("data/sentences.txt").read_text().splitlines()
     exact = _embed(model, sentences)
     parameters = sum(p.numel() for p in model.parameters())

@@ -85,7 +85,7 @@ def sweep(model_type: str) -> Row:
         before = tiny.output(model)
         if not bool(before.isfinite().all()):
             raise ValueError("its output with random weights is not finite")
-        if not torch.equal(before, tiny.output(model)):
+        if not all(torch.equal(before, tiny.output(model)) for _ in range(3)):
             raise ValueError("its output differs from call to call")
     except Exception as error:
         row.excluded = _said(error)
@@ -335,7 +335,7 @@ def main() -> int:
     rows = [known[model_type] for model_type in types]
     if not arguments.types:
         PAGE.write_text(page(rows), encoding="utf-8")
-    failed = [f"{row.type}, {said}" for row in rows for said in row.fails]
+    failed = [f"{row.type}, {said}" for row in rows if not row.excluded for said in row.fails]
     print(*failed, f"{sum(not row.excluded for row in rows)} types, {len(failed)} cells fail", sep="\n")
     return 1 if failed else 0
 

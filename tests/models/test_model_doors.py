@@ -189,7 +189,22 @@ def test_the_classes_that_read_a_weight_are_those_of_the_installed_transformers(
         sources[name] = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     for name in ("rwkv", "wavlm"):
         sources[name] = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-    for owner, children in linears._READ.items():
+    for name in [
+        "axk2",
+        "deepseek_v32",
+        "dots3_note",
+        "glm5_next",
+        "glm_moe_dsa",
+        "hy_v4",
+        "hy_v4_vl",
+        "kosmos2_5",
+        "longt5",
+        "mistral_large4",
+    ]:
+        sources[name] = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    for name in ["nllb_moe", "pocket_tts", "seamless_m4t", "seamless_m4t_v2", "switch_transformers"]:
+        sources[name] = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    for owner, children in (linears._READ | linears._CAST_TO).items():
         (module,) = [module for module in sources.values() if hasattr(module, owner)]
         source = inspect.getsource(module)
         for child in children:
