@@ -25,7 +25,6 @@ from .codebooks import Code
 
 __all__ = [
     "OPS",
-    "OPTIONAL",
     "Backend",
     "BackendError",
     "BackendUnavailableError",
@@ -38,13 +37,14 @@ __all__ = [
 ]
 
 OPS = ("quantize_4bit", "dequantize_4bit", "quantize_blockwise", "dequantize_blockwise", "gemv_4bit", "gemm_4bit")
-OPTIONAL = {"grouped_gemm_4bit": "gemm_4bit", "grad_input_4bit": "dequantize_4bit"}
-"""The ops that a backend may have; and those for which the core has a way with another op.
+"""The ops that a backend may have.
 
 Example:
     >>> [op for op in OPS if op.endswith("blockwise")]
     ['quantize_blockwise', 'dequantize_blockwise']
 """
+
+OPTIONAL = {"grouped_gemm_4bit": "gemm_4bit", "grad_input_4bit": "dequantize_4bit"}  # with the op that stands in
 
 
 class BackendError(RuntimeError):
