@@ -15,7 +15,7 @@
  * x is packed first, [tile of up to six tokens][k][token], so that a step's values lie side by side: rows of x that are
  * a multiple of 4 KB apart would all want the same lines of the first cache.
  *
- * The full weight is never in memory. A sum is a sum of subtotals of 32 products (refq4.h says why). Any shape will do:
+ * The full weight is never in memory. A sum is a sum of subtotals of up to 32 products (refq4.h says why). Any shape will do:
  * blocks may straddle rows, and rows may begin in the middle of a byte.
  *
  * cc -O3 -DREFQ4_TIER=0 -fsyntax-only grad_input_4bit_1_blocked.c
@@ -29,7 +29,8 @@
 
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 
-enum { GRAD_COLUMNS = 128, GRAD_DEPTH = 32, GRAD_TOKENS = 6, GRAD_CHUNK = 240 }; /* a chunk: of tokens */
+enum { GRAD_COLUMNS = 128, GRAD_TOKENS = 6, GRAD_CHUNK = 240 }; /* a chunk: of tokens */
+enum { GRAD_DEPTH = REFQ4_TIER >= 1 ? 32 : 8 }; /* plain C rounds each product, too: shorter subtotals */
 _Static_assert(GRAD_COLUMNS / 2 == 64, "a row of a tile is one cache line of codes, and whole groups of sixteen");
 
 typedef struct {
