@@ -135,9 +135,12 @@ compute_dtype=None)
     if report is not None:
         report.left |= left
         report.other += sum(parameter.numel() for parameter in model.parameters())
-    bar = tqdm(places, desc=f"quantising to {quant_type}", unit="layer", disable=None if progress else True)
+    has_experts = any(not (isinstance(place.module, nn.Linear) or is_conv1d(place.module)) for place in places)
+    places.reverse()
+    shown = None if progress else True
     try:
-        for place in bar:
+        for _ in tqdm(range(len(places)), desc=f"quantising to {quant_type}", unit="layer", disable=shown):
+            place = places.pop()  # so that nothing holds a layer that has been replaced
             layer = _quantise(place, settings | format_of(formats, place.names[0]), report)
             if layer is None:
                 continue
@@ -146,7 +149,7 @@ compute_dtype=None)
             for name in place.names:
                 model.set_submodule(name, layer)
     finally:
-        if "transformers" in sys.modules and any(as_linear(place.module) is None for place in places):
+        if "transformers" in sys.modules and has_experts:
             from ..integrations.expert_files import settle
 
             settle(model)

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import sys
+import weakref
 
 import pytest
 import torch
@@ -216,3 +217,16 @@ def test_an_interrupt_while_a_model_is_quantised_leaves_it_usable():
     refq4.quantize_model(model, progress=False)  # again: what was left
     whole = refq4.quantize_model(before, progress=False)
     assert_same_bits(model(x), whole(x))
+
+
+def test_each_full_precision_weight_goes_before_the_next_layer_is_quantised(monkeypatch):
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+    before, alive, quantise = [weakref.ref(layer) for layer in model], [], Linear4bit.from_linear
+
+    def watched(linear, **settings):
+        alive.append(sum(layer() is not None for layer in before))
+        return quantise(linear, **settings)
+
+    monkeypatch.setattr(Linear4bit, "from_linear", watched)
+    refq4.quantize_model(model, progress=False)
+    assert alive == [4, 3, 2, 1]
