@@ -37,7 +37,7 @@ class Quantise(ConversionOps):
         self, input_dict: dict[str, Any], *, model: PreTrainedModel, source_patterns: list[str], **kwargs: Any
     ) -> dict[str, Tensor]:
         self.hf_quantizer._taken_apart.add(tuple(source_patterns))
-        return {name: self._quantised(model, name, _only(value)) for name, value in input_dict.items()}
+        return {name: self._quantised(model, name, expert_files.only(value)) for name, value in input_dict.items()}
 
     def _quantised(self, model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
         layer, _ = get_module_from_name(model, name)
@@ -75,7 +75,7 @@ class Restore(ConversionOps):
                 )
             return input_dict
         own = full_layer_name.removesuffix("weight")
-        parts = {f"{own}{name}": _only(value) for name, value in input_dict.items()}
+        parts = {f"{own}{name}": expert_files.only(value) for name, value in input_dict.items()}
         packed = parts.pop(full_layer_name, None)
         if packed is None:
             raise ValueError(f"{full_layer_name}: missing, though {', '.join(parts)} are there")
@@ -102,12 +102,6 @@ class Keep(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         return input_dict
-
-
-def _only(value: Any) -> Tensor:
-    """The one tensor of a list of one; the loader collects what several files may hold."""
-    tensor: Tensor = value[0] if isinstance(value, list) else value
-    return tensor
 
 
 def _settled(layer: nn.Module, weight: Params4bit) -> Params4bit:

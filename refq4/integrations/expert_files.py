@@ -133,7 +133,7 @@ class RestoreExperts(ConversionOps):
         full_layer_name: str,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        parts = {self.patterns[pattern]: _only(value) for pattern, value in input_dict.items()}
+        parts = {self.patterns[pattern]: only(value) for pattern, value in input_dict.items()}
         values = parts.pop("", None)
         if values is None:
             raise ValueError(f"{full_layer_name}: missing, though {', '.join(sorted(parts))} are there")
@@ -199,7 +199,7 @@ class MergePacked(ConversionOps):
         found: dict[str, Any] = dict(tensors)
         for operation in self.operations:
             found = operation.convert(found, source_patterns=self.sources, target_patterns=target_patterns)
-        return _only(found[target_patterns[0]])
+        return only(found[target_patterns[0]])
 
     def _states(self, source: str, entries: dict[str, Any], name: str) -> list[QuantState]:
         beside = {key.removeprefix(source): values for key, values in entries.items() if key.startswith(f"{source}.")}
@@ -275,7 +275,7 @@ def _packed_names(model: nn.Module) -> set[str]:
     }
 
 
-def _only(value: Any) -> Tensor:
+def only(value: Any) -> Tensor:
     """The one tensor of a list of one; the loader collects what several files may hold."""
     tensor: Tensor = value[0] if isinstance(value, list) else value
     return tensor

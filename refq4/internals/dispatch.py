@@ -27,7 +27,7 @@ from .codec import decode
 from .running import run_op
 from .schemas import flatten, implement
 
-__all__ = ["GRAD_INPUT", "grad_input", "is_deferred", "product", "wants_grad"]
+__all__ = ["GRAD_INPUT", "flatten_prepared", "grad_input", "is_deferred", "product", "unflatten_prepared", "wants_grad"]
 
 
 GRAD_INPUT = "grad_input_4bit"
@@ -48,7 +48,7 @@ def product(
     ):
         return _product(op, A, weight, bias, backend)
     if isinstance(weight, PreparedWeight):
-        prepared = _flatten_prepared(weight)
+        prepared = flatten_prepared(weight)
         out: Tensor = torch.ops.refq4.matmul_prepared.default(A, *prepared, bias, op, _as_argument(backend))
     else:
         out = getattr(torch.ops.refq4, op).default(A, *flatten(weight), bias, _as_argument(backend))
@@ -199,11 +199,13 @@ def _op_of_grad_input(grad: Tensor, *args: Any) -> Tensor:
     return _grad_input(grad, checked_weight(*flat), backend)
 
 
-def _flatten_prepared(weight: PreparedWeight) -> tuple[Any, ...]:
+def flatten_prepared(weight: PreparedWeight) -> tuple[Any, ...]:
+    """The five arguments that a prepared weight is to an op; its backend is one more."""
     return list(weight.tensors), weight.layout, weight.shape, weight.blocksize, weight.quant_type
 
 
-def _prepared(*flat: Any) -> PreparedWeight:
+def unflatten_prepared(*flat: Any) -> PreparedWeight:
+    """The prepared weight of those six, or a ValueError if it is none."""
     tensors, layout_name, shape, blocksize, quant_type, backend = flat
     shape = check_prepared(tensors, layout_name, shape, blocksize)
     return PreparedWeight(backend, layout_name, tuple(tensors), shape, blocksize, quant_type)
@@ -211,12 +213,12 @@ def _prepared(*flat: Any) -> PreparedWeight:
 
 def _op_of_prepared(A: Tensor, *args: Any) -> Tensor:
     *flat, bias, op, backend = args
-    return _product(op, A, _prepared(*flat, backend), bias, backend)
+    return _product(op, A, unflatten_prepared(*flat, backend), bias, backend)
 
 
 def _op_of_restore(*args: Any) -> Tensor:
     *flat, name = args
-    prepared, backend = _prepared(*flat, name), registry.check_usable(name)
+    prepared, backend = unflatten_prepared(*flat, name), registry.check_usable(name)
     if backend is None:
         raise ValueError('restore_weight wants the name of the backend that prepared the weight, not "auto"')
     return backend.restore_weight(prepared).packed

@@ -27,12 +27,11 @@ from .checks import (
     ACTIVATION_DTYPES,
     check_floats,
     check_memory,
-    check_prepared,
     check_weight_memory,
     checked_weight,
 )
 from .codec import decode
-from .dispatch import grad_input, is_deferred, product, wants_grad
+from .dispatch import flatten_prepared, grad_input, is_deferred, product, unflatten_prepared, wants_grad
 from .format import dtype_name
 from .prepared import MOST_RESTORES, Preparable
 from .running import run_op
@@ -85,7 +84,7 @@ def grouped_gemm_4bit(
     if isinstance(weight, Preparable) and not transposed and not wants_grad(x) and weight._restores < MOST_RESTORES:
         prepared = _own_layout(weight, state, x, choice)
         if prepared is not None and is_deferred():
-            flat = list(prepared.tensors), prepared.layout, prepared.shape, prepared.blocksize, prepared.quant_type
+            flat = flatten_prepared(prepared)
             traced: Tensor = torch.ops.refq4.grouped_prepared.default(x, *flat, bias, offsets, prepared.backend)
             return traced
         if prepared is not None:
@@ -250,10 +249,8 @@ def _op(x: Tensor, *args: Any) -> Tensor:
 
 
 def _op_prepared(x: Tensor, *args: Any) -> Tensor:
-    tensors, layout_name, shape, blocksize, quant_type, bias, offsets, backend = args
-    shape = check_prepared(tensors, layout_name, shape, blocksize)
-    weight = PreparedWeight(backend, layout_name, tuple(tensors), shape, blocksize, quant_type)
-    return _grouped(x, weight, bias, offsets, False, backend)
+    *flat, bias, offsets, backend = args
+    return _grouped(x, unflatten_prepared(*flat, backend), bias, offsets, False, backend)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
