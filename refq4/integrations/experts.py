@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..internals.grouped import grouped_gemm_4bit
+from ..models.experts import IMPLEMENTATION
 from ..nn.parametrize import held_4bit, packed_parameter
 
 __all__ = ["packed_experts_forward"]
 
-IMPLEMENTATION = "refq4"  # in config._experts_implementation
 _OTHERWISE = "grouped_mm"  # transformers' own default
 
 

@@ -37,7 +37,7 @@ from .prepared import MOST_RESTORES, Preparable
 from .running import run_op
 from .schemas import flatten, implement, library
 
-__all__ = ["grouped_gemm_4bit", "one_expert"]
+__all__ = ["grouped_gemm_4bit", "one_expert", "own_layout"]
 
 OP = "grouped_gemm_4bit"
 
@@ -82,7 +82,7 @@ def grouped_gemm_4bit(
         rows = bias[expert.to(bias.device)]
         return grouped_gemm_4bit(x, weight, state, offsets, transposed=transposed, backend=backend) + rows
     if isinstance(weight, Preparable) and not transposed and not wants_grad(x) and weight._restores < MOST_RESTORES:
-        prepared = _own_layout(weight, state, x, choice)
+        prepared = own_layout(weight, state, x, choice)
         if prepared is not None and is_deferred():
             flat = flatten_prepared(prepared)
             traced: Tensor = torch.ops.refq4.grouped_prepared.default(x, *flat, bias, offsets, prepared.backend)
@@ -94,8 +94,8 @@ def grouped_gemm_4bit(
     return out
 
 
-def _own_layout(weight: Any, state: QuantState, x: Tensor, choice: str) -> PreparedWeight | None:
-    """The experts in the backend's own layout, made now if there is none yet; as for a layer (pipeline.py, step 2)."""
+def own_layout(weight: Any, state: QuantState, x: Tensor, choice: str) -> PreparedWeight | None:
+    """Give the experts in the backend's own layout, made now if there is none; as for a layer (pipeline.py, step 2)."""
     form = weight.form(state, deferred=is_deferred())
     if is_deferred():
         return form.prepared if form is not None and form.choice == choice else None

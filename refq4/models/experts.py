@@ -17,7 +17,9 @@ from torch import nn
 from ..nn.parametrize import parametrize
 from ..params import Params4bit
 
-__all__ = ["expert_names", "expert_weights", "quantize_experts", "routers"]
+__all__ = ["IMPLEMENTATION", "expert_names", "expert_weights", "quantize_experts", "routers"]
+
+IMPLEMENTATION = "refq4"  # config._experts_implementation of models whose experts multiply by packed bytes
 
 # What models call the weights of experts, one parameter for all experts.
 _NAMES = {"gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "v1", "w13"}

@@ -270,6 +270,24 @@ def test_packed_experts_are_laid_out_for_inference_alone():
     assert_same_bits(weight.stored(), stored)
 
 
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
+def test_packed_experts_can_be_laid_out_before_the_first_call(family):
+    model = made(family)
+    refq4.quantize_model(model, include="experts", progress=False)
+    weight = model.model.layers[0].mlp.experts.parametrizations.down_proj.original
+    model.eval()
+    with refq4.use_backend("cpu"), torch.no_grad():
+        stored_transposed = family == "GptOss"
+        assert refq4.prepare(model) == (0 if stored_transposed else 4)
+        assert weight.prepared != stored_transposed
+        before = weight._form
+        assert model(PROMPT).logits.isfinite().all()
+        assert weight._form is before, "the first call makes no other"
+        model.set_experts_implementation("eager")
+        refq4.restore(model)
+        assert refq4.prepare(model) == 0, "what decodes them would restore them at each call"
+
+
 def test_experts_of_a_model_of_no_library_are_decoded_when_they_are_read():
     class Layer(nn.Module):
         def __init__(self):
