@@ -242,7 +242,7 @@ if missing is None:
         times[kernel.name] = {}
         for M in (1,) if kernel.one_token else (1, 16):
             tokens, shortest = torch.randn(M, k, generator=generator).bfloat16(), float("inf")
-            for _ in range(2 if kernel.tier == 0 else 5):
+            for _ in range(2 if kernel.feature == "c" else 5):
                 start = time.perf_counter()
                 engine.gemm_4bit(tokens, canonical if tiled is None else tiled, None)
                 shortest = min(shortest, 1e3 * (time.perf_counter() - start))

@@ -82,8 +82,8 @@ class CpuBackend(Backend):
         if self._library is None:
             self.library()
         if self._forced is not None and call.op in ("gemv_4bit", "gemm_4bit"):
-            tier = self.library().tier.number
-            return self._forced.refuses(tier, call.dtype, call.m, call.k, call.blocksize, call.layout)
+            features = self.library().tier.features
+            return self._forced.refuses(features, call.dtype, call.m, call.k, call.blocksize, call.layout)
         return None
 
     def kernel(self, call: Call) -> str:
@@ -97,7 +97,7 @@ class CpuBackend(Backend):
             kernel = self._kernel_for(call.dtype, rows, call.k, call.blocksize, call.layout)
             name = f"{GRAD_INPUT if call.transposed else kernel.name} for each expert"
         else:
-            rung = {"avx512_bf16": "2_avx512", "avx512": "2_avx512", "avx2": "2_avx2"}.get(tier.name, "1_scalar")
+            rung = next((f"2_{feature}" for feature in ("avx512", "avx2") if feature in tier.features), "1_scalar")
             in_c = call.op not in ("quantize_4bit", "dequantize_4bit")
             name = f"{call.op.partition('_')[0]}_{'1_scalar' if in_c else rung}"
         return f"{name} (emulated)" if tier.emulated else name
@@ -289,13 +289,13 @@ class CpuBackend(Backend):
         return self._chosen[key]
 
     def _choose(self, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str) -> ProductKernel:
-        tier = self.library().tier.number
+        features = self.library().tier.features
         asked = self._forced
         if asked is not None:
-            if (reason := asked.refuses(tier, dtype, m, k, blocksize, layout)) is not None:
+            if (reason := asked.refuses(features, dtype, m, k, blocksize, layout)) is not None:
                 raise BackendUnsupportedError(f"backend 'cpu': {reason}")
             return asked
-        able = candidates(tier, dtype, m, k, blocksize, layout)
+        able = candidates(features, dtype, m, k, blocksize, layout)
         if not able:
             raise BackendUnsupportedError(f"backend 'cpu': no kernel of tier {self.library().tier} reads {layout}")
         fastest = winner(self._calibration(), dtype, m, layout)

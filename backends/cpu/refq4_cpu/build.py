@@ -2,7 +2,7 @@
 
     tier           instructions                             compiled with
     -------------  ---------------------------------------  -------------------------------------
-    avx512_bf16    AVX-512 + vdpbf16ps                      the flags in TIERS below
+    avx512_bf16    AVX-512 + vdpbf16ps                      the flags in FEATURES below
     avx512         AVX-512 F, BW, DQ, VL
     avx2           AVX2, FMA, F16C
     c              what every compiler's default has        no -m flag at all
@@ -36,10 +36,12 @@ from refq4.internals.buildcache import RefusedError, cache_directory, cache_key,
 
 __all__ = [
     "EMULATE_VARIABLE",
+    "FEATURES",
     "TIERS",
     "TIER_VARIABLE",
     "BuildError",
     "Compiler",
+    "Feature",
     "Library",
     "Tier",
     "find_compiler",
@@ -50,14 +52,30 @@ __all__ = [
 TIER_VARIABLE = "REFQ4_CPU_TIER"
 EMULATE_VARIABLE = "REFQ4_CPU_EMULATE"
 
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-# name -> (REFQ4_TIER, the bit of cpu_features.c that it needs or None, flags); best first
-TIERS: dict[str, tuple[int, int | None, tuple[str, ...]]] = {
-    "avx512_bf16": (3, 2, (*_AVX512, "-mavx512bf16")),
-    "avx512": (2, 1, _AVX512),
-    "avx2": (1, 0, _AVX2),
-    "c": (0, None, ()),
+
+@dataclass(frozen=True)
+class Feature:
+    """Instructions that kernels are written for: ``REFQ4_`` and its name in capitals is its macro."""
+
+    bit: int | None  # of cpu_features.c; None if every processor has it
+    flags: tuple[str, ...] = ()
+    outdates: tuple[str, ...] = ()  # features whose kernels are not worth timing where one of this feature serves
+
+
+# In the order in which they came; kernels of a later one are tried first.
+FEATURES: dict[str, Feature] = {
+    "c": Feature(None),
+    "avx2": Feature(0, ("-mavx2", "-mfma", "-mf16c"), ("c",)),
+    "avx512": Feature(1, ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"), ("c", "avx2")),
+    "avx512_bf16": Feature(2, ("-mavx512bf16",), ("c", "avx2")),
+}
+
+# A tier is a set of features; best first.
+TIERS: dict[str, tuple[str, ...]] = {
+    "avx512_bf16": ("c", "avx2", "avx512", "avx512_bf16"),
+    "avx512": ("c", "avx2", "avx512"),
+    "avx2": ("c", "avx2"),
+    "c": ("c",),
 }
 
 # -ffp-contract=off: a fused multiply-add where the definition rounds twice would change bits (block_scale).
@@ -91,9 +109,15 @@ class Tier:
     emulated: bool = False
 
     @property
-    def number(self) -> int:
-        """``REFQ4_TIER`` of ``kernels/library.c``: the higher, the more instructions."""
-        return TIERS[self.name][0]
+    def features(self) -> tuple[str, ...]:
+        """Names in :data:`FEATURES`: the kernels that it has are written for these."""
+        return TIERS[self.name]
+
+    @property
+    def flags(self) -> list[str]:
+        """What the compiler is told: a macro for each feature, and the -m flags unless they are emulated."""
+        macros = [f"-DREFQ4_{name.upper()}" for name in self.features]
+        return macros + [flag for name in self.features if not self.emulated for flag in FEATURES[name].flags]
 
     def __str__(self) -> str:
         return f"{self.name} (emulated)" if self.emulated else self.name
@@ -123,8 +147,8 @@ def load(tier: Tier | None = None) -> Library:
 @cache
 def _load(tier: Tier, _cache: str | None, _cc: str | None) -> Library:
     compiler = find_compiler()
-    flags = (*_EMULATED, *_FLAGS) if tier.emulated else (*_NATIVE, *_FLAGS, *TIERS[tier.name][2])
-    command = [*compiler.command, *flags, *extra_flags(), f"-DREFQ4_TIER={tier.number}", "library.c"]
+    flags = (*(_EMULATED if tier.emulated else _NATIVE), *_FLAGS, *tier.flags)
+    command = [*compiler.command, *flags, *extra_flags(), "library.c"]
     if tier.emulated:
         command.append("-lm")  # fmaf, where there is no instruction for it
     key = cache_key(*_sources(), *command, compiler.version, platform.machine(), processor_name())
@@ -135,8 +159,9 @@ def _load(tier: Tier, _cache: str | None, _cc: str | None) -> Library:
 
 def supported_tiers() -> list[str]:
     """The tiers that this processor and operating system can run, best first."""
-    features = cpu_features()
-    return [name for name, (_, bit, _) in TIERS.items() if bit is None or features >> bit & 1]
+    bits = cpu_features()
+    has = {name for name, feature in FEATURES.items() if feature.bit is None or bits >> feature.bit & 1}
+    return [name for name, features in TIERS.items() if has.issuperset(features)]
 
 
 def chosen_tier() -> Tier:

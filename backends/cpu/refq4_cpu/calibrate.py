@@ -57,7 +57,7 @@ def calibrated(library: build.Library, prepare: Prepare, product: Product) -> Wi
         canonical = _weight()
         tiles = prepare(canonical)
         weights: Weights = {"canonical": canonical, TILES: canonical if tiles is None else tiles}
-        return _measure(library.tier.number, weights, product)
+        return _measure(library.tier.features, weights, product)
 
     def build_it(target: Path) -> None:
         target.write_text(json.dumps(measured(), indent=1))
@@ -81,13 +81,13 @@ def _weight() -> PackedWeight:
     return PackedWeight(packed, absmax, torch.linspace(-1, 1, 16), BLOCKSIZE, (N, K), "calibration")
 
 
-def _measure(tier: int, weights: Weights, product: Product) -> Winners:
+def _measure(features: tuple[str, ...], weights: Weights, product: Product) -> Winners:
     winners: Winners = {}
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for layout in ("canonical", TILES):
             row = {}
             for m in MEASURED_M:
-                able = candidates(tier, dtype, m, K, BLOCKSIZE, layout)
+                able = candidates(features, dtype, m, K, BLOCKSIZE, layout)
                 if len(able) > 1:
                     x = torch.randn(m, K, generator=torch.Generator().manual_seed(m)).to(dtype)
                     row[str(m)] = _fastest(able, x, weights[layout], product).name

@@ -48,16 +48,18 @@ class ProductKernel:
     """One rung: a file in ``kernels/`` and what it asks for."""
 
     name: str
-    tier: int  # the lowest REFQ4_TIER that has it
+    feature: str = "c"  # in build.FEATURES: a tier that has the feature has the kernel
     dtypes: frozenset[torch.dtype] = _ALL
     reads_tiles: bool = True
     any_shape: bool = False  # else see can_tile
     one_token: bool = False
 
-    def refuses(self, tier: int, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str) -> str | None:
+    def refuses(
+        self, features: tuple[str, ...], dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str
+    ) -> str | None:
         """None if it can serve, else the reason."""
-        if tier < self.tier:
-            return f"{self.name} needs a higher tier"
+        if self.feature not in features:
+            return f"{self.name} needs a tier with {self.feature}"
         if dtype not in self.dtypes:
             return f"{self.name} does not take {dtype}"
         if layout == TILES and not self.reads_tiles:
@@ -70,16 +72,16 @@ class ProductKernel:
 
 
 PRODUCT_KERNELS = (
-    ProductKernel("gemv_4bit_1_scalar", 0, reads_tiles=False, any_shape=True),
-    ProductKernel("gemm_4bit_1_scalar", 0, reads_tiles=False, any_shape=True),
-    ProductKernel("gemm_4bit_2_avx2", 1),
-    ProductKernel("gemm_4bit_3_avx2_bytes", 1, dtypes=_BF16),
-    ProductKernel("gemm_4bit_4_avx2_blocked", 1),
-    ProductKernel("gemv_4bit_2_avx2", 1, dtypes=_BF16, reads_tiles=False, one_token=True),
-    ProductKernel("gemm_4bit_3_avx512", 2),
-    ProductKernel("gemv_4bit_2_avx512", 2, reads_tiles=False, one_token=True),
-    ProductKernel("gemm_4bit_4_avx512_bf16", 3, dtypes=_BF16),
-    ProductKernel("gemv_4bit_3_avx512_bf16", 3, dtypes=_BF16, reads_tiles=False, one_token=True),
+    ProductKernel("gemv_4bit_1_scalar", reads_tiles=False, any_shape=True),
+    ProductKernel("gemm_4bit_1_scalar", reads_tiles=False, any_shape=True),
+    ProductKernel("gemm_4bit_2_avx2", "avx2"),
+    ProductKernel("gemm_4bit_3_avx2_bytes", "avx2", dtypes=_BF16),
+    ProductKernel("gemm_4bit_4_avx2_blocked", "avx2"),
+    ProductKernel("gemv_4bit_2_avx2", "avx2", dtypes=_BF16, reads_tiles=False, one_token=True),
+    ProductKernel("gemm_4bit_3_avx512", "avx512"),
+    ProductKernel("gemv_4bit_2_avx512", "avx512", reads_tiles=False, one_token=True),
+    ProductKernel("gemm_4bit_4_avx512_bf16", "avx512_bf16", dtypes=_BF16),
+    ProductKernel("gemv_4bit_3_avx512_bf16", "avx512_bf16", dtypes=_BF16, reads_tiles=False, one_token=True),
 )
 
 
@@ -89,7 +91,7 @@ def addresses(library: build.Library) -> dict[str, int]:
     Raises:
         BuildError: the library has no kernel of a name above.
     """
-    wanted = [GRAD_INPUT, *(kernel.name for kernel in PRODUCT_KERNELS if kernel.tier <= library.tier.number)]
+    wanted = [GRAD_INPUT, *(kernel.name for kernel in PRODUCT_KERNELS if kernel.feature in library.tier.features)]
     found = {name: library.functions.refq4_kernel(name.encode()) for name in wanted}
     if missing := [name for name, address in found.items() if address is None]:
         raise build.BuildError(
@@ -150,14 +152,17 @@ def forced() -> ProductKernel | None:
     raise ValueError(f"the environment variable {KERNEL_VARIABLE}={asked!r} is no kernel; known: {known}")
 
 
-def candidates(tier: int, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str) -> tuple[ProductKernel, ...]:
+def candidates(
+    features: tuple[str, ...], dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str
+) -> tuple[ProductKernel, ...]:
     """The kernels worth timing for a call, the one expected to be fastest first.
 
     A rung for older processors is no candidate where a newer one can serve. Between the rungs of AVX2 (decode in
     registers, or once for all tokens), and between fp32 multiply-adds and vdpbf16ps, the processor decides.
     """
-    able = [kn for kn in PRODUCT_KERNELS if kn.refuses(tier, dtype, m, k, blocksize, layout) is None]
-    # The last ones are the newest; among equals the one-token kernel, which needs no rearranging, goes first.
-    able.sort(key=lambda kernel: (-kernel.tier, not kernel.one_token))
-    newest = [kn for kn in able if kn.tier >= min(2, able[0].tier) and kn.name != "gemv_4bit_1_scalar"]
-    return tuple(newest)
+    able = [kn for kn in PRODUCT_KERNELS if kn.refuses(features, dtype, m, k, blocksize, layout) is None]
+    # Later features first; among equals the one-token kernel, which needs no rearranging.
+    order = list(build.FEATURES)
+    able.sort(key=lambda kernel: (-order.index(kernel.feature), not kernel.one_token))
+    outdated = {old for kernel in able for old in build.FEATURES[kernel.feature].outdates}
+    return tuple(kn for kn in able if kn.feature not in outdated and kn.name != "gemv_4bit_1_scalar")

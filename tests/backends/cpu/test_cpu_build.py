@@ -245,7 +245,7 @@ def test_an_emulated_tier_gives_the_bits_of_the_processor(
             found += [packed, absmax, backend.dequantize_4bit(weight, dtype)]
             for kernel in PRODUCT_KERNELS:
                 for m in (1, 7):
-                    if kernel.refuses(tier.number, dtype, m, 512, 64, "canonical") is None:
+                    if kernel.refuses(tier.features, dtype, m, 512, 64, "canonical") is None:
                         found.append(backend._product(x[:m].to(dtype), weight, None, kernel))
         results.append(found)
     assert len(results[0]) == 9 + 8 + 11 + 8, "bits, and the products of each kernel that takes the dtype"
@@ -284,7 +284,10 @@ def test_every_tier_compiles_also_where_it_cannot_run(tier: str) -> None:
     library = build.load(build.Tier(tier))  # loading runs none of it
     assert all(hasattr(library.functions, f"refq4_{name}") for name in ("product", "quantize", "dequantize", "tile"))
     declare(library.functions)
-    found, has = addresses(library), {kernel.name for kernel in PRODUCT_KERNELS if kernel.tier <= library.tier.number}
+    found, has = (
+        addresses(library),
+        {kernel.name for kernel in PRODUCT_KERNELS if kernel.feature in library.tier.features},
+    )
     assert set(found) == {GRAD_INPUT, *has}, "each kernel of the tier is found by its name"
     assert len(set(found.values())) == len(found)
     assert all(
@@ -295,7 +298,7 @@ def test_every_tier_compiles_also_where_it_cannot_run(tier: str) -> None:
 
 @_needs_compiler
 def test_a_kernel_that_the_library_lacks_is_an_error_when_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    misspelt = ProductKernel("gemm_4bit_1_scaler", 0)
+    misspelt = ProductKernel("gemm_4bit_1_scaler")
     monkeypatch.setattr("refq4_cpu.kernels.PRODUCT_KERNELS", (*PRODUCT_KERNELS, misspelt))
     assert "has no kernel gemm_4bit_1_scaler, which refq4_cpu/kernels.py lists" in (CpuBackend().available() or "")
     with pytest.raises(BackendUnavailableError, match=r"must stand in the table of kernels/library\.c under that name"):
@@ -354,12 +357,10 @@ def test_each_kernel_file_compiles_alone_by_the_line_at_its_top(name: str, tmp_p
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_compile_line_has_the_flags_of_its_tier(name: str) -> None:
     flags = _compile_line(name)[1:-1]
-    tiers = {number: set(extra) for number, _, extra in build.TIERS.values()}
-    words = next((flag for flag in flags if flag.startswith("-DREFQ4_TIER=")), "-DREFQ4_TIER=1")
-    number = int(words.partition("=")[2])
-    assert {flag for flag in flags if flag.startswith("-m")} <= tiers[number]
-    suffix = next((tier for tier in build.TIERS if tier != "c" and tier in name), None)
-    assert suffix is None or build.TIERS[suffix][0] == number
+    named = next((tier for tier in build.TIERS if tier != "c" and tier in name), None)
+    assert named is None or f"-DREFQ4_{named.upper()}" in flags
+    allowed = build.Tier(named or ("avx2" if name in ("library.c", "simd.h") else "c")).flags
+    assert {flag for flag in flags if flag.startswith(("-m", "-DREFQ4"))} <= {*allowed, "-DREFQ4_EMULATED"}
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -5,7 +5,7 @@
  * codes there is one where nothing is lost; for NF4 the error is well below what rounding each weight to bf16 costs,
  * which is what the reference does.
  *
- * cc -O3 -DREFQ4_TIER=0 -fsyntax-only bf16_table.h
+ * cc -O3 -fsyntax-only bf16_table.h
  */
 #ifndef BF16_TABLE_H
 #define BF16_TABLE_H

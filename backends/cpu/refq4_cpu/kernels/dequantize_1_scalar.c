@@ -1,6 +1,6 @@
 /* Dequantising, rung 1: look up, multiply in fp32, round once. 4-bit codes two a byte, 8-bit codes one a byte.
  *
- * cc -O3 -DREFQ4_TIER=0 -fsyntax-only dequantize_1_scalar.c
+ * cc -O3 -fsyntax-only dequantize_1_scalar.c
  */
 #ifndef DEQUANTIZE_SCALAR
 #define DEQUANTIZE_SCALAR

@@ -11,7 +11,7 @@
  *
  * A large result goes past the caches (streaming stores): writing it through them would first read what it overwrites.
  *
- * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_TIER=1 -fsyntax-only dequantize_2_avx2.c
+ * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_AVX2 -fsyntax-only dequantize_2_avx2.c
  */
 #include "simd.h"
 #include "dequantize_1_scalar.c"

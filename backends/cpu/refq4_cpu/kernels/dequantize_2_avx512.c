@@ -9,7 +9,7 @@
  * so each look-up comes out in memory order. Upper index bits that are not zero are not read. A large result goes
  * past the caches (streaming stores): writing it through them would first read what it overwrites.
  *
- * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -DREFQ4_TIER=2 -fsyntax-only dequantize_2_avx512.c
+ * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -DREFQ4_AVX512 -fsyntax-only dequantize_2_avx512.c
  */
 #include "simd.h"
 #include "dequantize_1_scalar.c"

@@ -13,16 +13,16 @@
  * Every output is summed in one order that depends on neither M, nor the thread count, nor who computes it: a token's
  * result has the same bits alone and in a batch.
  *
- * cc -O3 -DREFQ4_TIER=0 -fsyntax-only driver.h
+ * cc -O3 -fsyntax-only driver.h
  */
 #ifndef DRIVER_H
 #define DRIVER_H
 #include "threads.c"
 #include "tiles.h"
-#if REFQ4_TIER >= 2
+#ifdef REFQ4_AVX512
 #include "tiles_2_avx512.h"
 #define MAKE_TILES tile_panel_avx512
-#elif REFQ4_TIER >= 1
+#elif defined REFQ4_AVX2
 #include "tiles_2_avx2.h"
 #define MAKE_TILES tile_panel_avx2
 #else

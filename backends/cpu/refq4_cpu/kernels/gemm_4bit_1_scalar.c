@@ -6,7 +6,7 @@
  * It reads the canonical layout element by element, so it takes any shape: blocks that straddle rows, odd K (rows that
  * begin in the middle of a byte), any blocksize. The faster rungs hand such shapes to it.
  *
- * cc -O3 -DREFQ4_TIER=0 -fsyntax-only gemm_4bit_1_scalar.c
+ * cc -O3 -fsyntax-only gemm_4bit_1_scalar.c
  */
 #include "threads.c"
 

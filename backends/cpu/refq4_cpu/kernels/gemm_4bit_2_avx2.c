@@ -6,7 +6,7 @@
  * Otherwise it is gemm_4bit_3_avx512.c with a panel as two halves of eight rows. Sixteen registers hold few sums: up to
  * four tokens, and the subtotals to which each part of a block is added lie in memory, where they cost one load a part.
  *
- * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_TIER=1 -fsyntax-only gemm_4bit_2_avx2.c
+ * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_AVX2 -fsyntax-only gemm_4bit_2_avx2.c
  */
 #ifndef GEMM_4BIT_2_AVX2_C
 #define GEMM_4BIT_2_AVX2_C

@@ -21,7 +21,7 @@
  * The table is rounded to bf16 (bf16_table.h), so this is for bf16 activations only: for those, what it rounds away is
  * less than the reference's rounding of each weight.
  *
- * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_TIER=1 -fsyntax-only gemm_4bit_3_avx2_bytes.c
+ * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_AVX2 -fsyntax-only gemm_4bit_3_avx2_bytes.c
  */
 #ifndef GEMM_4BIT_3_AVX2_BYTES_C
 #define GEMM_4BIT_3_AVX2_BYTES_C

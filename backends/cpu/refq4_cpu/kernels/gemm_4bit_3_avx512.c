@@ -10,7 +10,7 @@
  * out of the inner loop: the sum of a part of a block times its absmax is added to a subtotal in a register, and the
  * subtotal now and then to the total, in memory.
  *
- * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -DREFQ4_TIER=2 -fsyntax-only gemm_4bit_3_avx512.c
+ * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -DREFQ4_AVX512 -fsyntax-only gemm_4bit_3_avx512.c
  */
 #include "simd.h"
 #include "driver.h"

@@ -21,7 +21,7 @@
  * on neither M nor the threads; for bf16 it is rung 3's, so both give the same bits. In singles, the parts of a piece are
  * added up first: a subtotal (SUBTOTAL_ELEMENTS in refq4.h, but of DEPTH elements).
  *
- * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_TIER=1 -fsyntax-only gemm_4bit_4_avx2_blocked.c
+ * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_AVX2 -fsyntax-only gemm_4bit_4_avx2_blocked.c
  */
 #include "simd.h"
 #include "driver.h"

@@ -15,7 +15,7 @@
  * vdpbf16ps treats bf16 subnormals as zero, and its sums are not scaled until a block is complete: |x| beyond about
  * 1e36 can overflow here where scaled weights would not.
  *
- * cc -O3 -mfma -mf16c -mavx512dq -mavx512vl -mavx512bf16 -DREFQ4_TIER=3 -fsyntax-only gemm_4bit_4_avx512_bf16.c
+ * cc -O3 -mfma -mf16c -mavx512dq -mavx512vl -mavx512bf16 -DREFQ4_AVX512_BF16 -fsyntax-only gemm_4bit_4_avx512_bf16.c
  */
 #ifndef GEMM_4BIT_4_AVX512_BF16_C
 #define GEMM_4BIT_4_AVX512_BF16_C

@@ -3,7 +3,7 @@
  * Nothing is faster to understand and little is slower to run: a shift, a look-up and two multiplications per element,
  * each waiting for the one before. The figures in docs/cpu-kernels.md start here.
  *
- * cc -O3 -DREFQ4_TIER=0 -fsyntax-only gemv_4bit_1_scalar.c
+ * cc -O3 -fsyntax-only gemv_4bit_1_scalar.c
  */
 #include "threads.c"
 

@@ -13,7 +13,7 @@
  * Lanes 0-3 and 4-7 are the two halves of a chunk, so a blocksize of 32 needs two scales, any larger one a single one.
  * Four rows go together and share the loads of x. A last chunk of 32 codes is copied, for a load reads 32 bytes.
  *
- * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_TIER=1 -fsyntax-only gemv_4bit_2_avx2.c
+ * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_AVX2 -fsyntax-only gemv_4bit_2_avx2.c
  */
 #include "simd.h"
 #include "driver.h"

@@ -12,7 +12,7 @@
  * The eight products of a lane share a block (blocksize >= 32 is a multiple of 8), hence one scale per lane and chunk.
  * Four rows go together and share the loads of x. The end of a row is read through a mask; x is padded with zeros.
  *
- * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -DREFQ4_TIER=2 -fsyntax-only gemv_4bit_2_avx512.c
+ * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -DREFQ4_AVX512 -fsyntax-only gemv_4bit_2_avx512.c
  */
 #ifndef GEMV_4BIT_2_AVX512_C
 #define GEMV_4BIT_2_AVX512_C

@@ -8,7 +8,7 @@
  * The table is gemm_4bit_4_avx512_bf16.c's: it holds the sixteen values twice, multiplied by a factor by which the sums
  * are divided at the end. The loop over rows is gemv_4bit_2_avx512.c's.
  *
- * cc -O3 -mfma -mf16c -mavx512dq -mavx512vl -mavx512bf16 -DREFQ4_TIER=3 -fsyntax-only gemv_4bit_3_avx512_bf16.c
+ * cc -O3 -mfma -mf16c -mavx512dq -mavx512vl -mavx512bf16 -DREFQ4_AVX512_BF16 -fsyntax-only gemv_4bit_3_avx512_bf16.c
  */
 #include "simd.h"
 #include "gemm_4bit_4_avx512_bf16.c" /* bf16_table */

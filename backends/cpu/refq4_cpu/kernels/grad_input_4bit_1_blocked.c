@@ -18,10 +18,10 @@
  * The full weight is never in memory. A sum is a sum of subtotals of up to 32 products (refq4.h says why). Any shape will do:
  * blocks may straddle rows, and rows may begin in the middle of a byte.
  *
- * cc -O3 -DREFQ4_TIER=0 -fsyntax-only grad_input_4bit_1_blocked.c
+ * cc -O3 -fsyntax-only grad_input_4bit_1_blocked.c
  */
 #include "threads.c"
-#if REFQ4_TIER >= 1
+#ifdef REFQ4_AVX2
 #include "simd.h"
 #else
 #define UNROLL
@@ -30,7 +30,11 @@
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 
 enum { GRAD_COLUMNS = 128, GRAD_TOKENS = 6, GRAD_CHUNK = 240 }; /* a chunk: of tokens */
-enum { GRAD_DEPTH = REFQ4_TIER >= 1 ? 32 : 8 }; /* plain C rounds each product, too: shorter subtotals */
+#ifdef REFQ4_AVX2
+enum { GRAD_DEPTH = 32 };
+#else
+enum { GRAD_DEPTH = 8 }; /* plain C rounds each product, too: shorter subtotals */
+#endif
 _Static_assert(GRAD_COLUMNS / 2 == 64, "a row of a tile is one cache line of codes, and whole groups of sixteen");
 
 typedef struct {
@@ -54,7 +58,7 @@ static void grad_pack(void *context, int64_t tile, int thread) {
 }
 
 static inline void add_product(Eight *sum, const Eight *w, float x) {
-#if REFQ4_TIER >= 1
+#ifdef REFQ4_AVX2
     *sum = (Eight)_mm256_fmadd_ps((__m256)*w, _mm256_set1_ps(x), (__m256)*sum);
 #else
     *sum += *w * x;
@@ -65,7 +69,7 @@ static inline void add_product(Eight *sum, const Eight *w, float x) {
 static inline void decode_bytes(const Weight *w, int64_t first, int64_t count, float scale, float *out) {
     const uint8_t *in = w->packed + first / 2;
     int64_t i = 0;
-#if REFQ4_TIER >= 1 /* the look-up of dequantize_2_avx2.c */
+#ifdef REFQ4_AVX2 /* the look-up of dequantize_2_avx2.c */
     __m256 low = _mm256_mul_ps(_mm256_loadu_ps(w->code), _mm256_set1_ps(scale));
     __m256 high = _mm256_mul_ps(_mm256_loadu_ps(w->code + 8), _mm256_set1_ps(scale));
     __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);

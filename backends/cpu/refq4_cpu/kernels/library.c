@@ -1,23 +1,25 @@
 /* One tier as a library: includes what this tier's flags can compile, and exports what Python calls.
  *
- *     REFQ4_TIER    0 plain C    1 AVX2    2 AVX-512    3 AVX-512 with BF16
+ * A tier is a set of features (TIERS in refq4_cpu/build.py), and each of them is a macro. None of them: plain C.
+ *
+ *     REFQ4_AVX2    REFQ4_AVX512    REFQ4_AVX512_BF16
  *
  * Python asks for each product kernel by name, once, when it has loaded the library (refq4_cpu/kernels.py, which says
  * what each one takes). The name is the one of its file and of its function.
  *
- * cc -std=gnu11 -O3 -ffp-contract=off -fno-strict-aliasing -mavx2 -mfma -mf16c -DREFQ4_TIER=1 -S library.c
+ * cc -std=gnu11 -O3 -ffp-contract=off -fno-strict-aliasing -mavx2 -mfma -mf16c -DREFQ4_AVX2 -S library.c
  */
 #include "driver.h"
 #include "gemv_4bit_1_scalar.c"
 #include "gemm_4bit_1_scalar.c"
 #include "grad_input_4bit_1_blocked.c"
-#if REFQ4_TIER >= 1
+#ifdef REFQ4_AVX2
 #include "gemm_4bit_2_avx2.c"
 #include "gemm_4bit_3_avx2_bytes.c"
 #include "gemm_4bit_4_avx2_blocked.c"
 #include "gemv_4bit_2_avx2.c"
 #endif
-#if REFQ4_TIER >= 2
+#ifdef REFQ4_AVX512
 #include "gemm_4bit_3_avx512.c"
 #include "gemv_4bit_2_avx512.c"
 #include "quantize_2_avx512.c"
@@ -25,7 +27,7 @@
 #define QUANTIZE quantize_2_avx512
 #define DEQUANTIZE dequantize_2_avx512
 #define WHOLE_BLOCK avx512_whole_block
-#elif REFQ4_TIER >= 1
+#elif defined REFQ4_AVX2
 #include "quantize_2_avx2.c"
 #include "dequantize_2_avx2.c"
 #define QUANTIZE quantize_2_avx2
@@ -38,7 +40,7 @@
 #define DEQUANTIZE dequantize_1_scalar
 #define WHOLE_BLOCK(d) ((void)(d), scalar_whole_block)
 #endif
-#if REFQ4_TIER >= 3
+#ifdef REFQ4_AVX512_BF16
 #include "gemm_4bit_4_avx512_bf16.c"
 #include "gemv_4bit_3_avx512_bf16.c"
 #endif
@@ -69,17 +71,17 @@ static const struct {
     NAMED(gemv_4bit_1_scalar),
     NAMED(gemm_4bit_1_scalar),
     NAMED(grad_input_4bit_1_blocked),
-#if REFQ4_TIER >= 1
+#ifdef REFQ4_AVX2
     NAMED(gemm_4bit_2_avx2),
     NAMED(gemm_4bit_3_avx2_bytes),
     NAMED(gemm_4bit_4_avx2_blocked),
     NAMED(gemv_4bit_2_avx2),
 #endif
-#if REFQ4_TIER >= 2
+#ifdef REFQ4_AVX512
     NAMED(gemm_4bit_3_avx512),
     NAMED(gemv_4bit_2_avx512),
 #endif
-#if REFQ4_TIER >= 3
+#ifdef REFQ4_AVX512_BF16
     NAMED(gemm_4bit_4_avx512_bf16),
     NAMED(gemv_4bit_3_avx512_bf16),
 #endif

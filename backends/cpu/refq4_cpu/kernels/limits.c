@@ -6,9 +6,9 @@
  *
  * Each thread takes pieces of the work like any product's; 0 where the tier has no such instruction.
  *
- * cc -O3 -DREFQ4_TIER=0 -fsyntax-only limits.c
+ * cc -O3 -fsyntax-only limits.c
  */
-#if REFQ4_TIER >= 1
+#ifdef REFQ4_AVX2
 #include "simd.h"
 #endif
 #include "threads.c"
@@ -32,11 +32,11 @@ static void read_piece(void *context, int64_t item, int thread) {
     atomic_fetch_add(&l->sink, sum[0]);
 }
 
-#if REFQ4_TIER >= 2
+#ifdef REFQ4_AVX512
 #define VECTOR __m512
 #define SET1 _mm512_set1_ps
 #define MULTIPLY_ADD _mm512_fmadd_ps
-#elif REFQ4_TIER >= 1
+#elif defined REFQ4_AVX2
 #define VECTOR __m256
 #define SET1 _mm256_set1_ps
 #define MULTIPLY_ADD _mm256_fmadd_ps
@@ -56,7 +56,7 @@ static void fma_piece(void *context, int64_t item, int thread) {
 }
 #endif
 
-#if REFQ4_TIER >= 3
+#ifdef REFQ4_AVX512_BF16
 static void dot_piece(void *context, int64_t item, int thread) {
     (void)thread;
     Limit *l = context;
@@ -79,7 +79,7 @@ static double measure_limit(int what, const uint8_t *buffer, int64_t bytes, int 
 #ifdef VECTOR
     if (what == FMA) piece = fma_piece, work = 2.0 * sizeof(VECTOR) / 4 * SUMS * STEPS * PIECES;
 #endif
-#if REFQ4_TIER >= 3
+#ifdef REFQ4_AVX512_BF16
     if (what == DOT) piece = dot_piece, work = 4.0 * 16 * SUMS * STEPS * PIECES;
 #endif
     if (!piece) return 0;

@@ -5,7 +5,7 @@
  *     rank      how many thresholds lie below it: a binary search, true comparisons go up, so a NaN has rank 0
  *     code      order[rank]
  *
- * cc -O3 -DREFQ4_TIER=0 -fsyntax-only quantize_1_scalar.c
+ * cc -O3 -fsyntax-only quantize_1_scalar.c
  */
 #ifndef QUANTIZE_SCALAR
 #define QUANTIZE_SCALAR

@@ -12,7 +12,7 @@
  *     4 x 8 ranks in dwords -> 32 in bytes (vpackssdw, vpackuswb, vpermd) -> 32 codes by `order` (vpshufb)
  *     -> 16 bytes: first * 16 + second (vpmaddubsw), packed
  *
- * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_TIER=1 -fsyntax-only quantize_2_avx2.c
+ * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_AVX2 -fsyntax-only quantize_2_avx2.c
  */
 #include "simd.h"
 #include "quantize_1_scalar.c"

@@ -8,7 +8,7 @@
  *
  *     qword     [ second code (high dword) | first code (low dword) ]   byte = first << 4 | second
  *
- * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -DREFQ4_TIER=2 -fsyntax-only quantize_2_avx512.c
+ * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -DREFQ4_AVX512 -fsyntax-only quantize_2_avx512.c
  */
 #include "simd.h"
 #include "quantize_1_scalar.c"

@@ -7,7 +7,7 @@
  * Dimensions, everywhere: M tokens, N out_features, K in_features; y[m][n] = sum over k of x[m][k] * w[n][k].
  * All sizes are 64-bit.
  *
- * cc -O3 -DREFQ4_TIER=0 -fsyntax-only refq4.h
+ * cc -O3 -fsyntax-only refq4.h
  */
 #ifndef REFQ4_H
 #define REFQ4_H

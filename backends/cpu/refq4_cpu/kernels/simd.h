@@ -1,6 +1,6 @@
 /* The vector instructions, from the compiler, or emulated where the processor lacks them (REFQ4_EMULATED).
  *
- * cc -O3 -mavx2 -mfma -mf16c -fsyntax-only simd.h
+ * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_AVX2 -fsyntax-only simd.h
  */
 #ifndef SIMD_H
 #define SIMD_H

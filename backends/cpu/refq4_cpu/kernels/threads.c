@@ -19,7 +19,7 @@
  * A second caller at the same time (another Python thread) finds the pool busy and works alone, so the machine is
  * never asked for more threads than one caller's.
  *
- * cc -O3 -DREFQ4_TIER=0 -fsyntax-only threads.c
+ * cc -O3 -fsyntax-only threads.c
  */
 #ifndef THREADS_C
 #define THREADS_C

@@ -18,7 +18,7 @@
  * 32 on, and blocks that don't straddle rows (K % blocksize == 0);
  * rows past N are zeros. Scales are fp32 here: double quantisation is undone when the tiles are made.
  *
- * cc -O3 -DREFQ4_TIER=0 -fsyntax-only tiles.h
+ * cc -O3 -fsyntax-only tiles.h
  */
 #ifndef TILES_H
 #define TILES_H

@@ -5,7 +5,7 @@
  *     ...                            ->                                      ->   ...
  *     row 7   | g0 g1 g2 ... g7 |                                                 group 7   | row 0 ... row 7 |
  *
- * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_TIER=1 -fsyntax-only tiles_2_avx2.h
+ * cc -O3 -mavx2 -mfma -mf16c -DREFQ4_AVX2 -fsyntax-only tiles_2_avx2.h
  */
 #ifndef TILES_2_AVX2_H
 #define TILES_2_AVX2_H

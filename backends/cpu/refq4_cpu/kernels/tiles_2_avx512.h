@@ -6,7 +6,7 @@
  *     ...                          ->                                     ->   ...
  *     row 15  | g0 g1 g2 ... g15 |                                             group 15  | row 0 ... row 15 |
  *
- * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -DREFQ4_TIER=2 -fsyntax-only tiles_2_avx512.h
+ * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -DREFQ4_AVX512 -fsyntax-only tiles_2_avx512.h
  */
 #ifndef TILES_2_AVX512_H
 #define TILES_2_AVX512_H
