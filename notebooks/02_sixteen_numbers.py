@@ -64,7 +64,8 @@ assert torch.allclose(nf4, create_normal_map(), rtol=0, atol=1e-6)
 assert get_codebook("nf4").values == tuple(create_normal_map().tolist())
 
 # %% [markdown]
-# These are the published NF4 values. In a picture: equal steps up the curve, and below each the number it gives.
+# These are the published NF4 values. In a picture: steps up the curve, equal above the middle and equal,
+# a little larger, below it; and under each the number it gives.
 
 # %%
 line = torch.linspace(-2.2, 2.2, 200)
@@ -75,7 +76,7 @@ axes.vlines(nf4, 0, probabilities, color=picture.VERMILION, linewidth=0.8)
 axes.plot(nf4, torch.zeros(16), "o", color=picture.VERMILION, markersize=5, clip_on=False)
 axes.set(xlim=(-1.15, 1.15), ylim=(0, 1), xlabel="value", ylabel="probability of less than that")
 axes.grid(visible=False)
-picture.show(figure, "The cumulative normal curve: sixteen evenly spaced heights lead down to the sixteen values.")
+picture.show(figure, "The cumulative normal curve: sixteen heights, eight steps above the middle and seven below.")
 
 # %% [markdown]
 # ## Which weight gets which code
@@ -130,10 +131,19 @@ picture.show(
 )
 
 # %% [markdown]
-# Not quite. The middle codes are used more often, the outer ones less. NF4 supposes that the largest weight lies 1.85
-# standard deviations out, at its outermost quantile; the largest of 64 lies further out, here 2.7 on average (1 /
-# 0.374), so the bell is narrower than NF4's. "Information-theoretically optimal", as the QLoRA paper puts it, holds
-# for a bell of one width. And is equal use what we want? We want small *errors*.
+# Not quite: the middle codes are used more often, the outer ones less. In NF4 the value 1 stands for the outermost
+# quantile, which is 1.85 standard deviations from the middle. But a block is divided by its largest weight, and the
+# largest of 64 normal numbers lies further out:
+
+# %%
+furthest = blocks.abs().amax(dim=1) / blocks.std(dim=1)
+print(f"the largest weight of a block: {furthest.mean().item():.2f} standard deviations from zero, on average")
+assert quantiles.max() < 1.85 < 2.5 < furthest.mean()
+
+# %% [markdown]
+# So the bell that NF4 meets is narrower than the one that it was made for. The QLoRA paper calls NF4
+# "information-theoretically optimal"; that holds for a bell of one width. And is equal use what we want? We want small
+# *errors*.
 #
 # ## Five formats on the same weights
 #

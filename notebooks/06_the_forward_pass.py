@@ -254,7 +254,7 @@ assert layer(x).dtype == x.dtype
 # ## All at once
 #
 # Six calls, seven steps; what differs from the first call is coloured. The colours spread from the cause: an input in
-# another type turns steps 3, 5 and 7 together.
+# another type changes steps 3, 4, 5 and 7 together.
 
 # %%
 lost = new_layer()

@@ -90,8 +90,8 @@ registers.threads(loads)
 
 # %% [markdown]
 # In the naive kernel two lanes share a byte, one for each of its codes, and a load brings 16 bytes for the whole warp.
-# In the vectorised one each *lane* brings 16, so that one load brings 512. Fewer and larger requests: that is the first
-# rung.
+# In the vectorised one each *lane* brings 16, so that one load brings 512. Fewer and larger requests: that is
+# the second rung.
 #
 # ## Shuffles
 #

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Outcome:
             does not have).
         message: what differs and where, or the backend's reason.
         hint: the bug that would give exactly these numbers, where one is known.
-        error: for products, the largest error as a fraction of what is allowed.
+        error: for products, the largest error as a fraction of what is allowed (above 1: it fails).
         ulps: for products, each element's error in units in the last place, int64 [5]: up to 1/2, 1, 2, 8, more.
 
     Example:
@@ -86,15 +87,22 @@ class Asked:
 
     def product_within(self, budget: Budget, got: Tensor, what: str, hint: Callable[[], str]) -> None:
         """Compare a product with its budget and keep the figures."""
+        self._measure(budget, got)
         try:
             budget.check(got, what)
         except AssertionError as difference:
             raise ExplainedError(str(difference), hint()) from None
+
+    def _measure(self, budget: Budget, got: Tensor) -> None:
+        """Take a product's errors into the outcome, also those of a product that is about to fail."""
+        if got.shape != budget.oracle.shape:
+            self.outcome.error = inf
+            return
         finite = budget.reference.isfinite()
-        error = (got.double() - budget.oracle).abs()[finite]
+        error = (got.double() - budget.oracle).abs()[finite].nan_to_num(nan=inf)
         if error.numel():
             self.outcome.error = max(self.outcome.error, float((error / budget.allowed[finite]).max()))
-            units = error / ulp(budget.oracle[finite], got.dtype)
+            units = error / ulp(budget.oracle[finite], budget.reference.dtype)
             self.outcome.ulps += torch.bincount(
                 torch.bucketize(units.cpu(), torch.tensor(ULP_EDGES, dtype=torch.float64)), minlength=5
             )

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +67,8 @@ class CheckReport:
         known: cases that differ as the backend says it does, by the name of the difference.
         refused: cases that the backend can't run, by its reason.
         absent: cases about an optional part that it does not have.
-        error: for products, the largest error as a fraction of what is allowed, and ``worst`` the case.
+        error: for products, the largest error as a fraction of what is allowed (above 1: a case differs), and
+            ``worst`` the case.
         ulps: int64 [5], elements that err by up to 1/2, 1, 2, 8 and more units in the last place.
 
     Example:
@@ -158,7 +160,7 @@ class Report(Shown):
                     "known": dict(c.known),
                     "refused": dict(c.refused),
                     "absent": c.absent,
-                    "error": c.error,
+                    "error": c.error if isfinite(c.error) else None,  # None: a NaN or a wrong shape, which JSON lacks
                     "worst": None if c.worst is None else repr(c.worst),
                     "ulps": c.ulps.tolist(),
                 }
@@ -184,8 +186,8 @@ class Report(Shown):
             title=f"{self.backend} against {self.against}: {self.cases} cases in {self.seconds:.1f} s",
             title_justify="left",
             title_style="bold",
-            caption="worst: the largest error as a fraction of the error budget; then the products' elements by their "
-            "error in units in the last place",
+            caption="worst: the largest error as a fraction of the error budget, above 1 where a case differs; then "
+            "the products' elements by their error in units in the last place",
             caption_justify="left",
         )
         table.add_column("check")
@@ -196,7 +198,8 @@ class Report(Shown):
                 table.add_row(c.name, "0", *[""] * 9, "absent", style="dim")
                 continue
             numbers = (c.cases, c.same, c.known.total() or "", c.refused.total() or "", c.differs or "")
-            products = [f"{c.error:.2f}", *map(str, c.ulps.tolist())] if int(c.ulps.sum()) else [""] * 6
+            worst = f"{c.error:.2f}" if c.error < 100 else f"{c.error:.0e}"
+            products = [worst, *map(str, c.ulps.tolist())] if int(c.ulps.sum()) else [""] * 6
             table.add_row(c.name, *map(str, numbers), *products, style="red" if c.differs else "")
         return table
 

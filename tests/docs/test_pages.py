@@ -122,6 +122,15 @@ def test_what_a_cell_shows_as_html_it_shows_once_and_as_text_too(path):
         assert all("".join(data["text/plain"]).strip() for data in shown), "".join(cell["source"])
 
 
+@pytest.mark.parametrize("path", sorted(DOCS.rglob("*.md")), ids=lambda path: path.stem)
+def test_a_section_about_bitsandbytes_names_the_version(path):
+    """Its versions and builds compute differently, so "what bitsandbytes does" is a statement about one of them."""
+    parts = re.split(r"^(#+ .*)$", path.read_text(), flags=re.MULTILINE)
+    about = {title: text for title, text in zip(parts[1::2], parts[2::2], strict=True) if "bitsandbytes" in title}
+    unnamed = [title for title, text in about.items() if not re.search(r"\b0\.(49|50)\b", title + text)]
+    assert not unnamed, "say of which version that is so: 0.49.1, 0.50.2, or both"
+
+
 LONG = "tests/test_memory.py::test_a_long_name"
 BROKEN = "tests/<wbr>test_<wbr>memory.<wbr>py::<wbr>test_<wbr>a_<wbr>long_<wbr>name"
 

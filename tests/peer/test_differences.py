@@ -475,6 +475,20 @@ def test_the_bias_is_never_rewritten(bnb):
     assert_same_bits(peer.bias.detach().float(), bias.bfloat16().float(), "the peer's bias")
 
 
+def test_the_bias_takes_the_dtype_of_the_input(bnb):
+    peer, layer = make_both(bnb, compute_dtype=torch.float32)
+    bias, x = layer.bias.detach().clone(), (randn(200, 64) / 16).bfloat16()
+    weight = F.dequantize_4bit(layer.weight, layer.weight.quant_state).double()
+    exact, rounded = ((x.double() @ weight.t() + b.double()).bfloat16() for b in (bias, bias.bfloat16()))
+    assert 0.2 < float((exact != rounded).float().mean()) < 0.8, "the two rules give different results"
+    for module, wanted in ((peer, exact), (layer, rounded)):
+        assert float((module(x).detach() == wanted).float().mean()) > 0.99
+    assert_same_bits(peer.bias.detach(), bias, "the peer's bias, which had the compute dtype already")
+    peer, _ = make_both(bnb, compute_dtype=torch.bfloat16)
+    peer(x.float())
+    assert peer.bias.dtype == torch.bfloat16, "the compute dtype, not the input's"
+
+
 @pytest.mark.parametrize("leading", [(), (2,), (2, 3), (2, 1, 3)], ids=lambda s: f"input {[*s, 64]}")
 def test_the_gradient_of_the_bias_sums_over_all_leading_dimensions(bnb, leading):
     peer, layer = make_both(bnb)

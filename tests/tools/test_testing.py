@@ -118,6 +118,9 @@ def test_a_planted_bug_is_found_shrunk_and_explained(bug):
     report = verify("buggy", checks=(name,), progress=False)
     assert not report.agrees
     (failure,) = report.failures
+    if CHECKS[name].sums and bug != "writes to x":
+        assert report.checks[0].error > 1, "the worst error is that of a case that fails"
+        json.dumps(report.to_dict(), allow_nan=False)
     assert words in f"{failure.message}\n{failure.hint}"
     assert all(
         size(c) >= size(failure.smallest) or check(c, "buggy").status != "differs" for c in simpler(failure.smallest)
