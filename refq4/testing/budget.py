@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..internals import codec, dispatch
+from ..internals.grouped import one_expert
 from ..state import QuantState
 
 FEW, ORDERS = 1024, 8
@@ -156,7 +157,12 @@ def grouped_budget(
     """
     plain = state.copy()
     plain.dtype = torch.float32
-    weights = codec.dequantize_4bit(plain.packed_weight(B), torch.float32, backend)
+    packed = plain.packed_weight(B)
+    # one by one where blocks allow it, as the product decodes them: an engine may decode a taller weight otherwise
+    alone = [one_expert(packed, e) for e in range(len(offsets) - 1)]
+    weights = [codec.dequantize_4bit(each, torch.float32, backend) for each in alone if each is not None]
+    if not weights:
+        weights = list(codec.dequantize_4bit(packed, torch.float32, backend))
     parts: list[Budget] = []
     for e, (start, stop) in enumerate(pairwise(offsets)):
         rows, weight = x[start:stop], weights[e].t() if transposed else weights[e]

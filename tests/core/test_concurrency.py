@@ -21,6 +21,7 @@ from refq4_cpu import build
 from threads import faults_of
 
 import refq4
+from refq4.internals.prepared import MOST_RESTORES
 from refq4.registry import isolated_registry
 from refq4.testing import assert_same_bits
 
@@ -47,13 +48,15 @@ def test_threads_hammer_one_layer_while_another_switches_backends_and_get_the_re
     names = ["loopback", "reference", *(["cpu"] if refq4.backend_info("cpu")["available"] else [])]
     layer, inputs = layer_of(), [torch.randn(1 + i % 3, K) for i in range(6)]
     assert layer.weight.numel() >= 4096, "the bytes go to and fro between the layer and the backends' layouts"
-    wanted = []
-    for x in inputs:
-        with torch.no_grad():
-            wanted.append([])
-            for name in names:
-                with refq4.use_backend(name):
-                    wanted[-1].append(layer(x))
+    wanted: list[list[torch.Tensor]] = [[] for _ in inputs]
+    for restores in (0, MOST_RESTORES):  # after its last restore the weight stays as stored, and sums in another order
+        for name in names:
+            refq4.restore(layer)
+            layer.weight._restores = restores
+            with refq4.use_backend(name), torch.no_grad():
+                for x, results in zip(inputs, wanted, strict=True):
+                    results.append(layer(x))
+    refq4.restore(layer)
     saved = layer.state_dict()
 
     def hammer(x: torch.Tensor, allowed: list[torch.Tensor]) -> None:
