@@ -22,7 +22,8 @@ tokens, x = encoder_inputs("The quick brown fox jumps over the lazy dog.")
 W = linear.weight.data
 
 print(f"W  {list(W.shape)}  one row for each output, one column for each input feature")
-print(f"x  {list(x.shape)}   one row for each token: {' '.join(tokens)}")
+print(f"x  {list(x.shape)}   one row for each token:")
+print(*tokens)
 
 # %% [markdown]
 # ## What is stored
@@ -30,15 +31,35 @@ print(f"x  {list(x.shape)}   one row for each token: {' '.join(tokens)}")
 # One call turns the layer into a 4-bit one. NF4 is the name of the format; notebook 2 is about it.
 
 # %%
-layer = refq4.nn.Linear4bit.from_linear(linear, quant_type="nf4", compress_statistics=False)
+layer = refq4.nn.Linear4bit.from_linear(
+    linear, quant_type="nf4", compress_statistics=False
+)
 state = layer.quant_state
 
 picture.table(
     ["stored", "type", "shape", "bytes", "what it is"],
     [
-        ["weight", "uint8", list(layer.weight.shape), layer.weight.nbytes, "two 4-bit codes in each byte"],
-        ["absmax", "float32", list(state.absmax.shape), state.absmax.nbytes, "one scale for each block of 64 weights"],
-        ["code", "float32", list(state.code.shape), state.code.nbytes, "the sixteen numbers that a code can mean"],
+        [
+            "weight",
+            "uint8",
+            list(layer.weight.shape),
+            layer.weight.nbytes,
+            "two 4-bit codes in each byte",
+        ],
+        [
+            "absmax",
+            "float32",
+            list(state.absmax.shape),
+            state.absmax.nbytes,
+            "one scale for each block of 64 weights",
+        ],
+        [
+            "code",
+            "float32",
+            list(state.code.shape),
+            state.code.nbytes,
+            "the sixteen numbers that a code can mean",
+        ],
     ],
 )
 
@@ -50,17 +71,26 @@ picture.table(
 codes = 8 * layer.weight.nbytes / W.numel()
 scales = 8 * state.absmax.nbytes / W.numel()
 table_of_16 = 8 * state.code.nbytes / W.numel()
-print(f"{codes} for the code + {scales} for the scale + {table_of_16:.4f} for the table of sixteen numbers")
+print(
+    f"{codes} for the code + {scales} for the scale + {table_of_16:.4f} for the table "
+    "of sixteen numbers"
+)
 assert (codes, scales) == (4, 32 / 64)
 
 # %%
 figure, axes = picture.canvas(height=1.9)
-axes.barh(["NF4", "bfloat16", "float32"], [codes, 16, 32], color=picture.BLUE, height=0.55)
+axes.barh(
+    ["NF4", "bfloat16", "float32"], [codes, 16, 32], color=picture.BLUE, height=0.55
+)
 axes.barh("NF4", scales, left=codes, color=picture.VERMILION, height=0.55)
 axes.text(codes + scales + 0.3, 0, "the scale", color=picture.VERMILION, va="center")
 axes.set(xlabel="bits a weight", xticks=[0, 4.5, 16, 32])
 axes.grid(axis="y", visible=False)
-picture.show(figure, "Bars of bits a weight: float32 32, bfloat16 16, NF4 4.5, of which a thin end is the scale.")
+picture.show(
+    figure,
+    "Bars of bits a weight: float32 32, bfloat16 16, NF4 4.5, of which a thin end is "
+    "the scale.",
+)
 
 # %% [markdown]
 # ## What a code means
@@ -76,7 +106,8 @@ nearest = (block / scale).unsqueeze(1).sub(state.code).abs().argmin(dim=1)
 
 assert scale == state.absmax[0]
 print("scale", round(scale.item(), 4))
-print("codes", *nearest.tolist())
+for row in nearest.view(4, 16).tolist():
+    print("codes", *(f"{code:3}" for code in row))
 
 # %% [markdown]
 # Decoding is one look-up and one product, `code[i] * scale`. Done by hand it gives, bit for bit, what the library
@@ -91,13 +122,27 @@ figure, axes = picture.canvas(height=3.4)
 for level in state.code * scale:
     axes.axhline(level.item(), color=picture.GREY, linewidth=0.6, alpha=0.6)
 places = range(64)
-axes.vlines(places, block, decoded, color=picture.VERMILION, linewidth=1.5, label="error")
+axes.vlines(
+    places, block, decoded, color=picture.VERMILION, linewidth=1.5, label="error"
+)
 axes.plot(places, block, "o", color=picture.BLUE, markersize=4.5, label="weight")
-axes.plot(places, decoded, "_", color=picture.VERMILION, markersize=8, markeredgewidth=2, label="decoded from 4 bits")
+axes.plot(
+    places,
+    decoded,
+    "_",
+    color=picture.VERMILION,
+    markersize=8,
+    markeredgewidth=2,
+    label="decoded from 4 bits",
+)
 axes.set(xlabel="place in the block", ylabel="weight", xlim=(-1, 64))
 axes.grid(visible=False)
 figure.legend(loc="outside upper right", ncols=3)
-picture.show(figure, "64 weights as dots between sixteen horizontal lines; each is moved to the nearest line.")
+picture.show(
+    figure,
+    "64 weights as dots between sixteen horizontal lines; each is moved to the nearest "
+    "line.",
+)
 
 # %% [markdown]
 # The lines lie close together around zero, where most weights are, and far apart where few are. That is all the
@@ -117,15 +162,33 @@ alike = torch.nn.functional.cosine_similarity(y, y4)
 assert y4.shape == y.shape
 assert y4.dtype == y.dtype
 assert error_of_outputs < 0.1
-print(f"error of the weights {error_of_weights:.3f}, of the outputs {error_of_outputs:.3f}")
+print(
+    f"error of the weights {error_of_weights:.3f}, of the outputs "
+    f"{error_of_outputs:.3f}"
+)
 print(f"cosine of the two outputs, token by token: at worst {alike.min().item():.4f}")
 
 # %%
 figure, axes = picture.canvas(height=3.6)
 axes.axline((0, 0), slope=1, color=picture.GREY, linewidth=1)
-axes.plot(y.flatten().detach(), y4.flatten().detach(), ".", color=picture.BLUE, markersize=2.5, alpha=0.6)
-axes.set(xlabel="output with 32-bit weights", ylabel="output with 4-bit weights", aspect="equal")
-picture.show(figure, "4608 outputs of the 4-bit layer against those of the original: a thin cloud along the diagonal.")
+axes.plot(
+    y.flatten().detach(),
+    y4.flatten().detach(),
+    ".",
+    color=picture.BLUE,
+    markersize=2.5,
+    alpha=0.6,
+)
+axes.set(
+    xlabel="output with 32-bit weights",
+    ylabel="output with 4-bit weights",
+    aspect="equal",
+)
+picture.show(
+    figure,
+    "4608 outputs of the 4-bit layer against those of the original: a thin cloud along "
+    "the diagonal.",
+)
 
 # %% [markdown]
 # ## What happened inside
@@ -133,6 +196,10 @@ picture.show(figure, "4608 outputs of the 4-bit layer against those of the origi
 # Every call of a layer goes through the same seven steps, and each step decides something. `refq4.trace` writes down
 # what was decided and why; notebook 6 takes the steps one at a time. (Times and the name of the engine are those of
 # the machine that made this page.)
+#
+# Step 6 has two lines. The first is the *path*: `own layout` if the backend has rearranged the weight, else `gemv_4bit`
+# for one token or `MatMul4Bit` for several. The second is the *op* that ran: GEMV, matrix times vector, for one token;
+# GEMM, matrix times matrix, for the twelve that we have here.
 
 # %% tags=["timing"]
 with refq4.trace() as steps:
@@ -151,12 +218,19 @@ steps
 from refq4 import one_page
 
 page = one_page.Linear4bit(W, linear.bias)
-nested = refq4.nn.Linear4bit.from_linear(linear, quant_type="nf4", compress_statistics=True)
+nested = refq4.nn.Linear4bit.from_linear(
+    linear, quant_type="nf4", compress_statistics=True
+)
 
 assert torch.equal(page.packed, nested.weight.flatten())
 assert torch.equal(page.q, nested.quant_state.absmax)
-assert torch.equal(page.weight(), refq4.functional.dequantize_4bit(nested.weight, nested.quant_state))
-print(f"{page.packed.numel()} bytes of codes and {page.q.numel()} bytes of scales, the same in both")
+assert torch.equal(
+    page.weight(), refq4.functional.dequantize_4bit(nested.weight, nested.quant_state)
+)
+print(
+    f"{page.packed.numel()} bytes of codes and {page.q.numel()} bytes of scales, the "
+    "same in both"
+)
 
 # %% [markdown]
 # **So:** a block of 64 weights becomes 64 codes of 4 bits and one scale; a code means one of sixteen numbers times

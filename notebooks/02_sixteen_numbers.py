@@ -17,13 +17,20 @@ from refq4.codebooks import Codebook, create_normal_map, get_codebook
 from support import picture
 from support.material import encoder_linears, encoder_tensor
 
-everything = torch.cat([encoder_tensor(f"{name}.weight").flatten() for name in encoder_linears()])
+everything = torch.cat(
+    [encoder_tensor(f"{name}.weight").flatten() for name in encoder_linears()]
+)
 blocks = everything.view(-1, 64)
 scaled = (blocks / blocks.abs().amax(dim=1, keepdim=True)).flatten()
 
-weights = blocks[::8].flatten()  # every eighth block: what the rest of this page works on
+weights = blocks[
+    ::8
+].flatten()  # every eighth block: what the rest of this page works on
 print(f"{scaled.numel():,} weights, standard deviation {scaled.std().item():.3f}")
-print(f"{100 * (scaled.abs() == 1).float().mean().item():.2f} % of them are at an end: one of each block, its largest")
+print(
+    f"{100 * (scaled.abs() == 1).float().mean().item():.2f} % of them are at an end: "
+    "one of each block, its largest"
+)
 
 # %%
 heights, edges = torch.histogram(scaled, bins=201, range=(-1, 1), density=True)
@@ -31,11 +38,27 @@ centres = (edges[1:] + edges[:-1]) / 2
 spread = NormalDist(0, scaled.std().item())
 
 figure, axes = picture.canvas(height=2.8)
-axes.fill_between(centres, heights, step="mid", color=picture.BLUE, alpha=0.5, label="scaled weights")
-axes.plot(centres, [spread.pdf(c) for c in centres.tolist()], color=picture.VERMILION, label="normal distribution")
-axes.set(xlabel="weight / largest magnitude of its block", ylabel="density", yticks=[], ylim=(0, None))
+axes.fill_between(
+    centres, heights, step="mid", color=picture.BLUE, alpha=0.5, label="scaled weights"
+)
+axes.plot(
+    centres,
+    [spread.pdf(c) for c in centres.tolist()],
+    color=picture.VERMILION,
+    label="normal distribution",
+)
+axes.set(
+    xlabel="weight / largest magnitude of its block",
+    ylabel="density",
+    yticks=[],
+    ylim=(0, None),
+)
 axes.legend()
-picture.show(figure, "The histogram of the scaled weights is a bell around 0, with a thin spike at either end.")
+picture.show(
+    figure,
+    "The histogram of the scaled weights is a bell around 0, with a thin spike at "
+    "either end.",
+)
 
 # %% [markdown]
 # A bell, and a spike at either end where each block's largest weight sits. NF4, "normal float", is made for the bell.
@@ -51,7 +74,9 @@ picture.show(figure, "The histogram of the scaled weights is a bell around 0, wi
 # stay zeros; so the two halves are spaced apart, eight steps above zero and seven below.
 
 # %%
-outermost = ((1 - 1 / 32) + (1 - 1 / 30)) / 2  # half a slice in from the end: of 16 slices, or of 15
+outermost = (
+    (1 - 1 / 32) + (1 - 1 / 30)
+) / 2  # half a slice in from the end: of 16 slices, or of 15
 above = torch.linspace(outermost, 0.5, 9)[:-1]
 below = 1 - torch.linspace(outermost, 0.5, 8)[:-1]
 
@@ -70,13 +95,28 @@ assert get_codebook("nf4").values == tuple(create_normal_map().tolist())
 # %%
 line = torch.linspace(-2.2, 2.2, 200)
 figure, axes = picture.canvas(height=3.4)
-axes.plot(line / quantiles.max(), [NormalDist().cdf(v) for v in line.tolist()], color=picture.GREY)
+axes.plot(
+    line / quantiles.max(),
+    [NormalDist().cdf(v) for v in line.tolist()],
+    color=picture.GREY,
+)
 axes.hlines(probabilities, -1.15, nf4, color=picture.BLUE, linewidth=0.8)
 axes.vlines(nf4, 0, probabilities, color=picture.VERMILION, linewidth=0.8)
-axes.plot(nf4, torch.zeros(16), "o", color=picture.VERMILION, markersize=5, clip_on=False)
-axes.set(xlim=(-1.15, 1.15), ylim=(0, 1), xlabel="value", ylabel="probability of less than that")
+axes.plot(
+    nf4, torch.zeros(16), "o", color=picture.VERMILION, markersize=5, clip_on=False
+)
+axes.set(
+    xlim=(-1.15, 1.15),
+    ylim=(0, 1),
+    xlabel="value",
+    ylabel="probability of less than that",
+)
 axes.grid(visible=False)
-picture.show(figure, "The cumulative normal curve: sixteen heights, eight steps above the middle and seven below.")
+picture.show(
+    figure,
+    "The cumulative normal curve: sixteen heights, eight steps above the middle and "
+    "seven below.",
+)
 
 # %% [markdown]
 # ## Which weight gets which code
@@ -90,12 +130,31 @@ figure, axes = picture.canvas(height=3.0)
 code_of = torch.bucketize(centres, torch.tensor(book.thresholds))
 for code in range(16):
     mine = code_of == code
-    axes.bar(centres[mine], heights[mine], width=0.01, color=picture.COLOURS[code % 2 * 5], alpha=0.8)
-axes.vlines(book.thresholds, 0, 1.25, color=picture.GREY, linewidth=0.8, linestyle="dashed")
-axes.plot(book.values, [0] * 16, "o", color=picture.VERMILION, markersize=5, clip_on=False)
-axes.set(xlabel="scaled weight (dots: values, dashes: thresholds)", yticks=[], ylim=(0, 1.25), xlim=(-1.03, 1.03))
+    axes.bar(
+        centres[mine],
+        heights[mine],
+        width=0.01,
+        color=picture.COLOURS[code % 2 * 5],
+        alpha=0.8,
+    )
+axes.vlines(
+    book.thresholds, 0, 1.25, color=picture.GREY, linewidth=0.8, linestyle="dashed"
+)
+axes.plot(
+    book.values, [0] * 16, "o", color=picture.VERMILION, markersize=5, clip_on=False
+)
+axes.set(
+    xlabel="scaled weight (dots: values, dashes: thresholds)",
+    yticks=[],
+    ylim=(0, 1.25),
+    xlim=(-1.03, 1.03),
+)
 axes.grid(visible=False)
-picture.show(figure, "The histogram cut by fifteen thresholds into sixteen slices, narrow near 0 and wide at the ends.")
+picture.show(
+    figure,
+    "The histogram cut by fifteen thresholds into sixteen slices, narrow near 0 and "
+    "wide at the ends.",
+)
 
 # %% [markdown]
 # Are the slices equally full, then? Count.
@@ -113,13 +172,18 @@ FORMATS = {
 def shares(name: str) -> torch.Tensor:
     """How often each code is used, in the order of the values."""
     packed, _ = refq4.functional.quantize_4bit(weights, quant_type=name)
-    counts = torch.bincount(packed.flatten() >> 4, minlength=16) + torch.bincount(packed.flatten() & 15, minlength=16)
+    counts = torch.bincount(packed.flatten() >> 4, minlength=16) + torch.bincount(
+        packed.flatten() & 15, minlength=16
+    )
     return (counts / counts.sum())[list(get_codebook(name).order)]
 
 
 used = {name: shares(name) for name in FORMATS}
 entropy = {name: -(share * share.log2()).sum().item() for name, share in used.items()}
-print("bits of information in a code of 4 bits:", ", ".join(f"{name} {bits:.2f}" for name, bits in entropy.items()))
+print(
+    "bits of information in a code of 4 bits:",
+    ", ".join(f"{name} {bits:.2f}" for name, bits in entropy.items()),
+)
 assert 3.8 < entropy["nf4"] < 3.9
 
 figure, axes = picture.canvas(height=2.4)
@@ -127,7 +191,9 @@ axes.bar(range(16), 100 * used["nf4"], color=picture.BLUE)
 axes.axhline(100 / 16, color=picture.VERMILION)
 axes.set(xlabel="NF4 code", ylabel="% of all weights", xticks=range(16))
 picture.show(
-    figure, "Bars of how often each NF4 code is used: more often than 1 in 16 in the middle, less at the ends."
+    figure,
+    "Bars of how often each NF4 code is used: more often than 1 in 16 in the middle, "
+    "less at the ends.",
 )
 
 # %% [markdown]
@@ -137,7 +203,10 @@ picture.show(
 
 # %%
 furthest = blocks.abs().amax(dim=1) / blocks.std(dim=1)
-print(f"the largest weight of a block: {furthest.mean().item():.2f} standard deviations from zero, on average")
+print(
+    f"the largest weight of a block: {furthest.mean().item():.2f} standard deviations "
+    "from zero, on average"
+)
 assert quantiles.max() < 1.85 < 2.5 < furthest.mean()
 
 # %% [markdown]
@@ -163,15 +232,24 @@ for row, (name, colour) in enumerate(reversed(FORMATS.items())):
 axes.set(yticks=range(5), yticklabels=reversed(FORMATS), xlabel="value")
 axes.grid(visible=False)
 picture.show(
-    figure, "Five number lines with the values of each format: int4 evenly spaced, the others denser around 0."
+    figure,
+    "Five number lines with the values of each format: int4 evenly spaced, the others "
+    "denser around 0.",
 )
 
 
 # %%
 def errors(tensor: torch.Tensor, name: str) -> tuple[float, float]:
-    """Relative error of a tensor in a format: root of the mean square, and mean of the magnitude."""
-    off = refq4.functional.dequantize_4bit(*refq4.functional.quantize_4bit(tensor, quant_type=name)) - tensor
-    return (off.norm() / tensor.norm()).item(), (off.abs().mean() / tensor.abs().mean()).item()
+    """Relative error in a format: root of the mean square, mean of the magnitude."""
+    off = (
+        refq4.functional.dequantize_4bit(
+            *refq4.functional.quantize_4bit(tensor, quant_type=name)
+        )
+        - tensor
+    )
+    return (off.norm() / tensor.norm()).item(), (
+        off.abs().mean() / tensor.abs().mean()
+    ).item()
 
 
 real = {name: errors(weights, name) for name in FORMATS}
@@ -192,7 +270,7 @@ magnitudes = torch.linspace(0, 1, 10 * 100 + 1)[:-1].add(0.0005).view(10, 100)
 
 
 def error_by_magnitude(name: str) -> torch.Tensor:
-    """The root mean square error of weights of either sign in each class of magnitudes."""
+    """The root mean square error in each class of magnitudes."""
     book = get_codebook(name)
     both = torch.cat([magnitudes, -magnitudes], dim=1)
     codes = torch.tensor(book.encode(both.flatten().tolist())).view_as(both)
@@ -205,12 +283,27 @@ print("best by magnitude, from 0 to 1:", *winners)
 
 figure, axes = picture.canvas(height=3.2)
 for name, curve in curves.items():
-    axes.stairs(curve, torch.linspace(0, 1, 11), color=FORMATS[name], label=name, linewidth=1.6, baseline=None)
+    axes.stairs(
+        curve,
+        torch.linspace(0, 1, 11),
+        color=FORMATS[name],
+        label=name,
+        linewidth=1.6,
+        baseline=None,
+    )
 for i, name in enumerate(winners):
     axes.plot(0.05 + i / 10, curves[name][i], "o", color=FORMATS[name], markersize=7)
-axes.set(xlabel="magnitude of the scaled weight", ylabel="error, root mean square", ylim=(0, 0.12))
+axes.set(
+    xlabel="magnitude of the scaled weight",
+    ylabel="error, root mean square",
+    ylim=(0, 0.12),
+)
 axes.legend(ncols=5)
-picture.show(figure, "Error by magnitude of the weight: e2m1 is best for small ones, int4 for large ones, nf4 between.")
+picture.show(
+    figure,
+    "Error by magnitude of the weight: e2m1 is best for small ones, int4 for large "
+    "ones, nf4 between.",
+)
 
 # %% [markdown]
 # No format wins everywhere: those that crowd around zero pay for it with the large weights, where int4, whose steps
@@ -225,7 +318,10 @@ shapes = {
     "uniform": torch.rand(count) * 2 - 1,
     "heavy tails (Student's t, 3)": torch.distributions.StudentT(3.0).sample((count,)),
 }
-contest = {shape: {name: errors(drawn, name)[0] for name in FORMATS} for shape, drawn in shapes.items()}
+contest = {
+    shape: {name: errors(drawn, name)[0] for name in FORMATS}
+    for shape, drawn in shapes.items()
+}
 best = {shape: min(row, key=row.get) for shape, row in contest.items()}
 print(best)
 assert best == dict(zip(shapes, ("nf4", "nf4", "int4", "af4"), strict=True))
@@ -233,12 +329,20 @@ assert best == dict(zip(shapes, ("nf4", "nf4", "int4", "af4"), strict=True))
 figure, axes = picture.canvas(height=2.8)
 for offset, (name, colour) in enumerate(FORMATS.items()):
     places = [group + 0.16 * (offset - 2) for group in range(4)]
-    axes.bar(places, [row[name] for row in contest.values()], width=0.14, color=colour, label=name)
+    axes.bar(
+        places,
+        [row[name] for row in contest.values()],
+        width=0.14,
+        color=colour,
+        label=name,
+    )
 axes.set(xticks=range(4), xticklabels=contest, ylabel="error, root mean square")
 axes.grid(axis="x", visible=False)
 figure.legend(loc="outside upper right", ncols=5)
 picture.show(
-    figure, "Error bars by format: NF4 lowest for this model and normal, int4 for uniform, AF4 for heavy tails."
+    figure,
+    "Error bars by format: NF4 lowest for this model and normal, int4 for uniform, AF4 "
+    "for heavy tails.",
 )
 
 # %% [markdown]
@@ -262,19 +366,38 @@ for _ in range(100):
 def mean_error(values: torch.Tensor) -> float:
     """The mean magnitude of the error of ``normal`` in a code."""
     values = values.sort().values
-    return (values[torch.bucketize(normal, (values[1:] + values[:-1]) / 2)] - normal).abs().mean().item()
+    return (
+        (values[torch.bucketize(normal, (values[1:] + values[:-1]) / 2)] - normal)
+        .abs()
+        .mean()
+        .item()
+    )
 
 
 af4 = torch.tensor(get_codebook("af4").values)
-print(f"mean error: found {mean_error(found):.5f}, nf4 {mean_error(nf4):.5f}, af4 {mean_error(af4):.5f}")
+print(
+    f"mean error: found {mean_error(found):.5f}, nf4 {mean_error(nf4):.5f}, af4 "
+    f"{mean_error(af4):.5f}"
+)
 assert mean_error(found) < mean_error(nf4) < 1.01 * mean_error(found) < mean_error(af4)
 
 figure, axes = picture.canvas(height=1.8)
-for row, (values, colour) in enumerate(((af4, picture.GREEN), (nf4, picture.BLUE), (found, picture.VERMILION))):
+for row, (values, colour) in enumerate(
+    ((af4, picture.GREEN), (nf4, picture.BLUE), (found, picture.VERMILION))
+):
     axes.plot(values, [row] * 16, "o", color=colour, markersize=5)
-axes.set(yticks=range(3), yticklabels=["af4", "nf4", "found"], xlabel="value", ylim=(-0.5, 2.5))
+axes.set(
+    yticks=range(3),
+    yticklabels=["af4", "nf4", "found"],
+    xlabel="value",
+    ylim=(-0.5, 2.5),
+)
 axes.grid(visible=False)
-picture.show(figure, "Three number lines: the values found by search nearly coincide with NF4's, AF4's lie further in.")
+picture.show(
+    figure,
+    "Three number lines: the values found by search nearly coincide with NF4's, AF4's "
+    "lie further in.",
+)
 
 # %% [markdown]
 # The search, which knows nothing of quantiles, ends almost where NF4 is. That is a better reason for NF4 than the one
@@ -284,13 +407,20 @@ picture.show(figure, "Three number lines: the values found by search nearly coin
 # its name.
 
 # %%
-refq4.register_codebook(Codebook("found", found.tolist(), description="least mean error for normal blocks of 64"))
+refq4.register_codebook(
+    Codebook(
+        "found", found.tolist(), description="least mean error for normal blocks of 64"
+    )
+)
 rms, mean = errors(weights, "found")
 assert mean < 1.02 * real["nf4"][1]
 
 picture.table(
     ["format", "error, root mean square", "error, mean magnitude"],
-    [["nf4", *(f"{error:.4f}" for error in real["nf4"])], ["found", f"{rms:.4f}", f"{mean:.4f}"]],
+    [
+        ["nf4", *(f"{error:.4f}" for error in real["nf4"])],
+        ["found", f"{rms:.4f}", f"{mean:.4f}"],
+    ],
 )
 
 # %% [markdown]

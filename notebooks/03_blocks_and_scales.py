@@ -24,7 +24,10 @@ layers = {
     "one with an outlier": encoder_tensor("encoder.layer.0.output.dense.weight"),
 }
 for name, W in layers.items():
-    print(f"{name}: {list(W.shape)}, largest weight {(W.abs().max() / W.std()).item():.0f} standard deviations from 0")
+    print(
+        f"{name}: {list(W.shape)}, largest weight "
+        f"{(W.abs().max() / W.std()).item():.0f} standard deviations from 0"
+    )
 
 # %%
 NF4 = refq4.get_codebook("nf4").on("cpu")
@@ -39,7 +42,7 @@ def through_blocks(W, blocksize):
 
 
 def through_one_scale(W):
-    """The whole matrix as one block, which the library doesn't offer, for reasons you are about to see."""
+    """The matrix as one block: not offered, for reasons you are about to see."""
     scale = W.abs().max()
     return NF4.values[torch.bucketize(W / scale, NF4.thresholds)] * scale
 
@@ -47,7 +50,11 @@ def through_one_scale(W):
 rows = []
 for blocksize in BLOCKSIZES:
     rows.append(
-        [blocksize, 4 + 32 / blocksize, *(relative_error(W, through_blocks(W, blocksize)) for W in layers.values())]
+        [
+            blocksize,
+            4 + 32 / blocksize,
+            *(relative_error(W, through_blocks(W, blocksize)) for W in layers.values()),
+        ]
     )
 whole = [relative_error(W, through_one_scale(W)) for W in layers.values()]
 
@@ -67,11 +74,28 @@ for column, name in enumerate(layers):
     bits, error = [row[1] for row in rows], [row[2 + column] for row in rows]
     axes.plot(bits, error, "o-", color=picture.COLOURS[column], label=name)
 for size, bits, error, _ in rows[:4]:
-    axes.annotate(str(size), (bits, error), (0, -14), textcoords="offset points", ha="center", fontsize=9)
-axes.plot(4.5, rows[1][2], "o", color="none", markeredgecolor=picture.GREY, markersize=13)
-axes.set(xlabel="bits a weight (numbers: blocksize)", ylabel="relative error", ylim=(0.06, 0.2))
+    axes.annotate(
+        str(size),
+        (bits, error),
+        (0, -14),
+        textcoords="offset points",
+        ha="center",
+        fontsize=9,
+    )
+axes.plot(
+    4.5, rows[1][2], "o", color="none", markeredgecolor=picture.GREY, markersize=13
+)
+axes.set(
+    xlabel="bits a weight (numbers: blocksize)",
+    ylabel="relative error",
+    ylim=(0.06, 0.2),
+)
 axes.legend()
-picture.show(figure, "Error against bits: it falls steeply from 4 to 4.25 bits and slowly beyond; 64 is past the knee.")
+picture.show(
+    figure,
+    "Error against bits: it falls steeply from 4 to 4.25 bits and slowly beyond; 64 is "
+    "past the knee.",
+)
 
 # %% [markdown]
 # The curve is steep where blocks are large and nearly free, and flat where they are small and dear. 64 (circled) sits
@@ -88,23 +112,42 @@ picture.show(figure, "Error against bits: it falls steeply from 4 to 4.25 bits a
 # %%
 W = layers["an ordinary layer"]
 measured = [
-    quantize_4bit(W, blocksize=size, quant_type="nf4")[1].absmax.mean().item() / W.std().item() for size in BLOCKSIZES
+    quantize_4bit(W, blocksize=size, quant_type="nf4")[1].absmax.mean().item()
+    / W.std().item()
+    for size in BLOCKSIZES
 ]
 
 step = 0.01
-inside = torch.tensor([2 * NormalDist().cdf(i * step) - 1 for i in range(1000)], dtype=torch.float64)
+inside = torch.tensor(
+    [2 * NormalDist().cdf(i * step) - 1 for i in range(1000)], dtype=torch.float64
+)
 expected = [(1 - inside**size).sum().item() * step for size in BLOCKSIZES]
-for size, real, normal in zip(BLOCKSIZES[1::2], measured[1::2], expected[1::2], strict=True):
-    print(f"largest of {size:4}: {real:.2f} standard deviations, of normal numbers {normal:.2f}")
+for size, real, normal in zip(
+    BLOCKSIZES[1::2], measured[1::2], expected[1::2], strict=True
+):
+    print(
+        f"largest of {size:4}: {real:.2f} standard deviations, of normal numbers "
+        f"{normal:.2f}"
+    )
 
 figure, axes = picture.canvas(height=2.8)
-axes.plot(BLOCKSIZES, measured, "o-", color=picture.BLUE, label="mean scale of this layer")
+axes.plot(
+    BLOCKSIZES, measured, "o-", color=picture.BLUE, label="mean scale of this layer"
+)
 axes.plot(BLOCKSIZES, expected, "--", color=picture.VERMILION, label="normal numbers")
-axes.set(xscale="log", xlabel="blocksize", ylabel="standard deviations", xticks=BLOCKSIZES, xticklabels=BLOCKSIZES)
+axes.set(
+    xscale="log",
+    xlabel="blocksize",
+    ylabel="standard deviations",
+    xticks=BLOCKSIZES,
+    xticklabels=BLOCKSIZES,
+)
 axes.minorticks_off()
 axes.legend()
 picture.show(
-    figure, "The mean scale grows with the logarithm of the blocksize, in the real layer as for normal numbers."
+    figure,
+    "The mean scale grows with the logarithm of the blocksize, in the real layer as "
+    "for normal numbers.",
 )
 
 # %% [markdown]
@@ -121,21 +164,52 @@ before, after = W.view(-1, 64), through_blocks(W, 64).view(-1, 64)
 hit = W.flatten().abs().argmax().item() // 64
 lost = (after[hit] == 0).sum().item()
 print(f"the outlier's block: {lost} of 64 weights become 0")
-spoilt, error = (after[hit + 1] == 0).sum().item(), relative_error(before[hit + 1], after[hit + 1])
+spoilt, error = (
+    (after[hit + 1] == 0).sum().item(),
+    relative_error(before[hit + 1], after[hit + 1]),
+)
 print(f"the next block: {spoilt}, and its relative error is {error:.3f}")
 assert lost == 63
 
 figure, axes = picture.canvas(height=3.0)
 places, both = range(128), slice(hit, hit + 2)
-axes.vlines(places, before[both].flatten(), after[both].flatten(), color=picture.VERMILION, linewidth=1.2)
-axes.plot(places, before[both].flatten(), "o", color=picture.BLUE, markersize=4, label="weight")
-axes.plot(places, after[both].flatten(), "_", color=picture.VERMILION, markersize=6, markeredgewidth=2, label="decoded")
+axes.vlines(
+    places,
+    before[both].flatten(),
+    after[both].flatten(),
+    color=picture.VERMILION,
+    linewidth=1.2,
+)
+axes.plot(
+    places,
+    before[both].flatten(),
+    "o",
+    color=picture.BLUE,
+    markersize=4,
+    label="weight",
+)
+axes.plot(
+    places,
+    after[both].flatten(),
+    "_",
+    color=picture.VERMILION,
+    markersize=6,
+    markeredgewidth=2,
+    label="decoded",
+)
 axes.axvline(63.5, color=picture.GREY, linestyle="dashed")
 axes.set(
-    ylim=(-0.16, 0.16), xlim=(-1, 128), xlabel="place (the outlier itself is far off the picture)", ylabel="weight"
+    ylim=(-0.16, 0.16),
+    xlim=(-1, 128),
+    xlabel="place (the outlier itself is far off the picture)",
+    ylabel="weight",
 )
 figure.legend(loc="outside upper right", ncols=2)
-picture.show(figure, "In the outlier's block every other weight is decoded as 0; the next block is decoded as usual.")
+picture.show(
+    figure,
+    "In the outlier's block every other weight is decoded as 0; the next block is "
+    "decoded as usual.",
+)
 
 # %% [markdown]
 # All 63 neighbours are gone; the next block has not noticed. That is what blocks buy: an outlier spoils its own block
@@ -144,7 +218,10 @@ picture.show(figure, "In the outlier's block every other weight is decoded as 0;
 # %%
 gone = (through_one_scale(W) == 0).float().mean().item()
 kept = (through_blocks(W, 64) == 0).float().mean().item()
-print(f"weights that become 0: {100 * gone:.1f} % with one scale, {100 * kept:.1f} % with one scale for each 64")
+print(
+    f"weights that become 0: {100 * gone:.1f} % with one scale, {100 * kept:.1f} % "
+    "with one scale for each 64"
+)
 assert gone > 0.99
 
 # %% [markdown]
@@ -157,7 +234,14 @@ assert gone > 0.99
 zeros = torch.zeros(64)
 packed, state = quantize_4bit(zeros, quant_type="nf4")
 codes = torch.stack([packed >> 4, packed & 15]).unique().tolist()
-print("0 / 0 =", (zeros / zeros.abs().max())[0].item(), "| scale", state.absmax.item(), "| codes", codes)
+print(
+    "0 / 0 =",
+    (zeros / zeros.abs().max())[0].item(),
+    "| scale",
+    state.absmax.item(),
+    "| codes",
+    codes,
+)
 assert codes == [7]
 assert torch.equal(dequantize_4bit(packed, state), zeros)
 
@@ -175,7 +259,10 @@ with_code_7 = dequantize_4bit(packed, state).view(-1, 64)[5]
 packed.view(-1, 32)[5] = 0x00  # two codes 0 in each of the block's 32 bytes
 with_code_0 = dequantize_4bit(packed, state).view(-1, 64)[5]
 
-print(f"zeros decoded from code 7: {with_code_7[0].item():g}, from code 0: {with_code_0[0].item():.5f}")
+print(
+    f"zeros decoded from code 7: {with_code_7[0].item():g}, from code 0: "
+    f"{with_code_0[0].item():.5f}"
+)
 assert with_code_7.eq(0).all()
 assert with_code_0.ne(0).all()
 
@@ -188,7 +275,9 @@ assert with_code_0.ne(0).all()
 
 # %%
 _, state = quantize_4bit(torch.randn(5, 100), quant_type="nf4")
-print(f"5 × 100 = 500 weights: {state.absmax.numel()} blocks, the last one of {500 % 64}")
+print(
+    f"5 × 100 = 500 weights: {state.absmax.numel()} blocks, the last one of {500 % 64}"
+)
 assert state.absmax.numel() == -(-500 // 64) == 8
 
 figure, axes = picture.canvas(height=1.9)
@@ -196,7 +285,13 @@ for block in range(8):
     for row in range(5):
         first, last = max(64 * block, 100 * row), min(64 * (block + 1), 100 * (row + 1))
         if first < last:
-            axes.barh(row, last - first, left=first - 100 * row, color=picture.COLOURS[block % 2 * 5], height=0.85)
+            axes.barh(
+                row,
+                last - first,
+                left=first - 100 * row,
+                color=picture.COLOURS[block % 2 * 5],
+                height=0.85,
+            )
             axes.text(
                 (first + last) / 2 - 100 * row,
                 row,
@@ -209,7 +304,9 @@ axes.invert_yaxis()
 axes.set(xlabel="column", ylabel="row", xlim=(0, 100), yticks=range(5))
 axes.grid(visible=False)
 picture.show(
-    figure, "Five rows of 100 weights coloured by block: eight blocks of 64 wrap from the end of a row to the next."
+    figure,
+    "Five rows of 100 weights coloured by block: eight blocks of 64 wrap from the end "
+    "of a row to the next.",
 )
 
 # %% [markdown]

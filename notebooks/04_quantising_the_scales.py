@@ -11,9 +11,19 @@
 import torch
 
 import refq4
-from refq4.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
+from refq4.functional import (
+    dequantize_4bit,
+    dequantize_blockwise,
+    quantize_4bit,
+    quantize_blockwise,
+)
 from support import picture
-from support.material import FEED_FORWARD, encoder_linear, encoder_linears, encoder_tensor
+from support.material import (
+    FEED_FORWARD,
+    encoder_linear,
+    encoder_linears,
+    encoder_tensor,
+)
 
 W = encoder_tensor(f"{FEED_FORWARD}.weight")
 packed, plain = quantize_4bit(W, quant_type="nf4")
@@ -24,9 +34,18 @@ print(f"{scales.numel()} scales, from {low:.3f} to {high:.3f}, mean {mean:.3f}")
 figure, axes = picture.canvas(height=2.4)
 axes.hist(scales.numpy(), bins=150, range=(0, 0.5), color=picture.BLUE)
 axes.axvline(scales.mean().item(), color=picture.VERMILION)
-axes.text(scales.mean() + 0.005, 0.9, "mean", color=picture.VERMILION, transform=axes.get_xaxis_transform())
+axes.text(
+    scales.mean() + 0.005,
+    0.9,
+    "mean",
+    color=picture.VERMILION,
+    transform=axes.get_xaxis_transform(),
+)
 axes.set(xlabel="scale", yticks=[])
-picture.show(figure, "A histogram of the scales: one narrow hump around the mean, well away from 0.")
+picture.show(
+    figure,
+    "A histogram of the scales: one narrow hump around the mean, well away from 0.",
+)
 
 # %% [markdown]
 # ## The recipe
@@ -48,7 +67,12 @@ picture.table(
     [
         ["scales, before", "float32", scales.numel(), scales.nbytes],
         ["codes of the scales", "uint8", codes.numel(), codes.nbytes],
-        ["scales of the scales", "float32", second.absmax.numel(), second.absmax.nbytes],
+        [
+            "scales of the scales",
+            "float32",
+            second.absmax.numel(),
+            second.absmax.nbytes,
+        ],
         ["offset", "float32", 1, offset.nbytes],
     ],
 )
@@ -72,7 +96,10 @@ assert error < 0.005
 # %%
 dynamic = refq4.functional.create_dynamic_map()
 steps = dynamic.diff()
-print("the smallest and the largest above 0:", *(f"{value:.2g}" for value in dynamic[dynamic > 0][[0, -1]].tolist()))
+print(
+    "the smallest and the largest above 0:",
+    *(f"{value:.2g}" for value in dynamic[dynamic > 0][[0, -1]].tolist()),
+)
 assert dynamic.numel() == 256
 assert torch.equal(dynamic, dynamic.sort().values)
 
@@ -80,9 +107,13 @@ figure, (left, right) = picture.canvas(1, 2, height=2.8)
 left.plot(range(256), dynamic, ".", color=picture.BLUE, markersize=3)
 left.set(xlabel="code", ylabel="value", xticks=[0, 64, 127, 192, 255])
 right.plot(dynamic[128:], steps[127:], ".", color=picture.BLUE, markersize=4)
-right.set(xscale="log", yscale="log", xlabel="value above 0", ylabel="step from the one below")
+right.set(
+    xscale="log", yscale="log", xlabel="value above 0", ylabel="step from the one below"
+)
 picture.show(
-    figure, "The dynamic map: 256 values in an S, flat around 0; its steps grow with the value, decade by decade."
+    figure,
+    "The dynamic map: 256 values in an S, flat around 0; its steps grow with the "
+    "value, decade by decade.",
 )
 
 # %% [markdown]
@@ -102,13 +133,27 @@ def as_the_map_sees(values):
 views = {"with the mean": scales, "mean taken off": scales - offset}
 figure, axes = picture.canvas(height=2.4)
 axes.vlines(dynamic, 0.5, 0.95, color=picture.GREY, linewidth=0.5)
-for row, (colour, values) in enumerate(zip((picture.VERMILION, picture.BLUE), views.values(), strict=True)):
+for row, (colour, values) in enumerate(
+    zip((picture.VERMILION, picture.BLUE), views.values(), strict=True)
+):
     seen = as_the_map_sees(values).flatten()
-    jitter = torch.rand(seen.numel(), generator=torch.Generator().manual_seed(0)) * 0.5 - 0.25
+    jitter = (
+        torch.rand(seen.numel(), generator=torch.Generator().manual_seed(0)) * 0.5
+        - 0.25
+    )
     axes.plot(seen, row * -1 + jitter, ".", color=colour, markersize=0.8)
-axes.set(yticks=[0.72, 0, -1], yticklabels=["the map", *views], xlabel="value", xlim=(-1.02, 1.02))
+axes.set(
+    yticks=[0.72, 0, -1],
+    yticklabels=["the map", *views],
+    xlabel="value",
+    xlim=(-1.02, 1.02),
+)
 axes.grid(visible=False)
-picture.show(figure, "Scales lie in the right half of the map, and on its dense middle once the mean is taken off.")
+picture.show(
+    figure,
+    "Scales lie in the right half of the map, and on its dense middle once the mean is "
+    "taken off.",
+)
 
 
 # %%
@@ -120,7 +165,10 @@ def worth(values):
 
 rows = [[name, *worth(values)] for name, values in views.items()]
 assert rows[1][2] < rows[0][2] / 2
-picture.table(["", "codes in use", "error of the scales"], [[name, used, f"{error:.4f}"] for name, used, error in rows])
+picture.table(
+    ["", "codes in use", "error of the scales"],
+    [[name, used, f"{error:.4f}"] for name, used, error in rows],
+)
 
 # %% [markdown]
 # ## Adding up the bits
@@ -143,23 +191,46 @@ total = sum(price.values())
 scales_only = price["codes of the scales"] + price["scales of the scales"]
 assert scales_only == 8 / 64 + 32 / (64 * 256)
 assert round(total, 6) == round(8 * (packed.nbytes + nested.nbytes()) / n, 6)
-picture.table(["part", "bits a weight"], [[k, f"{v:.6f}"] for k, v in price.items()] + [["together", f"{total:.6f}"]])
+picture.table(
+    ["part", "bits a weight"],
+    [[k, f"{v:.6f}"] for k, v in price.items()] + [["together", f"{total:.6f}"]],
+)
 
 # %%
 figure, axes = picture.canvas(height=1.7)
 before = {"codes of the weights": 4, "scales": 32 / 64}
-after = {"codes of the weights": 4, "scales": scales_only, "tables and offset": total - 4 - scales_only}
+after = {
+    "codes of the weights": 4,
+    "scales": scales_only,
+    "tables and offset": total - 4 - scales_only,
+}
 for row, parts in enumerate((after, before)):
     left = 0
-    for colour, part in zip((picture.BLUE, picture.VERMILION, picture.GREEN), parts, strict=False):
-        axes.barh(row, parts[part], left=left, color=colour, height=0.6, label=part if row == 0 else None)
+    for colour, part in zip(
+        (picture.BLUE, picture.VERMILION, picture.GREEN), parts, strict=False
+    ):
+        axes.barh(
+            row,
+            parts[part],
+            left=left,
+            color=colour,
+            height=0.6,
+            label=part if row == 0 else None,
+        )
         left += parts[part]
 axes.set(
-    yticks=(0, 1), yticklabels=("double\nquantisation", "plain"), xlabel="bits a weight (from 3.8)", xlim=(3.8, 4.55)
+    yticks=(0, 1),
+    yticklabels=("double\nquantisation", "plain"),
+    xlabel="bits a weight (from 3.8)",
+    xlim=(3.8, 4.55),
 )
 axes.grid(axis="y", visible=False)
 figure.legend(loc="outside upper right", ncols=3)
-picture.show(figure, "Stacked bars: the scales shrink from half a bit to an eighth; tables and offset are a sliver.")
+picture.show(
+    figure,
+    "Stacked bars: the scales shrink from half a bit to an eighth; tables and offset "
+    "are a sliver.",
+)
 
 # %% [markdown]
 # ## Against real files
@@ -176,7 +247,9 @@ from safetensors.torch import save_file
 
 def file_of(name, **settings):
     """The size of a saved layer without its bias, and how much of it are tensors."""
-    layer = refq4.nn.Linear4bit.from_linear(encoder_linear(name), quant_type="nf4", **settings)
+    layer = refq4.nn.Linear4bit.from_linear(
+        encoder_linear(name), quant_type="nf4", **settings
+    )
     tensors = {key: value for key, value in layer.state_dict().items() if key != "bias"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.safetensors"
@@ -188,24 +261,54 @@ rows = []
 for title, double in (("plain", False), ("double quantisation", True)):
     size, tensors = file_of(FEED_FORWARD, compress_statistics=double)
     state = nested if double else plain
-    described = tensors - packed.nbytes - state.nbytes() + (4 if double else 0)  # the offset is in the JSON
-    rows.append([title, f"{size:,}", f"{size - tensors:,}", f"{described}", f"{8 * size / n:.4f}"])
+    # the offset is in the JSON
+    described = tensors - packed.nbytes - state.nbytes() + (4 if double else 0)
+    rows.append(
+        [
+            title,
+            f"{size:,}",
+            f"{size - tensors:,}",
+            f"{described}",
+            f"{8 * size / n:.4f}",
+        ]
+    )
     assert described in range(70, 200)
-picture.table(["the layer's file", "bytes", "of which header", "and description (JSON)", "bits a weight"], rows)
+picture.table(
+    [
+        "the layer's file",
+        "bytes",
+        "of which header",
+        "and description (JSON)",
+        "bits a weight",
+    ],
+    rows,
+)
 
 # %% [markdown]
 # The same for all 36 layers of the encoder:
 
 # %%
 numbers = sum(encoder_tensor(f"{name}.weight").numel() for name in encoder_linears())
-plain_files = sum(file_of(name, compress_statistics=False)[0] for name in encoder_linears())
-small_files = sum(file_of(name, compress_statistics=True)[0] for name in encoder_linears())
-sizes = {"float32": 4 * numbers, "bfloat16": 2 * numbers, "NF4": plain_files, "NF4, double quantisation": small_files}
+plain_files = sum(
+    file_of(name, compress_statistics=False)[0] for name in encoder_linears()
+)
+small_files = sum(
+    file_of(name, compress_statistics=True)[0] for name in encoder_linears()
+)
+sizes = {
+    "float32": 4 * numbers,
+    "bfloat16": 2 * numbers,
+    "NF4": plain_files,
+    "NF4, double quantisation": small_files,
+}
 assert 4.12 < 8 * small_files / numbers < 4.25
 
 picture.table(
     [f"{numbers:,} weights as", "MB", "bits a weight"],
-    [[name, f"{size / 1e6:.2f}", f"{8 * size / numbers:.3f}"] for name, size in sizes.items()],
+    [
+        [name, f"{size / 1e6:.2f}", f"{8 * size / numbers:.3f}"]
+        for name, size in sizes.items()
+    ],
 )
 
 # %% [markdown]
@@ -232,11 +335,26 @@ print(f"the error of a layer grows by {100 * added:.2f} % of itself at worst")
 assert added < 0.02
 
 figure, axes = picture.canvas(height=2.6)
-axes.plot([single for single, _ in pairs], "o", color=picture.BLUE, label="plain scales", markersize=7)
-axes.plot([double for _, double in pairs], "x", color=picture.VERMILION, label="quantised scales")
+axes.plot(
+    [single for single, _ in pairs],
+    "o",
+    color=picture.BLUE,
+    label="plain scales",
+    markersize=7,
+)
+axes.plot(
+    [double for _, double in pairs],
+    "x",
+    color=picture.VERMILION,
+    label="quantised scales",
+)
 axes.set(xlabel="layer", ylabel="relative error", ylim=(0.08, 0.11))
 axes.legend(ncols=2)
-picture.show(figure, "The error of 36 layers with plain and with quantised scales: dots and crosses coincide.")
+picture.show(
+    figure,
+    "The error of 36 layers with plain and with quantised scales: dots and crosses "
+    "coincide.",
+)
 
 # %% [markdown]
 # ## Where it bends

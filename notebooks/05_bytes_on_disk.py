@@ -29,7 +29,9 @@ codes = layout.unpack(packed.flatten(), weights.numel())
 print("weights", *(f"{w:5.2f}" for w in weights.tolist()))
 print("codes  ", *(f"{c:5}" for c in codes.tolist()))
 print("bytes  ", *(f"{b:#11x}" for b in packed.flatten().tolist()))
-assert packed.flatten().tolist() == [16 * codes[i] + codes[i + 1] for i in range(0, 8, 2)]
+assert packed.flatten().tolist() == [
+    16 * codes[i] + codes[i + 1] for i in range(0, 8, 2)
+]
 assert torch.equal(layout.pack(codes, pad_code=7), packed.flatten())
 
 # %%
@@ -47,11 +49,19 @@ for i, (weight, code) in enumerate(zip(weights.tolist(), codes.tolist(), strict=
     )
     axes.text(i + 0.5, 0.75, f"{weight:g}", ha="center")
 for i in range(4):
-    axes.text(2 * i + 1, -0.85, f"byte {i}: {packed[i].item():#04x}", ha="center", family="monospace")
+    axes.text(
+        2 * i + 1,
+        -0.85,
+        f"byte {i}: {packed[i].item():#04x}",
+        ha="center",
+        family="monospace",
+    )
 axes.set(xlim=(0, 8), ylim=(-1, 1.1))
 axes.axis("off")
 picture.show(
-    figure, "Eight weights above their codes in binary; each two neighbours make a byte, the first its high half."
+    figure,
+    "Eight weights above their codes in binary; each two neighbours make a byte, the "
+    "first its high half.",
 )
 
 # %% [markdown]
@@ -77,7 +87,12 @@ for dtype in layout.STORAGE_DTYPES:
     stored, _ = quantize_4bit(W, quant_type="nf4", quant_storage=dtype)
     columns[dtype] = stored.flatten().view(torch.uint8)
     rows.append(
-        [str(dtype).removeprefix("torch."), list(stored.shape), f"{stored.nbytes:,}", f"{stored[0].item():.6g}"]
+        [
+            str(dtype).removeprefix("torch."),
+            list(stored.shape),
+            f"{stored.nbytes:,}",
+            f"{stored[0].item():.6g}",
+        ]
     )
 
 assert all(torch.equal(column, columns[torch.uint8]) for column in columns.values())
@@ -92,7 +107,9 @@ picture.table(["stored as", "shape", "bytes", "the first, read as a number"], ro
 bitsandbytes = quiet_bitsandbytes()
 
 linear = encoder_linear(FEED_FORWARD)
-theirs = bitsandbytes.nn.Linear4bit(384, 1536, quant_type="nf4", compress_statistics=True)
+theirs = bitsandbytes.nn.Linear4bit(
+    384, 1536, quant_type="nf4", compress_statistics=True
+)
 theirs.load_state_dict(linear.state_dict())
 theirs.to("cpu")  # the moment of quantisation
 
@@ -102,7 +119,8 @@ folder = tempfile.TemporaryDirectory()
 path = Path(folder.name) / "layer.safetensors"
 save_file(theirs.state_dict(), path)
 print(
-    f"bitsandbytes {bitsandbytes.__version__} wrote {path.stat().st_size:,} bytes for {W.numel():,} weights and a bias"
+    f"bitsandbytes {bitsandbytes.__version__} wrote {path.stat().st_size:,} bytes for "
+    f"{W.numel():,} weights and a bias"
 )
 
 # %% [markdown]
@@ -115,18 +133,19 @@ raw = path.read_bytes()
 header = json.loads(raw[8 : 8 + length])
 body = raw[8 + length :]
 
-picture.table(
-    ["key", "type", "shape", "first byte", "bytes"],
-    [
-        [f"`{key}`", entry["dtype"], entry["shape"], f"{entry['data_offsets'][0]:,}",
-         f"{entry['data_offsets'][1] - entry['data_offsets'][0]:,}"]
-        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]) if key != "__metadata__"
-    ],
-)  # fmt: skip
+rows = []
+for key, entry in header.items():
+    if key != "__metadata__":
+        first, last = entry["data_offsets"]
+        rows.append([f"`{key}`", entry["dtype"], entry["shape"], first, last - first])
+rows.sort(key=lambda row: row[3])
+picture.table(["key", "type", "shape", "first byte", "bytes"], rows)
 
 # %%
 sizes = {
-    key: header[key]["data_offsets"][1] - header[key]["data_offsets"][0] for key in header if key != "__metadata__"
+    key: header[key]["data_offsets"][1] - header[key]["data_offsets"][0]
+    for key in header
+    if key != "__metadata__"
 }
 assert 8 + length + sum(sizes.values()) == len(raw)
 
@@ -135,9 +154,17 @@ names = sorted(sizes, key=sizes.get)
 axes.barh(names, [sizes[name] for name in names], color=picture.BLUE)
 for row, name in enumerate(names):
     axes.text(sizes[name] * 1.15, row, f"{sizes[name]:,}", va="center")
-axes.set(xscale="log", xlim=(10, 2e6), xlabel="bytes (each step of the scale ten times the last)")
+axes.set(
+    xscale="log",
+    xlim=(10, 2e6),
+    xlabel="bytes (each step of the scale ten times the last)",
+)
 axes.grid(axis="y", visible=False)
-picture.show(figure, "Bars of bytes by key on a logarithmic scale: the packed weight dwarfs everything else.")
+picture.show(
+    figure,
+    "Bars of bytes by key on a logarithmic scale: the packed weight dwarfs everything "
+    "else.",
+)
 
 # %% [markdown]
 # Key by key:
@@ -176,11 +203,13 @@ value = struct.unpack("<16f", bytes_of("weight.quant_map"))[code]
 
 block = i // described["blocksize"]
 q = bytes_of("weight.absmax")[block]
-second_scale = struct.unpack_from("<f", bytes_of("weight.nested_absmax"), 4 * (block // described["nested_blocksize"]))[
-    0
-]
+second_scale = struct.unpack_from(
+    "<f", bytes_of("weight.nested_absmax"), 4 * (block // described["nested_blocksize"])
+)[0]
 scale = (
-    struct.unpack_from("<f", bytes_of("weight.nested_quant_map"), 4 * q)[0] * second_scale + described["nested_offset"]
+    struct.unpack_from("<f", bytes_of("weight.nested_quant_map"), 4 * q)[0]
+    * second_scale
+    + described["nested_offset"]
 )
 
 print(f"byte {i // 2} is {byte:#04x}, so code {code}, so value {value:.6f}")
@@ -214,9 +243,17 @@ assert {key: (t.dtype, t.shape) for key, t in saved.items()} == {
 }
 assert all(torch.equal(saved[key], checkpoint[key]) for key in checkpoint)
 
-state = {key.removeprefix("weight."): value for key, value in saved.items() if key.startswith("weight.")}
-again = bitsandbytes.nn.Params4bit.from_prequantized(saved["weight"], state, device="cpu")
-assert torch.equal(bitsandbytes.functional.dequantize_4bit(again, again.quant_state), mine)
+state = {
+    key.removeprefix("weight."): value
+    for key, value in saved.items()
+    if key.startswith("weight.")
+}
+again = bitsandbytes.nn.Params4bit.from_prequantized(
+    saved["weight"], state, device="cpu"
+)
+assert torch.equal(
+    bitsandbytes.functional.dequantize_4bit(again, again.quant_state), mine
+)
 print(f"{len(saved)} entries, byte for byte those of the file")
 
 # %% [markdown]
@@ -229,7 +266,14 @@ print(f"{len(saved)} entries, byte for byte those of the file")
 stats = {key: value for key, value in checkpoint.items() if key.startswith("weight.")}
 lie = json.dumps(described | {"blocksize": 128}).encode()
 try:
-    QuantState.from_dict(stats | {"weight.quant_state.bitsandbytes__nf4": torch.tensor(list(lie), dtype=torch.uint8)})
+    QuantState.from_dict(
+        stats
+        | {
+            "weight.quant_state.bitsandbytes__nf4": torch.tensor(
+                list(lie), dtype=torch.uint8
+            )
+        }
+    )
 except ValueError as error:
     print(error)
 else:

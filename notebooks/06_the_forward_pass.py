@@ -23,7 +23,9 @@ tokens, x = encoder_inputs("The quick brown fox jumps over the lazy dog.")
 
 
 def new_layer(**settings):
-    return refq4.nn.Linear4bit.from_linear(encoder_linear(QUERY), quant_type="nf4", **settings)
+    return refq4.nn.Linear4bit.from_linear(
+        encoder_linear(QUERY), quant_type="nf4", **settings
+    )
 
 
 def steps(layer, x):
@@ -36,7 +38,7 @@ def steps(layer, x):
 def step(number, layer, x):
     """One step of one call: shown, and its choice returned."""
     taken = next(step for step in steps(layer, x) if step.number == number)
-    print(f"{taken.number} {taken.name}: {taken.choice}, because {taken.why}")
+    print(f"{taken.number} {taken.name}: {taken.choice}\n    because {taken.why}")
     return taken.choice
 
 
@@ -69,7 +71,8 @@ assert body.count("step(") == 7
 layer = new_layer()
 assert step(1, layer, x) == "kept"
 
-layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)  # the same bytes, and nothing else
+# the same bytes, and nothing else
+layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)
 assert step(1, layer, x) == "recovered"
 
 # %% [markdown]
@@ -164,7 +167,9 @@ assert "computes in float32" in str(caught[0].message)
 # %%
 errors = {}
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    errors[str(dtype).removeprefix("torch.")] = refq4.explain(new_layer(compute_dtype=dtype), x).error
+    errors[str(dtype).removeprefix("torch.")] = refq4.explain(
+        new_layer(compute_dtype=dtype), x
+    ).error
 
 exact_linear = encoder_linear(QUERY)
 of_weights = (new_layer()(x) - exact_linear(x)).abs().max().item()
@@ -178,7 +183,9 @@ axes.set(xscale="log", xlabel="largest error of an output")
 axes.invert_yaxis()
 axes.grid(axis="y", visible=False)
 picture.show(
-    figure, "Errors on a logarithmic scale: float32 a millionth, float16 and bfloat16 far below that of 4-bit weights."
+    figure,
+    "Errors on a logarithmic scale: float32 a millionth, float16 and bfloat16 far "
+    "below that of 4-bit weights.",
 )
 
 # %% [markdown]
@@ -196,10 +203,17 @@ assert step(5, layer, x) == "cast"
 # %% [markdown]
 # ## 6 · Dispatch
 #
-# Two kernels do the work. A *GEMV* multiplies the matrix by one vector: for text that is generated word by word, and
-# it must be quick. A *GEMM* takes any number of tokens. That is the *op*, and it follows the number of tokens. The
-# *path* says who carries a gradient: `gemv_4bit` has none, `MatMul4Bit` knows how to go backward (notebook 7). Which
-# path? Four questions, each can turn it:
+# Two things are decided here. The *op* is what the backend runs, and it follows the number of tokens:
+#
+# - one token: `gemv_4bit`. GEMV is matrix times vector. Every weight is read once and used once, so it is decoded in
+#   registers, right where it is multiplied.
+# - several tokens: `gemm_4bit`. GEMM is matrix times matrix. Every decoded weight is used for all tokens.
+#
+# The *path* has the names of bitsandbytes 0.49.1. Its `gemv_4bit` is a kernel for one token. For everything else it has
+# `MatMul4Bit`, which decodes the whole weight to memory and multiplies with the ordinary product. One token can't pay
+# for that (notebook 8 measures it): hence two paths. And only `MatMul4Bit` can go backward (notebook 7).
+#
+# One token takes `gemv_4bit`. Three things change that: more tokens, none at all, or a gradient that is wanted.
 
 # %%
 layer = new_layer()
@@ -210,8 +224,8 @@ assert step(6, layer, one.clone().requires_grad_()) == "MatMul4Bit"
 assert step(6, layer, x[:0]) == "MatMul4Bit"
 
 # %% [markdown]
-# The fourth is the shape. Where rows are no whole number of blocks, a block straddles two rows (notebook 3 draws it),
-# the quick kernel can't be used, and that is worth the second warning. It means: this layer will be slow for single
+# A fourth is the shape. If K is not a multiple of the blocksize, a block straddles two rows (notebook 3 draws it), and
+# the kernel for one token can't be used. The second warning says so. It means: this layer will be slow for single
 # tokens; choose a blocksize that divides `in_features`.
 
 # %%
@@ -223,17 +237,21 @@ print(f"\n{caught[0].category.__name__}: {caught[0].message}")
 assert "multiple of the blocksize" in str(caught[0].message)
 
 # %% [markdown]
+# And a weight in the backend's own layout (step 2) has a path of its own, `own layout`, for any number of tokens:
+# notebook 1 ended with twelve of them, and `gemm_4bit` behind it.
+#
 # The third warning is about an old habit: a weight that was quantised as [in, out] instead of [out, in]. It still
 # works, by decoding the whole matrix first. It means: quantise `W.t().contiguous()` instead.
 
 # %%
-W = encoder_linear("encoder.layer.0.intermediate.dense").weight.data.t().contiguous()  # [384, 1536]: in, out
+# [384, 1536]: in, out
+W = encoder_linear("encoder.layer.0.intermediate.dense").weight.data.t().contiguous()
 packed, state = refq4.functional.quantize_4bit(W, quant_type="nf4")
 with warnings.catch_warnings(record=True) as caught, refq4.trace() as record:
     warnings.simplefilter("always")
     y = refq4.matmul_4bit(x, packed, state)
 taken = record.calls[0].steps[0]
-print(f"{taken.number} {taken.name}: {taken.choice}, because {taken.why}")
+print(f"{taken.number} {taken.name}: {taken.choice}\n    because {taken.why}")
 print(f"\n{caught[0].category.__name__}: {caught[0].message}")
 assert y.shape == (len(tokens), 1536)
 assert taken.choice == "dequantize + linear"
@@ -265,7 +283,10 @@ calls = {
     "one, gradient\nwanted": (new_layer(), one.clone().requires_grad_()),
     "state lost": (lost, one),
     "compute dtype\nbfloat16": (new_layer(compute_dtype=torch.bfloat16), one),
-    "bfloat16 input,\ncomputes in float32": (new_layer(compute_dtype=torch.float32), one.bfloat16()),
+    "bfloat16 input,\ncomputes in float32": (
+        new_layer(compute_dtype=torch.float32),
+        one.bfloat16(),
+    ),
 }
 taken = {name: steps(layer, given) for name, (layer, given) in calls.items()}
 
@@ -282,15 +303,29 @@ for column, record in enumerate(taken.values()):
             color=picture.ORANGE if differs else picture.GREY,
             alpha=1 if differs else 0.08,
         )
-        axes.text(column, row, made.choice, ha="center", va="center", fontsize=8.5, color="black" if differs else None)
-axes.set(yticks=range(7), yticklabels=[f"{s.number} {s.name}" for s in first], ylim=(6.5, -0.5), xlim=(-0.5, 5.5))
+        axes.text(
+            column,
+            row,
+            made.choice,
+            ha="center",
+            va="center",
+            fontsize=8.5,
+            color="black" if differs else None,
+        )
+axes.set(
+    yticks=range(7),
+    yticklabels=[f"{s.number} {s.name}" for s in first],
+    ylim=(6.5, -0.5),
+    xlim=(-0.5, 5.5),
+)
 axes.set_xticks(range(6), taken, fontsize=8)
 axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
 axes.spines[:].set_visible(False)
 axes.grid(visible=False)
 picture.show(
     figure,
-    "A grid of six calls by seven steps with the decision of each; those that differ from the first call stand out.",
+    "A grid of six calls by seven steps with the decision of each; those that differ "
+    "from the first call stand out.",
 )
 
 # %% [markdown]

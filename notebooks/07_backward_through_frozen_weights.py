@@ -48,16 +48,31 @@ print("gradient of x: that of the decoded weights. Gradient of the weights: none
 
 # %%
 exact = g_y @ linear.weight
-cosine = torch.nn.functional.cosine_similarity(x.grad.flatten(), exact.flatten(), dim=0).item()
+cosine = torch.nn.functional.cosine_similarity(
+    x.grad.flatten(), exact.flatten(), dim=0
+).item()
 print(f"cosine of the two gradients {cosine:.4f}")
 assert cosine > 0.99
 
 figure, axes = picture.canvas(height=3.2)
 axes.axline((0, 0), slope=1, color=picture.GREY, linewidth=1)
-axes.plot(exact.flatten(), x.grad.flatten(), ".", color=picture.BLUE, markersize=2.5, alpha=0.6)
-axes.set(xlabel="gradient through 32-bit weights", ylabel="through 4-bit weights", aspect="equal")
+axes.plot(
+    exact.flatten(),
+    x.grad.flatten(),
+    ".",
+    color=picture.BLUE,
+    markersize=2.5,
+    alpha=0.6,
+)
+axes.set(
+    xlabel="gradient through 32-bit weights",
+    ylabel="through 4-bit weights",
+    aspect="equal",
+)
 picture.show(
-    figure, "Gradients of the input through 4-bit weights against those through the original: along the diagonal."
+    figure,
+    "Gradients of the input through 4-bit weights against those through the original: "
+    "along the diagonal.",
 )
 
 # %% [markdown]
@@ -73,8 +88,14 @@ packed, state = quantize_4bit(W, quant_type="nf4")
 inputs = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
 bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
 
-assert torch.autograd.gradcheck(lambda a, b: MatMul4Bit.apply(a, packed, None, b, state), (inputs, bias))
-print("backward is the derivative of forward, for all", inputs.numel() + bias.numel(), "inputs")
+assert torch.autograd.gradcheck(
+    lambda a, b: MatMul4Bit.apply(a, packed, None, b, state), (inputs, bias)
+)
+print(
+    "backward is the derivative of forward, for all",
+    inputs.numel() + bias.numel(),
+    "inputs",
+)
 
 # %% [markdown]
 # A check is worth something if it can fail. The same with a backward that is off by one per cent:
@@ -123,13 +144,23 @@ def kept_by(layer, x):
 kept = {"ordinary layer, frozen": kept_by(linear, x), "4-bit layer": kept_by(layer, x)}
 print(kept)
 packed_and_scales = 384 * 384 // 2 + layer.quant_state.nbytes()
-assert kept == {"ordinary layer, frozen": 384 * 384 * 4, "4-bit layer": packed_and_scales}
+assert kept == {
+    "ordinary layer, frozen": 384 * 384 * 4,
+    "4-bit layer": packed_and_scales,
+}
 
 figure, axes = picture.canvas(height=1.4)
-axes.barh(list(kept), [size / 1e3 for size in kept.values()], color=[picture.VERMILION, picture.BLUE])
+axes.barh(
+    list(kept),
+    [size / 1e3 for size in kept.values()],
+    color=[picture.VERMILION, picture.BLUE],
+)
 axes.set(xlabel="kB kept between forward and backward")
 axes.grid(axis="y", visible=False)
-picture.show(figure, "Two bars: the ordinary layer keeps 590 kB for backward, the 4-bit layer 77.")
+picture.show(
+    figure,
+    "Two bars: the ordinary layer keeps 590 kB for backward, the 4-bit layer 77.",
+)
 
 # %% [markdown]
 # ## Something to fine-tune
@@ -169,13 +200,19 @@ def loss_on(model, pieces):
 
 def train(model, pieces, steps, rate):
     """Adam on whatever is not frozen, the rate falling to zero; returns the losses."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [
+        parameter for parameter in model.parameters() if parameter.requires_grad
+    ]
     optimiser = torch.optim.Adam(parameters, lr=rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, total_iters=steps)
+    schedule = torch.optim.lr_scheduler.LinearLR(
+        optimiser, 1.0, 0.02, total_iters=steps
+    )
     draw = torch.Generator().manual_seed(0)
     losses = []
     for _ in range(steps):
-        loss = loss_on(model, pieces[torch.randint(len(pieces), (128,), generator=draw)])
+        loss = loss_on(
+            model, pieces[torch.randint(len(pieces), (128,), generator=draw)]
+        )
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -185,10 +222,15 @@ def train(model, pieces, steps, rate):
 
 
 torch.manual_seed(0)
-manual = "\n".join(topics.topics[name] for name in sorted(topics.topics)).encode()[:200_000]
+manual = "\n".join(topics.topics[name] for name in sorted(topics.topics)).encode()[
+    :200_000
+]
 base = ByteModel()
 losses = train(base, windows(manual), steps=150, rate=3e-3)
-print(f"{sum(p.numel() for p in base.parameters()):,} parameters; loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+print(
+    f"{sum(p.numel() for p in base.parameters()):,} parameters; loss {losses[0]:.2f} "
+    f"-> {losses[-1]:.2f}"
+)
 assert losses[-1] < 3 < losses[0]
 
 # %% [markdown]
@@ -203,7 +245,9 @@ class LoRA(torch.nn.Module):
     def __init__(self, frozen, rank=8):
         super().__init__()
         self.frozen = frozen.requires_grad_(False)
-        self.A = torch.nn.Parameter(torch.randn(rank, frozen.in_features) / frozen.in_features**0.5)
+        self.A = torch.nn.Parameter(
+            torch.randn(rank, frozen.in_features) / frozen.in_features**0.5
+        )
         self.B = torch.nn.Parameter(torch.zeros(frozen.out_features, rank))
 
     def forward(self, x):
@@ -241,24 +285,36 @@ models = {
 }
 before = {name: loss_on(model, pieces).item() for name, model in models.items()}
 frozen = models["LoRA on 4 bits"].read.frozen.weight.clone()
-curves = {name: train(model, pieces, steps=200, rate=1e-2) for name, model in models.items()}
+curves = {
+    name: train(model, pieces, steps=200, rate=1e-2) for name, model in models.items()
+}
 after = {name: loss_on(model, pieces).item() for name, model in models.items()}
 
 assert torch.equal(models["LoRA on 4 bits"].read.frozen.weight, frozen)
 assert all(after[name] < 0.1 < 2 < before[name] for name in models)
 picture.table(
-    ["", "loss before", "loss after"], [[name, f"{before[name]:.3f}", f"{after[name]:.3f}"] for name in models]
+    ["", "loss before", "loss after"],
+    [[name, f"{before[name]:.3f}", f"{after[name]:.3f}"] for name in models],
 )
 
 # %% tags=["timing"]
 figure, axes = picture.canvas(height=3.2)
-axes.axhline(before["LoRA on 4 bits"], color=picture.GREY, linestyle="dashed", label="4 bits, no adapters")
-for (name, losses), colour, style in zip(curves.items(), (picture.VERMILION, picture.BLUE), ("-", "--"), strict=True):
+axes.axhline(
+    before["LoRA on 4 bits"],
+    color=picture.GREY,
+    linestyle="dashed",
+    label="4 bits, no adapters",
+)
+for (name, losses), colour, style in zip(
+    curves.items(), (picture.VERMILION, picture.BLUE), ("-", "--"), strict=True
+):
     axes.plot(losses, color=colour, linestyle=style, label=name)
 axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
 axes.legend()
 picture.show(
-    figure, "Loss against step: with adapters it falls from above 2 to near 0, on 4-bit weights as on 32-bit ones."
+    figure,
+    "Loss against step: with adapters it falls from above 2 to near 0, on 4-bit "
+    "weights as on 32-bit ones.",
 )
 
 # %% [markdown]
@@ -271,13 +327,17 @@ def go_on(model, text, count):
     text = b" " * CONTEXT + text
     with torch.no_grad():
         for _ in range(count):
-            text += bytes([model(torch.tensor([list(text[-CONTEXT:])])).argmax().item()])
+            text += bytes(
+                [model(torch.tensor([list(text[-CONTEXT:])])).argmax().item()]
+            )
     return text[CONTEXT:].decode(errors="replace")
 
 
 print("before:", go_on(base, b"Beautiful is better", 60).strip(), "\n")
 print("after: ", go_on(models["LoRA on 4 bits"], b"Beautiful is better", 120))
-assert "Simple is better than complex." in go_on(models["LoRA on 4 bits"], b"Beautiful is better", 120)
+assert "Simple is better than complex." in go_on(
+    models["LoRA on 4 bits"], b"Beautiful is better", 120
+)
 
 # %% [markdown]
 # ## What it saves
@@ -286,7 +346,9 @@ assert "Simple is better than complex." in go_on(models["LoRA on 4 bits"], b"Bea
 # keeps of it, 16 bytes a weight in all. Frozen weights need none of that. Counted for this model:
 
 # %%
-learning = sum(p.numel() for p in models["LoRA on 4 bits"].parameters() if p.requires_grad)
+learning = sum(
+    p.numel() for p in models["LoRA on 4 bits"].parameters() if p.requires_grad
+)
 matrices = sum(getattr(base, name).weight.numel() for name in ("read", "think", "say"))
 packed_bytes = sum(
     module.weight.nbytes + module.quant_state.nbytes()
@@ -302,7 +364,13 @@ print({name: f"{sum(parts):,} bytes" for name, parts in bars.items()})
 
 figure, axes = picture.canvas(height=1.9)
 for row, parts in enumerate(bars.values()):
-    axes.barh(row, parts[0] / 1e6, color=picture.BLUE, height=0.6, label="the matrices" if row == 0 else None)
+    axes.barh(
+        row,
+        parts[0] / 1e6,
+        color=picture.BLUE,
+        height=0.6,
+        label="the matrices" if row == 0 else None,
+    )
     axes.barh(
         row,
         parts[1] / 1e6,
@@ -316,7 +384,9 @@ axes.invert_yaxis()
 axes.grid(axis="y", visible=False)
 figure.legend(loc="outside upper right", ncols=2)
 picture.show(
-    figure, "Memory to train: full training by far the most, LoRA less than a third, QLoRA a fraction of that."
+    figure,
+    "Memory to train: full training by far the most, LoRA less than a third, QLoRA a "
+    "fraction of that.",
 )
 
 # %% [markdown]

@@ -28,7 +28,10 @@ torch.set_num_threads(1)
 cpu = CpuBackend()
 missing = cpu.available()  # None, or one sentence: what is missing, and how to get it
 engine, N, K = ("cpu", 4096, 4096) if missing is None else ("reference", 1024, 1024)
-print(f"engine: {engine}; the weight: {N} x {K}" + (f"\nno CPU kernels: {missing}" if missing else ""))
+print(
+    f"engine: {engine}; the weight: {N} x {K}"
+    + (f"\nno CPU kernels: {missing}" if missing else "")
+)
 
 # %% [markdown]
 # ## Counting
@@ -40,7 +43,12 @@ print(f"engine: {engine}; the weight: {N} x {K}" + (f"\nno CPU kernels: {missing
 
 # %%
 def bytes_moved(M, N, K):
-    return {"weights": N * K / 2, "scales": 4 * N * K / 64, "x": 2 * M * K, "y": 2 * M * N}
+    return {
+        "weights": N * K / 2,
+        "scales": 4 * N * K / 64,
+        "x": 2 * M * K,
+        "y": 2 * M * N,
+    }
 
 
 def operations(M, N, K):
@@ -52,11 +60,18 @@ report = refq4.explain(layer, torch.randn(3, 256, dtype=torch.bfloat16))
 mine = bytes_moved(3, 512, 256)
 assert report.flops == operations(3, 512, 256)
 assert report.bytes_moved["weight"] == mine["weights"]
-assert report.bytes_moved["scales"] == mine["scales"] + 16 * 4  # and the code itself: sixteen fp32 numbers
-assert (report.bytes_moved["input"], report.bytes_moved["output"]) == (mine["x"], mine["y"])
+# and the code itself: sixteen fp32 numbers
+assert report.bytes_moved["scales"] == mine["scales"] + 16 * 4
+assert (report.bytes_moved["input"], report.bytes_moved["output"]) == (
+    mine["x"],
+    mine["y"],
+)
 
 counted = (1, 4, 16, 64, 256)
-roofs.traffic({M: bytes_moved(M, 4096, 4096) for M in counted}, {M: operations(M, 4096, 4096) for M in counted})
+roofs.traffic(
+    {M: bytes_moved(M, 4096, 4096) for M in counted},
+    {M: operations(M, 4096, 4096) for M in counted},
+)
 
 # %% [markdown]
 # The weights are read once, whoever shares them. Every further token brings operations and hardly any bytes, so the
@@ -65,7 +80,10 @@ roofs.traffic({M: bytes_moved(M, 4096, 4096) for M in counted}, {M: operations(M
 # %%
 for M in (1, 2, 256):
     total = sum(bytes_moved(M, 4096, 4096).values())
-    print(f"M = {M:3d}: {total / 1e6:5.2f} MB, {operations(M, 4096, 4096) / total:6.2f} operations a byte")
+    print(
+        f"M = {M:3d}: {total / 1e6:5.2f} MB, {operations(M, 4096, 4096) / total:6.2f} "
+        "operations a byte"
+    )
 
 # %% [markdown]
 # ## Two limits
@@ -95,13 +113,17 @@ print(f"{read:.1f} GB/s of memory read, {peak:.0f} GFLOP/s of multiply-adds")
 
 # %%
 def floors_ms(M, N, K, read, peak):
-    return 1e-6 * sum(bytes_moved(M, N, K).values()) / read, 1e-6 * operations(M, N, K) / peak
+    return 1e-6 * sum(bytes_moved(M, N, K).values()) / read, 1e-6 * operations(
+        M, N, K
+    ) / peak
 
 
 def cross_over(N, K, read, peak):
-    """The M at which both floors are the same: the fixed bytes over what a token adds to either side."""
+    """The M at which both floors are the same: fixed bytes over what a token adds."""
     moved = bytes_moved(1, N, K)
-    return (moved["weights"] + moved["scales"]) / (operations(1, N, K) * read / peak - moved["x"] - moved["y"])
+    return (moved["weights"] + moved["scales"]) / (
+        operations(1, N, K) * read / peak - moved["x"] - moved["y"]
+    )
 
 
 memory, multipliers = floors_ms(cross_over(N, K, 20.0, 100.0), N, K, 20.0, 100.0)
@@ -131,37 +153,100 @@ def shortest_ms(call, weights, x, rounds=5):
 
 
 refq4.set_backend(engine)
-linear = refq4.nn.Linear4bit(K, N, bias=False, quant_type="nf4", compress_statistics=False)
+linear = refq4.nn.Linear4bit(
+    K, N, bias=False, quant_type="nf4", compress_statistics=False
+)
 linear.weight.data = W
 four_bit = [copy.deepcopy(linear.to("cpu").eval()) for _ in range(6)]
 packed, plain = quantize_4bit(W, quant_type="nf4"), [W, W.clone()]
 for linear in four_bit:
-    linear(torch.zeros(1, K, dtype=torch.bfloat16))  # the first call rearranges the weight
+    # the first call rearranges the weight
+    linear(torch.zeros(1, K, dtype=torch.bfloat16))
 ms = {"4 bits": [], "dequantise, then multiply": [], "fp32, not quantised": []}
 with torch.inference_mode():
     for M in tokens:
         x = torch.randn(M, K, generator=generator)
-        ms["4 bits"].append(shortest_ms(lambda linear, x: linear(x), four_bit, x.bfloat16()))
-        ms["dequantise, then multiply"].append(
-            shortest_ms(lambda p, x: torch.nn.functional.linear(x, dequantize_4bit(*p)), [packed], x, rounds=1)
+        ms["4 bits"].append(
+            shortest_ms(lambda linear, x: linear(x), four_bit, x.bfloat16())
         )
-        ms["fp32, not quantised"].append(shortest_ms(lambda w, x: torch.nn.functional.linear(x, w), plain, x, rounds=2))
+        ms["dequantise, then multiply"].append(
+            shortest_ms(
+                lambda p, x: torch.nn.functional.linear(x, dequantize_4bit(*p)),
+                [packed],
+                x,
+                rounds=1,
+            )
+        )
+        ms["fp32, not quantised"].append(
+            shortest_ms(
+                lambda w, x: torch.nn.functional.linear(x, w), plain, x, rounds=2
+            )
+        )
 
-floors = zip(*(floors_ms(M, N, K, read, peak) for M in tokens), strict=True)
-floors = dict(zip(("the memory can't be faster", "the multipliers can't be faster"), floors, strict=True))
-roofs.call_times(tokens, ms, floors, cross_over(N, K, read, peak))
+print("milliseconds for", *(f"{M:>6}" for M in tokens), "tokens")
+for name, times in ms.items():
+    print(f"{name:>25}", *(f"{t:6.2f}" for t in times))
 
 # %% [markdown]
-# Left of the cross-over the 4-bit layer costs what its bytes cost, and the fp32 layer, with seven times the bytes,
-# takes several times as long. Right of it multiplications are all that counts, and of those four bits save none: the
-# lines come together. Dequantising first writes and reads 64 MB on the way, which only many tokens repay.
+# ## What it looks like
+#
+# Beside this machine stands one whose times are kept in `docs/benchmarks/cpu.json`: a Zen 4 processor, two threads,
+# 24 November 2026, on the same weight of 4096 × 4096. It has an instruction that multiplies pairs of bf16 numbers, so
+# that its multipliers are far ahead of its memory.
+
+# %%
+kept = json.loads(Path("../docs/benchmarks/cpu.json").read_text())
+sizes = {"n": 4096, "k": 4096}
+zen4 = {
+    row["m"]: row["ms"]["refq4"]
+    for row in kept["products"]
+    if sizes.items() <= row.items()
+}
+for M in (1, 2, 4, 8, 16, 128):
+    print(
+        f"Zen 4, M = {M:3}: {zen4[M]:6.3f} ms, {zen4[M] / zen4[1]:5.2f} times one token"
+    )
+
+assert zen4[2] < 1.02 * zen4[1], "the second token is free"
+assert zen4[8] < 2.2 * zen4[1], "eight tokens cost what two would"
+assert zen4[128] > 7 * zen4[16], "further on each pays its full share"
+
+# %% tags=["timing"]
+zen4_limits = kept["limits"]["read_gb_s"], kept["limits"]["dot_gflop_s"]
+short = {M: zen4[M] for M in zen4 if M in tokens}
+roofs.call_times(
+    {
+        "Zen 4, two threads (kept)": (
+            short,
+            {"4 bits": list(short.values())},
+            zen4_limits,
+        ),
+        "this machine, one thread": (tokens, ms, (read, peak)),
+    },
+    floors=lambda M, limits: floors_ms(M, N, K, *limits),
+    cross=lambda limits: cross_over(N, K, *limits),
+)
+
+# %% [markdown]
+# On the left the curve is flat at first. Two tokens take as long as one, and four take a quarter longer: the
+# multiplications are done while the machine waits for weights. From the cross-over on the curve rises in step with M.
+#
+# On the right the same three ways on the machine that made this page (or on yours, if you run it). If its blue curve
+# rises from the first token on and stays above both floors, then neither memory nor multipliers are its limit, but
+# taking codes apart: the third cost, below. The fp32 layer has seven times the bytes, so it waits longer, and shares
+# its longer wait among more tokens. Where multiplications are all that counts, the lines come together: four bits
+# save none.
+#
+# *Dequantise, then multiply* is the line to remember for step 6. It decodes 8 MB of codes to 64 MB, writes
+# them to memory and reads them again, whatever M is. Many tokens repay that, one token can't.
 
 # %% tags=["timing"]
 first, second, last = ms["4 bits"][0], ms["4 bits"][1], ms["4 bits"][-1]
 print(f"one token takes {first:.2f} ms, a second one {second - first:.2f} ms more")
 print(f"a token in a batch of {tokens[-1]}: {last / tokens[-1]:.2f} ms each")
-print(f"fp32 takes {ms['fp32, not quantised'][0] / first:.1f} times as long as 4 bits at M = 1, ", end="")
-print(f"{ms['fp32, not quantised'][-1] / last:.1f} times at M = {tokens[-1]}")
+plain_ms = ms["fp32, not quantised"]
+print(f"fp32 takes {plain_ms[0] / first:.1f} times as long as 4 bits at M = 1,")
+print(f"and {plain_ms[-1] / last:.1f} times at M = {tokens[-1]}")
 
 # %% [markdown]
 # ## The roofline
@@ -195,22 +280,36 @@ roofs.roofline(read, peak, dots)
 from refq4_cuda import roofline as h200
 
 machines = {"this machine, one thread": (read, peak)}
-for name, file in {"Zen 3, two threads, AVX2": "cpu-avx2.json", "Zen 4, two threads, vdpbf16ps": "cpu.json"}.items():
+for name, file in {
+    "Zen 3, two threads, AVX2": "cpu-avx2.json",
+    "Zen 4, two threads, vdpbf16ps": "cpu.json",
+}.items():
     kept = json.loads(Path("../docs/benchmarks", file).read_text())["limits"]
     machines[name] = kept["read_gb_s"], max(kept["fma_gflop_s"], kept["dot_gflop_s"])
 tensor_cores = 2 * h200.TENSOR_FMA * h200.MULTIPROCESSORS * h200.CLOCK
-machines["H200, assumed"] = 1e-9 * h200.READ_SHARE * h200.COPY_BANDWIDTH, 1e-9 * tensor_cores
+machines["H200, assumed"] = (
+    1e-9 * h200.READ_SHARE * h200.COPY_BANDWIDTH,
+    1e-9 * tensor_cores,
+)
 cross = {name: cross_over(4096, 4096, *both) for name, both in machines.items()}
 roofs.cross_overs(machines, cross)
 
 # %% [markdown]
-# On a GPU some forty tokens are as good as free, which is why servers wait to collect them. On a processor the gain of
-# the second token is small and the eighth has none.
+# On a GPU some forty tokens are as good as free, which is why servers wait to collect them. On the Zen 4 processor it
+# is a few; on the Zen 3, which has no instruction for bf16, hardly one.
 #
 # ## Who decides
 #
-# Which kernel is best depends on M too. Two of the layer's decisions concern it. The pipeline's step 6 asks whether it
-# is one token (notebook 6); asked for the path of a weight in its stored layout, it says:
+# Two decisions of a layer depend on M, both in step 6 (notebook 6). The *op* is what the backend runs:
+#
+# - `gemv_4bit` for one token. GEMV is matrix times vector: every weight is read once and used once, so it is decoded in
+#   registers, right where it is multiplied.
+# - `gemm_4bit` for several tokens. GEMM is matrix times matrix: every decoded weight is used for all tokens.
+#
+# The *path* says how the call gets there, and it has the names of bitsandbytes 0.49.1, which has no kernel for several
+# tokens. There `gemv_4bit` is the kernel for one token, and `MatMul4Bit` everything else: it decodes the whole weight
+# to memory and multiplies with the ordinary product, the red line above. One token can't pay for that: hence two paths.
+# In refq4 a backend has a kernel of its own behind either path. For a weight in its stored layout:
 
 # %%
 _, state = quantize_4bit(torch.randn(512, 256), quant_type="nf4")
@@ -231,5 +330,6 @@ else:
 shown
 
 # %% [markdown]
-# So: a second token is nearly free for as long as the machine waits for the weights anyway. Four bits make that wait
-# seven times shorter than fp32 does, and the range of free tokens as much smaller.
+# **So:** a second token is nearly free for as long as the machine waits for the weights anyway. Four bits make the
+# wait of the first token seven times shorter than fp32 does. Fewer further tokens fit into a shorter wait, and none
+# of them is slower than in fp32.

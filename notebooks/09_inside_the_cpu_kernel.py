@@ -78,13 +78,16 @@ registers.tiles(rows=16, groups=8, row=5, group=2)
 # kernel's own tiles are the same, byte for byte.
 
 # %%
-groups = packed.reshape(16, 8, 4).transpose(1, 0, 2)  # [row, group, byte] -> [group, row, byte]
-record = np.concatenate([absmax.view(np.uint8), groups.reshape(-1)])  # sixteen scales, then eight groups
+# [row, group, byte] -> [group, row, byte]
+groups = packed.reshape(16, 8, 4).transpose(1, 0, 2)
+# sixteen scales, then eight groups
+record = np.concatenate([absmax.view(np.uint8), groups.reshape(-1)])
 prepared = None if missing else cpu.prepare_weight(weight)
 if prepared is not None:  # plain C, without vector instructions, has no use for tiles
     assert prepared.layout == "tiles16"
     assert np.array_equal(prepared.tensors[0].numpy(), record)
-    assert torch.equal(cpu.restore_weight(prepared).packed, weight.packed)  # and the way back is exact
+    # and the way back is exact
+    assert torch.equal(cpu.restore_weight(prepared).packed, weight.packed)
 print(f"{len(record)} bytes: {4 * 16} of scales, {8 * 64} of codes")
 
 # %% [markdown]
@@ -101,10 +104,16 @@ shifted = group >> np.uint32(4 * shift)
 looked_up = code[shifted & 15]
 registers.lanes(
     {
-        "group 2: a lane for each row, eight codes in each": [f"{v:08x}" for v in group],
-        f"shifted by {4 * shift} bits: the last hexadecimal digit is the code": [f"{v:08x}" for v in shifted],
+        "group 2: a lane for each row, eight codes in each": [
+            f"{v:08x}" for v in group
+        ],
+        f"shifted by {4 * shift} bits: the last hexadecimal digit is the code": [
+            f"{v:08x}" for v in shifted
+        ],
         "the table, in a register": [f"{v:.3f}" for v in code],
-        "vpermps: sixteen weights, still without their scales": [f"{v:.3f}" for v in looked_up],
+        "vpermps: sixteen weights, still without their scales": [
+            f"{v:.3f}" for v in looked_up
+        ],
     },
     follow=[[5], [5], [shifted[5] & 15], [5]],
 )
@@ -114,7 +123,11 @@ registers.lanes(
 # 1, 0, 3, 2, ... That is no trouble: x is put into the same order, once per call.
 
 # %%
-decoded = code[torch.from_numpy(packed).view(-1, 1).repeat(1, 2).view(-1).numpy() >> np.tile([4, 0], N * K // 2) & 15]
+decoded = code[
+    torch.from_numpy(packed).view(-1, 1).repeat(1, 2).view(-1).numpy()
+    >> np.tile([4, 0], N * K // 2)
+    & 15
+]
 decoded = decoded.reshape(N, K)  # what the plain loop looks up
 for g in range(8):
     lanes = groups[g].copy().view("<u4").reshape(16)
@@ -132,14 +145,19 @@ print("shift:", *range(8), "  brings down k =", *(s ^ 1 for s in range(8)))
 # side.
 
 # %%
-bf16 = torch.from_numpy(code.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
+bf16 = (
+    torch.from_numpy(code.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
+)
 upper, lower = (bf16 >> 8).astype(np.uint8), bf16.astype(np.uint8)
-index = groups[2, 5:7].reshape(-1) & 15  # the low halves of rows 5 and 6: k = 17, 19, 21, 23 of each
+# the low halves of rows 5 and 6: k = 17, 19, 21, 23 of each
+index = groups[2, 5:7].reshape(-1) & 15
 words = lower[index] | upper[index].astype(np.uint16) << 8
 values = (words.astype(np.uint32) << 16).view(np.float32)
 registers.lanes(
     {
-        "eight bytes of group 2: four of row 5, four of row 6": [f"{b:02x}" for b in groups[2, 5:7].reshape(-1)],
+        "eight bytes of group 2: four of row 5, four of row 6": [
+            f"{b:02x}" for b in groups[2, 5:7].reshape(-1)
+        ],
         "& 15: eight codes": [f"{i}" for i in index],
         "vpshufb in the upper bytes of the table": [f"{b:02x}" for b in upper[index]],
         "vpshufb in its lower bytes": [f"{b:02x}" for b in lower[index]],
@@ -151,10 +169,22 @@ registers.lanes(
 )
 
 # %%
-assert np.array_equal(values, torch.from_numpy(decoded[5:7, 17:24:2].copy()).bfloat16().float().numpy().reshape(-1))
-two_tables_of_floats = 8 * (2 + 2 + 1)  # per 8 weights: two shifts, two look-ups, a blend
-two_tables_of_bytes = 1 + 2 * (1 + 2 + 2 + 4)  # a shift; per half: an and, two look-ups, two unpacks, four to widen
-print(f"instructions for 64 weights: {two_tables_of_floats} by floats, {two_tables_of_bytes} by bytes")
+assert np.array_equal(
+    values,
+    torch.from_numpy(decoded[5:7, 17:24:2].copy())
+    .bfloat16()
+    .float()
+    .numpy()
+    .reshape(-1),
+)
+# per 8 weights: two shifts, two look-ups, a blend
+two_tables_of_floats = 8 * (2 + 2 + 1)
+# a shift; per half: an and, two look-ups, two unpacks, four to widen
+two_tables_of_bytes = 1 + 2 * (1 + 2 + 2 + 4)
+print(
+    f"instructions for 64 weights: {two_tables_of_floats} by floats, "
+    f"{two_tables_of_bytes} by bytes"
+)
 
 # %% [markdown]
 # ## Multiplying: fp32, or pairs of bf16
@@ -190,26 +220,43 @@ for name in ("nf4", "fp4"):
     table = np.array(get_codebook(name).values, np.float32)
     errors = [rounding_error(table, c) for c in factors]
     best[name] = factors[int(np.argmin(errors))]
-    print(f"{name}: {errors[0]:.6f} as it is, {min(errors):.6f} under the factor {best[name]:.4f}")
+    print(
+        f"{name}: {errors[0]:.6f} as it is, {min(errors):.6f} under the factor "
+        f"{best[name]:.4f}"
+    )
 
 # %%
 nf4 = np.array(get_codebook("nf4").values, np.float32)
 figure, axes = picture.canvas(height=2.8)
-for i, (factor, colour) in enumerate({1.0: picture.VERMILION, best["nf4"]: picture.BLUE}.items()):
-    axes.bar(np.arange(16) + 0.4 * i - 0.2, entry_errors(nf4, factor), 0.36, color=colour, label=f"times {factor:.4g}")
+for i, (factor, colour) in enumerate(
+    {1.0: picture.VERMILION, best["nf4"]: picture.BLUE}.items()
+):
+    axes.bar(
+        np.arange(16) + 0.4 * i - 0.2,
+        entry_errors(nf4, factor),
+        0.36,
+        color=colour,
+        label=f"times {factor:.4g}",
+    )
 axes.set_xticks(range(16), [f"{v:.2f}" for v in nf4], fontsize=8)
 axes.set(xlabel="the sixteen values of NF4", title="what rounding each to bf16 loses")
 axes.grid(axis="x", visible=False)
 axes.legend()
-picture.show(figure, "The rounding error of each of the sixteen values: as they are, and times the best factor.")
+picture.show(
+    figure,
+    "The rounding error of each of the sixteen values: as they are, and times the best "
+    "factor.",
+)
 
 # %%
 W4 = decoded * absmax[:, None]
-each = (torch.from_numpy(W4).bfloat16().float().numpy() - W4) / absmax[
-    :, None
-]  # in units of the scale, as the table is
+# in units of the scale, as the table is
+each = (torch.from_numpy(W4).bfloat16().float().numpy() - W4) / absmax[:, None]
 print(f"each scaled weight rounded: {np.sqrt(np.mean(each**2)):.6f}", end="; ")
-print(f"the table: {rounding_error(nf4, 1.0):.6f}, with its factor {rounding_error(nf4, best['nf4']):.6f}")
+print(
+    f"the table: {rounding_error(nf4, 1.0):.6f}, with its factor "
+    f"{rounding_error(nf4, best['nf4']):.6f}"
+)
 
 # %% [markdown]
 # A factor that costs nothing, and an error that is smaller than rounding each weight would make.
@@ -229,19 +276,27 @@ if missing is None:
     n = k = 4096
     W = torch.randn(n, k, generator=generator) / k**0.5
     big, big_state = quantize_4bit(W, quant_type="nf4", blocksize=64)
-    canonical, small = big_state.packed_weight(big), torch.randn(1, K, generator=generator).bfloat16()
+    canonical, small = (
+        big_state.packed_weight(big),
+        torch.randn(1, K, generator=generator).bfloat16(),
+    )
     for kernel in PRODUCT_KERNELS:
         os.environ["REFQ4_CPU_KERNEL"] = kernel.name
         engine = CpuBackend()  # a new one: a backend remembers which kernel serves what
-        refusal = engine.can_run(Call("gemv_4bit", "cpu", torch.bfloat16, 1, n, k, 64, "nf4"))
+        refusal = engine.can_run(
+            Call("gemv_4bit", "cpu", torch.bfloat16, 1, n, k, 64, "nf4")
+        )
         if refusal is not None:
             refused[kernel.name] = refusal
             continue
-        assert_within_budget(engine.gemv_4bit(small, weight, None), small, B, state, what=kernel.name)
+        assert_within_budget(
+            engine.gemv_4bit(small, weight, None), small, B, state, what=kernel.name
+        )
         tiled = engine.prepare_weight(canonical) if kernel.reads_tiles else None
         times[kernel.name] = {}
         for M in (1,) if kernel.one_token else (1, 16):
-            tokens, shortest = torch.randn(M, k, generator=generator).bfloat16(), float("inf")
+            tokens = torch.randn(M, k, generator=generator).bfloat16()
+            shortest = float("inf")
             for _ in range(2 if kernel.feature == "c" else 5):
                 start = time.perf_counter()
                 engine.gemm_4bit(tokens, canonical if tiled is None else tiled, None)
@@ -256,14 +311,23 @@ print(missing or "\n".join(f"not here: {reason}" for reason in refused.values())
 
 # %% tags=["timing"]
 kept = json.loads(Path("../docs/benchmarks/cpu.json").read_text())
-zen4 = {row["m"]: row["ms"] for row in kept["products"] if (row["n"], row["k"]) == (4096, 4096)}
-roofs.ladder(times, {"elsewhere: Zen 4, 2 threads": {M: zen4[M]["refq4"] for M in (1, 16)}})
+zen4 = {
+    row["m"]: row["ms"]
+    for row in kept["products"]
+    if (row["n"], row["k"]) == (4096, 4096)
+}
+roofs.ladder(
+    times, {"elsewhere: Zen 4, 2 threads": {M: zen4[M]["refq4"] for M in (1, 16)}}
+)
 
 # %% tags=["timing"]
 if times:
     first, last = (f(row[1] for row in times.values()) for f in (max, min))
     sixteen = min(row[16] for row in times.values() if 16 in row)
-    print(f"M = 1: {first / last:.0f} times as fast as the plain loop, {4096**2 / last / 1e6:.1f} weights a nanosecond")
+    print(
+        f"M = 1: {first / last:.0f} times as fast as the plain loop, "
+        f"{4096**2 / last / 1e6:.1f} weights a nanosecond"
+    )
     print(f"sixteen tokens take {sixteen / last:.1f} times as long as one")
 
 # %% [markdown]
@@ -272,7 +336,10 @@ if times:
 
 # %%
 peers = list(zen4[1])
-picture.table(["M", *peers], [[M, *(f"{row[peer]:.3g}" for peer in peers)] for M, row in zen4.items()])
+picture.table(
+    ["M", *peers],
+    [[M, *(f"{row[peer]:.3g}" for peer in peers)] for M, row in zen4.items()],
+)
 
 # %% [markdown]
 # So: dozens of times the plain loop, and none of it by cleverer arithmetic. The bytes lie where they are needed, one

@@ -65,7 +65,15 @@ x = torch.randn(1, 1024, generator=generator).bfloat16()
 rows = []
 for rung in reversed(RUNGS):
     _, one = planned(x, weight, rung)
-    rows.append([rung, one.variant.file, "x".join(map(str, one.grid)), "x".join(map(str, one.block)), one.shared])
+    rows.append(
+        [
+            rung,
+            one.variant.file,
+            "x".join(map(str, one.grid)),
+            "x".join(map(str, one.block)),
+            one.shared,
+        ]
+    )
 picture.table(["rung", "file", "grid", "block", "bytes of shared memory"], rows)
 
 # %% [markdown]
@@ -82,7 +90,10 @@ for rung, pattern in {"naive": "nc.u8", "vectorised": "no_allocate.v4.u32"}.item
     width = 1 if rung == "naive" else 16
     for step, line in enumerate(trace.find(pattern)[: 2 if rung == "naive" else 1]):
         starts = np.array(stepping.addresses(line.reads))
-        readers = [np.nonzero((starts <= byte) & (byte < starts + width))[0].tolist() for byte in range(32)]
+        readers = [
+            np.nonzero((starts <= byte) & (byte < starts + width))[0].tolist()
+            for byte in range(32)
+        ]
         loads[f"{rung}, load {step + 1}"] = readers
 assert loads["naive, load 1"][0] == [0, 1]
 assert loads["vectorised, load 1"][31] == [1]
@@ -109,7 +120,8 @@ sums = [stepping.bits(line.reads).view(np.float32) for line in exchanges]
 for stage, distance in enumerate(distances):
     added = sums[stage] + sums[stage][np.arange(32) ^ distance]
     if stage < 4:
-        assert np.array_equal(added, sums[stage + 1])  # to the last bit what the next exchange reads
+        # to the last bit what the next exchange reads
+        assert np.array_equal(added, sums[stage + 1])
 assert np.all(added == float(y1[0, 0]))  # and every lane ends with the output
 registers.shuffle([*sums, added], distances)
 
@@ -130,7 +142,14 @@ way = stepping.made_from(trace, product)
 print(f"{len(way)} of {len(trace.lines)} instructions")
 picture.table(
     ["instruction", "reads", "writes"],
-    [[f"`{line.text}`", line.reads.replace("\n", "; "), line.writes.replace("\n", "; ")] for line in way],
+    [
+        [
+            f"`{line.text}`",
+            line.reads.replace("\n", "; "),
+            line.writes.replace("\n", "; "),
+        ]
+        for line in way
+    ],
 )
 
 # %% [markdown]
@@ -139,7 +158,11 @@ picture.table(
 # the same memory bank: hence the code times 32 plus the lane.
 
 # %%
-decoded = state1.code[(B1.view(-1)[20:24].view(torch.uint8)[:, None] >> torch.tensor([4, 0]) & 15).view(-1).long()]
+decoded = state1.code[
+    (B1.view(-1)[20:24].view(torch.uint8)[:, None] >> torch.tensor([4, 0]) & 15)
+    .view(-1)
+    .long()
+]
 wanted = decoded * state1.absmax[0]  # elements 40 to 47, all in block 0
 assert torch.equal(out.view(-1)[40:48], wanted.bfloat16())
 assert abs(float(product.writes.split(" = ")[1]) - wanted).min() < 1e-5
@@ -168,8 +191,15 @@ for lane in range(32):
         A[g, 2 * t + half], A[g + 8, 2 * t + half] = 4 * lane, 4 * lane + 1
         A[g, 2 * t + 8 + half], A[g + 8, 2 * t + 8 + half] = 4 * lane + 2, 4 * lane + 3
         Bm[2 * t + half, g], Bm[2 * t + 8 + half, g] = 2 * lane, 2 * lane + 1
-        D[g, 2 * t + half], D[g + 8, 2 * t + half] = 4 * lane + half, 4 * lane + 2 + half
-titles = {"A: weights": ("a0", "a1", "a2", "a3"), "B: x": ("b0", "b1"), "D: sums": ("d0", "d1", "d2", "d3")}
+        D[g, 2 * t + half], D[g + 8, 2 * t + half] = (
+            4 * lane + half,
+            4 * lane + 2 + half,
+        )
+titles = {
+    "A: weights": ("a0", "a1", "a2", "a3"),
+    "B: x": ("b0", "b1"),
+    "D: sums": ("d0", "d1", "d2", "d3"),
+}
 registers.fragment(dict(zip(titles, (A, Bm, D), strict=True)), titles, lane=6)
 
 # %% [markdown]
@@ -185,11 +215,15 @@ mma = warp.find("^mma")[0]
 
 def halves(words):
     """uint32 [...] to the two bf16 numbers in each, the lower half first: [..., 2]."""
-    return np.stack([words << 16, words & 0xFFFF0000], axis=-1).astype(np.uint32).view(np.float32)
+    return (
+        np.stack([words << 16, words & 0xFFFF0000], axis=-1)
+        .astype(np.uint32)
+        .view(np.float32)
+    )
 
 
 def matrix(holder, values):
-    """Values [lane, register, half] where the picture says; which half is the parity of the position."""
+    """Values [lane, register, half] where the picture says; the half is the parity."""
     result = np.zeros(holder.shape, np.float32)
     for (r, c), code in np.ndenumerate(holder):
         lane, register = divmod(int(code), values.shape[1])
@@ -197,12 +231,21 @@ def matrix(holder, values):
     return result
 
 
-a, b = (np.stack([stepping.bits(mma.reads, i) for i in which], axis=1) for which in (range(4), range(4, 6)))
+a, b = (
+    np.stack([stepping.bits(mma.reads, i) for i in which], axis=1)
+    for which in (range(4), range(4, 6))
+)
 d = np.stack([stepping.floats(mma.writes, i) for i in range(4)], axis=1)
 wrote = d[D // 4, D % 4]
-assert np.allclose(matrix(A, halves(a)) @ matrix(Bm, halves(b)), wrote, rtol=1e-4, atol=1e-5)
+assert np.allclose(
+    matrix(A, halves(a)) @ matrix(Bm, halves(b)), wrote, rtol=1e-4, atol=1e-5
+)
 exchanged = matrix(A, halves(a[:, [0, 2, 1, 3]])) @ matrix(Bm, halves(b))
-print(f"largest difference: {abs(matrix(A, halves(a)) @ matrix(Bm, halves(b)) - wrote).max():.0e}", end="; ")
+print(
+    "largest difference: "
+    f"{abs(matrix(A, halves(a)) @ matrix(Bm, halves(b)) - wrote).max():.0e}",
+    end="; ",
+)
 print(f"if a1 and a2 were exchanged: {abs(exchanged - wrote).max():.1f}")
 assert abs(exchanged - wrote).max() > 0.1
 
@@ -223,7 +266,10 @@ for lane in range(32):
         pair = table[[byte >> 4, byte & 15]].bfloat16().float().numpy()
         assert np.array_equal(halves(a)[lane, register], pair)
 byte = int(packed[1, 8])
-print(f"lane 6, a0: byte {byte:#04x} of row 1 -> register {a[6, 0]:#010x} -> values {halves(a)[6, 0]}")
+print(
+    f"lane 6, a0: byte {byte:#04x} of row 1 -> register {a[6, 0]:#010x} -> values "
+    f"{halves(a)[6, 0]}"
+)
 
 # %% [markdown]
 # ## The ladder
@@ -246,7 +292,9 @@ for row, value in enumerate(counted.values()):
 axes.invert_yaxis()
 axes.grid(axis="y", visible=False)
 axes.set_title("instructions for each weight, one token")
-picture.show(figure, "Instructions for each weight: fewer with every rung from naive to ring.")
+picture.show(
+    figure, "Instructions for each weight: fewer with every rung from naive to ring."
+)
 
 # %% [markdown]
 # To keep up with its memory, an H200 has four instructions for each weight (`docs/cuda-kernels.md`). The loop of the
@@ -260,7 +308,10 @@ eight = {}
 for rung in ("vectorised", "tensor_core"):
     y8, one = planned(x8, weight, rung)
     y1, alone = planned(x8[:1].contiguous(), weight, rung)
-    eight[rung] = emulator.run(ptx(one), one).instructions / emulator.run(ptx(alone), alone).instructions
+    eight[rung] = (
+        emulator.run(ptx(one), one).instructions
+        / emulator.run(ptx(alone), alone).instructions
+    )
     assert_within_budget(y8, x8, B, state, what=rung)
     print(f"{rung}: eight tokens take {eight[rung]:.1f} times the instructions of one")
 assert eight["tensor_core"] < 1.1 < 2 < eight["vectorised"]
@@ -276,7 +327,15 @@ B_there, state_there = B4.to(device), state4.copy().to(device)
 for rung in reversed(RUNGS):
     y_there = torch.empty(1, 128, dtype=torch.bfloat16, device=device)
     there = state_there.packed_weight(B_there)
-    plan = launch.product(x_there, there, None, y_there, processor.arch, processor.multiprocessors, rung=rung)
+    plan = launch.product(
+        x_there,
+        there,
+        None,
+        y_there,
+        processor.arch,
+        processor.multiprocessors,
+        rung=rung,
+    )
     processor.run(plan)
     assert_within_budget(y_there.cpu(), x4, B4, state4, what=rung)
     if no_gpu is None:

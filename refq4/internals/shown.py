@@ -44,7 +44,7 @@ class Shown:
 
     def _repr_html_(self) -> str:
         """HTML in colours that follow the page."""
-        html: str = self._shown(width=120, record=True).export_html(
+        html: str = self._shown(width=100, record=True).export_html(
             inline_styles=True,
             code_format='<pre style="white-space:pre;overflow-x:auto;line-height:1.2;font-family:monospace">{code}'
             "</pre>",

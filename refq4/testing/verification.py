@@ -191,13 +191,14 @@ class Report(Shown):
             caption_justify="left",
         )
         table.add_column("check")
-        for column in ("cases", "same", "known", "refused", "differs", "worst", "≤ ½", "≤ 1", "≤ 2", "≤ 8", "more"):
+        rare = [name for name in ("known", "refused") if any(getattr(c, name) for c in self.checks)]
+        for column in ("cases", "same", *rare, "differs", "worst", "≤ ½", "≤ 1", "≤ 2", "≤ 8", "more"):
             table.add_column(column, justify="right")
         for c in self.checks:
             if not c.cases:
-                table.add_row(c.name, "0", *[""] * 9, "absent", style="dim")
+                table.add_row(c.name, "0", *[""] * (7 + len(rare)), "absent", style="dim")
                 continue
-            numbers = (c.cases, c.same, c.known.total() or "", c.refused.total() or "", c.differs or "")
+            numbers = (c.cases, c.same, *(getattr(c, name).total() or "" for name in rare), c.differs or "")
             worst = f"{c.error:.2f}" if c.error < 100 else f"{c.error:.0e}"
             products = [worst, *map(str, c.ulps.tolist())] if int(c.ulps.sum()) else [""] * 6
             table.add_row(c.name, *map(str, numbers), *products, style="red" if c.differs else "")

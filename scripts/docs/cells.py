@@ -24,6 +24,9 @@ _OUT = re.compile(
 )
 # The theme's colours, and its copy button, look for <div class="highlight"><pre><code>.
 _CODE = re.compile(r'<div class="highlight-ipynb[^"]*"\s*><pre>(.*?)</pre>', re.DOTALL)
+_BLOCK = '<div class="highlight"><pre><code>{}</code></pre></div>'
+_DRAWS = re.compile(r"(figure|_), .*= picture\.canvas\(")
+_TAG = re.compile(r"<[^>]*>")
 _TEXT = re.compile(r'(<div class="[^"]*\bjp-RenderedMarkdown\b[^>]*>)(.*?)(</div>\s*</div>)', re.DOTALL)
 _NOT_PROSE = re.compile(r"(<(?:pre|code)\b.*?</(?:pre|code)>)", re.DOTALL)
 _FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^$\n]+?)\$(?![\w$])", re.DOTALL)
@@ -40,7 +43,7 @@ def clean(page: str, path: str) -> str:
     """
     descriptions = _descriptions(path)
     page = _NO_WORDS.sub(lambda _: f'alt="{html.escape(next(descriptions, ""), quote=True)}"', page)
-    page = _CODE.sub(r'<div class="highlight"><pre><code>\1</code></pre>', _OUT.sub("", page))
+    page = _CODE.sub(lambda match: _code(match[1]), _OUT.sub("", page))
     return _TEXT.sub(lambda match: f"{match[1]}{_text(match[2], path)}{match[3]}", page)
 
 
@@ -50,6 +53,17 @@ def _descriptions(path: str) -> Iterator[str]:
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 yield output["metadata"].get("image/png", {}).get("alt", "")
+
+
+def _code(cell: str) -> str:
+    """A cell's code: what computes is shown, what draws (from ``picture.canvas`` on) is folded."""
+    lines = cell.split("\n")
+    start = next((i for i, line in enumerate(lines) if _DRAWS.match(_TAG.sub("", line))), len(lines))
+    computes, draws = "\n".join(lines[:start]), "\n".join(lines[start:])
+    parts = [_BLOCK.format(computes)] if _TAG.sub("", computes).strip() else []
+    if draws:
+        parts.append(f'<details class="drawing"><summary>how it is drawn</summary>{_BLOCK.format(draws)}</details>')
+    return f"{''.join(parts)}<div>"  # which the cell's own end closes
 
 
 def _text(cell: str, path: str) -> str:

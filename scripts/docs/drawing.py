@@ -17,10 +17,10 @@ import places
 from steps import Step, steps
 
 DESCRIPTION = (
-    "Seven steps in a row: {names}. Step 6 branches into gemv_4bit and MatMul4Bit; both call a backend: reference, "
-    "cpu, cuda, or your own."
+    "Seven steps in a row: {names}. Step 6 takes one of three paths: own layout for a rearranged weight, gemv_4bit for "
+    "one token, MatMul4Bit for several and for gradients; each calls a backend: reference, cpu, cuda, or your own."
 )
-PATHS = (("gemv_4bit", "one token, no gradient"), ("MatMul4Bit", "the rest; differentiable"))
+PATHS = (("own layout", "rearranged"), ("gemv_4bit", "one token"), ("MatMul4Bit", "several, gradients"))
 ENGINES = (("reference", "pure PyTorch"), ("cpu", "C, SIMD"), ("cuda", "tensor cores"), ("yours", "a file of yours"))
 
 FONT = "ui-sans-serif, system-ui, sans-serif"
@@ -60,7 +60,7 @@ def wide(all_steps: Sequence[Step], name: str = "wide", linked: bool = False) ->
     parts += [_line(f"M{boxes[6].middle} 69V48")]
     parts += [_line(f"M{a.x + a.width} 107H{b.x - 2}") for a, b in pairwise(boxes)]
     parts += [_step(step, box, linked) for step, box in zip(all_steps, boxes, strict=True)]
-    paths = [Box(444, 186, 176, 46), Box(664, 186, 176, 46)]
+    paths = [Box(430 + 160 * i, 186, 140, 46) for i in range(3)]
     engines = [Box(356 + 150 * i, 268, 130, 46) for i in range(4)]
     parts += [_line(f"M{boxes[5].middle} 144V164H{path.middle}V184") for path in paths]
     parts += [_tree(paths, engines, 250)]
@@ -74,7 +74,7 @@ def tall(all_steps: Sequence[Step], name: str = "tall", linked: bool = False) ->
     boxes = [Box(30, 44 + 60 * i, 280, 44) for i in range(6)] + [Box(30, 606, 280, 44)]
     parts = [_text(170, 16, "x [M, K]; the weight: packed codes, quant state", "side"), _line("M170 22V42")]
     parts += [_line(f"M170 {a.y + 44}V{b.y - 2}") for a, b in pairwise(boxes[:6])]
-    paths = [Box(8, 420, 156, 46), Box(176, 420, 156, 46)]
+    paths = [Box(4 + 112 * i, 420, 108, 46) for i in range(3)]
     engines = [Box(8 + 83 * i, 518, 75, 46) for i in range(4)]
     parts += [_line(f"M170 388V404H{path.middle}V418") for path in paths]
     parts += [_tree(paths, engines, 490), _line("M170 490V604"), _line("M170 650V668")]

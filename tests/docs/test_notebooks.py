@@ -19,6 +19,7 @@ import notebooks  # noqa: E402 (a script, not a package)
 pytestmark = pytest.mark.reference_only("a notebook chooses its backends itself")
 
 RELATIVE = 0.02  # of a number with a decimal point; whole numbers and words must be the same
+COLUMN = 88  # characters of code that stand side by side on a page: assets/site.css, notebooks/ruff.toml
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w])")
 
 every_notebook = pytest.mark.parametrize("source", notebooks.sources(), ids=lambda path: path.stem)
@@ -44,6 +45,13 @@ def test_it_runs_and_shows_what_is_committed(source):
     for new, old in zip(fresh.cells, committed.cells, strict=True):
         if new.cell_type == "code" and notebooks.TIMING not in new.metadata.get("tags", []):
             check_same_text(text_of(new), text_of(old), where=f"{source.stem} {new.id}:\n{new.source}")
+
+
+@every_notebook
+def test_its_code_fits_the_column_of_its_page(source):
+    long = [line for cell in notebooks.read_source(source).cells if cell.cell_type == "code"
+            for line in cell.source.splitlines() if len(line) > COLUMN]  # fmt: skip
+    assert not long, f"more than {COLUMN} characters:\n" + "\n".join(long)
 
 
 def test_every_notebook_has_both_halves():
