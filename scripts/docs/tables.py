@@ -59,10 +59,10 @@ def state_dict(page: str) -> str:
 
 
 def environment(page: str) -> str:
-    """Every environment variable, from the READMEs that say what reads it."""
+    """Every environment variable, from the pages that say what reads it."""
     parts = []
     for title, path in (
-        ("Everywhere", "README.md"),
+        ("Everywhere", "docs/how-to/choose-a-backend.md"),
         ("The CPU backend", "backends/cpu/README.md"),
         ("The CUDA backend", "backends/cuda/README.md"),
     ):

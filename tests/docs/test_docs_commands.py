@@ -48,6 +48,10 @@ NOT_RUN_PROGRAMS: dict[str, str] = {  # a line that a program holds -> why it is
 }
 
 
+# Commands and programs that need one another: run by the last test, and what is printed compared with what is shown.
+IN_ORDER = {ROOT / "docs" / "how-to" / "a-checkpoint-on-a-laptop.md"}
+
+
 def commands(page: Path) -> Iterator[str]:
     for block in re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
@@ -105,6 +109,7 @@ def of_pages(slow: bool) -> list[object]:
     wanted = {
         page: [c for c in commands(page) if not prefix_of(c, NOT_RUN) and bool(prefix_of(c, SLOW)) == slow]
         for page in PAGES
+        if page not in IN_ORDER
     }
     return [pytest.param(some, id=page.stem) for page, some in wanted.items() if some]
 
@@ -124,7 +129,9 @@ def test_the_commands_that_take_minutes_run(of_page, directory):
         assert list(directory.iterdir()), "each page has its directory"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES[1:] if programs(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES[1:] if programs(page) and page not in IN_ORDER], ids=lambda page: page.stem
+)
 def test_the_programs_of_a_page_run(page, directory, capsys):
     """One after the other, in one namespace, as a reader would type them (the README's are in test_conventions.py)."""
     names: dict[str, object] = {"__name__": "__main__"}
@@ -134,6 +141,28 @@ def test_the_programs_of_a_page_run(page, directory, capsys):
             if not any(line in program for line in NOT_RUN_PROGRAMS):
                 exec(compile(program, f"{page.name}, program {i}", "exec"), names)
     assert len(names) > 1, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", IN_ORDER, ids=lambda page: page.stem)
+def test_a_page_runs_as_printed_from_an_empty_directory(page, tmp_path, monkeypatch, capsys):
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    names: dict[str, object] = {"__name__": "__main__"}
+    shown = printed = 0
+    with registry.isolated_registry(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for kind, block in re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            if kind == "bash" and not prefix_of(block, NOT_RUN):
+                run(block.strip())
+            elif kind == "python":
+                capsys.readouterr()
+                exec(compile(block, page.name, "exec"), names)
+                printed += 1
+            elif kind == "text":
+                assert capsys.readouterr().out == block
+                shown += 1
+    assert (printed, shown) == (3, 2)
 
 
 def test_what_is_not_run_is_still_on_a_page_and_has_a_reason():

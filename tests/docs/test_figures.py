@@ -32,7 +32,7 @@ CPU, AVX2, RUNGS = (
     json.loads((ROOT / "docs" / "benchmarks" / f"{name}.json").read_text())
     for name in ("cpu", "cpu-avx2", "rungs/cpu-avx2")
 )
-README, KERNELS, NUMERICS = "README.md", "docs/cpu-kernels.md", "docs/explanation/numerics.md"
+BENCHMARKS, KERNELS, NUMERICS = "docs/benchmarks.md", "docs/cpu-kernels.md", "docs/explanation/numerics.md"
 PEERS = ("refq4 canonical", "bitsandbytes packed", "torch bf16", "torch int4")
 N = K = 4096
 
@@ -112,9 +112,9 @@ def test_the_rungs_of_avx2_have_the_times_of_their_file():
         assert [cell.strip() for cell in cells.split("|")[:-1]] == wanted, name
 
 
-def test_the_readme_s_rows_of_a_layer_are_those_of_the_file():
+def test_the_rows_of_a_layer_in_short_are_those_of_the_file():
     rows = re.findall(
-        r"^\| (\d+) \| ([\d.]+) ms \| ([\d.]+)× .*?\| ([\d.]+)× \| ([\d.]+)× \|$", (ROOT / README).read_text(), re.M
+        r"^\| (\d+) \| ([\d.]+) ms \| ([\d.]+)× .*?\| ([\d.]+)× \| ([\d.]+)× \|$", (ROOT / BENCHMARKS).read_text(), re.M
     )
     assert [int(m) for m, *_ in rows] == [1, 4, 16, 128]
     for m, ours, *others in rows:
@@ -213,7 +213,7 @@ SENTENCES = {
         f"32 / ({BLOCK} · {NESTED_BLOCKSIZE}) = {32 / BLOCK / NESTED_BLOCKSIZE:.3g} |",
         f"| together | {4 + 32 / BLOCK} | {4 + 8 / BLOCK + 32 / BLOCK / NESTED_BLOCKSIZE:.3f} |",
     ],
-    README: [
+    BENCHMARKS: [
         f"the same layer takes {times(AVX2, 1)['refq4']:.2f} ms at M = 1 and {times(AVX2, 64)['refq4']:.1f} at 64",
         f"bitsandbytes takes {ratio(AVX2, 'bitsandbytes packed', 1):.0f} and "
         f"{ratio(AVX2, 'bitsandbytes packed', 64):.1f} times as long",

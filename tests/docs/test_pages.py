@@ -22,6 +22,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT / "scripts" / "docs"))
 
 import drawing  # noqa: E402 (how the site is built is no package)
+import sizes  # noqa: E402
 import steps  # noqa: E402
 import tables  # noqa: E402
 import wrapping  # noqa: E402
@@ -90,6 +91,16 @@ def test_every_decision_of_the_pipeline_is_told_by_one_step():
 
 def test_the_picture_in_the_readme_is_the_one_that_is_drawn():
     assert (DOCS / "pipeline.svg").read_text() == drawing.wide(steps.steps(), "pipeline") + "\n"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_sizes_of_a_model_are_those_that_are_drawn_and_told(page):
+    fp32, bf16, small = sizes.sizes().values()
+    told = f"takes {fp32:.3g} GB in fp32, {bf16:.1f} GB in bf16 and **{small:.1f} GB in 4 bits**"
+    assert told in " ".join((ROOT / page).read_text().split())
+    assert (DOCS / "sizes.svg").read_text() == sizes.picture()
+    measured = re.search(r"([\d.]+) GB of bf16 became ([\d.]+) GB", (DOCS / "how-to/quantise-on-disk.md").read_text())
+    assert (f"{bf16:.2f}", f"{small:.2f}") == measured.groups()
 
 
 def test_every_environment_variable_is_in_the_table():

