@@ -61,6 +61,8 @@ class Refq4Config(BitsAndBytesConfig):
         head: also the output head, unless it shares its weight (likewise); ``llm_int8_skip_modules`` goes before it.
         formats: what is different for some layers, by patterns of their names: ``{"mlp": {"blocksize": 128}}``
             (likewise); see :func:`refq4.quantize_model`.
+        saved_for: whose checkpoint ``save_pretrained`` writes, "refq4" or "bitsandbytes"; a program that knows only
+            bitsandbytes loads the latter. refq4 loads both.
         others: fields for 8-bit layers, accepted at their defaults: they stand in every checkpoint of bitsandbytes.
 
     Raises:
@@ -86,6 +88,7 @@ class Refq4Config(BitsAndBytesConfig):
         embeddings: bool = False,
         head: bool = False,
         formats: Formats | None = None,
+        saved_for: str = METHOD,
         **others: Any,
     ) -> None:
         _check_others(others)
@@ -105,8 +108,23 @@ class Refq4Config(BitsAndBytesConfig):
         self.blocksize = check_blocksize(DEFAULT_BLOCKSIZE if blocksize is None else blocksize)
         self.scales = check_way(scales)
         self.embeddings, self.head, self.formats = bool(embeddings), bool(head), check_formats(formats or {})
+        self.saved_for = self._check_saved_for(saved_for)
         self.skip_besides: list[str] = []  # what was given for a checkpoint, besides its own list
         self._compute_dtype_given = bnb_4bit_compute_dtype is not None
+
+    @classmethod
+    def of_bitsandbytes(cls, config: BitsAndBytesConfig) -> Self:
+        """The same settings as a config of bitsandbytes, and files that it reads.
+
+        Raises:
+            ValueError: an 8-bit field is in use.
+
+        Example:
+            >>> theirs = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+            >>> Refq4Config.of_bitsandbytes(theirs).to_dict()["quant_method"]
+            'bitsandbytes'
+        """
+        return cls(**config.to_diff_dict() | {"load_in_4bit": config.load_in_4bit, "saved_for": "bitsandbytes"})
 
     @classmethod
     def for_checkpoint(cls, stored: dict[str, Any], given: Self | None = None) -> Self:
@@ -132,7 +150,7 @@ class Refq4Config(BitsAndBytesConfig):
                 f"this checkpoint was quantised by {method}{bits}; refq4 loads 4-bit checkpoints of refq4 and "
                 f"bitsandbytes, and quantises models in full precision"
             )
-        config = cls(**{key: value for key, value in stored.items() if key not in _EIGHT_BIT})
+        config = cls(**{key: value for key, value in stored.items() if key not in _EIGHT_BIT}, saved_for=method)
         if given is not None:
             differ = [name for name in _OF_THE_WEIGHTS if getattr(given, name) != getattr(config, name)]
             if differ and given.to_diff_dict().keys() & set(differ):
@@ -178,9 +196,23 @@ class Refq4Config(BitsAndBytesConfig):
             "head": self.head,
             "formats": self.formats,
         }
+        if self.saved_for != METHOD:
+            theirs = {key: value for key, value in fields.items() if key.startswith(("bnb_", "llm_"))}
+            return theirs | {"quant_method": self.saved_for, "load_in_4bit": True}
+        return fields | ({"load_in_4bit": True} if not self._unknown_to_bitsandbytes() else {})
+
+    def _unknown_to_bitsandbytes(self) -> str:
+        """What its loader can't read, empty if it can."""
         types = {self.bnb_4bit_quant_type, *(own.get("quant_type", "nf4") for own in self.formats.values())}
-        known = types <= set(_KNOWN_TO_BITSANDBYTES) and not self.embeddings
-        return fields | ({"load_in_4bit": True} if known else {})
+        foreign = sorted(types - set(_KNOWN_TO_BITSANDBYTES))
+        return f"the type {foreign[0]}" if foreign else "embeddings in 4 bits" if self.embeddings else ""
+
+    def _check_saved_for(self, library: str) -> str:
+        if library not in (METHOD, "bitsandbytes"):
+            raise ValueError(f'saved_for={library!r}: it must be "refq4" or "bitsandbytes"')
+        if library != METHOD and (unknown := self._unknown_to_bitsandbytes()):
+            raise ValueError(f"saved_for={library!r}: bitsandbytes does not know {unknown}; leave saved_for away")
+        return library
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The fields that are not at their defaults."""

@@ -26,6 +26,9 @@ from ..internals.checks import warn_caller
 
 __all__: list[str] = []  # for what makes a model's layers
 
+served = False  # whether a BitsAndBytesConfig in 4 bits means refq4
+told = False  # whether a user knows that a checkpoint of bitsandbytes without Refq4Config gets bitsandbytes' layers
+
 
 def connect(library: str) -> None:
     """Import ``refq4.integrations.<library>`` now if the library is imported, else when it is.
@@ -40,6 +43,18 @@ def connect(library: str) -> None:
         _integrate(library)
     elif not any(isinstance(finder, _Waiting) and finder.library == library for finder in sys.meta_path):
         sys.meta_path.insert(0, _Waiting(library))
+
+
+def serve_bitsandbytes() -> None:
+    """Let refq4 take what a program asks of bitsandbytes: a ``BitsAndBytesConfig`` in 4 bits, and its checkpoints.
+
+    For the whole process, and not undone: it is for programs that one can't edit (``refq4 run --bitsandbytes``).
+
+    Example:
+        >>> from refq4.integrations.later import serve_bitsandbytes
+    """
+    global served
+    served = True
 
 
 def adopt(model: nn.Module, settings: dict[str, Any]) -> None:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from ..internals.checks import warn_caller
 from ..nn import Embedding4bit, Linear4bit
+from . import later
 from .config import METHOD, Refq4Config
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ def refq4_has_a_say(original: Callable[..., Any]) -> Callable[..., Any]:
     """``AutoHfQuantizer.merge_quantization_configs``, which decides who loads a quantised checkpoint.
 
     transformers goes by the checkpoint alone, and takes one with ``load_in_4bit`` for bitsandbytes'. Here refq4 loads
-    what refq4 saved, and what bitsandbytes saved if a Refq4Config is passed.
+    what refq4 saved, and what bitsandbytes saved if a Refq4Config is passed or :func:`later.serve_bitsandbytes` was
+    called. Where it is left to bitsandbytes, a warning says so once.
     """
 
     @functools.wraps(original)
@@ -30,12 +33,35 @@ def refq4_has_a_say(original: Callable[..., Any]) -> Callable[..., Any]:
         stored, given = quantization_config, quantization_config_from_args
         if not isinstance(stored, dict):
             stored = stored.to_dict()
-        ours = stored.get("quant_method") == METHOD and not isinstance(given, BitsAndBytesConfig)
-        if ours or isinstance(given, Refq4Config):
+        theirs = isinstance(given, BitsAndBytesConfig) and not isinstance(given, Refq4Config)
+        if theirs and later.served and given.load_in_4bit:
+            given, theirs = Refq4Config.of_bitsandbytes(given), False
+        ours = stored.get("quant_method") == METHOD and not theirs
+        in_4_bits = bool(stored.get("load_in_4bit")) and stored.get("quant_method") != METHOD
+        if ours or isinstance(given, Refq4Config) or (in_4_bits and later.served):
             return Refq4Config.for_checkpoint(stored, given)
+        if in_4_bits and given is None and not later.told:
+            later.told = True
+            warn_caller(
+                "this checkpoint of bitsandbytes gets bitsandbytes' own layers, which refq4.set_backend and "
+                "refq4.trace don't reach; pass quantization_config=Refq4Config() to from_pretrained for refq4's"
+            )
         return original(quantization_config, quantization_config_from_args)
 
     return merge
+
+
+def takes_bitsandbytes_place(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``AutoHfQuantizer.from_config``, which makes the quantiser: refq4's for bitsandbytes' 4 bits, if so chosen."""
+
+    @functools.wraps(original)
+    def from_config(quantization_config: Any, **kwargs: Any) -> Any:
+        config = quantization_config
+        if later.served and isinstance(config, BitsAndBytesConfig) and not isinstance(config, Refq4Config):
+            config = Refq4Config.of_bitsandbytes(config) if config.load_in_4bit else config
+        return original(config, **kwargs)
+
+    return from_config
 
 
 def counts_weights(original: Callable[..., int]) -> Callable[..., int]:

@@ -253,5 +253,6 @@ register_quantizer(METHOD)(Refq4Quantizer)
 AutoHfQuantizer.merge_quantization_configs = staticmethod(
     methods.refq4_has_a_say(AutoHfQuantizer.merge_quantization_configs)
 )
+AutoHfQuantizer.from_config = staticmethod(methods.takes_bitsandbytes_place(AutoHfQuantizer.from_config))
 PreTrainedModel.num_parameters = methods.counts_weights(PreTrainedModel.num_parameters)
 PreTrainedModel.resize_token_embeddings = methods.resizes_rows(PreTrainedModel.resize_token_embeddings)
