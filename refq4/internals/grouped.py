@@ -178,7 +178,7 @@ def one_expert(weight: PackedWeight, e: int) -> PackedWeight | None:
     """
     shape, nested = weight.shape[1:], weight.nested
     numel = shape[0] * shape[1]
-    if weight.shape[0] > 1 and numel % weight.blocksize:
+    if weight.shape[0] > 1 and (numel % weight.blocksize or numel % 2):  # a block, or a byte
         return None
     blocks = layout.block_count(numel, weight.blocksize)
     if nested is not None:

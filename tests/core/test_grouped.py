@@ -10,6 +10,7 @@ from torch import Tensor
 
 import refq4
 from refq4.backend import Backend
+from refq4.codebooks import get_codebook
 from refq4.functional import dequantize_4bit, quantize_4bit
 from refq4.internals.grouped import grouped_gemm_4bit
 from refq4.params import Params4bit
@@ -165,6 +166,15 @@ def test_a_backend_without_any_product_says_so() -> None:
         refq4.register_backend(type("Empty", (Backend,), {"name": "empty"})())
         with pytest.raises(refq4.BackendUnsupportedError, match=r"4 experts.*it has no gemm_4bit"):
             grouped_gemm_4bit(rows(K), packed, state, torch.tensor(OFFSETS), backend="empty")
+
+
+def test_experts_of_which_one_begins_in_the_middle_of_a_byte_are_decoded_as_one() -> None:
+    weight = torch.randn(E, 3, 65, generator=torch.Generator().manual_seed(6))  # 195 codes each, in blocks of 65
+    code = get_codebook("nf4").on("cpu")
+    packed, absmax = ReferenceBackend().quantize_4bit(weight, code, 65)
+    state = QuantState(absmax, weight.shape, code.values, 65, "nf4", torch.float32)
+    y = grouped_gemm_4bit(rows(65), packed, state, torch.tensor(OFFSETS))
+    assert_close(y, plain(rows(65), dequantize_4bit(packed, state), None, False))
 
 
 def test_no_rows_give_no_rows() -> None:

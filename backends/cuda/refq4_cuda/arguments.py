@@ -14,6 +14,7 @@ from typing import Any
 
 __all__ = [
     "DequantizeArguments",
+    "GroupedArguments",
     "ProductArguments",
     "QuantizeArguments",
     "Scales",
@@ -84,6 +85,12 @@ class ProductArguments(Structure):
         ("factor", c_float),
         ("back", c_float),
     )
+
+
+class GroupedArguments(Structure):
+    """Of the same kernels, compiled with GROUPED (``grouped.cuh``)."""
+
+    _fields_ = (("product", ProductArguments), ("tiles", c_void_p))
 
 
 _LETTERS = {c_void_p: "P", c_int64: "q", c_int: "i", c_float: "f"}

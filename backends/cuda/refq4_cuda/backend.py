@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from refq4.layout import block_count, packed_bytes
 
 from . import driver, emulated, launch
 from .bindings import CudaError, dotted, driver_version, nvrtc_version, why_no_gpu
+from .experts import expert, grouped_product
 from .geometry import Limits
 
 __all__ = ["CudaBackend", "CudaEmulatorBackend"]
@@ -138,33 +140,59 @@ class PlannedBackend(Backend):
         processor.run(plan)
         return y
 
-    def _dequantize_and_multiply(self, x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> Tensor:
+    def _dequantize_and_multiply(
+        self, x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, transposed: bool = False
+    ) -> Tensor:
         """Many tokens: decode once, and let torch multiply.
 
         The workspace is torch's to reuse. One kept here would be shared by streams that run at the same time, and
         would be freed or grown under a CUDA graph that remembers its address.
         """
-        decoded = self.dequantize_4bit(weight, x.dtype).t()
+        decoded = self.dequantize_4bit(weight, x.dtype)
+        factor = decoded if transposed else decoded.t()
         if bias is None:
-            return torch.mm(x, decoded, out=y)
-        return torch.addmm(bias, x, decoded, out=y)
+            return torch.mm(x, factor, out=y)
+        return torch.addmm(bias, x, factor, out=y)
+
+    def grouped_gemm_4bit(
+        self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, offsets: Tensor, transposed: bool
+    ) -> Tensor:
+        if isinstance(weight, PreparedWeight):
+            raise BackendUnsupportedError(f"backend {self.name!r} reads the canonical layout, not {weight.layout!r}")
+        y = x.new_empty((x.shape[0], weight.shape[2 if transposed else 1]))
+        processor = self.processor(x.device)
+        plan = (
+            None
+            if transposed
+            else grouped_product(
+                x, weight, bias, offsets, y, processor.arch, processor.multiprocessors, limits=processor.limits
+            )
+        )
+        if plan is not None:
+            processor.run(plan)
+            return y
+        for e, (first, stop) in enumerate(pairwise(offsets.tolist())):
+            if first < stop:
+                rows, added = slice(first, stop), None if bias is None else bias[e]
+                self._dequantize_and_multiply(x[rows], expert(weight, e), added, y[rows], transposed)
+        return y
 
     # --- what the trace shows -----------------------------------------------------------------------------------------
 
     def kernel(self, call: Call) -> str:
         plan = _plan_without_data(call, self.processor(torch.device(call.device)))
-        if plan is None:
-            return "dequantize + torch.matmul"
-        return " + ".join(dict.fromkeys(Path(one.variant.file).stem for one in plan))
+        names = ["dequantize", "torch.matmul"] if plan is None else [Path(one.variant.file).stem for one in plan]
+        return " + ".join(dict.fromkeys(names)) + " for each expert" * (call.op == "grouped_gemm_4bit")
 
 
 def _plan_without_data(call: Call, processor: Processor) -> list[launch.Launch] | None:
     """The plan of a call, from meta tensors: those have sizes, and addresses that pass for aligned."""
     empty = partial(torch.empty, device="meta")
-    codes, scales = empty(packed_bytes(call.n * call.k), dtype=torch.uint8), empty(0, dtype=torch.float32)
+    numel, shape = call.experts * call.n * call.k, (call.n, call.k)
+    codes, scales = empty(packed_bytes(numel), dtype=torch.uint8), empty(0, dtype=torch.float32)
     A, code, arch = empty(call.k, dtype=call.dtype), get_codebook("nf4").on("cpu"), processor.arch
     nested = Nested(scales, scales, scales, 256) if call.nested else None
-    weight = PackedWeight(codes, scales, code.values, call.blocksize, (call.n, call.k), call.codebook, nested)
+    weight = PackedWeight(codes, scales, code.values, call.blocksize, shape, call.codebook, nested)
     match call.op:
         case "quantize_4bit" | "quantize_blockwise":
             return launch.quantize(A, code, call.blocksize, call.op == "quantize_4bit", codes, scales, arch)
@@ -172,9 +200,13 @@ def _plan_without_data(call: Call, processor: Processor) -> list[launch.Launch] 
             return launch.dequantize_4bit(weight, A, arch)
         case "dequantize_blockwise":
             return launch.dequantize_blockwise(codes, scales, scales, call.blocksize, A, arch)
-        case _:
-            x, y = empty(call.m, call.k, dtype=call.dtype), empty(call.m, call.n, dtype=call.dtype)
-            return launch.product(x, weight, None, y, arch, processor.multiprocessors, limits=processor.limits)
+    x, y = empty(call.m, call.k, dtype=call.dtype), empty(call.m, call.n, dtype=call.dtype)
+    of_device = (arch, processor.multiprocessors, None, processor.limits)
+    if call.op == "grouped_gemm_4bit":  # as if all experts had as many rows
+        offsets = torch.arange(call.experts + 1) * call.m // call.experts
+        weight = weight._replace(shape=(call.experts, *shape))
+        return None if call.transposed else grouped_product(x, weight, None, offsets, y, *of_device)
+    return launch.product(x, weight, None, y, *of_device)
 
 
 class CudaBackend(PlannedBackend):

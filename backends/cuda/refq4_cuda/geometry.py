@@ -27,6 +27,9 @@ __all__ = [
     "Limits",
     "Shape",
     "Variant",
+    "best_rung",
+    "grouped",
+    "grouped_variants",
     "plan",
     "product_variants",
     "published",
@@ -106,13 +109,19 @@ class Plan:
 
 @lru_cache(maxsize=4096)
 def plan(
-    shape: Shape, arch: int, multiprocessors: int, rung: str | None = None, limits: Limits | None = None
+    shape: Shape,
+    arch: int,
+    multiprocessors: int,
+    rung: str | None = None,
+    limits: Limits | None = None,
+    products: int = 1,
 ) -> Plan | None:
     """The uppermost rung that serves the shape, or None above its cross-over.
 
     Args:
         rung: this one instead, at any M; for tests and lessons.
         limits: what the device has room for; where there is none, what is published of the architecture.
+        products: how many of this shape one launch computes, along gridDim.z.
 
     Raises:
         ValueError: ``rung`` does not serve the shape, or there is no such rung.
@@ -123,9 +132,14 @@ def plan(
             raise ValueError(f"no rung is called {rung!r}; there are {', '.join(RUNGS)}")
         if (reason := refuses(rung, shape, arch, limits)) is not None:
             raise ValueError(f"the rung {rung!r} does not serve this product: it {reason}")
-        return _PLANNERS[rung](shape, multiprocessors, limits)
-    best = next(name for name in RUNGS if refuses(name, shape, arch, limits) is None)
-    return _PLANNERS[best](shape, multiprocessors, limits) if shape.m <= CROSS_OVER[best] else None
+        return _PLANNERS[rung](shape, multiprocessors, limits, products)
+    best = best_rung(shape, arch, limits)
+    return _PLANNERS[best](shape, multiprocessors, limits, products) if shape.m <= CROSS_OVER[best] else None
+
+
+def best_rung(shape: Shape, arch: int, limits: Limits) -> str:
+    """The uppermost rung that serves the shape, at any M."""
+    return next(name for name in RUNGS if refuses(name, shape, arch, limits) is None)
 
 
 def refuses(rung: str, shape: Shape, arch: int, limits: Limits) -> str | None:
@@ -230,23 +244,33 @@ def product_variants(arch: int) -> list[Variant]:
     return made
 
 
-def _naive(shape: Shape, multiprocessors: int, limits: Limits) -> Plan:
-    return Plan(naive_variant(shape.dtype), (ceil_div(shape.n, THREADS // 32), min(shape.m, 65535), 1))
+def grouped_variants(arch: int) -> list[Variant]:
+    """The same for a product for each expert, of which the ring multiplies up to 32 tokens at a time."""
+    return [grouped(variant) for variant in product_variants(arch) if "TOKENS=64" not in variant.defines]
 
 
-def _vectorised(shape: Shape, multiprocessors: int, limits: Limits) -> Plan:
+def grouped(variant: Variant) -> Variant:
+    """A product's kernel for the tiles of a list (``grouped.cuh``)."""
+    return variant._replace(defines=("GROUPED", *variant.defines))
+
+
+def _naive(shape: Shape, multiprocessors: int, limits: Limits, products: int) -> Plan:
+    return Plan(naive_variant(shape.dtype), (ceil_div(shape.n, THREADS // 32), min(shape.m, 65535), products))
+
+
+def _vectorised(shape: Shape, multiprocessors: int, limits: Limits, products: int) -> Plan:
     tokens = next(t for t in _VECTOR_TOKENS if t >= min(shape.m, _VECTOR_TOKENS[-1]))
-    grid = (ceil_div(shape.n, THREADS // 32), ceil_div(shape.m, tokens), 1)
+    grid = (ceil_div(shape.n, THREADS // 32), ceil_div(shape.m, tokens), products)
     return Plan(vectorised_variant(shape.dtype, tokens), grid)
 
 
-def _tensor_core(shape: Shape, multiprocessors: int, limits: Limits) -> Plan:
+def _tensor_core(shape: Shape, multiprocessors: int, limits: Limits, products: int) -> Plan:
     tokens = next(t for t in _TENSOR_TOKENS if t >= min(shape.m, _TENSOR_TOKENS[-1]))
-    grid = (ceil_div(shape.n, 16), ceil_div(shape.m, tokens), 1)
+    grid = (ceil_div(shape.n, 16), ceil_div(shape.m, tokens), products)
     return Plan(tensor_core_variant(shape.dtype, tokens), grid, shared=_TENSOR_SHARED, rounded=True)
 
 
-def _ring(shape: Shape, multiprocessors: int, limits: Limits) -> Plan:
+def _ring(shape: Shape, multiprocessors: int, limits: Limits, products: int) -> Plan:
     tokens = next(t for t in _RING_ROW_TILES if t >= min(shape.m, 64))
     row_tiles, stages = _RING_ROW_TILES[tokens], _ring_stages(limits, tokens)
     groups = ceil_div(shape.m, tokens)
@@ -254,16 +278,16 @@ def _ring(shape: Shape, multiprocessors: int, limits: Limits) -> Plan:
     row_warps = 1 if shape.m <= 2 else 2 if shape.m <= 4 else 4
     rows = row_warps * 16 * row_tiles
     tiles = ceil_div(shape.n, rows) * groups
-    splits = _splits(tiles, shape.k // (8 // row_warps * 64 * (4 // row_tiles)), multiprocessors)
+    splits = _splits(tiles * products, shape.k // (8 // row_warps * 64 * (4 // row_tiles)), multiprocessors)
     return Plan(
         _ring_variant(shape.dtype, tokens, stages),
-        (tiles, splits, 1),
+        (tiles, splits, products),
         shared=_ring_shared(stages),
         rounded=True,
         row_warps=row_warps,
         splits=splits,
-        sums=tiles * splits * rows * tokens if splits > 1 else 0,
-        tiles=tiles if splits > 1 else 0,
+        sums=tiles * products * splits * rows * tokens if splits > 1 else 0,
+        tiles=tiles * products if splits > 1 else 0,
     )
 
 

@@ -17,7 +17,7 @@ from refq4.backend import Nested, PackedWeight
 from refq4.codebooks import Code
 
 from .arguments import DequantizeArguments, ProductArguments, QuantizeArguments, packer
-from .geometry import THREADS, Limits, Shape, Variant, ceil_div, log2, plan, product_variants
+from .geometry import THREADS, Limits, Plan, Shape, Variant, ceil_div, grouped_variants, log2, plan, product_variants
 from .operands import table_factor, workspace
 
 __all__ = ["Launch", "Variant", "all_variants", "dequantize_4bit", "dequantize_blockwise", "product", "quantize"]
@@ -60,7 +60,7 @@ def all_variants(arch: int) -> list[Variant]:
         for packs in (False, True)
         for variant in (_absmax_variant(dtype), _codes_variant(dtype, packs))
     ]
-    return list(dict.fromkeys(made)) + product_variants(arch)
+    return list(dict.fromkeys(made)) + product_variants(arch) + grouped_variants(arch)
 
 
 # --- quantising -----------------------------------------------------------------------------------------------------
@@ -173,23 +173,36 @@ def product(
     n = weight.shape[0]
     if m == 0 or n == 0:
         return []
-    packed, nested = weight.packed, weight.nested
-    nested_blocksize = 0 if nested is None else nested.blocksize
-    aligned = (x.data_ptr() | packed.data_ptr()) % 16 == 0
-    shape = Shape(DTYPES[x.dtype], m, n, k, weight.blocksize, nested_blocksize, aligned)
+    shape = shape_of(x, weight, m, n, k)
     chosen = plan(shape, arch, multiprocessors, rung, limits)
     if chosen is None:
         return None
+    fields, buffers = product_fields(x, weight, bias, y, (m, n, k), chosen)
+    return [Launch(chosen.variant, chosen.grid, (THREADS, 1, 1), chosen.shared, _pack_product(*fields), buffers)]
+
+
+def shape_of(x: Tensor, weight: PackedWeight, m: int, n: int, k: int) -> Shape:
+    """The shape of a product as ``geometry.py`` wants it."""
+    nested_blocksize = 0 if weight.nested is None else weight.nested.blocksize
+    aligned = (x.data_ptr() | weight.packed.data_ptr()) % 16 == 0
+    return Shape(DTYPES[x.dtype], m, n, k, weight.blocksize, nested_blocksize, aligned)
+
+
+def product_fields(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, sizes: tuple[int, int, int], chosen: Plan
+) -> tuple[tuple[float, ...], tuple[Tensor, ...]]:
+    """The fields of ``ProductArguments`` for the sizes M, N and K, in order, and all tensors that they point to."""
     factor = table_factor(weight.quant_type, x.dtype) if chosen.rounded else 1.0
-    scales, scale_buffers = _scales(weight.absmax, nested, weight.blocksize)
+    scales, scale_buffers = _scales(weight.absmax, weight.nested, weight.blocksize)
     room = workspace(x.device, chosen.sums, chosen.tiles) if chosen.sums else ()
-    arguments = _pack_product(
-        x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), m, n, k, packed.data_ptr(),
-        weight.code.data_ptr(), *scales, *(room[0].data_ptr(), room[1].data_ptr()) if room else (0, 0),
-        chosen.row_warps, chosen.splits, factor, 1 / factor,
+    partial, arrived = (one.data_ptr() for one in room) if room else (0, 0)
+    fields = (
+        x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), *sizes, weight.packed.data_ptr(),
+        weight.code.data_ptr(), *scales, partial, arrived, chosen.row_warps, chosen.splits,
+        factor, 1 / factor,
     )  # fmt: skip
-    buffers = (x, y, packed, weight.code, *scale_buffers, *room, *(() if bias is None else (bias,)))
-    return [Launch(chosen.variant, chosen.grid, (THREADS, 1, 1), chosen.shared, arguments, buffers)]
+    buffers = (x, y, weight.packed, weight.code, *scale_buffers, *room, *(() if bias is None else (bias,)))
+    return fields, buffers
 
 
 # --- what all of them share -----------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ import torch
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
 import cuda_cases as cases
 from refq4_cuda import emulator, launch, nvrtc
+from refq4_cuda.experts import grouped_product
 
 from refq4.codebooks import get_codebook
-from refq4.testing.budget import assert_same_bits, assert_within_budget
+from refq4.testing.budget import assert_same_bits, assert_within_budget, grouped_budget
 
 cases.require_nvrtc()
 
@@ -85,8 +86,19 @@ def quantised() -> None:
     assert_same_bits(absmax, scales)
 
 
+def experts() -> None:
+    """Two experts of three with rows, and K split over CTAs."""
+    given = cases.operands(4, 3 * 33, 4096, 64, "bfloat16")
+    state = given.state.copy()
+    state.shape, offsets = torch.Size((3, 33, 4096)), [0, 1, 1, 4]
+    y = cases.poisoned((4, 33), torch.bfloat16)
+    weight = state.packed_weight(given.packed)
+    cases.run(grouped_product(given.x, weight, None, torch.tensor(offsets), y, 80, 132) or [], 80)
+    grouped_budget(given.x, given.packed, state, offsets).check(y, "grouped product")
+
+
 CHECKS: tuple[Callable[[], None], ...] = (
-    ring, tensor_core, turing, vectorised, naive, dequantised, quantised
+    ring, tensor_core, turing, vectorised, naive, dequantised, quantised, experts
 )  # fmt: skip
 
 
@@ -106,6 +118,7 @@ class Fault:
 
 
 RING, PLAIN, SUMS, SHARED = "gemm_4bit_4_ring.cu", "gemm_4bit_3_tensor_core.cu", "sums.cuh", "device.cuh"
+GROUPED = "grouped.cuh"
 RACE, ACCESS, UNWRITTEN, DIVERGENCE = "RaceError", "AccessError", "UninitialisedError", "ConvergenceError"
 
 FAULTS = [
@@ -319,6 +332,30 @@ FAULTS = [
         "return *word == p.splits - 2;",
         ring,
         RACE,
+    ),
+    Fault(
+        "the tiles of two experts share their counters and their room for sums",
+        GROUPED,
+        "return (i64)blockIdx.z * gridDim.x + blockIdx.x;",
+        "return blockIdx.x;",
+        experts,
+        RACE,
+    ),
+    Fault(
+        "an expert with the scales of the first",
+        GROUPED,
+        "scales.absmax += scales.q",
+        "scales.absmax += 0 * scales.shift; scales.q",
+        experts,
+        NUMBERS,
+    ),
+    Fault(
+        "an expert's rows end where the tile does, not where the expert does",
+        GROUPED,
+        "p.M = tile.z;",
+        "p.M = 8;",
+        experts,
+        ACCESS,
     ),
 ]
 

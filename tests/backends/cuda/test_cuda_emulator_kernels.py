@@ -6,6 +6,7 @@ test. Everything the emulator checks (bounds, races, barriers, unwritten data) i
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -209,6 +210,8 @@ def test_the_emulator_knows_every_instruction_of_every_kernel_and_no_family_beyo
             for instruction in parse(cases.ptx_of(variant, arch), variant.entry).code:
                 if not (is_branch(instruction) or is_exit(instruction)):
                     used.add(instruction.opcode)
+    generic = {opcode for opcode in used if re.match(r"(ld|st)\.[^.]*\d$|(ld|st)\.v[24]", opcode)}
+    assert not generic, f"of no known memory, so slower than one of global or shared memory: {sorted(generic)}"
     pairs = {"mov.b32", "mov.b64"}  # of registers: split or joined
     known = {*PURE, *TRANSFER, *COMPANY} | pairs
     assert used <= known, f"unknown: {sorted(used - known)}"

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.reference_only("it compiles kernels and runs none")
 
 FILES = sorted(path.name for path in kernel_directory().glob("*.cu"))
 RING = "gemm_4bit_4_ring.cu"
+NOT_GROUPED = {"dequantize.cu", "quantize_1_naive.cu", "quantize_2_vectorised.cu"}
 
 
 def variants(file: str, arch: int) -> list[Variant]:
@@ -39,13 +40,19 @@ def code_of(variant: Variant, arch: int) -> list[sass.Instruction]:
 # Left to the sweep: siblings, with the same machine code as the architecture before, and three whose neighbours have
 # the same limits, though ptxas allocates registers for each anew.
 SWEPT = (86, 87, 88, 89, 100, 103, 110, 121)
-EACH = [pytest.param(arch, marks=pytest.mark.slow if arch in SWEPT else ()) for arch in ARCHITECTURES]
+EACH = [pytest.param(arch, False, marks=pytest.mark.slow if arch in SWEPT else ()) for arch in ARCHITECTURES]
+EACH += [pytest.param(arch, True, marks=() if arch in (75, 120) else pytest.mark.slow) for arch in ARCHITECTURES]
 
 
-@pytest.mark.parametrize("arch", EACH, ids="sm_{}".format)
+@pytest.mark.parametrize(
+    ("arch", "grouped"), EACH, ids=lambda v: f"sm_{v}" if v > 1 else "for experts" * v or "for one"
+)
 @pytest.mark.parametrize("file", FILES)
-def test_every_variant_compiles_without_spills_and_without_a_stack(file: str, arch: int) -> None:
-    wanted = variants(file, arch)
+def test_every_variant_compiles_without_spills_and_without_a_stack(file: str, arch: int, grouped: bool) -> None:
+    wanted = [variant for variant in variants(file, arch) if ("GROUPED" in variant.defines) == grouped]
+    if grouped and file in NOT_GROUPED:
+        assert not wanted
+        return
     assert wanted or (file == RING and arch < 80), f"nothing launches {file} on sm_{arch}"
     for variant in wanted:
         found = sass.resources(compile_variant(variant, arch).log)
@@ -70,6 +77,8 @@ MARKS = {
 @pytest.mark.parametrize("file", MARKS)
 def test_the_machine_code_has_what_the_kernel_is_about_and_no_local_memory(file: str, arch: int) -> None:
     for variant in variants(file, arch):
+        if "GROUPED" in variant.defines:  # the same loop
+            continue
         opcodes = [instruction.opcode for instruction in code_of(variant, arch)]
         assert not [o for o in opcodes if matches(LOCAL_MEMORY, o)], f"{variant} on sm_{arch} uses local memory"
         for mark in MARKS[file]:
@@ -130,7 +139,12 @@ def counted(variant: Variant, arch: int) -> sass.Count:
 
 # --- the arguments --------------------------------------------------------------------------------------------------
 
-STRUCTS = [arguments.QuantizeArguments, arguments.DequantizeArguments, arguments.ProductArguments]
+STRUCTS = [
+    arguments.QuantizeArguments,
+    arguments.DequantizeArguments,
+    arguments.ProductArguments,
+    arguments.GroupedArguments,
+]
 
 
 def layout_check(kind: type[ctypes.Structure], shift: int = 0) -> str:

@@ -62,6 +62,12 @@ struct ProductArguments {
     float factor, back; /* tensor cores: the code is multiplied by `factor` before it is rounded, sums by 1/factor */
 };
 
+/* A product for each expert (grouped.cuh): the sizes are those of one, the pointers those of expert 0 and row 0. */
+struct GroupedArguments {
+    ProductArguments product;
+    const int4 *tiles; /* expert, first row, rows, 0 */
+};
+
 /* --- on the device ------------------------------------------------------------------------------------------------ */
 
 #define DEVICE static __device__ __forceinline__
@@ -230,6 +236,6 @@ DEVICE u32 nibble(const u8 *packed, i64 element) {
 /* One finished sum: bias, the one rounding, and the ends of M and N. */
 DEVICE void store_product(const ProductArguments &p, i64 m, i64 n, float sum) {
     if (m >= p.M || n >= p.N) return;
-    if (p.bias) sum += to_fp32(((const T *)p.bias)[n]);
+    if (p.bias) sum += to_fp32(__ldg((const T *)p.bias + n));
     ((T *)p.y)[m * p.N + n] = from_fp32(sum);
 }

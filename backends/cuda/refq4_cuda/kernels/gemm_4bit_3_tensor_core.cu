@@ -26,7 +26,7 @@
  *
  * What limits it: a warp asks for 16 bytes of each of 16 rows, waits for them, multiplies, and asks again.
  */
-#include "device.cuh"
+#include "grouped.cuh"
 
 #define WARPS 8
 #define ROWS 16
@@ -43,7 +43,8 @@ DEVICE void make_table(u32 *table, const ProductArguments &p) {
 /* `mine` is the lane's bank of the table. */
 DEVICE u32 look_up(const u32 *mine, u32 word, int byte) { return mine[(word >> 8 * byte & 255u) * 32]; }
 
-KERNEL(gemm_tensor_core, WARPS * 32)(ProductArguments p) {
+KERNEL(gemm_tensor_core, WARPS * 32)(Arguments arguments) {
+    const ProductArguments &p = product_of(arguments);
     DYNAMIC_SHARED(shared);
     u32 *table = (u32 *)shared;
     make_table(table, p);

@@ -47,7 +47,7 @@
  *
  * Wants: blocks of 64 or more (a power of two that divides K), 16-byte addresses, K < 2**26, cp.async (sm_80).
  */
-#include "device.cuh"
+#include "grouped.cuh"
 
 #define WARPS 8
 #define PIECE 64                /* k in a piece */
@@ -118,7 +118,8 @@ DEVICE void make_table(u8 *table, const ProductArguments &p, u32 thread) {
     for (u32 i = 0; i < 8; i++) *(uint4 *)(table + (at ^ i * 16)) = make_uint4(pair, pair, pair, pair);
 }
 
-KERNEL_RESIDENT(gemm_ring, WARPS * 32, RESIDENT)(ProductArguments p) {
+KERNEL_RESIDENT(gemm_ring, WARPS * 32, RESIDENT)(Arguments arguments) {
+    const ProductArguments &p = product_of(arguments);
     DYNAMIC_SHARED(shared);
     u32 thread = thread_number(), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4, K = (u32)p.K;
     int row_warp = warp % p.row_warps, k_warp = warp / p.row_warps, k_warps = WARPS / p.row_warps;
@@ -208,5 +209,5 @@ KERNEL_RESIDENT(gemm_ring, WARPS * 32, RESIDENT)(ProductArguments p) {
     }
 
     reduce_warps(sum, (float *)shared, k_warp, k_warps, row_warp, p.row_warps);
-    finish(p, (float *)shared, blockIdx.x, cta_row, first_token);
+    finish(p, (float *)shared, tile_of_cta(), cta_row, first_token);
 }

@@ -8,11 +8,12 @@
  *
  * What limits it: each lane reads single bytes, works out its block for every weight, and shares nothing between tokens.
  */
-#include "device.cuh"
+#include "grouped.cuh"
 
 #define WARPS 8
 
-KERNEL(gemv_naive, WARPS * 32)(ProductArguments p) {
+KERNEL(gemv_naive, WARPS * 32)(Arguments arguments) {
+    const ProductArguments &p = product_of(arguments);
     i64 row = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
     if (row >= p.N) return;
     int lane = threadIdx.x % 32;

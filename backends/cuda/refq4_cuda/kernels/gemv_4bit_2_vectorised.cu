@@ -15,12 +15,13 @@
  * What limits it: a look-up, its address and a multiply-add for each weight, and each token repeats the multiply-add
  * and the load of x; lanes that lie 32 elements apart use a quarter of each line of x they touch.
  */
-#include "device.cuh"
+#include "grouped.cuh"
 
 #define WARPS 8
 #define VECTOR 32 /* weights in 16 bytes */
 
-KERNEL_RESIDENT(gemv_vectorised, WARPS * 32, 1)(ProductArguments p) {
+KERNEL_RESIDENT(gemv_vectorised, WARPS * 32, 1)(Arguments arguments) {
+    const ProductArguments &p = product_of(arguments);
     __shared__ float values[16 * 32]; /* one copy per bank: see dequantize.cu */
     for (int i = threadIdx.x; i < 16 * 32; i += WARPS * 32) values[i] = __ldg(p.weight.code + i / 32);
     __syncthreads();
