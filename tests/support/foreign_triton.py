@@ -13,8 +13,11 @@ import triton
 import triton.language as tl
 from foreign import near, same, uniform, whole
 from refq4_cuda.emulator import run_ptx
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from refq4.functional import dequantize_4bit, quantize_4bit
 
 TRITON_CASES: dict[str, Callable[[int], None]] = {}
 
@@ -28,7 +31,7 @@ def case(check: Callable[[int], None]) -> Callable[[int], None]:
 def compiled(kernel, arch: int, signature: tuple, constants: tuple, warps: int = 4, stages: int = 3):
     fixed = dict(constants)
     source = ASTSource(kernel, signature=dict(signature) | dict.fromkeys(fixed, "constexpr"), constexprs=fixed)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -233,3 +236,35 @@ def triton_gelu(arch: int) -> None:
     y = torch.full_like(x, float("nan"))
     launch(_gelu, arch, (2, 1, 1), {"x": "*fp32", "y": "*fp32", "n": "i32"}, [x, y, 400], B=256)
     near(y, torch.nn.functional.gelu(x.double()))
+
+
+# --- bitsandbytes' own, from its wheel --------------------------------------------------------------------------------
+
+
+def peer_dequantized(quant_type: str, numel: int, arch: int = 80) -> tuple[Tensor, Tensor]:
+    """What the wheel's Triton kernel makes of a weight, and what refq4's reference does."""
+    from bitsandbytes.backends.triton import kernels_4bit as peer
+
+    w = uniform(numel // 64, 64)
+    packed, state = quantize_4bit(w, quant_type=quant_type, blocksize=64, backend="reference")
+    out = torch.full((numel,), float("nan"), dtype=torch.float16)
+    kernel = peer.dequant_nf4_kernel if quant_type == "nf4" else peer.dequant_fp4_kernel
+    signature = {"a_ptr": "*u8", "c_ptr": "*fp16", "absmax_ptr": "*fp32", "num_paired_elements": "i32",
+                 "num_output_elements": "i32"}  # fmt: skip
+    args = [packed, out, state.absmax, numel // 2, numel]
+    launch(kernel, arch, (-(-numel // 512), 1, 1), signature, args, QUANT_BLOCK=64, SPLIT_SIZE=256)
+    return out, dequantize_4bit(packed, state, backend="reference").half().view(-1)
+
+
+def peer_quantized(quant_type: str, w: Tensor, arch: int = 80) -> tuple[Tensor, Tensor]:
+    """The packed bytes and absmax that the wheel's Triton kernel makes of whole blocks of 64."""
+    from bitsandbytes.backends.triton import kernels_4bit as peer
+
+    numel, blocks = w.numel(), w.numel() // 64
+    packed, absmax = torch.zeros(numel // 2, dtype=torch.uint8), torch.zeros(blocks)
+    kernel = peer.quantize_nf4_blockwise_kernel if quant_type == "nf4" else peer.quantize_fp4_blockwise_kernel
+    signature = {"A_ptr": "*fp32", "absmax_ptr": "*fp32", "out_ptr": "*u8"}
+    signature |= {"n_elements": "i32", "absmax_elements": "i32"}
+    args = [w, absmax, packed, numel, blocks]
+    launch(kernel, arch, (-(-blocks // 4), 1, 1), signature, args, BLOCK_SIZE=64, SPLIT_NUM_BLOCKS=4)
+    return packed, absmax

@@ -146,7 +146,7 @@ class GlobalMemory:
                 raise Fault(
                     RaceError,
                     lanes[at][clash],
-                    f"writes byte {int(first[clash][0])} of {buffer.what}, which another thread writes too",
+                    f"writes byte {int(first[clash][0])} of {buffer.what}, which another thread writes too: a race",
                     "look for two blocks or lanes that own the same output, or a missing tail mask",
                 )
             buffer.view(element, count)[offset // (element * count)] = values[at]
@@ -201,7 +201,7 @@ class GlobalMemory:
                 RaceError,
                 lanes[wrong],
                 f"reads byte {int(first[wrong][0])} of {buffer.what}, which block number {int(theirs[wrong][0])} "
-                "writes, with no atomic of both between that speaks for it",
+                "writes, with no atomic of both between that speaks for it: a race",
                 "look at the counter that says whose sums are complete, and the __syncthreads() before it is raised",
             )
 

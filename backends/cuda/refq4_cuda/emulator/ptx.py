@@ -40,7 +40,7 @@ def launch_of(
 
     sizes = []
     for name, given in (("grid", grid), ("block", block)):
-        if len(given) != 3 or not all(isinstance(n, int) for n in given):
+        if not isinstance(given, Sequence) or len(given) != 3 or not all(isinstance(n, int) for n in given):
             raise LaunchError(f"{name}={given!r}: three ints are expected, such as (4, 1, 1)")
         sizes.append((given[0], given[1], given[2]))
     data = bytearray(kernel.argument_bytes)

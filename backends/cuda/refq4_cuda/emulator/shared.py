@@ -102,7 +102,7 @@ class Shared:
                         RaceError,
                         self.lane[s][lost],
                         f"writes shared byte {int(address[lost][0])}, and another thread writes another value there "
-                        "in the same instruction",
+                        "in the same instruction: a race",
                         "look for two lanes that compute the same index",
                     )
 
@@ -251,12 +251,13 @@ class Shared:
         settled = np.where(same_warp, self.warp_barrier[lanes], self.block_barrier[lanes])
         wrong = (before >= settled) & (other != lanes) | (before >= PENDING)
         if wrong.any():
+            byte = self._byte(grains[wrong])
             barrier = "__syncwarp()" if same_warp[wrong][0] else "__syncthreads()"
             thread = int(other[wrong][0]) % (len(self.lane) * self.stride // len(self.bytes))
             raise Fault(
                 RaceError,
                 lanes[wrong],
-                f"{does} shared byte {self._byte(grains[wrong])}, {verb} by thread {thread} with no barrier between",
+                f"{does} shared byte {byte}, {verb} by thread {thread} with no barrier between: a race",
                 f"look for a missing {barrier} between the two",
             )
 
