@@ -6,7 +6,9 @@ planted in a copy must be caught, under the right name.
 
 from __future__ import annotations
 
+import re
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,3 +210,12 @@ def test_bitsandbytes_triton_kernels_agree_with_the_reference(quant_type, foreig
     assert torch.equal(absmax, state.absmax)
     differing = (packed.view(16, 32) != mine.view(16, 32)).any(dim=1).nonzero().flatten().tolist()
     assert differing == [3], "a block of zeros is divided by zero there; all others agree bit for bit"
+
+
+def test_the_page_about_other_kernels_shows_what_it_prints(capsys):
+    page = (Path(__file__).parents[3] / "docs" / "your-cuda-kernel.md").read_text()
+    names: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)\n```", page, re.DOTALL | re.MULTILINE):
+        exec(compile(block, "your-cuda-kernel.md", "exec"), names)
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        assert line in page, "the page shows another text"
