@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+import numpy as np
 import torch
 from refq4_cuda import emulator
 from refq4_cuda.launch import Launch, Variant
@@ -44,3 +45,20 @@ def kernel(
 
 def run(body: str, *tensors: torch.Tensor, **sizes: int) -> emulator.Report:
     return emulator.run(*kernel(body, *tensors, **sizes))
+
+
+def compute(instruction: str, result: str, *operands: np.ndarray) -> np.ndarray:
+    """One instruction on one thread per element: ``{0}`` is the result, ``{1}``, ``{2}``, ... the operands."""
+    count = len(operands[0])
+    padded = [torch.from_numpy(np.resize(o, -(-count // 64) * 64).view(f"i{o.itemsize}")) for o in operands]
+    out = torch.zeros(len(padded[0]), dtype=getattr(torch, f"int{8 * np.dtype(result).itemsize}"))
+    names, lines = [], []
+    for i, tensor in enumerate([out, *padded]):
+        size = tensor.element_size()
+        names.append({2: "%h", 4: "%r", 8: "%rd"}[size] + str(10 + i))
+        lines.append(f"mul.wide.s32 %rd{i}, %r0, {size}; add.s64 %rd{i}, %at{i}, %rd{i};")
+        if i:
+            lines.append(f"ld.global.b{8 * size} {names[i]}, [%rd{i}];")
+    lines.append(instruction.format(*names) + f" st.global.b{8 * out.element_size()} [%rd0], {names[0]};")
+    run("\n".join(lines), out, *padded, threads=64, blocks=len(out) // 64)
+    return out.numpy().view(result)[:count]

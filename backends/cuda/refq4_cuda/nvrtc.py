@@ -34,6 +34,7 @@ __all__ = [
     "CompileError",
     "Compiled",
     "Form",
+    "compile_ptx",
     "compile_variant",
     "kernel_directory",
     "unknown_architecture",
@@ -94,6 +95,30 @@ def compile_variant(variant: Variant, arch: int, form: Form = "cubin") -> Compil
     return Compiled(path.read_bytes(), log.read_text(), path)
 
 
+def compile_ptx(source: str, arch: int = 80, *options: str) -> str:
+    """The PTX of any CUDA C++ source, for ``emulator.run_ptx``. Nothing is kept on disk, no GPU is needed.
+
+    Args:
+        source: kernels, best as ``extern "C" __global__``, whose names stay as they are written. NVRTC has no headers
+            of the CUDA toolkit: instructions that those wrap are inline assembly here.
+        arch: the compute capability as an int, such as 80.
+        options: further ones for NVRTC, such as "-DN=4" or "-lineinfo".
+
+    Raises:
+        CompileError: the source is wrong, or this NVRTC does not know the architecture.
+        CudaError: cuda-python or NVRTC is not installed.
+
+    Source: NVRTC, https://docs.nvidia.com/cuda/nvrtc.
+
+    Example:
+        >>> ptx = compile_ptx('extern "C" __global__ void one(int *x) { *x = 1; }')
+        >>> ".visible .entry one(" in ptx
+        True
+    """
+    asked = (f"--gpu-architecture=compute_{arch}", "-std=c++17", "-default-device", *options)
+    return _run(source.encode(), [], [], "kernel.cu", arch, asked, "ptx")[0].decode()
+
+
 def compile_options(variant: Variant, arch: int, form: Form) -> tuple[str, ...]:
     """What NVRTC is given; ``REFQ4_CUDA_FLAGS`` is added at the end."""
     target = f"--gpu-architecture={'sm' if form == 'cubin' else 'compute'}_{arch}"
@@ -136,11 +161,18 @@ def _told(variant: Variant, arch: int, options: tuple[str, ...], form: Form) -> 
 
 
 def _compile(file: str, arch: int, options: tuple[str, ...], form: Form) -> tuple[bytes, str]:
+    source, *header_texts = _sources(file)
+    headers = [path.name.encode() for path in _headers()]
+    return _run(source, header_texts, headers, file, arch, options, form)
+
+
+def _run(
+    source: bytes, header_texts: list[bytes], headers: list[bytes], file: str, arch: int, options: tuple[str, ...],
+    form: Form,
+) -> tuple[bytes, str]:  # fmt: skip
     nvrtc = nvrtc_bindings()
     if (problem := unknown_architecture(arch)) is not None:
         raise CompileError(problem)
-    source, *header_texts = _sources(file)
-    headers = [path.name.encode() for path in _headers()]
     status, program = nvrtc.nvrtcCreateProgram(source, file.encode(), len(headers), header_texts, headers)
     _check(nvrtc, status, "nvrtcCreateProgram")
     try:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
-from ptx import kernel, run
+from ptx import compute, kernel, run
 from refq4_cuda.emulator.decode import prepare
 
 RNG = np.random.default_rng(0)
@@ -24,23 +24,6 @@ SPECIAL_F32 = np.array(
      np.inf, -np.inf, np.nan, 16777216.0], np.float32
 )  # fmt: skip
 SPECIAL_U32 = np.array([0, 1, 2, 7, 31, 32, 33, 63, 64, 255, 256, 0x7FFFFFFF, 0x80000000, 0xDEADBEEF, 0xFFFFFFFF], "u4")
-
-
-def compute(instruction: str, result: str, *operands: np.ndarray) -> np.ndarray:
-    """One instruction on one thread per element: ``{0}`` is the result, ``{1}``, ``{2}``, ... the operands."""
-    count = len(operands[0])
-    padded = [torch.from_numpy(np.resize(o, -(-count // 64) * 64).view(f"i{o.itemsize}")) for o in operands]
-    out = torch.zeros(len(padded[0]), dtype=getattr(torch, f"int{8 * np.dtype(result).itemsize}"))
-    names, lines = [], []
-    for i, tensor in enumerate([out, *padded]):
-        size = tensor.element_size()
-        names.append({2: "%h", 4: "%r", 8: "%rd"}[size] + str(10 + i))
-        lines.append(f"mul.wide.s32 %rd{i}, %r0, {size}; add.s64 %rd{i}, %at{i}, %rd{i};")
-        if i:
-            lines.append(f"ld.global.b{8 * size} {names[i]}, [%rd{i}];")
-    lines.append(instruction.format(*names) + f" st.global.b{8 * out.element_size()} [%rd0], {names[0]};")
-    run("\n".join(lines), out, *padded, threads=64, blocks=len(out) // 64)
-    return out.numpy().view(result)[:count]
 
 
 def assert_same(got: np.ndarray, wanted: np.ndarray) -> None:

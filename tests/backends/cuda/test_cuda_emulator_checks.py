@@ -164,7 +164,7 @@ REFUSED = {
         "shfl.sync.bfly.b32 %r3|%p2, %r0, 16, 31, 65535;",
     ),
     "a shuffle that waits for lanes which have returned": (
-        emulator.ConvergenceError, "waits with 15 others of its warp",
+        emulator.ConvergenceError, "asks lane 16 for its value, which takes no part",
         "setp.lt.s32 %p1, %r0, 16; @!%p1 ret; shfl.sync.bfly.b32 %r3|%p2, %r0, 16, 31, -1;",
     ),
     "an mma inside a branch": (
@@ -204,7 +204,8 @@ def test_a_loop_without_an_end_is_stopped(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "instruction", ["add.sat.s32 %r2, %r0, 1;", "ld.global.cv.u32 %r2, [%at0];", "sin.approx.f32 %f1, %f0;"]
+    "instruction",
+    ["vadd4.u32.u32.u32 %r2, %r0, %r0, %r1;", "ld.global.v16.u32 %r2, [%at0];", "sin.approx.f64 %f1, %f0;"],
 )
 def test_an_instruction_outside_its_tables_is_named_with_its_line(instruction):
     with pytest.raises(emulator.UnknownInstructionError) as caught:

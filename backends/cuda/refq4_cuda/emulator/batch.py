@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from .errors import Fault, UninitialisedError
+from .local import Local
+from .meetings import Meetings
 from .memory import GlobalMemory, unsigned
 from .program import Program
 from .shared import Shared
@@ -54,6 +56,10 @@ class Batch:
         self.existing = self.thread < in_block
         self.live = self.existing.copy()
         memory.numbers = (blocks[self.block] * in_block + self.thread).astype(np.int32)
+        memory.start(count)
+        self.meetings = Meetings(self)
+        self.local = Local(count if program.local else 0, program.local, checks)
+        self.dynamic_shared = shared
         self.shared = Shared(len(blocks), self.padded, program.static_shared + shared, program.grain, checks)
         none: list[Any] = [None] * len(program.slots)
         self.rows: tuple[list[np.ndarray], ...] = (none, none.copy(), none.copy())
@@ -97,8 +103,15 @@ class Batch:
             self.rows[0][slot][:] = self._special(name)
 
     def _special(self, name: str) -> Any:
-        if name == "%laneid":
-            return self.lanes % WARP
+        lane = self.lanes % WARP
+        if name.startswith("%lanemask_"):
+            below, own = (1 << lane.astype(np.uint64)) - 1, 1 << lane.astype(np.uint64)
+            masks = {"eq": own, "lt": below, "le": below | own, "ge": ~below, "gt": ~(below | own)}
+            return masks[name[-2:]] & np.uint64(0xFFFFFFFF)
+        others = {"%laneid": lane, "%warpid": self.thread // WARP, "%nwarpid": self.padded // WARP,
+                  "%dynamic_smem_size": self.dynamic_shared, "%total_smem_size": self.shared.size}  # fmt: skip
+        if name in others:
+            return others[name]
         what, axis = name[1:].split(".")
         index = "xyz".index(axis)
         if what in ("ntid", "nctaid"):

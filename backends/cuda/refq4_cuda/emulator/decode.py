@@ -12,30 +12,34 @@ per PTX text; running looks nothing up by name.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import lru_cache
-from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import floating, integer  # noqa: F401  (they fill the table of pure instructions)
+from . import barriers, bits, convert, floating, functions, halves, integer, tensor  # noqa: F401  (they fill tables)
+from .atomics import find_atomic
+from .barriers import NUMBERED, is_plain
+from .compare import complement
 from .errors import UnknownInstructionError
 from .flow import (
     block_ends,
     is_branch,
     is_exit,
-    live_ranges,
     read_registers,
     smallest_shared_access,
+    targets_of,
     watched,
     written_registers,
 )
 from .memory import unsigned
-from .parse import Address, Instruction, Operand, Vector, parse, width_of
+from .parse import Address, Instruction, Operand, Vector, parse
 from .program import FLOAT, SIGNED, UNSIGNED, Program, Step
-from .semantics import PURE, Pure, dtype_of
-from .transfer import TRANSFER, split_or_join
-from .warp import COMPANY
+from .semantics import Pure, dtype_of, find
+from .slots import assign_slots, lay_out
+from .transfer import find_transfer, split_or_join
+from .warp import COMPANY, Company
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -43,7 +47,9 @@ if TYPE_CHECKING:
 __all__ = ["Decoder", "prepare"]
 
 _BANK = {"u": UNSIGNED, "s": SIGNED, "f": FLOAT, "p": UNSIGNED}
-SPECIAL = (*(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"), "%laneid")
+SPECIAL = (*(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"), "%laneid", "%warpid",
+           "%nwarpid", *(f"%lanemask_{order}" for order in ("eq", "le", "lt", "ge", "gt")), "%dynamic_smem_size",
+           "%total_smem_size")  # fmt: skip
 
 
 @lru_cache(maxsize=256)
@@ -64,9 +70,9 @@ class Decoder:
     def __init__(self, program: Program) -> None:
         self.program, self.kernel = program, program.kernel
         self._doubtful = watched(self.kernel)
-        self._assign_slots()
+        assign_slots(program, self._doubtful)
         self._constants: dict[tuple[int, int], int] = {}
-        self.symbols = self._lay_out_shared() | {n: p.offset for n, p in self.kernel.parameters.items()}
+        self.symbols = lay_out(program)
 
     def decode(self) -> None:
         """Every instruction, in order."""
@@ -77,18 +83,22 @@ class Decoder:
         for pc, instruction in enumerate(self.kernel.code):
             if is_branch(instruction) or is_exit(instruction):
                 if is_branch(instruction):
-                    program.targets[pc] = self.kernel.labels[str(instruction.operands[0])]
+                    program.targets[pc] = targets_of(self.kernel, instruction)
+                    if instruction.opcode.startswith("brx"):
+                        program.chosen_by[pc] = self.source(instruction.operands[0], "u32", instruction)[1]
                 if instruction.guard:
                     program.guards[pc] = (program.names[instruction.guard], instruction.negated)
                 program.steps.append(None)
                 continue
-            step = self._step(instruction, TRANSFER | COMPANY)
-            if instruction.opcode in COMPANY:
-                program.gather[pc] = COMPANY[instruction.opcode].gather(self, instruction)
-                if instruction.guard:
-                    raise self.unknown(instruction, "a predicate on an instruction that needs the whole warp")
-            step = self._watching(instruction, step)
-            program.steps.append(self._guarded(instruction, step))
+            company = self._company(instruction)
+            if company is None:
+                step = self._watching(instruction, self._step(instruction))
+                program.steps.append(self._guarded(instruction, step))
+                continue
+            program.gather[pc] = company.gather(self, instruction)
+            program.steps.append(self._watching(instruction, company.decode(self, instruction)))
+            if instruction.guard:  # the scheduler parts the lanes
+                program.guards[pc] = (program.names[instruction.guard], instruction.negated)
 
     # --- operands ---------------------------------------------------------------------------------------------------
 
@@ -96,6 +106,9 @@ class Decoder:
         """Where to read: bank, slot, and the dtype to narrow to if the register is wider than the type (or None)."""
         name = str(operand)
         width = dtype_of(type_name).itemsize if type_name != "pred" else 0
+        if re.fullmatch(r"-?\d+\.\d*(e[+-]?\d+)?", name):
+            bits = np.array([float(name)], f"f{width}").view(unsigned[width])
+            return _BANK[type_name[0]], self._constant(int(bits[0]), width), None
         slot = self._slot(name, width, instruction)
         narrow = None if self.program.slots[slot] == width else dtype_of(type_name)
         if narrow is not None and self.program.slots[slot] < width:
@@ -108,6 +121,14 @@ class Decoder:
         if name not in self.program.names:
             raise self.unknown(instruction, f"{name} is no register")
         return _BANK[type_name[0]], self.program.names[name]
+
+    def predicate(self, operand: Operand | str, instruction: Instruction) -> Any:
+        """How to read a predicate that may be negated (``!%p1``): a function of (batch, selection)."""
+        name = str(operand)
+        slot = self.source(name.removeprefix("!"), "pred", instruction)[1]
+        if name.startswith("!"):
+            return lambda m, s: ~m.rows[UNSIGNED][slot][s]
+        return lambda m, s: m.rows[UNSIGNED][slot][s]
 
     def address(self, operand: Operand, instruction: Instruction) -> tuple[int, int, int]:
         """Slot and width of the base, and the offset."""
@@ -125,8 +146,8 @@ class Decoder:
         because = f" ({why})" if why else ""
         return UnknownInstructionError(
             f"kernel {self.kernel.name}, PTX line {instruction.line}: the emulator does not know {instruction.opcode!r}"
-            f"{because}, in:  {instruction.text}\nIt knows the instructions that refq4's kernels use; add this one "
-            f"where its family is (integer.py, floating.py, transfer.py, warp.py), with a test of its tricky values"
+            f"{because}, in:  {instruction.text}\nAdd it where its family is (integer.py, bits.py, floating.py, "
+            f"halves.py, convert.py, transfer.py, warp.py, tensor.py), with a test of its tricky values"
         )
 
     def _slot(self, name: str, width: int, instruction: Instruction) -> int:
@@ -137,13 +158,15 @@ class Decoder:
             program.names[name] = program.specials[name] = len(program.slots)
             program.slots.append(4)
             return program.names[name]
+        if name == "WARP_SZ":
+            return self._constant(32, width or 4)
         if name in self.symbols:
             return self._constant(self.symbols[name], width or 8)
         if re.fullmatch(r"0[fFdD][0-9a-fA-F]+", name):
             return self._constant(int(name[2:], 16), width)
         if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", name):
             return self._constant(self.integer(name) & ((1 << 8 * width) - 1 if width else 1), width)
-        raise self.unknown(instruction, f"{name} is no register, number or shared array")
+        raise self.unknown(instruction, f"{name} is no register, number or array that is known")
 
     def _constant(self, value: int, width: int) -> int:
         key = (value, width)
@@ -153,56 +176,47 @@ class Decoder:
             self.program.constants[slot] = np.array([value], unsigned[width] if width else bool)
         return self._constants[key]
 
-    def _assign_slots(self) -> None:
-        """One slot for registers of one width that are never needed at the same time; a watched one has its own.
-
-        What an instruction reads and what it writes overlap at that instruction, so they never share.
-        """
-        ranges = live_ranges(self.kernel)
-        free: dict[int, list[int]] = {}
-        used: list[tuple[int, int]] = []  # (last instruction, slot), a heap
-        for name, (first, last) in sorted(ranges.items(), key=lambda item: item[1]):
-            while used and used[0][0] < first:
-                slot = heappop(used)[1]
-                free.setdefault(self.program.slots[slot], []).append(slot)
-            width = width_of(self.kernel.registers[name])
-            shares = name not in self._doubtful
-            if shares and free.get(width):
-                slot = free[width].pop()
-            else:
-                slot = len(self.program.slots)
-                self.program.slots.append(width)
-            self.program.names[name] = slot
-            if shares:
-                heappush(used, (last, slot))
-
-    def _lay_out_shared(self) -> dict[str, int]:
-        """Static arrays first, in order of declaration; the dynamic one behind them, at its own alignment."""
-        end, places = 0, {}
-        for name, (size, align) in sorted(self.kernel.shared.items(), key=lambda item: item[1].size is None):
-            end = -(-end // align) * align
-            places[name] = end
-            end += size or 0
-        self.program.static_shared = end
-        return places
-
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def _step(self, instruction: Instruction, special: dict[str, Any]) -> Step:
+    def _company(self, instruction: Instruction) -> Company | None:
+        company = COMPANY.get(instruction.opcode)
+        return NUMBERED if company is COMPANY["bar.sync"] and not is_plain(instruction) else company
+
+    def _step(self, instruction: Instruction) -> Step:
         opcode = instruction.opcode
-        if opcode in special:
-            made: Step = special[opcode].decode(self, instruction)
-            return made
+        if (made := find_transfer(opcode) or find_atomic(opcode)) is not None:
+            return made(self, instruction)
         if opcode.startswith("mov.") and any(isinstance(o, Vector) for o in instruction.operands):
             return split_or_join(self, instruction)
-        if opcode not in PURE:
+        if (known := find(opcode)) is None:
             raise self.unknown(instruction)
-        return self._pure(instruction, PURE[opcode])
+        if opcode.startswith("setp.") and "|" in instruction.text:
+            return self._two_predicates(instruction, known)
+        return self._pure(instruction, known)
+
+    def _two_predicates(self, instruction: Instruction, known: Pure) -> Step:
+        """``setp ... p|q``: the comparison, and its complement."""
+        first, second, *sources = instruction.operands
+        other = complement(instruction.opcode)
+        assert other is not None
+        steps = [
+            self._pure(replace(instruction, operands=(target, *sources)), one)
+            for target, one in ((first, known), (second, other))
+            if target != "_"
+        ]
+
+        def step(m: Batch, s: Any) -> None:
+            for one in steps:
+                one(m, s)
+
+        return step
 
     def _pure(self, instruction: Instruction, known: Pure) -> Step:
         target, *sources = instruction.operands
         if len(sources) != len(known.sources):
             raise self.unknown(instruction, f"with {len(sources)} sources instead of {len(known.sources)}")
+        if "!" in "".join(map(str, sources)):
+            known, sources = _negating(known, sources)
         bank, slot = self.target(target, known.result, instruction)
         reads = [self.source(operand, kind, instruction) for operand, kind in zip(sources, known.sources, strict=True)]
         function = known.function
@@ -257,6 +271,16 @@ class Decoder:
                 m.written[slot][s] = True
 
         return watching
+
+
+def _negating(known: Pure, sources: list[Operand]) -> tuple[Pure, list[Operand]]:
+    """Some source is the negation of a predicate."""
+    turned = [str(source).startswith("!") for source in sources]
+
+    def function(*values: Any) -> Any:
+        return known.function(*(~value if turn else value for value, turn in zip(values, turned, strict=True)))
+
+    return known._replace(function=function), [str(source).removeprefix("!") for source in sources]
 
 
 def _unary(function: Any, bank: int, slot: int, bank_a: int, a: int) -> Step:

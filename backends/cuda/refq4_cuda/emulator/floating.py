@@ -14,7 +14,7 @@ import numpy as np
 from .integer import COMPARISONS
 from .semantics import pure
 
-__all__ = ["canonical", "from_bfloat", "fused_multiply_add"]
+__all__ = ["canonical", "exact_fma_64", "from_bfloat", "fused_multiply_add", "rounded_to_odd", "to_bfloat", "to_half"]
 
 Row = Any  # a numpy row, one element per lane
 
@@ -40,17 +40,34 @@ def fused_multiply_add(a: Row, b: Row, c: Row) -> Row:
     product = a.astype(np.float64) * b
     total = product + c
     if not (total.view(np.uint64) & np.uint64((1 << 28) - 1)).all():
-        total = _rounded_to_odd(total, product, c.astype(np.float64))
+        total = rounded_to_odd(total, product, c.astype(np.float64))
     return canonical(total.astype(np.float32))
 
 
-def _rounded_to_odd(total: Row, x: Row, y: Row) -> Row:
+def rounded_to_odd(total: Row, x: Row, y: Row) -> Row:
+    """x + y in fp64, of which ``total`` is the sum rounded to nearest, rounded to odd instead."""
     y_part = total - x
     lost = (x - (total - y_part)) + (y - y_part)  # exact (Knuth's two-sum); a NaN where total is not finite
     bits = total.view(np.int64)
     move = (lost != 0) & np.isfinite(lost) & (bits & 1 == 0)
     step = np.where((lost > 0) == (total > 0), 1, -1)  # of the magnitude, towards what was lost
     return np.where(move, bits + step, bits).view(np.float64)
+
+
+def exact_fma_64(a: Row, b: Row, c: Row) -> Row:
+    """a * b + c in fp64 with one rounding: the product in two parts (Dekker), their sum with c rounded to odd."""
+    high = a * b
+    a1, b1 = (v * 134217729.0 - (v * 134217729.0 - v) for v in (a, b))  # the upper 26 bits of each
+    a2, b2 = a - a1, b - b1
+    low = a2 * b2 - (((high - a1 * b1) - a2 * b1) - a1 * b2)
+    total = c + low
+    part = total - c
+    lost = (c - (total - part)) + (low - part)
+    upper = high + total
+    rest = upper - high
+    upper_lost = (high - (upper - rest)) + (total - rest)
+    result = upper + rounded_to_odd(upper_lost + lost, upper_lost, lost)
+    return np.where(np.isfinite(result), result, a * b + c)  # overflow in between, infinities and NaN
 
 
 def _canonical_of(function: Callable[..., Row]) -> Callable[..., Row]:

@@ -7,7 +7,7 @@ kind. The few others (written under a predicate, or on one path only) are watche
 
 from __future__ import annotations
 
-from .parse import Address, Instruction, Kernel, Vector
+from .parse import Address, Instruction, Kernel, Vector, width_of
 
 __all__ = [
     "block_ends",
@@ -15,48 +15,70 @@ __all__ = [
     "is_exit",
     "live_ranges",
     "read_registers",
+    "smallest_global_access",
     "smallest_shared_access",
+    "splits",
+    "targets_of",
     "watched",
     "written_registers",
 ]
 
-_STORES = ("st", "bra", "ret", "exit", "bar", "cp", "membar", "fence", "red")
+_NO_RESULT = ("st", "bra", "brx", "ret", "exit", "bar", "barrier", "cp", "membar", "fence", "red", "stmatrix",
+              "prefetch", "nanosleep", "trap", "griddepcontrol", "applypriority", "discard")  # fmt: skip
+_TOGETHER = ("bar", "barrier", "shfl", "vote", "match", "redux", "mma", "ldmatrix", "stmatrix", "elect", "activemask")
+_TWO_RESULTS = ("shfl", "setp", "match", "elect")
 
 
 def is_branch(instruction: Instruction) -> bool:
     """A jump."""
-    return instruction.opcode in ("bra", "bra.uni")
+    return instruction.opcode in ("bra", "bra.uni", "brx.idx", "brx.idx.uni")
 
 
 def is_exit(instruction: Instruction) -> bool:
     """The end of a thread."""
-    return instruction.opcode in ("ret", "exit")
+    return instruction.opcode in ("ret", "ret.uni", "exit")
 
 
 def written_registers(instruction: Instruction) -> list[str]:
     """The registers that an instruction writes: the first operand, and the predicate behind ``|``."""
     family = instruction.opcode.split(".")[0]
-    if family in _STORES or not instruction.operands:
+    if not _has_result(instruction):
         return []
     first = instruction.operands[0]
     names = list(first.parts) if isinstance(first, Vector) else [first] if isinstance(first, str) else []
-    if family in ("shfl", "setp") and "|" in instruction.text:
+    if family in _TWO_RESULTS and "|" in instruction.text:
         names.append(str(instruction.operands[1]))
     return [name for name in names if name != "_"]
 
 
 def read_registers(instruction: Instruction) -> list[str]:
     """Every other name among the operands, and the guard."""
-    skip = 0 if instruction.opcode.split(".")[0] in _STORES else 1
-    if instruction.opcode.startswith(("shfl", "setp")) and "|" in instruction.text:
+    skip = int(_has_result(instruction))
+    if instruction.opcode.startswith(_TWO_RESULTS) and "|" in instruction.text:
         skip = 2
     names = [instruction.guard] if instruction.guard else []
     for operand in instruction.operands[skip:]:
         if isinstance(operand, Vector):
             names += operand.parts
         else:
-            names.append(operand.base if isinstance(operand, Address) else operand)
+            names.append(operand.base if isinstance(operand, Address) else operand.removeprefix("!"))
     return names
+
+
+def _has_result(instruction: Instruction) -> bool:
+    family = instruction.opcode.split(".")[0]
+    return bool(instruction.operands) and (family not in _NO_RESULT or ".red." in instruction.opcode)
+
+
+def targets_of(kernel: Kernel, instruction: Instruction) -> list[int]:
+    """Where a jump may lead; ``brx.idx`` chooses from a list."""
+    last = str(instruction.operands[-1])
+    return [kernel.labels[name] for name in kernel.tables.get(last, [last])]
+
+
+def splits(instruction: Instruction) -> bool:
+    """Whether the lanes whose predicate does not hold go on behind it by themselves."""
+    return instruction.guard is not None and instruction.opcode.split(".")[0] in _TOGETHER
 
 
 def block_ends(kernel: Kernel) -> list[int]:
@@ -65,7 +87,8 @@ def block_ends(kernel: Kernel) -> list[int]:
     ends = [0] * len(kernel.code)
     end = len(kernel.code)
     for pc in reversed(range(len(kernel.code))):
-        if is_branch(kernel.code[pc]) or is_exit(kernel.code[pc]) or pc + 1 in starts:
+        one = kernel.code[pc]
+        if is_branch(one) or is_exit(one) or splits(one) or pc + 1 in starts:
             end = pc + 1
         ends[pc] = end
     return ends
@@ -141,13 +164,28 @@ def _needed_after(kernel: Kernel, end: int, needed: dict[int, int]) -> int:
 
 def smallest_shared_access(kernel: Kernel) -> int:
     """The finest grain in which shared memory is read or written, in bytes: what the race check counts in."""
+    return _smallest(kernel, {"param", "global", "local", "const"})
+
+
+def smallest_global_access(kernel: Kernel) -> int:
+    """The same of global memory; what cp.async reads counts in bytes, since it may read fewer than it fills."""
+    copies = any(instruction.opcode.startswith("cp.async.c") for instruction in kernel.code)
+    return min(4 if copies else 16, _smallest(kernel, {"param", "shared", "shared::cta", "local"}))
+
+
+def _smallest(kernel: Kernel, elsewhere: set[str]) -> int:
     sizes = [16]
     for instruction in kernel.code:
         parts = instruction.opcode.split(".")
-        if parts[0] in ("ld", "st", "atom", "red") and not {"param", "global", "local"} & set(parts):
-            sizes.append(int("".join(filter(str.isdigit, parts[-1]))) // 8)
-        elif parts[0] == "cp" and instruction.opcode.startswith("cp.async.c") and len(instruction.operands) > 2:
-            sizes.append(int(str(instruction.operands[2])))
+        if parts[0] in ("ld", "ldu", "st", "atom", "red") and not elsewhere & set(parts):
+            sizes.append(width_of(parts[-1]))
+        elif (
+            parts[0] == "cp"
+            and "shared" not in elsewhere
+            and instruction.opcode.startswith("cp.async.c")
+            and len(instruction.operands) > 2
+        ):
+            sizes.append(int(str(instruction.operands[2]), 0))
     return min(sizes)
 
 
@@ -160,6 +198,6 @@ def _mask(names: list[str], bit: dict[str, int]) -> int:
 
 def _successors(kernel: Kernel, end: int) -> list[int]:
     last = kernel.code[end - 1]
-    targets = [kernel.labels[str(last.operands[0])]] if is_branch(last) else []
+    targets = [at for at in targets_of(kernel, last) if at < len(kernel.code)] if is_branch(last) else []
     falls_through = not (is_branch(last) or is_exit(last)) or last.guard is not None
     return targets + ([end] if falls_through and end < len(kernel.code) else [])

@@ -12,26 +12,39 @@ from __future__ import annotations
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from .errors import AccessError, Fault, RaceError
 
-__all__ = ["GlobalMemory", "unsigned"]
+__all__ = ["GlobalMemory", "Region", "name_of", "unsigned"]
 
 unsigned: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 NOBODY = -1
 
 
-class Buffer:
-    """One tensor's bytes, and for each byte written in this launch, which thread did it and when."""
+class Region(NamedTuple):
+    """Memory that is no tensor of the launch by itself: a module's array, or what an argument's strides span."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.base, self.nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-        self.what = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    base: int
+    nbytes: int
+    what: str
+    element: int = 1  # bytes of one, for messages that count elements
+
+
+def name_of(tensor: Tensor) -> str:
+    """A tensor as messages name it: ``float32 [4, 64]``."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+class Buffer:
+    """One region's bytes, and for each byte written in this launch, which thread did it and when."""
+
+    def __init__(self, region: Region) -> None:
+        self.base, self.nbytes, self.what, self.element = region
         self.start = self.base & ~15
         self._views: dict[tuple[int, int], np.ndarray] = {}
         self.writers: np.ndarray | None = None
@@ -74,14 +87,14 @@ class GlobalMemory:
     last barrier.
 
     Args:
-        tensors: the buffers.
+        tensors: the buffers; ``regions`` are further ones.
         blocks, threads: of the grid, and of a block.
 
     Attributes:
         numbers: for each lane of the batch that is running, its thread's number in the grid.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], blocks: int, threads: int) -> None:
+    def __init__(self, tensors: Sequence[Tensor], blocks: int, threads: int, regions: Sequence[Region] = ()) -> None:
         self.block_size = threads
         self.numbers = np.zeros(0, np.int32)
         self.clock = 0
@@ -89,12 +102,27 @@ class GlobalMemory:
         self.last_atomic = np.zeros(blocks, np.int64)
         self.released = np.zeros(blocks, np.int64)  # the last barrier before the last atomic
         self.counted_by = np.full(blocks, NOBODY, np.int32)  # the thread that made it
-        seen = {(t.data_ptr(), t.numel() * t.element_size()): t for t in tensors if t.numel()}
+        plain = [Region(t.data_ptr(), t.numel() * t.element_size(), name_of(t)) for t in tensors if t.numel()]
+        seen = {region[:2]: region for region in [*plain, *regions]}
         self.buffers = [Buffer(seen[key]) for key in sorted(seen)]
         self.bases = [buffer.base for buffer in self.buffers]
 
-    def read(self, address: np.ndarray, lanes: np.ndarray, element: int, count: int) -> np.ndarray:
-        """The values at ``address`` (uint64, one per lane): [lanes] for one element, [lanes, count] for a vector."""
+    def start(self, lanes: int) -> None:
+        """A batch of so many lanes begins."""
+
+    def warp_sync(self, lanes: np.ndarray) -> None:
+        """These lanes of a warp have met: here it orders nothing that is checked."""
+
+    def read(
+        self, address: np.ndarray, lanes: np.ndarray, element: int, count: int, strong: bool = False
+    ) -> np.ndarray:
+        """The values at ``address`` (uint64, one per lane): [lanes] for one element, [lanes, count] for a vector.
+
+        A ``strong`` one (volatile, relaxed, acquire) sees what other blocks released before.
+        """
+        if strong:
+            self.clock += 1
+            self.last_atomic[self.numbers[lanes] // self.block_size] = self.clock
         buffer, offset = self._one(address, element * count)
         if buffer is not None:
             if buffer.writers is not None:
@@ -107,8 +135,8 @@ class GlobalMemory:
             result[at] = buffer.view(element, count)[offset // (element * count)]
         return result
 
-    def write(self, address: np.ndarray, lanes: np.ndarray, values: np.ndarray) -> None:
-        """Store ``values`` [lanes] or [lanes, count]."""
+    def write(self, address: np.ndarray, lanes: np.ndarray, values: np.ndarray, strong: bool = False) -> None:
+        """Store ``values`` [lanes] or [lanes, count]; a ``strong`` one (volatile, release) counts its block in."""
         element, count = values.itemsize, values.shape[1] if values.ndim > 1 else 1
         self.clock += 1
         for buffer, at, offset in self._each(address, lanes, element * count, "writes"):
@@ -118,22 +146,34 @@ class GlobalMemory:
                 raise Fault(
                     RaceError,
                     lanes[at][clash],
-                    f"writes byte {int(first[clash][0])} of {buffer.what}, which another thread writes too",
+                    f"writes byte {int(first[clash][0])} of {buffer.what}, which another thread writes too: a race",
                     "look for two blocks or lanes that own the same output, or a missing tail mask",
                 )
             buffer.view(element, count)[offset // (element * count)] = values[at]
+        if strong:
+            self.count_in(lanes)
 
-    def add(self, address: np.ndarray, lane: np.ndarray, value: np.ndarray) -> np.ndarray:
-        """An atomic addition of one lane to a uint32; what was there before."""
-        ((buffer, _, offset),) = self._each(address, lane, 4, "adds to")
-        word = buffer.view(4, 1)
-        before: np.ndarray = word[offset // 4]
-        word[offset // 4] = before + value
+    def update(
+        self, address: np.ndarray, lanes: np.ndarray, size: int, function: Callable[[np.ndarray, Any], np.ndarray]
+    ) -> np.ndarray:
+        """One atomic of each lane, no two at one address; what was there before.
+
+        ``function`` makes the new values from the old ones and from which of the lanes they belong to.
+        """
+        found = np.empty(len(address), unsigned[size])
+        for buffer, at, offset in self._each(address, lanes, size, "updates"):
+            view, cells = buffer.view(size, 1), offset // size
+            found[at] = before = view[cells]
+            view[cells] = function(before, at)
+        self.count_in(lanes)
+        return found
+
+    def count_in(self, lanes: np.ndarray) -> None:
+        """The blocks of these lanes release what lies before their last barrier."""
         self.clock += 1
-        block = self.numbers[lane] // self.block_size
+        block = self.numbers[lanes] // self.block_size
         self.last_atomic[block], self.released[block] = self.clock, self.last_barrier[block]
-        self.counted_by[block] = self.numbers[lane]
-        return before
+        self.counted_by[block] = self.numbers[lanes]
 
     def barrier(self, lanes: np.ndarray) -> None:
         """All threads of the blocks of these lanes have met."""
@@ -161,7 +201,7 @@ class GlobalMemory:
                 RaceError,
                 lanes[wrong],
                 f"reads byte {int(first[wrong][0])} of {buffer.what}, which block number {int(theirs[wrong][0])} "
-                "writes, with no atomic of both between that speaks for it",
+                "writes, with no atomic of both between that speaks for it: a race",
                 "look at the counter that says whose sums are complete, and the __syncthreads() before it is raised",
             )
 
@@ -222,4 +262,5 @@ class GlobalMemory:
         below = self.buffers[max(bisect_right(self.bases, address) - 1, 0)]
         gap = min(self.buffers, key=lambda b: min(abs(address - b.base), abs(address - b.base - b.nbytes)))
         near = below if below.base <= address < below.base + below.nbytes else gap
-        return f"byte {address - near.base} of {near.what} ({near.nbytes} bytes)"
+        element = f"element {(address - near.base) // near.element}, " if near.element > 1 else ""
+        return f"{element}byte {address - near.base} of {near.what} ({near.nbytes} bytes)"

@@ -7,6 +7,9 @@
 
 One kernel (an ``.entry``) is taken out of the module. Registers keep their names, except those declared in an inner
 scope ``{ ... }`` (inline assembly does that), which get the scope's number: ``l`` becomes ``l#3``.
+
+A call of a ``.func`` is replaced by its body, each time anew: its names get a number of their own, its parameters
+become the caller's ``.param`` variables, its ``ret`` a jump behind the body.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .errors import LaunchError, UnknownInstructionError
+from .module import Function, Module, Variable, read_module, read_variable, width_of
 
 __all__ = ["Address", "Instruction", "Kernel", "Operand", "Parameter", "Symbol", "Vector", "parse", "width_of"]
 
+DEEPEST = 16  # calls within calls: a recursion would have no end
+
 
 class Address(NamedTuple):
-    """``[base+offset]``; the base is a register, a parameter or a shared array."""
+    """``[base+offset]``; the base is a register, a parameter or an array."""
 
     base: str
     offset: int
@@ -37,14 +43,15 @@ Operand = str | Address | Vector
 
 
 class Parameter(NamedTuple):
-    """One kernel parameter: where it lies in the argument bytes."""
+    """One kernel parameter: where it lies in the argument bytes, and its declared type, such as ``u64``."""
 
     offset: int
     size: int
+    kind: str = "b8"
 
 
 class Symbol(NamedTuple):
-    """One array in shared memory; ``size`` is None for the dynamic one."""
+    """One array in shared or local memory; ``size`` is None for the dynamic one."""
 
     size: int | None
     align: int
@@ -70,24 +77,25 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """One parsed ``.entry``."""
+    """One parsed ``.entry``.
+
+    Attributes:
+        shared, local: arrays of a block and of a thread; what calls pass (``.param`` in a body) is local, too.
+        variables: the module's ``.global`` and ``.const`` arrays.
+        registers: name -> declared type, such as "b32" or "pred".
+        labels: name -> index into ``code``; ``tables`` are lists of labels that ``brx.idx`` chooses from.
+    """
 
     name: str
     parameters: dict[str, Parameter] = field(default_factory=dict)
     argument_bytes: int = 0
     shared: dict[str, Symbol] = field(default_factory=dict)
-    registers: dict[str, str] = field(default_factory=dict)  # name -> declared type, such as "b32" or "pred"
+    local: dict[str, Symbol] = field(default_factory=dict)
+    variables: dict[str, Variable] = field(default_factory=dict)
+    registers: dict[str, str] = field(default_factory=dict)
     code: list[Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)  # -> index into code
-
-
-def width_of(type_name: str) -> int:
-    """Bytes of a type such as ``u32`` (0 for ``pred``)."""
-    return 0 if type_name == "pred" else int(re.sub(r"\D+", "", type_name)) // 8
-
-
-_SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
-_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.([usbf])(\d+)\s+(?:\.ptr[\s.\w]*?)?([\w$]+)(?:\[(\d+)\])?")
+    labels: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, list[str]] = field(default_factory=dict)
 
 
 def parse(text: str, entry: str) -> Kernel:
@@ -96,98 +104,205 @@ def parse(text: str, entry: str) -> Kernel:
     Raises:
         LaunchError: the PTX has no such kernel.
     """
-    found = re.search(rf"\.entry\s+{re.escape(entry)}\s*\((.*?)\)(.*?)\n\}}", text, re.DOTALL)
-    if found is None:
-        known = ", ".join(re.findall(r"\.entry\s+([\w$]+)", text)) or "none"
+    module = read_module(text)
+    function = module.functions.get(entry)
+    if function is None or not function.is_entry:
+        known = ", ".join(f.name for f in module.functions.values() if f.is_entry) or "none"
         raise LaunchError(f"the PTX has no kernel {entry!r}; it has: {known}")
     kernel = Kernel(entry)
-    _read_parameters(kernel, found[1])
-    for align, name, size in _SHARED.findall(text[: found.start()] + found[2]):
-        kernel.shared[name] = Symbol(int(size) if size else None, int(align))
-    opening = text.index("{", found.start(2))
-    first_line = text.count("\n", 0, opening) + 1
-    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.MULTILINE))
-    _read_body(kernel, text[opening : found.end(2)], first_line, files)
+    _read_parameters(kernel, function.parameters)
+    for variable in module.variables.values():
+        if variable.space == "shared":
+            kernel.shared[variable.name] = Symbol(variable.size, variable.align)
+        elif variable.space in ("global", "const"):
+            kernel.variables[variable.name] = variable
+    _Reader(kernel, module).read(function, {}, 0)
+    used = {base for one in kernel.code for operand in one.operands for base in _bases(operand)}
+    kernel.shared = {name: symbol for name, symbol in kernel.shared.items() if name in used}
     return kernel
+
+
+def _bases(operand: Operand) -> tuple[str, ...]:
+    if isinstance(operand, Vector):
+        return operand.parts
+    return (operand.base if isinstance(operand, Address) else operand,)
+
+
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.([usbf]\d+(?:x2)?)\s+(?:\.ptr[\s.\w]*?)?([\w$]+)(?:\[(\w+)\])?\s*$"
+)
 
 
 def _read_parameters(kernel: Kernel, head: str) -> None:
     end = 0
-    for align, _, bits, name, count in _PARAMETER.findall(head):
-        element = int(bits) // 8
+    for text in head.split(","):
+        if (found := _PARAMETER.search(" ".join(text.split()))) is None:
+            continue
+        align, kind, name, count = found.groups()
+        element = width_of(kind)
         step = int(align) if align and count else element  # .align of a pointer speaks of what it points to
         start = -(-end // step) * step
-        end = start + element * int(count or 1)
-        kernel.parameters[name] = Parameter(start, end - start)
+        end = start + element * int(count or "1", 0)
+        kernel.parameters[name] = Parameter(start, end - start, kind)
     kernel.argument_bytes = end
 
 
-def _read_body(kernel: Kernel, body: str, first_line: int, files: dict[str, str]) -> None:
-    scopes: list[dict[str, str]] = []  # names declared in inner scopes, and what they are called from there on
-    opened, statement, start, source = 0, "", first_line, ""
-    for number, line in enumerate(body.split("\n"), first_line):
-        line = line.split("//")[0]
-        if located := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
-            source = f"{files.get(located[1], 'source').rsplit('/', 1)[-1]} line {located[2]}"
-            continue
-        for piece in re.split(r"([{};])", line):
-            at_start = not statement.strip() or statement.rstrip().endswith(":")
-            if piece == "{" and at_start:
-                opened += 1
-                scopes.append({})
-            elif piece == "}" and at_start:
-                scopes.pop()
-            elif piece == ";":
-                _read_statement(kernel, " ".join(statement.split()), start, source, scopes, opened)
-                statement = ""
-            elif piece.strip():
-                if not statement:
-                    start = number
-                statement += piece + " "
-                if re.fullmatch(r"\s*[\w$]+:\s*", statement):
-                    kernel.labels[statement.strip()[:-1]] = len(kernel.code)
-                    statement = ""
-    if statement.strip():
-        raise UnknownInstructionError(f"{kernel.name}, PTX line {start}: {statement.strip()!r} has no end")
-
-
-_INSTRUCTION = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)")
+_INSTRUCTION = re.compile(r"(?:@(!?)([%\w$#]+)\s+)?([a-z][\w.:]*)\s*(.*)")
 _OPERAND = re.compile(r"\{([^}]*)\}|\[([^\]]*)\]|([^,\s][^,]*)")
+_ADDRESS = re.compile(r"([%\w$.]+)\s*(?:\+?\s*(-?\s*\w+))?")
+_CALL = re.compile(r"(?:\(([^)]*)\)\s*,\s*)?([\w$%]+)\s*(?:,\s*\(([^)]*)\))?(.*)")
+_SILENT = (".pragma", ".callprototype", ".file", ".alias", ".calltargets")
+_TO_THE_LINES_END = re.compile(r"\s*\.(file|reqntid|maxntid|maxnreg|minnctapersm|noreturn|target|version)\b")
 
 
-def _read_statement(
-    kernel: Kernel, text: str, line: int, source: str, scopes: list[dict[str, str]], scope: int
-) -> None:
-    if text.startswith(".reg"):
-        _, type_name, names = text.split(maxsplit=2)
-        for name in names.split(","):
-            many = re.fullmatch(r"([%\w$]+)<(\d+)>", name.strip())
-            for one in [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name.strip()]:
-                inner = len(scopes) > 1
-                unique = f"{one}#{scope}" if inner else one
-                if inner:
-                    scopes[-1][one] = unique
-                kernel.registers[unique] = type_name[1:]
-        return
-    if text.startswith((".shared", ".pragma")):
-        return
-    found = _INSTRUCTION.fullmatch(text)
-    if found is None:
-        raise UnknownInstructionError(f"{kernel.name}, PTX line {line}: {text!r} is no instruction known here")
+class _Reader:
+    """Reads bodies, that of the kernel and of what it calls, into the kernel's list of instructions."""
 
-    def named(name: str) -> str:
+    def __init__(self, kernel: Kernel, module: Module) -> None:
+        self.kernel, self.module = kernel, module
+        self.scopes: list[dict[str, str]] = []  # names declared in inner scopes, and what they are called from there on
+        self.opened = 0
+        self.depth = 0
+        self.end = ""  # of the function that is read: the label behind it, for ret
+        self.last_label = ""
+
+    def read(self, function: Function, names: dict[str, str], depth: int) -> None:
+        """A function's body; ``names`` says what its parameters are called by the caller."""
+        outer = self.scopes, self.depth, self.end
+        self.depth = depth
+        if depth:
+            self.opened += 1
+            self.end = f"end of {function.name}#{self.opened}"
+            labels = re.findall(r"^\s*([\w$]+):", function.body, re.MULTILINE)
+            self.scopes = [names | {label: f"{label}#{self.opened}" for label in labels}]
+        self._read_lines(function)
+        if depth:
+            self.kernel.labels[self.end] = len(self.kernel.code)
+        self.scopes, self.depth, self.end = outer
+
+    def _read_lines(self, function: Function) -> None:
+        statement, start, source = "", function.line, ""
+        for number, line in enumerate(function.body.split("\n"), function.line):
+            if located := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
+                file = self.module.files.get(located[1], "source").rsplit("/", 1)[-1]
+                source = f"{file} line {located[2]}"
+                continue
+            if _TO_THE_LINES_END.match(line):
+                continue
+            for piece in re.split(r"([{};])", line):
+                at_start = not statement.strip()
+                if piece == "{" and at_start:
+                    self.opened += 1
+                    self.scopes.append({})
+                elif piece == "}" and at_start:
+                    self.scopes.pop()
+                elif piece == ";":
+                    self._read_statement(" ".join(statement.split()), start, source)
+                    statement = ""
+                elif piece.strip():
+                    if not statement:
+                        start = number
+                    statement += piece + " "
+                    while label := re.match(r"\s*([\w$]+):(?!:)", statement):
+                        self.last_label = self._named(label[1])
+                        self.kernel.labels[self.last_label] = len(self.kernel.code)
+                        statement = statement[label.end() :].lstrip()
+        if statement.strip():
+            raise UnknownInstructionError(f"{self.kernel.name}, PTX line {start}: {statement.strip()!r} has no end")
+
+    def _named(self, name: str) -> str:
+        """What a name of this scope is called in the kernel; ``!`` and ``-`` before it stay."""
         name = name.strip()
-        return next((inner[name] for inner in reversed(scopes) if name in inner), name)
+        if name[:1] == "!":
+            return "!" + self._named(name[1:])
+        return next((inner[name] for inner in reversed(self.scopes) if name in inner), name)
 
-    operands: list[Operand] = []
-    for vector, address, plain in _OPERAND.findall(found[4]):
-        if vector:
-            operands.append(Vector(tuple(named(part) for part in vector.split(","))))
-        elif address:
-            base, _, offset = address.partition("+")
-            operands.append(Address(named(base), int(offset or "0", 0)))
+    def _declared(self, name: str) -> str:
+        """A new name: as it is in the kernel's outermost scope, with a number elsewhere."""
+        if len(self.scopes) > 1 or self.depth:
+            self.scopes[-1][name] = f"{name}#{self.opened}"
+        return self._named(name)
+
+    def _read_statement(self, text: str, line: int, source: str) -> None:
+        if not text or text.startswith(_SILENT):
+            return
+        if text.startswith(".reg"):
+            _, type_name, names = text.split(maxsplit=2)
+            for name in names.split(","):
+                many = re.fullmatch(r"([%\w$]+)<(\d+)>", name.strip())
+                for one in [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name.strip()]:
+                    self.kernel.registers[self._declared(one)] = type_name[1:]
+        elif text.startswith(".branchtargets"):
+            self.kernel.tables[self.last_label] = [self._named(name) for name in text.split(maxsplit=1)[1].split(",")]
+        elif (variable := read_variable(text)) is not None:
+            self._declare(variable)
         else:
-            operands += [named(part) for part in plain.split("|")]  # d|p: two results
-    guard = named(found[2]) if found[2] else None
-    text = re.sub(r"\{ | (?=[},])", lambda space: space[0].strip(), re.sub(r",(?=\S)", ", ", text))
-    kernel.code.append(Instruction(line, source, text, found[3], tuple(operands), guard, found[1] == "!"))
+            self._read_instruction(text, line, source)
+
+    def _declare(self, variable: Variable) -> None:
+        name = self._declared(variable.name)
+        if variable.space in ("local", "param"):
+            self.kernel.local[name] = Symbol(variable.size, variable.align)
+        elif variable.space == "shared":
+            self.kernel.shared[name] = Symbol(variable.size, variable.align)
+        else:
+            self.kernel.variables[name] = variable._replace(name=name)
+
+    def _read_instruction(self, text: str, line: int, source: str) -> None:
+        found = _INSTRUCTION.fullmatch(text)
+        if found is None:
+            raise UnknownInstructionError(f"{self.kernel.name}, PTX line {line}: {text!r} is no instruction known here")
+        guard, negated = (self._named(found[2]) if found[2] else None), found[1] == "!"
+        opcode, rest = found[3], found[4]
+        tidy = re.sub(r"\{ | (?=[},])", lambda space: space[0].strip(), re.sub(r",(?=\S)", ", ", text))
+        if opcode in ("call", "call.uni"):
+            self._call(rest, Instruction(line, source, tidy, opcode, (), guard, negated))
+            return
+        if opcode in ("ret", "ret.uni") and self.depth:
+            opcode, rest = "bra.uni", ""
+            operands: list[Operand] = [self.end]
+        else:
+            operands = self._operands(rest)
+        self.kernel.code.append(Instruction(line, source, tidy, opcode, tuple(operands), guard, negated))
+
+    def _operands(self, text: str) -> list[Operand]:
+        operands: list[Operand] = []
+        for vector, address, plain in _OPERAND.findall(text):
+            if vector:
+                parts = tuple(self._named(part) for part in vector.split(","))
+                operands.append(Vector(parts) if len(parts) > 1 else parts[0])
+            elif address:
+                found = _ADDRESS.fullmatch(address.strip())
+                if found is None:
+                    operands.append(address)
+                else:
+                    offset = (found[2] or "0").replace(" ", "")
+                    operands.append(Address(self._named(found[1]), int(offset, 0)))
+            else:
+                operands += [self._named(part) for part in plain.split("|")]  # d|p: two results
+        return operands
+
+    def _call(self, rest: str, call: Instruction) -> None:
+        """The body of the function, in place of its call."""
+        where = f"{self.kernel.name}, PTX line {call.line}: {call.text!r}"
+        found = _CALL.fullmatch(rest)
+        function = self.module.functions.get(found[2]) if found else None
+        if found is None or function is None:
+            raise UnknownInstructionError(
+                f"{where} calls what is not in this PTX (printf, malloc and calls through a pointer are not emulated): "
+                "take the call out, or link the function in"
+            )
+        if self.depth >= DEEPEST:
+            raise UnknownInstructionError(f"{where}: calls within calls, {DEEPEST} deep; recursion is not emulated")
+        given = [self._named(name) for text in (found[1], found[3]) for name in (text or "").split(",") if name.strip()]
+        wanted = [_name_of(text) for text in f"{function.returns},{function.parameters}".split(",") if text.strip()]
+        skip = f"behind the call#{len(self.kernel.code)}"
+        if call.guard:
+            jump = Instruction(call.line, call.source, call.text, "bra", (skip,), call.guard, not call.negated)
+            self.kernel.code.append(jump)
+        self.read(function, dict(zip(wanted, given, strict=True)), self.depth + 1)
+        self.kernel.labels[skip] = len(self.kernel.code)
+
+
+def _name_of(declaration: str) -> str:
+    return re.sub(r"\[.*", "", declaration).split()[-1]

@@ -28,21 +28,24 @@ class Program:
         steps: one function per instruction; None for jumps and exits, which the scheduler does itself.
         ends: for each instruction, the end of its basic block.
         gather: for instructions that need company (barriers, shuffles, mma), who must be there.
-        targets: for jumps, where to.
-        guards: for jumps and exits, the slot of the predicate and whether it is negated.
+        targets: for jumps, where to; several for brx.idx, whose index is in the slot ``chosen_by``.
+        guards: for jumps, exits and what needs company, the slot of the predicate and whether it is negated.
         slots: the width in bytes of each slot that has a row of its own (0 for a predicate).
         constants: slot -> an array with the one value.
         specials: slot of each special register that is used.
         names: the slot of each register and special register.
         watched: slots of the registers that are watched for reads before writes, and their names.
         grain: the finest access to shared memory, in bytes.
+        local: bytes of local memory per thread.
+        arrays: the module's own arrays: their memory, and what is in it when a launch begins.
     """
 
     kernel: Kernel
     steps: list[Step | None] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     gather: dict[int, Any] = field(default_factory=dict)
-    targets: dict[int, int] = field(default_factory=dict)
+    targets: dict[int, list[int]] = field(default_factory=dict)
+    chosen_by: dict[int, int] = field(default_factory=dict)
     guards: dict[int, tuple[int, bool]] = field(default_factory=dict)
     slots: list[int] = field(default_factory=list)
     constants: dict[int, np.ndarray] = field(default_factory=dict)
@@ -50,6 +53,8 @@ class Program:
     names: dict[str, int] = field(default_factory=dict)
     watched: dict[int, str] = field(default_factory=dict)
     static_shared: int = 0
+    local: int = 0
+    arrays: dict[str, tuple[np.ndarray, bytes]] = field(default_factory=dict)
     grain: int = 4
 
     @cached_property

@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 
 from .batch import WARP, Batch
-from .errors import ConvergenceError, EmulatorError, Fault, RunawayError
+from .errors import AccessError, ConvergenceError, EmulatorError, Fault, RunawayError
 from .program import UNSIGNED
 
 __all__ = ["Scheduler"]
 
 Watcher = Callable[[Batch, int, Any, bool], None]  # (batch, instruction, selection, after it ran?)
 LIMIT = 20_000_000  # visits to basic blocks, far above any honest launch
+_PATIENCE = 64
 _SLICES = (1, 2, 3, 5, 10, 50)  # how many basic blocks a team may run before another has its turn
 
 
@@ -51,6 +52,8 @@ class Scheduler:
         while True:
             ready = [team for team in self.teams if team]
             if not ready:
+                if self.waiting and self._woken(every=True):  # some may have waited for lanes that have returned since
+                    continue
                 break
             if self.draw is None:
                 self._run_team(ready[0], LIMIT)
@@ -62,9 +65,12 @@ class Scheduler:
     def _run_team(self, team: dict[int, np.ndarray], visits: int) -> None:
         while team and visits:
             visits -= 1
-            pc = min(team)
+            # now and then the one furthest ahead: it may hold what the others spin for
+            pc = min(team) if self.visits % _PATIENCE or len(team) == 1 else max(team)
             lanes = team.pop(pc)
             self._run_block(pc, lanes)
+            if self.m.meetings.changed:
+                self._woken(every=False)
             self.visits += 1
             if self.visits > LIMIT:
                 raise self._error(
@@ -83,7 +89,10 @@ class Scheduler:
                     self._jump(pc, lanes, s)
                     return
                 if pc in gather:
-                    lanes = self._gathered(pc, lanes, s)
+                    if pc in self.program.guards:
+                        lanes = self._parted(pc, lanes, s)
+                        s = m.selection(lanes) if len(lanes) else s
+                    lanes = self._gathered(pc, lanes, s) if len(lanes) else lanes
                     if not len(lanes):
                         return
                     s, many = m.selection(lanes), len(lanes)
@@ -109,6 +118,38 @@ class Scheduler:
         complete: np.ndarray = lanes[present]
         return complete
 
+    def _parted(self, pc: int, lanes: np.ndarray, s: Any) -> np.ndarray:
+        """The lanes whose predicate holds; the others go on behind the instruction."""
+        holds = self._holds(pc, s)
+        if not holds.all():
+            self._add(pc + 1, lanes[~holds])
+        some: np.ndarray = lanes[holds]
+        return some
+
+    def _holds(self, pc: int, s: Any) -> np.ndarray:
+        slot, negated = self.program.guards[pc]
+        if slot in self.program.watched:
+            self.m.require_written(slot, s)
+        holds: np.ndarray = self.m.rows[UNSIGNED][slot][s] ^ negated
+        return holds
+
+    def _woken(self, every: bool) -> bool:
+        """Let lanes that wait try again: those whose numbered barrier is complete, or (every) all of them."""
+        woken = False
+        for pc, lanes in list(self.waiting.items()):
+            again = self.m.meetings.passes[lanes]
+            if every:
+                there = self.program.gather[pc](self.m, self.m.selection(lanes))
+                again = np.ones(len(lanes), bool) if there is None else there
+            if again.any():
+                woken = True
+                del self.waiting[pc]
+                if not again.all():
+                    self.waiting[pc] = lanes[~again]
+                self._add(pc, lanes[again])
+        self.m.meetings.changed = False
+        return woken
+
     def _jump(self, pc: int, lanes: np.ndarray, s: Any) -> None:
         """A branch or an exit, taken by the lanes whose predicate holds."""
         self.counts[pc] += len(lanes)
@@ -116,18 +157,27 @@ class Scheduler:
             self.watcher(self.m, pc, s, True)
         taken, staying = lanes, lanes[:0]
         if pc in self.program.guards:
-            slot, negated = self.program.guards[pc]
-            if slot in self.program.watched:
-                self.m.require_written(slot, s)
-            holds = self.m.rows[UNSIGNED][slot][s] ^ negated
+            holds = self._holds(pc, s)
             taken, staying = (lanes, staying) if holds.all() else (lanes[holds], lanes[~holds])
         if len(staying):
             self._add(pc + 1, staying)
         if len(taken):
-            if pc in self.program.targets:
-                self._add(self.program.targets[pc], taken)
+            if pc in self.program.chosen_by:
+                self._choose(pc, taken)
+            elif pc in self.program.targets:
+                self._add(self.program.targets[pc][0], taken)
             else:
                 self.m.live[taken] = False
+
+    def _choose(self, pc: int, lanes: np.ndarray) -> None:
+        """brx.idx: each lane to the label that its index chooses."""
+        targets, index = self.program.targets[pc], self.m.rows[UNSIGNED][self.program.chosen_by[pc]][lanes]
+        beyond = index >= len(targets)
+        if beyond.any():
+            what = f"jumps to label {int(index[beyond][0])} of {len(targets)}"
+            raise Fault(AccessError, lanes[beyond], what, "look at the range of the switch")
+        for k in np.unique(index):
+            self._add(targets[int(k)], lanes[index == k])
 
     def _add(self, pc: int, lanes: np.ndarray) -> None:
         if pc >= len(self.program.steps):
@@ -151,7 +201,7 @@ class Scheduler:
         m, code = self.m, self.program.kernel.code
         pc = min(self.waiting)
         lanes = self.waiting[pc]
-        block, whole_block = m.block[lanes[0]], code[pc].opcode == "bar.sync"
+        block, whole_block = m.block[lanes[0]], code[pc].opcode.startswith(("bar.sync", "bar.red", "barrier"))
         near = (m.block == block) if whole_block else (m.warp == m.warp[lanes[0]])
         absent = np.setdiff1d(np.nonzero(near & m.existing)[0], lanes)
         elsewhere = Counter("has returned" for lane in absent if not m.live[lane])

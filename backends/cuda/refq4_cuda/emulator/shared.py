@@ -15,6 +15,7 @@ as written by that thread at that moment, and other threads still need a barrier
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +58,11 @@ class Shared:
         self.stride = -(-max(size, 1) // 16) * 16
         self.bytes = np.full(blocks * self.stride, 0xFF, np.uint8)
         self.views = {(n, 1): self.bytes.view(kind) for n, kind in unsigned.items()}
-        self.views |= {(n, c): self.views[n, 1].reshape(-1, c) for n, c in ((4, 2), (4, 4), (8, 2), (2, 4), (2, 2))}
+        self.views |= {(n, c): self.views[n, 1].reshape(-1, c) for n in (1, 2, 4, 8) for c in (2, 4) if n * c <= 16}
         self.origin = np.repeat(np.arange(blocks, dtype=np.int64) * self.stride, lanes)
         self.checks, self.grain = checks, grain
         self.clock = 0
+        self.atomic: np.ndarray | None = None  # per grain: whether an atomic wrote it last; made with the first one
         self.lane = np.arange(blocks * lanes, dtype=np.int64)
         if checks:
             grains = len(self.bytes) // grain
@@ -100,9 +102,28 @@ class Shared:
                         RaceError,
                         self.lane[s][lost],
                         f"writes shared byte {int(address[lost][0])}, and another thread writes another value there "
-                        "in the same instruction",
+                        "in the same instruction: a race",
                         "look for two lanes that compute the same index",
                     )
+
+    def update(self, address: np.ndarray, s: Any, size: int, function: Callable[[np.ndarray, Any], np.ndarray]) -> Any:
+        """One atomic of each lane, no two at one address; what was there before. Atomics are in order with atomics."""
+        at = self._cells(address, s, size, "updates")
+        if self.checks:
+            if self.atomic is None:
+                self.atomic = np.zeros(len(self.writer), bool)
+            grains, lanes = self._grains(at, s, size)
+            plain = ~self.atomic[grains]
+            if plain.any():
+                self._check_writer(grains[plain], lanes[plain])
+            for readers in (self.low_reader, self.high_reader):
+                self._refuse(readers[grains], grains, lanes, "updates", "read")
+            self.clock += 1
+            self.writer[grains], self.atomic[grains] = self.clock << LANE_BITS | lanes, True
+        view = self.views[size, 1]
+        before = view[at // size]
+        view[at // size] = function(before, slice(None))
+        return before
 
     # --- cp.async ---------------------------------------------------------------------------------------------------
 
@@ -181,6 +202,14 @@ class Shared:
         return ((at // self.grain)[:, None] + np.arange(count)).reshape(-1), np.repeat(lanes, count)
 
     def _check_read(self, grains: np.ndarray, lanes: np.ndarray) -> None:
+        self._check_writer(grains, lanes)
+        self.clock += 1
+        stamp = self.clock << LANE_BITS | lanes
+        self.high_reader[grains] = stamp
+        self.low_reader[grains[::-1]] = stamp[::-1]
+
+    def _check_writer(self, grains: np.ndarray, lanes: np.ndarray) -> None:
+        """Raise if what is read there was never written, is still on its way, or was written without a barrier."""
         writer = self.writer[grains]
         if int(writer.min()) == NEVER:
             at = writer == NEVER
@@ -201,10 +230,6 @@ class Shared:
             )
         if newest >= self.oldest_barrier:
             self._refuse(writer, grains, lanes, "reads", "written")
-        self.clock += 1
-        stamp = self.clock << LANE_BITS | lanes
-        self.high_reader[grains] = stamp
-        self.low_reader[grains[::-1]] = stamp[::-1]
 
     def _check_write(self, grains: np.ndarray, lanes: np.ndarray) -> np.ndarray:
         """Raise on a race; note the write and return its stamps."""
@@ -215,6 +240,8 @@ class Shared:
         self.clock += 1
         stamp = self.clock << LANE_BITS | lanes
         self.writer[grains] = stamp
+        if self.atomic is not None:
+            self.atomic[grains] = False
         return stamp
 
     def _refuse(self, before: np.ndarray, grains: np.ndarray, lanes: np.ndarray, does: str, verb: str) -> None:
@@ -224,12 +251,13 @@ class Shared:
         settled = np.where(same_warp, self.warp_barrier[lanes], self.block_barrier[lanes])
         wrong = (before >= settled) & (other != lanes) | (before >= PENDING)
         if wrong.any():
+            byte = self._byte(grains[wrong])
             barrier = "__syncwarp()" if same_warp[wrong][0] else "__syncthreads()"
             thread = int(other[wrong][0]) % (len(self.lane) * self.stride // len(self.bytes))
             raise Fault(
                 RaceError,
                 lanes[wrong],
-                f"{does} shared byte {self._byte(grains[wrong])}, {verb} by thread {thread} with no barrier between",
+                f"{does} shared byte {byte}, {verb} by thread {thread} with no barrier between: a race",
                 f"look for a missing {barrier} between the two",
             )
 

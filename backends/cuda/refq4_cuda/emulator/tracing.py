@@ -24,8 +24,8 @@ from .batch import WARP, Batch
 from .decode import prepare
 from .flow import read_registers, written_registers
 from .parse import Address, Instruction, Vector
-from .program import FLOAT, SIGNED, UNSIGNED
-from .semantics import PURE
+from .program import FLOAT, SIGNED, UNSIGNED, Program
+from .semantics import find
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -100,13 +100,20 @@ def trace(
     """
     from . import _execute
 
-    block, lanes = _whom(launch, thread, warp)
     program = prepare(ptx, launch.variant.entry)
-    who = f"thread {thread[1]}" if thread else f"warp {lanes.start // WARP}"
-    result = ThreadTrace(f"{program.kernel.name}, block {block}, {who}")
-    reader = _Reader(block, lanes, result, limit)
+    result, reader = watch(program, launch, thread, warp, limit)
     _execute(program, launch, None, True, reader)
     return result
+
+
+def watch(
+    program: Program, launch: Launch, thread: tuple[int, int] | None, warp: tuple[int, int] | None, limit: int
+) -> tuple[ThreadTrace, _Reader]:
+    """An empty trace, and what fills it while the launch runs."""
+    block, lanes = _whom(launch, thread, warp)
+    who = f"thread {thread[1]}" if thread else f"warp {lanes.start // WARP}"
+    result = ThreadTrace(f"{program.kernel.name}, block {block}, {who}")
+    return result, _Reader(block, lanes, result, limit)
 
 
 def _whom(launch: Launch, thread: tuple[int, int] | None, warp: tuple[int, int] | None) -> tuple[int, slice]:
@@ -164,8 +171,7 @@ class _Reader:
 def _is_floating(instruction: Instruction, name: str) -> bool:
     """Whether the instruction takes the register for an fp32 number."""
     opcode, operands = instruction.opcode, instruction.operands
-    if opcode in PURE:
-        known = PURE[opcode]
+    if (known := find(opcode)) is not None and "|" not in instruction.text:
         kinds = zip(operands, (known.result, *known.sources), strict=True)
         return any(operand == name and kind == "f32" for operand, kind in kinds) or opcode in ("mov.f32", "selp.f32")
     if opcode.startswith("mma"):

@@ -1,15 +1,20 @@
-"""Loads, stores, cp.async, and moves between registers and pairs of half their width."""
+"""Loads, stores, cp.async, and moves between registers and parts of them.
+
+ld.volatile.global.L1::evict_first.v4.b32 {%r1, ...}, [%rd1+16];
+   '- strong  '- space (none: generic)     '- how many, and of which type; hints on caches change nothing here
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .errors import AccessError, Fault
+from .addresses import ADDRESSES, Made, address_of, windows
+from .errors import AccessError, EmulatorError, Fault
 from .memory import unsigned
-from .parse import Instruction, Operand, Vector
+from .parse import Address, Instruction, Operand, Vector, width_of
 from .program import SIGNED, UNSIGNED, Step
 from .semantics import dtype_of
 
@@ -17,149 +22,188 @@ if TYPE_CHECKING:
     from .batch import Batch
     from .decode import Decoder
 
-__all__ = ["TRANSFER", "Transfer", "split_or_join"]
+__all__ = ["Form", "find_transfer", "form_of", "split_or_join"]
+
+TRANSFER: dict[str, Made] = dict(ADDRESSES)  # by whole opcode; loads, stores and atomics are made by form
 
 
-class Transfer(NamedTuple):
-    """How one opcode becomes a step."""
+class Form(NamedTuple):
+    """What an opcode of a load or store says: memory, type, how many, and whether it is volatile or ordered."""
 
-    decode: Callable[[Decoder, Instruction], Step]
+    space: str
+    kind: str
+    many: int
+    strong: bool
 
 
-TRANSFER: dict[str, Transfer] = {}
+_SPACES = {"global": "global", "shared": "shared", "shared::cta": "shared", "local": "local", "const": "global",
+           "param": "param", "param::entry": "param", "param::func": "param"}  # fmt: skip
+_STRONG = {"volatile", "relaxed", "acquire", "release", "mmio"}
+_SILENT = {"weak", "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "cta", "cluster", "gpu", "sys"}
+
+
+def form_of(opcode: str) -> Form | None:
+    """The form of ``ld...`` or ``st...``, or None if a modifier is none of those known."""
+    space, count, strong = "generic", 1, False
+    _, *modifiers, kind = opcode.split(".")
+    for modifier in modifiers:
+        if modifier in _SPACES:
+            space = _SPACES[modifier]
+        elif modifier in ("v2", "v4"):
+            count = int(modifier[1])
+        elif modifier in _STRONG:
+            strong = True
+        elif modifier not in _SILENT and not modifier.startswith(("L1::", "L2::")):
+            return None
+    if not re.fullmatch(r"[busf](8|16|32|64)", kind):
+        return None
+    return Form(space, kind.replace("b", "u"), count, strong)
+
+
+def find_transfer(opcode: str) -> Made | None:
+    """What decodes an opcode that moves data, or None."""
+    if opcode in TRANSFER:
+        return TRANSFER[opcode]
+    family = opcode.split(".")[0]
+    if family in ("ld", "ldu", "st") and form_of(opcode) is not None:
+        return _store if family == "st" else _load
+    return None
 
 
 def _registers(operand: Operand) -> list[str]:
     return list(operand.parts) if isinstance(operand, Vector) else [str(operand)]
 
 
-def _form(opcode: str) -> tuple[str, int]:
-    """The element's type and how many: ``ld.shared.v4.u32`` has four u32."""
-    parts = opcode.split(".")
-    count = next((int(part[1]) for part in parts if part in ("v2", "v4")), 1)
-    return parts[-1].replace("b", "u"), count
-
-
 # --- loads and stores -------------------------------------------------------------------------------------------------
 
 
-def _load_parameter(decoder: Decoder, instruction: Instruction) -> Step:
-    kind, count = _form(instruction.opcode)
+def _space_of(decoder: Decoder, form: Form, operand: Operand) -> str:
+    """Which memory an instruction means: ``.param`` is the launch's arguments, or what a call passes (local)."""
+    if form.space == "param" and isinstance(operand, Address) and operand.base in decoder.kernel.local:
+        return "local"
+    return form.space
+
+
+def _load(decoder: Decoder, instruction: Instruction) -> Step:
+    form = form_of(instruction.opcode)
+    assert form is not None
+    kind, count, strong = form.kind, form.many, form.strong
+    space = _space_of(decoder, form, instruction.operands[1])
+    size = dtype_of(kind).itemsize
     base, width, offset = decoder.address(instruction.operands[1], instruction)
-    dtype = dtype_of(kind)
-    names = _registers(instruction.operands[0])
-    targets = [decoder.target(name, kind, instruction) for name in names]
+    targets = [
+        None if name == "_" else decoder.target(name, kind, instruction)[1]
+        for name in _registers(instruction.operands[0])
+    ]
+    if len(targets) != count:
+        raise decoder.unknown(instruction, f"{len(targets)} registers for {count} numbers")
+    bank, dtype = (SIGNED, f"i{size}") if kind[0] == "s" else (UNSIGNED, f"u{size}")  # extended by the sign, or by 0
 
     def step(m: Batch, s: Any) -> None:
-        start = _address(m, s, base, width, offset)
-        if (start != start[0]).any() or int(start[0]) + count * dtype.itemsize > len(m.arguments):
-            look = "the emulator reads parameters at places that are the same for all threads"
-            raise Fault(AccessError, m.lanes[s], f"reads its arguments at byte {int(start.max())}", look)
-        for (bank, slot), value in zip(targets, np.frombuffer(m.arguments, dtype, count, int(start[0])), strict=True):
-            m.rows[bank][slot][s] = value
-
-    return step
-
-
-def _load(space: str) -> Callable[[Decoder, Instruction], Step]:
-    def decode(decoder: Decoder, instruction: Instruction) -> Step:
-        kind, count = _form(instruction.opcode)
-        size = dtype_of(kind).itemsize
-        base, width, offset = decoder.address(instruction.operands[1], instruction)
-        names = _registers(instruction.operands[0])
-        targets = [decoder.target(name, kind, instruction) for name in names]
-        bank, form = (SIGNED, f"i{size}") if kind[0] == "s" else (UNSIGNED, f"u{size}")  # extended by the sign, or by 0
-
-        def step(m: Batch, s: Any) -> None:
-            values = _read(m, s, space, _address(m, s, base, width, offset), size, count).view(form)
-            for i, (_, slot) in enumerate(targets):
+        values = _read(m, s, space, address_of(m, s, base, width, offset), size, count, strong).view(dtype)
+        for i, slot in enumerate(targets):
+            if slot is not None:
                 m.rows[bank][slot][s] = values if count == 1 else values[:, i]
 
-        return step
-
-    return decode
+    return step
 
 
-def _store(space: str) -> Callable[[Decoder, Instruction], Step]:
-    def decode(decoder: Decoder, instruction: Instruction) -> Step:
-        kind, count = _form(instruction.opcode)
-        kind = "u" + kind[1:]  # bits are bits
-        base, width, offset = decoder.address(instruction.operands[0], instruction)
-        names = _registers(instruction.operands[1])
-        sources = [decoder.source(name, kind, instruction) for name in names]
-        dtype = dtype_of(kind)
-
-        def step(m: Batch, s: Any) -> None:
-            columns = [m.rows[UNSIGNED][slot][s].astype(dtype, copy=False) for _, slot, _ in sources]
-            values = columns[0] if count == 1 else np.stack(columns, axis=1)
-            _write(m, s, space, _address(m, s, base, width, offset), values)
-
-        return step
-
-    return decode
-
-
-def _address(m: Batch, s: Any, slot: int, width: int, offset: int) -> np.ndarray:
-    """The address of each lane as a uint64; a 32-bit base wraps in 32 bits."""
-    base = m.rows[UNSIGNED][slot][s]
-    if offset:
-        base = base + base.dtype.type(offset & ((1 << 8 * width) - 1))
-    address: np.ndarray = base.astype(np.uint64, copy=False)
-    return address
-
-
-def _read(m: Batch, s: Any, space: str, address: np.ndarray, size: int, count: int) -> np.ndarray:
-    if space == "shared":
-        return m.shared.read(address.view(np.int64), s, size, count)
-    return m.memory.read(address, m.lanes[s], size, count)
-
-
-def _write(m: Batch, s: Any, space: str, address: np.ndarray, values: np.ndarray) -> None:
-    if space == "shared":
-        m.shared.write(address.view(np.int64), s, values)
-    else:
-        m.memory.write(address, m.lanes[s], values)
-
-
-# An address of unknown space ("ld.f32") is taken as global: nothing here makes generic addresses of shared memory.
-_LOADS = {"ld": "global", "ld.global": "global", "ld.global.nc": "global", "ld.global.nc.L1::no_allocate": "global",
-          "ld.global.cg": "global", "ld.shared": "shared"}  # fmt: skip
-_TYPES = [f"{kind}{size}" for kind in "bus" for size in (8, 16, 32, 64)] + ["f32"]
-for form in [vector + name for vector in ("", "v2.", "v4.") for name in _TYPES]:
-    TRANSFER[f"ld.param.{form}"] = Transfer(_load_parameter)
-    for opcode, where in _LOADS.items():
-        TRANSFER[f"{opcode}.{form}"] = Transfer(_load(where))
-    for where in ("global", "shared"):
-        TRANSFER[f"st.{where}.{form}"] = Transfer(_store(where))
-
-
-# --- atomics ----------------------------------------------------------------------------------------------------------
-
-
-def _atomic_add(decoder: Decoder, instruction: Instruction) -> Step:
-    """One lane after the other, in the order of lanes: each gets what it found."""
-    _, to = decoder.target(str(instruction.operands[0]), "u32", instruction)
-    base, width, offset = decoder.address(instruction.operands[1], instruction)
-    _, addend, _ = decoder.source(str(instruction.operands[2]), "u32", instruction)
+def _store(decoder: Decoder, instruction: Instruction) -> Step:
+    form = form_of(instruction.opcode)
+    assert form is not None
+    kind, count, strong = "u" + form.kind[1:], form.many, form.strong  # bits are bits
+    space = _space_of(decoder, form, instruction.operands[0])
+    base, width, offset = decoder.address(instruction.operands[0], instruction)
+    sources = [decoder.source(name, kind, instruction) for name in _registers(instruction.operands[1])]
+    if len(sources) != count:
+        raise decoder.unknown(instruction, f"{len(sources)} registers for {count} numbers")
+    dtype = dtype_of(kind)
 
     def step(m: Batch, s: Any) -> None:
-        address, lanes = _address(m, s, base, width, offset), m.lanes[s]
-        found = np.empty(len(lanes), np.uint32)
-        for i in range(len(lanes)):
-            lane = lanes[i : i + 1]
-            found[i] = m.memory.add(address[i : i + 1], lane, m.rows[UNSIGNED][addend][lane])[0]
-        m.rows[UNSIGNED][to][s] = found
+        columns = [m.rows[UNSIGNED][slot][s].astype(dtype, copy=False) for _, slot, _ in sources]
+        values = columns[0] if count == 1 else np.stack(columns, axis=1)
+        _write(m, s, space, address_of(m, s, base, width, offset), values, strong)
 
     return step
 
 
-def _fence(decoder: Decoder, instruction: Instruction) -> Step:
-    """Here every write is seen at once; what a missing fence does, only hardware shows."""
+def _read(m: Batch, s: Any, space: str, address: np.ndarray, size: int, count: int, strong: bool) -> np.ndarray:
+    if space == "shared":
+        return m.shared.read(address.view(np.int64), s, size, count)
+    if space == "global":
+        return m.memory.read(address, m.lanes[s], size, count, strong)
+    if space == "local":
+        return m.local.read(address.view(np.int64), s, size, count)
+    if space == "param":
+        return _argument(m, s, address, size, count)
+    result = np.empty((len(address), count) if count > 1 else len(address), unsigned[size])
+    for one, lanes, inside, at in windows(m, s, address):
+        result[at] = _read(m, lanes, one, inside, size, count, strong)
+    return result
+
+
+def _argument(m: Batch, s: Any, address: np.ndarray, size: int, count: int) -> np.ndarray:
+    last = int(address.max())
+    if last + size * count > len(m.arguments):
+        look = f"the kernel takes {len(m.arguments)} bytes of arguments: look at the index into the struct"
+        raise Fault(AccessError, m.lanes[s], f"reads its arguments at byte {last}", look)
+    if last == int(address.min()):
+        one = np.frombuffer(m.arguments, unsigned[size], count, last)
+        return np.broadcast_to(one if count > 1 else one[0], (len(address), count)[: 1 + (count > 1)])
+    rows = np.frombuffer(m.arguments, np.uint8)[address.view(np.int64)[:, None] + np.arange(size * count)]
+    values: np.ndarray = rows.view(unsigned[size])
+    return values if count > 1 else values.reshape(-1)
+
+
+def _write(m: Batch, s: Any, space: str, address: np.ndarray, values: np.ndarray, strong: bool) -> None:
+    if space == "shared":
+        m.shared.write(address.view(np.int64), s, values)
+    elif space == "global":
+        m.memory.write(address, m.lanes[s], values, strong)
+    elif space in ("local", "param"):
+        m.local.write(address.view(np.int64), s, values)
+    else:
+        for one, lanes, inside, at in windows(m, s, address):
+            _write(m, lanes, one, inside, values[at], strong)
+
+
+def _nothing(decoder: Decoder, instruction: Instruction) -> Step:
+    """Fences and hints. Here every write is seen at once; what a missing fence does, only hardware shows."""
     return lambda m, s: None
 
 
-TRANSFER["atom.global.add.u32"] = Transfer(_atomic_add)
-TRANSFER["membar.gl"] = Transfer(_fence)
+for _opcode in ("membar.cta", "membar.gl", "membar.sys", "fence.proxy.async", "fence.proxy.async.shared::cta",
+                *(f"fence.{order}.{at}" for order in ("sc", "acq_rel") for at in ("cta", "cluster", "gpu", "sys")),
+                *(f"prefetch.{space}L{level}" for space in ("", "global.") for level in (1, 2)),
+                "nanosleep.u32", "applypriority.global.L2::evict_normal", "griddepcontrol.wait",
+                "griddepcontrol.launch_dependents"):  # fmt: skip
+    TRANSFER[_opcode] = _nothing
+
+
+def _trap(decoder: Decoder, instruction: Instruction) -> Step:
+    def step(m: Batch, s: Any) -> None:
+        raise Fault(
+            EmulatorError, m.lanes[s], "executes trap", "look for an assertion in the source that does not hold"
+        )
+
+    return step
+
+
+TRANSFER["trap"] = _trap
+
+
+def _policy(decoder: Decoder, instruction: Instruction) -> Step:
+    """``createpolicy``: a hint for a cache, whose value means nothing."""
+    slot = decoder.target(instruction.operands[0], "u64", instruction)[1]
+
+    def step(m: Batch, s: Any) -> None:
+        m.rows[UNSIGNED][slot][s] = 0
+
+    return step
+
+
+for _level in ("evict_last", "evict_first", "evict_normal", "evict_unchanged"):
+    TRANSFER[f"createpolicy.fractional.L2::{_level}.b64"] = _policy
 
 
 # --- cp.async ---------------------------------------------------------------------------------------------------------
@@ -170,10 +214,12 @@ def _copy(decoder: Decoder, instruction: Instruction) -> Step:
     target = decoder.address(instruction.operands[0], instruction)
     source = decoder.address(instruction.operands[1], instruction)
     size = decoder.integer(instruction.operands[2])
-    given = decoder.source(instruction.operands[3], "u32", instruction) if len(instruction.operands) > 3 else None
+    hint = "cache_hint" in instruction.opcode
+    many = len(instruction.operands) - hint
+    given = decoder.source(instruction.operands[3], "u32", instruction) if many > 3 else None
 
     def step(m: Batch, s: Any) -> None:
-        to, start, lanes = _address(m, s, *target).view(np.int64), _address(m, s, *source), m.lanes[s]
+        to, start, lanes = address_of(m, s, *target).view(np.int64), address_of(m, s, *source), m.lanes[s]
         read = np.full(len(lanes), size) if given is None else np.minimum(m.rows[UNSIGNED][given[1]][s], size)
         data = np.zeros((len(lanes), size), np.uint8)
         for length in np.unique(read):
@@ -204,41 +250,46 @@ def _wait(decoder: Decoder, instruction: Instruction) -> Step:
     return lambda m, s: m.shared.wait(s, newest)
 
 
-TRANSFER["cp.async.cg.shared.global"] = TRANSFER["cp.async.ca.shared.global"] = Transfer(_copy)
-TRANSFER["cp.async.commit_group"] = Transfer(_commit)
-TRANSFER["cp.async.wait_group"] = TRANSFER["cp.async.wait_all"] = Transfer(_wait)
+for _cache in ("ca", "cg"):
+    for _shared in ("shared", "shared::cta"):
+        for _hint in ("", ".L2::cache_hint", ".L2::64B", ".L2::128B", ".L2::256B", ".L2::cache_hint.L2::128B"):
+            TRANSFER[f"cp.async.{_cache}.{_shared}.global{_hint}"] = _copy
+TRANSFER["cp.async.commit_group"] = _commit
+TRANSFER["cp.async.wait_group"] = TRANSFER["cp.async.wait_all"] = _wait
 
 
-# --- halves -----------------------------------------------------------------------------------------------------------
+# --- parts of a register ----------------------------------------------------------------------------------------------
 
 
 def split_or_join(decoder: Decoder, instruction: Instruction) -> Step:
-    """``mov.b32 %r, {lo, hi}`` and back: the first part is the low half."""
-    whole_kind = _form(instruction.opcode)[0]
-    bits = int(whole_kind[1:])
-    half_kind, half = f"u{bits // 2}", unsigned[bits // 16]
+    """``mov.b32 %r, {lo, hi}`` and back, in two or four parts: the first part is the lowest."""
+    bits = width_of(instruction.opcode.split(".")[-1]) * 8
     target, source = instruction.operands
-    if any(isinstance(operand, Vector) and len(operand.parts) != 2 for operand in (target, source)):
-        raise decoder.unknown(instruction, "with other than two parts")
+    parts = _registers(source if isinstance(source, Vector) else target)
+    each = bits // len(parts)
+    if each < 8 or (isinstance(source, Vector) and isinstance(target, Vector)):
+        raise decoder.unknown(instruction, f"with {len(parts)} parts")
+    whole, part = unsigned[bits // 8], unsigned[each // 8]
     if isinstance(source, Vector):
-        _, slot = decoder.target(target, whole_kind, instruction)
-        low, high = (decoder.source(part, half_kind, instruction)[1] for part in source.parts)
-        whole = unsigned[bits // 8]
+        _, slot = decoder.target(target, f"u{bits}", instruction)
+        slots = [decoder.source(name, f"u{each}", instruction)[1] for name in parts]
 
         def join(m: Batch, s: Any) -> None:
             u = m.rows[UNSIGNED]
-            u[slot][s] = u[low][s].astype(whole) | u[high][s].astype(whole) << whole(bits // 2)
+            value = u[slots[0]][s].astype(whole)
+            for i, one in enumerate(slots[1:], 1):
+                value |= u[one][s].astype(whole) << whole(each * i)
+            u[slot][s] = value
 
         return join
-    slot = decoder.source(source, whole_kind, instruction)[1]
-    low_name, high_name = target.parts if isinstance(target, Vector) else ("_", "_")
+    slot = decoder.source(source, f"u{bits}", instruction)[1]
+    targets = [None if name == "_" else decoder.target(name, f"u{each}", instruction)[1] for name in parts]
 
     def split(m: Batch, s: Any) -> None:
         u = m.rows[UNSIGNED]
-        value = u[slot][s]
-        if low_name != "_":
-            u[decoder.program.names[low_name]][s] = value.astype(half)
-        if high_name != "_":
-            u[decoder.program.names[high_name]][s] = (value >> value.dtype.type(bits // 2)).astype(half)
+        value = u[slot][s].copy()  # a part may be written into the register that is read
+        for i, one in enumerate(targets):
+            if one is not None:
+                u[one][s] = (value >> whole(each * i)).astype(part)
 
     return split

@@ -1,23 +1,12 @@
-"""Instructions that threads execute together: barriers, shuffles, tensor-core products.
+"""Instructions that threads execute together: barriers of a block or a warp, shuffles, votes.
 
-    bar.sync                 all threads of the block
-    bar.warp.sync, shfl      the lanes named in the mask
-    mma                      all 32 lanes of the warp
+    bar.sync 0               all threads of the block, at one instruction        (others: barriers.py)
+    bar.warp.sync, shfl,     the lanes named in the mask that have not returned
+    vote, match, redux
+    mma, ldmatrix            all 32 lanes of the warp                            (tensor.py)
 
 ``gather`` says which groups of lanes are complete: all participating lanes have arrived. The scheduler lets the others
 wait at the instruction. A lane that waits to the end for lanes that never arrive is a divergence, and an error.
-
-mma.m16n8k16: registers of lane 4 g + t (g = 0..7, t = 0..3), each with two 16-bit numbers, low half first.
-
-                 k = 2t, 2t+1   2t+8, 2t+9                 n = g                            n = 2t, 2t+1
-    A  row g   [     a0       |     a2     ]   B  k = 2t   [ b0 ]      C, D  row g        [   c0, c1   ]
-       row g+8 [     a1       |     a3     ]      k = 2t+8 [ b1 ]            row g+8      [   c2, c3   ]
-
-So one register of a warp, seen as 16-bit numbers, is an 8 x 8 block of A, or of B transposed: [lane, half] in memory
-is [g, 2t + half]. m16n8k8 has the left half of A (a0, a1) and the upper half of B (b0).
-
-Products of 16-bit numbers are exact; the sum with C is made in fp64 and rounded once to fp32. Hardware sums in an order
-and with roundings that NVIDIA does not publish: results agree within the error budget, not in bits.
 """
 
 from __future__ import annotations
@@ -29,19 +18,18 @@ import numpy as np
 
 from .batch import WARP
 from .errors import ConvergenceError, Fault
-from .floating import canonical, from_bfloat
-from .parse import Instruction, Operand, Vector
-from .program import FLOAT, UNSIGNED, Step
+from .parse import Instruction
+from .program import UNSIGNED, Step
 
 if TYPE_CHECKING:
     from .batch import Batch
     from .decode import Decoder
 
-__all__ = ["COMPANY", "Company"]
+__all__ = ["COMPANY", "Company", "Gather", "named_lanes", "whole_block", "whole_warp"]
 
 Gather = Callable[["Batch", Any], np.ndarray | None]
+Decode = Callable[["Decoder", Instruction], Step]
 _ALL = 0xFFFFFFFF
-_LANE = np.arange(WARP)
 
 
 class Company(NamedTuple):
@@ -54,7 +42,9 @@ class Company(NamedTuple):
 # --- who must be there ------------------------------------------------------------------------------------------------
 
 
-def _whole_block(decoder: Decoder, instruction: Instruction) -> Gather:
+def whole_block(decoder: Decoder, instruction: Instruction) -> Gather:
+    """All threads of the block."""
+
     def gather(m: Batch, s: Any) -> np.ndarray | None:
         block = m.block[s]
         if len(block) == m.count:
@@ -66,14 +56,18 @@ def _whole_block(decoder: Decoder, instruction: Instruction) -> Gather:
     return gather
 
 
-def _whole_warp(decoder: Decoder, instruction: Instruction) -> Gather:
+def whole_warp(decoder: Decoder, instruction: Instruction) -> Gather:
+    """All lanes of the warp."""
+
     def gather(m: Batch, s: Any) -> np.ndarray | None:
-        return None if _is_warps(s) else _named_are_there(m, s, np.uint64(_ALL))
+        return None if _is_warps(s) else _named_are_there(m, s, np.full(len(m.lanes[s]), _ALL, np.uint64))
 
     return gather
 
 
-def _named_lanes(position: int) -> Callable[[Decoder, Instruction], Gather]:
+def named_lanes(position: int) -> Callable[[Decoder, Instruction], Gather]:
+    """The lanes in the mask that stands at a position among the operands."""
+
     def made(decoder: Decoder, instruction: Instruction) -> Gather:
         _, slot, _ = decoder.source(str(instruction.operands[position]), "u32", instruction)
 
@@ -87,7 +81,10 @@ def _named_lanes(position: int) -> Callable[[Decoder, Instruction], Gather]:
                     f"synchronises under the mask {int(mask[left_out][0]):#010x}, which leaves it out",
                     "look at the mask: it must name every lane that gets here",
                 )
-            return None if _is_warps(s) else _named_are_there(m, s, mask.astype(np.uint64))
+            if _is_warps(s):
+                return None
+            running = np.bincount(m.warp[m.live], 2.0 ** (m.lanes[m.live] % WARP), m.count // WARP).astype(np.uint64)
+            return _named_are_there(m, s, mask & running[m.warp[s]])
 
         return gather
 
@@ -115,9 +112,6 @@ def _named_are_there(m: Batch, s: Any, mask: Any) -> np.ndarray | None:
 
 
 def _barrier(decoder: Decoder, instruction: Instruction) -> Step:
-    if [str(o) for o in instruction.operands] != ["0"]:
-        raise decoder.unknown(instruction, "a barrier other than __syncthreads()")
-
     def step(m: Batch, s: Any) -> None:
         m.shared.barrier(s)
         m.memory.barrier(m.lanes[s])
@@ -126,9 +120,11 @@ def _barrier(decoder: Decoder, instruction: Instruction) -> Step:
 
 
 def _warp_sync(decoder: Decoder, instruction: Instruction) -> Step:
-    if decoder.integer(str(instruction.operands[0])) & _ALL != _ALL:
-        raise decoder.unknown(instruction, "__syncwarp() with a mask")
-    return lambda m, s: m.shared.warp_sync(s)
+    def step(m: Batch, s: Any) -> None:
+        m.shared.warp_sync(s)
+        m.memory.warp_sync(m.lanes[s])
+
+    return step
 
 
 # --- shuffles ---------------------------------------------------------------------------------------------------------
@@ -182,54 +178,127 @@ def _shuffle(mode: str) -> Callable[[Decoder, Instruction], Step]:
     return decode
 
 
-# --- tensor cores -----------------------------------------------------------------------------------------------------
+# --- votes ------------------------------------------------------------------------------------------------------------
 
 
-def _mma(k: int, bf16: bool) -> Callable[[Decoder, Instruction], Step]:
+def _bits_of(m: Batch, s: Any, holds: np.ndarray) -> np.ndarray:
+    """For each lane, the bits of the lanes of its warp that take part and for which ``holds``."""
+    lanes = m.lanes[s]
+    weights = np.where(holds, 2.0 ** (lanes % WARP), 0.0)
+    bits: np.ndarray = np.bincount(m.warp[s], weights, m.count // WARP)[m.warp[s]].astype(np.uint32)
+    return bits
+
+
+def _vote(mode: str) -> Decode:
     def decode(decoder: Decoder, instruction: Instruction) -> Step:
-        def slots(operand: Operand, kind: str) -> list[int]:
-            parts = operand.parts if isinstance(operand, Vector) else ()
-            return [decoder.source(part, kind, instruction)[1] for part in parts]
-
-        d, a, b, c = instruction.operands
-        to = [decoder.target(part, "f32", instruction)[1] for part in (d.parts if isinstance(d, Vector) else ())]
-        a_slots, b_slots, c_slots = slots(a, "u32"), slots(b, "u32"), slots(c, "f32")
-        if (len(to), len(a_slots), len(b_slots), len(c_slots)) != (4, k // 4, k // 8, 4):
-            raise decoder.unknown(instruction, "with other numbers of registers")
-
-        def block(m: Batch, s: Any, slot: int) -> np.ndarray:
-            """One register of each warp as an 8 x 8 block of numbers, in fp64."""
-            halves = np.ascontiguousarray(m.rows[UNSIGNED][slot][s]).view(np.uint16)
-            numbers = from_bfloat(halves) if bf16 else halves.view(np.float16)
-            return numbers.astype(np.float64).reshape(-1, 8, 8)
+        result, operand, _ = instruction.operands
+        target = decoder.target(result, "u32" if mode == "ballot" else "pred", instruction)[1]
+        read = decoder.predicate(operand, instruction)
 
         def step(m: Batch, s: Any) -> None:
-            left = [block(m, s, slot) for slot in a_slots]
-            right = [block(m, s, slot) for slot in b_slots]
-            upper = np.concatenate(left[0::2], axis=2)
-            lower = np.concatenate(left[1::2], axis=2)
-            columns = np.concatenate(right, axis=2)  # [warp, n, k]
-            product = np.concatenate([upper, lower], axis=1) @ columns.transpose(0, 2, 1)  # [warp, 16, 8]
-            f = m.rows[FLOAT]
-            for i in range(4):
-                rows = slice(0, 8) if i < 2 else slice(8, 16)
-                part = product[:, rows, i % 2 :: 2].reshape(-1) + f[c_slots[i]][s]
-                f[to[i]][s] = canonical(part.astype(np.float32))
+            holds = read(m, s)
+            yes, no = _bits_of(m, s, holds), _bits_of(m, s, ~holds)
+            answers = {"ballot": yes, "any": yes != 0, "all": no == 0, "uni": (yes == 0) | (no == 0)}
+            m.rows[UNSIGNED][target][s] = answers[mode]
 
         return step
 
     return decode
 
 
+def _equals(m: Batch, s: Any, values: np.ndarray) -> np.ndarray:
+    """For each lane, the bits of the lanes of its warp with the same value."""
+    found = np.zeros(len(values), np.uint32)
+    _, group = np.unique(np.stack((m.warp[s].astype(np.uint64), values.astype(np.uint64))), axis=1, return_inverse=True)
+    group = group.reshape(-1)
+    bits = np.bincount(group, 2.0 ** (m.lanes[s] % WARP)).astype(np.uint32)
+    found[:] = bits[group]
+    return found
+
+
+def _match(every: bool, bits: str) -> Decode:
+    def decode(decoder: Decoder, instruction: Instruction) -> Step:
+        result, *rest = instruction.operands
+        answer = decoder.target(rest.pop(0), "pred", instruction)[1] if len(rest) > 2 else None
+        target = None if result == "_" else decoder.target(result, "u32", instruction)[1]
+        source = decoder.source(rest[0], f"u{bits}", instruction)[1]
+
+        def step(m: Batch, s: Any) -> None:
+            equal, there = _equals(m, s, m.rows[UNSIGNED][source][s]), _bits_of(m, s, np.ones(len(m.lanes[s]), bool))
+            if answer is not None:
+                m.rows[UNSIGNED][answer][s] = equal == there
+            if target is not None:
+                m.rows[UNSIGNED][target][s] = np.where(equal == there, equal, np.uint32(0)) if every else equal
+
+        return step
+
+    return decode
+
+
+_REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
+               "xor": np.bitwise_xor}  # fmt: skip
+
+
+def _reduce(operation: str, kind: str) -> Decode:
+    """``redux.sync``: one number of a warp, for all its lanes that take part."""
+
+    def decode(decoder: Decoder, instruction: Instruction) -> Step:
+        target = decoder.target(instruction.operands[0], kind, instruction)[1]
+        bank, source, _ = decoder.source(instruction.operands[1], kind, instruction)
+
+        def step(m: Batch, s: Any) -> None:
+            warp, values = m.warp[s], m.rows[bank][source][s]
+            starts = np.nonzero(np.r_[True, warp[1:] != warp[:-1]])[0]  # lanes are in order, so warps are
+            results = _REDUCTIONS[operation].reduceat(values, starts)
+            m.rows[bank][target][s] = np.repeat(results, np.diff(np.r_[starts, len(warp)]))
+
+        return step
+
+    return decode
+
+
+def _active(decoder: Decoder, instruction: Instruction) -> Step:
+    target = decoder.target(instruction.operands[0], "u32", instruction)[1]
+
+    def step(m: Batch, s: Any) -> None:
+        m.rows[UNSIGNED][target][s] = _bits_of(m, s, np.ones(len(m.lanes[s]), bool))
+
+    return step
+
+
+def _elect(decoder: Decoder, instruction: Instruction) -> Step:
+    """``elect.sync``: the lowest lane that takes part."""
+    result, answer, _ = instruction.operands
+    target = None if result == "_" else decoder.target(result, "u32", instruction)[1]
+    elected = decoder.target(answer, "pred", instruction)[1]
+
+    def step(m: Batch, s: Any) -> None:
+        there = _bits_of(m, s, np.ones(len(m.lanes[s]), bool)).astype(np.int64)
+        lowest = np.log2(there & -there).astype(np.uint32)
+        if target is not None:
+            m.rows[UNSIGNED][target][s] = lowest
+        m.rows[UNSIGNED][elected][s] = m.lanes[s] % WARP == lowest
+
+    return step
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
-COMPANY: dict[str, Company] = {
-    "bar.sync": Company(_barrier, _whole_block),
-    "bar.warp.sync": Company(_warp_sync, _named_lanes(0)),
-}
+COMPANY: dict[str, Company] = {"bar.warp.sync": Company(_warp_sync, named_lanes(0))}
+for _opcode in ("bar.sync", "barrier.sync", "barrier.sync.aligned"):
+    COMPANY[_opcode] = Company(_barrier, whole_block)
 for _mode in _SOURCE_LANE:
-    COMPANY[f"shfl.sync.{_mode}.b32"] = Company(_shuffle(_mode), _named_lanes(-1))
-for _type in ("bf16", "f16"):
-    for _k in (8, 16):
-        _name = f"mma.sync.aligned.m16n8k{_k}.row.col.f32.{_type}.{_type}.f32"
-        COMPANY[_name] = Company(_mma(_k, _type == "bf16"), _whole_warp)
+    COMPANY[f"shfl.sync.{_mode}.b32"] = Company(_shuffle(_mode), named_lanes(-1))
+for _mode in ("any", "all", "uni"):
+    COMPANY[f"vote.sync.{_mode}.pred"] = Company(_vote(_mode), named_lanes(-1))
+COMPANY["vote.sync.ballot.b32"] = Company(_vote("ballot"), named_lanes(-1))
+for _bits in ("32", "64"):
+    COMPANY[f"match.any.sync.b{_bits}"] = Company(_match(False, _bits), named_lanes(-1))
+    COMPANY[f"match.all.sync.b{_bits}"] = Company(_match(True, _bits), named_lanes(-1))
+for _operation in _REDUCTIONS:
+    for _kind in ("u32", "s32") if _operation in ("add", "min", "max") else ("b32",):
+        COMPANY[f"redux.sync.{_operation}.{_kind}"] = Company(
+            _reduce(_operation, _kind.replace("b", "u")), named_lanes(-1)
+        )
+COMPANY["elect.sync"] = Company(_elect, named_lanes(-1))
+COMPANY["activemask.b32"] = Company(_active, lambda decoder, instruction: lambda m, s: None)
