@@ -17,7 +17,6 @@ import pytest
 import torch
 from loopback import Loopback
 from patience import BUSY
-from refq4_cpu import build
 from threads import faults_of
 
 import refq4
@@ -124,7 +123,7 @@ print(len(foreign), refq4.backend_info("cpu")["tier"])
 
 @pytest.mark.reference_only("it switches backends itself")
 @pytest.mark.parametrize("calls", [1000, pytest.param(100_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("tier", build.TIERS)
+@pytest.mark.parametrize("tier", cpu_tiers.TIERS)
 def test_threads_get_no_result_that_no_backend_gives_alone_while_another_switches(tier, calls, request):
     cpu_tiers.require(tier, request)
     env = os.environ | cpu_tiers.environment(tier)

@@ -33,6 +33,7 @@ NOT_RUN = {  # a command that starts like this -> why
     "pip install": "installs",
     "REFQ4_CPU_CFLAGS=": "a debugger waits for a person",
     "REFQ4_CPU_KERNEL=": "my_script.py stands for a program of the reader's",
+    "python scripts/bench/arm_cycles.py": "needs llvm-mca; run by tests/backends/cpu/test_cpu_arm.py",
     "python scripts/checks/sanitize_cpu.py": "run by tests/backends/cpu/test_cpu_sanitizers.py, which is slow",
 }
 SLOW = {  # the same, for what takes minutes on two cores
@@ -40,6 +41,7 @@ SLOW = {  # the same, for what takes minutes on two cores
     "python -m refq4 verify",
     "REFQ4_CPU_TIER=c python -m refq4 verify",
     "REFQ4_CPU_TIER=avx512 REFQ4_CPU_EMULATE=1 python -m refq4 verify",
+    "REFQ4_CPU_TIER=neon_bf16 REFQ4_CPU_EMULATE=1 python -m refq4 verify --backend cpu --deep",
 }
 # A backend called mine stands for the reader's own; here it is the CPU backend, asked the quick questions.
 STAND_INS = {"--import mine.py --backend mine": "--backend cpu --quick"}

@@ -213,7 +213,7 @@ print({{op.backend for op in t.ops}} | {{str(info["reason"])}})
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ("os.name = 'nt'; del os.sched_getaffinity, os.getuid", "written for POSIX threads"),
+        ("os.name = 'nt'; del os.sched_getaffinity, os.getuid", "written for POSIX threads (not Windows)"),
         ("sys.byteorder = 'big'", "little-endian memory; use the reference"),
         ("del os.sched_getaffinity; os.environ['PATH'] = ''; os.environ.pop('CC', None)", "there is no C compiler"),
     ],

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 from refq4_cpu import build
+
+# What a test of every tier takes. All kernels of neon are in neon_bf16, too, and each rung has tests of its own.
+TIERS = [pytest.param(tier, marks=[pytest.mark.slow] if tier == "neon" else []) for tier in build.TIERS]
+
+
+def native(tier: str) -> bool:
+    """Whether this machine's compiler has the tier's instructions, if not its processor."""
+    x86, arm = platform.machine() in ("x86_64", "AMD64"), platform.machine() in ("aarch64", "arm64")
+    return tier == "c" or (arm if "neon" in tier else x86)
 
 
 def environment(tier: str) -> dict[str, str]:

@@ -45,11 +45,11 @@ _LARGEST_M = MEASURED_M[-1]
 
 
 class CpuBackend(Backend):
-    """C kernels compiled on first use: AVX-512 BF16, AVX-512, AVX2 or plain C, whatever the processor has."""
+    """C kernels compiled on first use: AVX-512, AVX2, NEON (the first and the last with BF16) or plain C."""
 
     name = "cpu"
     priority = 10
-    description = "C kernels compiled on first use: AVX-512 BF16, AVX-512, AVX2, plain C"
+    description = "C kernels compiled on first use: AVX-512 and NEON, with and without BF16, AVX2, plain C"
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -64,7 +64,7 @@ class CpuBackend(Backend):
 
     def available(self) -> str | None:
         if os.name != "posix" or sys.byteorder != "little":
-            return "its kernels are written for POSIX threads and little-endian memory; use the reference"
+            return "its kernels are written for POSIX threads (not Windows) and little-endian memory; use the reference"
         try:
             forced()
             self._loaded()  # compiled, too: what does not compile here is found before a call relies on it
@@ -97,7 +97,9 @@ class CpuBackend(Backend):
             kernel = self._kernel_for(call.dtype, rows, call.k, call.blocksize, call.layout)
             name = f"{GRAD_INPUT if call.transposed else kernel.name} for each expert"
         else:
-            rung = next((f"2_{feature}" for feature in ("avx512", "avx2") if feature in tier.features), "1_scalar")
+            rung = next(
+                (f"2_{feature}" for feature in ("avx512", "avx2", "neon") if feature in tier.features), "1_scalar"
+            )
             in_c = call.op not in ("quantize_4bit", "dequantize_4bit")
             name = f"{call.op.partition('_')[0]}_{'1_scalar' if in_c else rung}"
         return f"{name} (emulated)" if tier.emulated else name

@@ -1,19 +1,13 @@
 """From C source to a loaded library: find a compiler, choose a tier, compile once, call through ctypes.
 
-    tier           instructions                             compiled with
-    -------------  ---------------------------------------  -------------------------------------
-    avx512_bf16    AVX-512 + vdpbf16ps                      the flags in FEATURES below
-    avx512         AVX-512 F, BW, DQ, VL
-    avx2           AVX2, FMA, F16C
-    c              what every compiler's default has        no -m flag at all
-
-The best tier that the processor *and* the operating system can run is taken (``kernels/cpu_features.c`` asks both);
-``REFQ4_CPU_TIER`` names another one. A tier is one translation unit, ``kernels/library.c``, compiled in about two
-seconds on first use and kept in the cache (``refq4/internals/buildcache.py``).
+The best tier (``features.py`` lists them) that the processor *and* the operating system can run is taken
+(``kernels/cpu_features.c`` asks both); ``REFQ4_CPU_TIER`` names another one. A tier is one translation unit,
+``kernels/library.c``, compiled in about two seconds on first use and kept in the cache
+(``refq4/internals/buildcache.py``).
 
 A tier that the processor lacks runs emulated, if it is named and ``REFQ4_CPU_EMULATE=1`` allows it: the same sources,
-compiled without an -m flag against SIMDe's C versions of the instructions (``kernels/emulated_simd.h``). That is slow,
-and there for tests.
+compiled without an -m flag against SIMDe's C versions of the instructions (``kernels/emulated_simd.h``,
+``emulated_neon.h``). That is slow, and there for tests.
 """
 
 from __future__ import annotations
@@ -34,14 +28,14 @@ from pathlib import Path
 
 from refq4.internals.buildcache import RefusedError, cache_directory, cache_key, cached
 
+from .features import FEATURES, TIERS, Tier
+
 __all__ = [
     "EMULATE_VARIABLE",
-    "FEATURES",
     "TIERS",
     "TIER_VARIABLE",
     "BuildError",
     "Compiler",
-    "Feature",
     "Library",
     "Tier",
     "find_compiler",
@@ -52,36 +46,11 @@ __all__ = [
 TIER_VARIABLE = "REFQ4_CPU_TIER"
 EMULATE_VARIABLE = "REFQ4_CPU_EMULATE"
 
-
-@dataclass(frozen=True)
-class Feature:
-    """Instructions that kernels are written for: ``REFQ4_`` and its name in capitals is its macro."""
-
-    bit: int | None  # of cpu_features.c; None if every processor has it
-    flags: tuple[str, ...] = ()
-    outdates: tuple[str, ...] = ()  # features whose kernels are not worth timing where one of this feature serves
-
-
-# In the order in which they came; kernels of a later one are tried first.
-FEATURES: dict[str, Feature] = {
-    "c": Feature(None),
-    "avx2": Feature(0, ("-mavx2", "-mfma", "-mf16c"), ("c",)),
-    "avx512": Feature(1, ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"), ("c", "avx2")),
-    "avx512_bf16": Feature(2, ("-mavx512bf16",), ("c", "avx2")),
-}
-
-# A tier is a set of features; best first.
-TIERS: dict[str, tuple[str, ...]] = {
-    "avx512_bf16": ("c", "avx2", "avx512", "avx512_bf16"),
-    "avx512": ("c", "avx2", "avx512"),
-    "avx2": ("c", "avx2"),
-    "c": ("c",),
-}
-
 # -ffp-contract=off: a fused multiply-add where the definition rounds twice would change bits (block_scale).
 # -fno-strict-aliasing: records hold scales and codes in one stream, read through pointers of both types.
 _FLAGS = ("-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread")
 _NATIVE = ("-O3",)
+_ARM_NUMBERS = ("CPU implementer", "CPU part")  # of /proc/cpuinfo
 _EMULATED = ("-O1", "-DREFQ4_EMULATED")  # -O3 would compile for minutes
 
 
@@ -99,28 +68,6 @@ class Compiler:
 
     command: tuple[str, ...]
     version: str
-
-
-@dataclass(frozen=True)
-class Tier:
-    """A tier in effect, and whether this processor runs its instructions or SIMDe's C stands in for them."""
-
-    name: str
-    emulated: bool = False
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        """Names in :data:`FEATURES`: the kernels that it has are written for these."""
-        return TIERS[self.name]
-
-    @property
-    def flags(self) -> list[str]:
-        """What the compiler is told: a macro for each feature, and the -m flags unless they are emulated."""
-        macros = [f"-DREFQ4_{name.upper()}" for name in self.features]
-        return macros + [flag for name in self.features if not self.emulated for flag in FEATURES[name].flags]
-
-    def __str__(self) -> str:
-        return f"{self.name} (emulated)" if self.emulated else self.name
 
 
 @dataclass(frozen=True)
@@ -147,14 +94,21 @@ def load(tier: Tier | None = None) -> Library:
 @cache
 def _load(tier: Tier, _cache: str | None, _cc: str | None) -> Library:
     compiler = find_compiler()
-    flags = (*(_EMULATED if tier.emulated else _NATIVE), *_FLAGS, *tier.flags)
-    command = [*compiler.command, *flags, *extra_flags(), "library.c"]
+    command = [*compiler.command, *compiler_flags(tier), "library.c"]
     if tier.emulated:
         command.append("-lm")  # fmaf, where there is no instruction for it
     key = cache_key(*_sources(), *command, compiler.version, platform.machine(), processor_name())
     stem = f"refq4_cpu-{tier.name}{'-emulated' if tier.emulated else ''}"
     path = _compiled(f"{stem}-{key}.so", command, f"the {tier} kernels")
     return Library(tier, path, key, compiler, ctypes.CDLL(str(path)))
+
+
+def compiler_flags(tier: Tier) -> list[str]:
+    """How a tier's sources are compiled: flags that gcc and clang share, and what the environment adds."""
+    speed = _EMULATED if tier.emulated else _NATIVE
+    if not tier.emulated and (platform.system(), platform.machine()) == ("Darwin", "arm64"):
+        speed = (*speed, "-mcpu=native")  # on Linux a home, and the cache in it, may be shared by other processors
+    return [*speed, *_FLAGS, *tier.flags, *extra_flags()]
 
 
 def supported_tiers() -> list[str]:
@@ -203,7 +157,7 @@ def emulation_lacks() -> str | None:
 
 @cache
 def _finds_simde(command: tuple[str, ...]) -> bool:
-    probe = "#if !__has_include(<simde/x86/avx512.h>)\n#error\n#endif\n"
+    probe = "#if !__has_include(<simde/x86/avx512.h>) || !__has_include(<simde/arm/neon.h>)\n#error\n#endif\n"
     return (
         subprocess.run(
             [*command, "-E", "-x", "c", "-"], input=probe, capture_output=True, text=True, check=False
@@ -315,9 +269,13 @@ def _sources() -> list[bytes]:
 
 @cache
 def processor_name() -> str:
-    """The processor's model name, where the system tells it."""
+    """The processor's model name, where the system tells it; of an ARM processor under Linux, its numbers."""
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return told.get("model name") or " ".join(f"{name} {told[name]}" for name in _ARM_NUMBERS if name in told)

@@ -18,6 +18,7 @@ from torch import Tensor
 from refq4.backend import PreparedWeight
 
 from . import build
+from .features import FEATURES
 
 __all__ = [
     "DTYPES",
@@ -48,7 +49,7 @@ class ProductKernel:
     """One rung: a file in ``kernels/`` and what it asks for."""
 
     name: str
-    feature: str = "c"  # in build.FEATURES: a tier that has the feature has the kernel
+    feature: str = "c"  # in features.py: a tier that has the feature has the kernel
     dtypes: frozenset[torch.dtype] = _ALL
     reads_tiles: bool = True
     any_shape: bool = False  # else see can_tile
@@ -82,6 +83,10 @@ PRODUCT_KERNELS = (
     ProductKernel("gemv_4bit_2_avx512", "avx512", reads_tiles=False, one_token=True),
     ProductKernel("gemm_4bit_4_avx512_bf16", "avx512_bf16", dtypes=_BF16),
     ProductKernel("gemv_4bit_3_avx512_bf16", "avx512_bf16", dtypes=_BF16, reads_tiles=False, one_token=True),
+    ProductKernel("gemm_4bit_2_neon", "neon"),
+    ProductKernel("gemv_4bit_2_neon", "neon", reads_tiles=False, one_token=True),
+    ProductKernel("gemm_4bit_3_neon_bf16", "neon_bf16", dtypes=_BF16),
+    ProductKernel("gemv_4bit_3_neon_bf16", "neon_bf16", dtypes=_BF16, reads_tiles=False, one_token=True),
 )
 
 
@@ -162,7 +167,7 @@ def candidates(
     """
     able = [kn for kn in PRODUCT_KERNELS if kn.refuses(features, dtype, m, k, blocksize, layout) is None]
     # Later features first; among equals the one-token kernel, which needs no rearranging.
-    order = list(build.FEATURES)
+    order = list(FEATURES)
     able.sort(key=lambda kernel: (-order.index(kernel.feature), not kernel.one_token))
-    outdated = {old for kernel in able for old in build.FEATURES[kernel.feature].outdates}
+    outdated = {old for kernel in able for old in FEATURES[kernel.feature].outdates}
     return tuple(kn for kn in able if kn.feature not in outdated and kn.name != "gemv_4bit_1_scalar")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def _gomp_parallel() -> int | None:
     """The address of GOMP_parallel in the runtime that torch computes with; None if it has none."""
     if "OpenMP" not in torch.__config__.parallel_info():
         return None
-    core = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    core = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{'dylib' if sys.platform == 'darwin' else 'so'}"
     try:
         # Already loaded: this gives a handle, and a symbol is looked up in what it depends on, too.
         return ctypes.cast(ctypes.CDLL(str(core)).GOMP_parallel, ctypes.c_void_p).value

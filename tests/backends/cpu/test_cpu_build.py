@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -162,6 +162,58 @@ def test_where_the_kernels_do_not_compile_auto_takes_the_reference_and_says_why(
     assert "by name: backend 'cpu' is not available: compiling the CPU kernels failed" in done.stdout
 
 
+# --- macOS, as far as another system can show it ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the platform module says on an Apple M2."""
+    monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(build.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(build, "cpu_features", lambda: 1 << 4 | 1 << 5)
+    monkeypatch.delenv(build.TIER_VARIABLE, raising=False)
+
+
+@pytest.mark.usefixtures("mac")
+def test_on_a_mac_the_best_tier_is_compiled_for_its_processor() -> None:
+    tier = build.chosen_tier()
+    assert (str(tier), build.supported_tiers()) == ("neon_bf16", ["neon_bf16", "neon", "c"])
+    flags = build.compiler_flags(tier)
+    assert "-mcpu=native" in flags
+    assert [flag for flag in flags if flag.startswith("-D")] == ["-DREFQ4_NEON", "-DREFQ4_NEON_BF16"]
+    assert "-mcpu=native" not in build.compiler_flags(build.Tier("neon_bf16", emulated=True))
+
+
+def test_elsewhere_a_library_runs_on_every_processor_of_its_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache may lie in a home that several machines share."""
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    assert not [flag for flag in build.compiler_flags(build.Tier("neon_bf16")) if "native" in flag]
+
+
+@pytest.mark.usefixtures("mac")
+def test_apples_compiler_takes_every_flag() -> None:
+    """``-###`` prints what clang would start. An unknown flag is an error; a processor called native is the host's."""
+    if shutil.which("clang") is None:
+        pytest.skip("there is no clang to ask: on Debian and Ubuntu, `apt-get install clang`")
+    flags = ["-mcpu=apple-m1" if flag == "-mcpu=native" else flag for flag in build.compiler_flags(build.chosen_tier())]
+    command = [
+        "clang",
+        "--target=arm64-apple-macosx13",
+        "-###",
+        "-Werror",
+        *flags,
+        "-shared",
+        "library.c",
+        "-o",
+        "x.so",
+    ]
+    done = subprocess.run(command, cwd=build.kernel_directory(), capture_output=True, text=True, check=False)
+    assert (done.returncode, "error:" in done.stderr) == (0, False), done.stderr[-2000:]
+    assert "-dylib" in done.stderr
+    done = subprocess.run([*command, "--no-such-flag"], cwd=build.kernel_directory(), capture_output=True, check=False)
+    assert done.returncode != 0, "the question can be answered with no"
+
+
 # --- tiers that the processor lacks ---------------------------------------------------------------------------------
 
 
@@ -272,16 +324,18 @@ def test_the_processors_bits_agree_with_what_the_system_reports() -> None:
     except OSError:
         pytest.skip("this system has no /proc/cpuinfo to compare with")
     has = {"avx2": "avx2" in flags, "avx512": "avx512vl" in flags, "avx512_bf16": "avx512_bf16" in flags, "c": True}
+    has |= {"neon": "asimd" in flags, "neon_bf16": "bf16" in flags}
     assert build.supported_tiers() == [tier for tier in build.TIERS if has[tier]]
 
 
 @_needs_compiler
 @pytest.mark.parametrize("tier", list(build.TIERS))
 def test_every_tier_compiles_also_where_it_cannot_run(tier: str) -> None:
-    """A change made on a machine with AVX2 must not break the sources of AVX-512."""
-    if tier != "c" and platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip(f"the tier {tier} is for x86-64, this is {platform.machine()}")
-    library = build.load(build.Tier(tier))  # loading runs none of it
+    """A change made on a machine with AVX2 must not break the sources of AVX-512, nor those of NEON."""
+    emulated = not cpu_tiers.native(tier)
+    if emulated and (missing := build.emulation_lacks()) is not None:
+        pytest.skip(missing)
+    library = build.load(build.Tier(tier, emulated))  # loading runs none of it
     assert all(hasattr(library.functions, f"refq4_{name}") for name in ("product", "quantize", "dequantize", "tile"))
     declare(library.functions)
     found, has = (
@@ -344,8 +398,8 @@ def test_each_kernel_file_compiles_alone_by_the_line_at_its_top(name: str, tmp_p
     words = _compile_line(name)
     assert words[-1] == name
     flags = words[1:-1]
-    native = platform.machine() in ("x86_64", "AMD64")
-    if not native:  # the same file against SIMDe's versions of the instructions
+    named = next((tier for tier in build.TIERS if f"-DREFQ4_{tier.upper()}" in flags), "c")
+    if not cpu_tiers.native(named):  # the same file against SIMDe's versions of the instructions
         flags = [flag for flag in flags if not flag.startswith("-m")] + ["-DREFQ4_EMULATED"]
     if "-DREFQ4_EMULATED" in flags and (missing := build.emulation_lacks()) is not None:
         pytest.skip(missing)

@@ -21,7 +21,7 @@ from patience import BUSY
 
 pytest.importorskip("refq4_cpu", reason="the package refq4_cpu is not installed")
 import cpu_tiers
-from refq4_cpu import CpuBackend, build
+from refq4_cpu import CpuBackend
 
 if (reason := CpuBackend().available()) is not None:
     pytest.skip(f"the CPU backend is not available: {reason}", allow_module_level=True)
@@ -123,7 +123,7 @@ def _run(tier: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=BUSY, check=False)
 
 
-@pytest.mark.parametrize("tier", list(build.TIERS))
+@pytest.mark.parametrize("tier", cpu_tiers.TIERS)
 def test_operands_against_guard_pages_do_not_fault(tier: str, request: pytest.FixtureRequest) -> None:
     cpu_tiers.require(tier, request)
     done = _run(tier)

@@ -28,7 +28,7 @@ if (reason := CpuBackend().available()) is not None:
     pytest.skip(f"the CPU backend is not available: {reason}", allow_module_level=True)
 
 
-@pytest.fixture(params=list(build.TIERS))
+@pytest.fixture(params=cpu_tiers.TIERS)
 def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuBackend:
     return backend_of(request.param, request, monkeypatch)
 

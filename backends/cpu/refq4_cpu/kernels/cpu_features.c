@@ -7,6 +7,8 @@
  *     bit 1   AVX-512 F, BW, DQ, VL, with opmask and zmm registers saved
  *     bit 2   AVX-512 BF16 on top of that (vdpbf16ps)
  *     bit 3   AMX-BF16 with tile registers saved (reported; no tier uses it yet)
+ *     bit 4   NEON: every 64-bit ARM processor has it, and every system saves its registers
+ *     bit 5   BF16 on top of that (bfdot, bfmmla), as Linux or macOS report it
  *
  * cc -O1 -fsyntax-only cpu_features.c
  */
@@ -37,6 +39,23 @@ unsigned refq4_cpu_features(void) {
     int bf16 = avx512 && (a7_1 >> 5 & 1);
     return (unsigned)(avx2 | avx512 << 1 | bf16 << 2 | (amx && (d7 >> 22 & 1)) << 3);
 }
+#elif defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+static unsigned has_bf16(void) { return getauxval(AT_HWCAP2) >> 14 & 1; } /* HWCAP2_BF16 of <asm/hwcap.h> */
+#elif defined(__APPLE__)
+#include <stddef.h>
+#include <sys/sysctl.h>
+static unsigned has_bf16(void) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &value, &size, NULL, 0) == 0 && value == 1;
+}
 #else
-unsigned refq4_cpu_features(void) { return 0; } /* not x86-64: the plain C tier */
+static unsigned has_bf16(void) { return 0; }
+#endif
+
+unsigned refq4_cpu_features(void) { return 1u << 4 | has_bf16() << 5; }
+#else
+unsigned refq4_cpu_features(void) { return 0; } /* the plain C tier */
 #endif

@@ -25,6 +25,9 @@
 #elif defined REFQ4_AVX2
 #include "tiles_2_avx2.h"
 #define MAKE_TILES tile_panel_avx2
+#elif defined REFQ4_NEON
+#include "tiles_2_neon.h"
+#define MAKE_TILES tile_panel_neon
 #else
 #define MAKE_TILES tile_panel
 #endif
@@ -47,7 +50,7 @@ _Static_assert(SUBTOTAL_PARTS * 8 * PART_GROUPS_FP32 == SUBTOTAL_ELEMENTS, "a su
 typedef void (*TileKernel)(TILE_KERNEL_PARAMETERS);
 
 /* How a kernel wants x: see pack_tile. */
-enum x_order { ONE_FP32 = 0, BF16_PAIRS, FP32_PAIRS };
+enum x_order { ONE_FP32 = 0, BF16_PAIRS, FP32_PAIRS, BF16_QUADS, FP32_QUADS };
 
 typedef struct {
     enum x_order x_order;
@@ -68,7 +71,18 @@ typedef struct {
 static inline int64_t tile_start(const Plan *plan, int64_t tile) { return plan->p->M * tile / plan->token_tiles; }
 
 static inline int64_t x_bytes(const Plan *plan, int64_t tokens) {
-    return tokens * plan->p->K * (plan->engine->x_order == BF16_PAIRS ? 2 : 4);
+    enum x_order order = plan->engine->x_order;
+    return tokens * plan->p->K * (order == BF16_PAIRS || order == BF16_QUADS ? 2 : 4);
+}
+
+/* The orders ..._QUADS of pack_tile. */
+static void pack_quads(const Product *p, int64_t first, int64_t mt, int bf16, void *out) {
+    for (int64_t m = 0; m < mt; m++)
+        for (int64_t k = 0; k < p->K; k++) {
+            int64_t from = (first + m) * p->K + k, to = ((k / 8 * 2 + k % 2) * mt + m) * 4 + k % 8 / 2;
+            if (bf16) ((uint16_t *)out)[to] = ((const uint16_t *)p->x)[from];
+            else ((float *)out)[to] = load_as_fp32(p->x, p->dtype, from);
+        }
 }
 
 /* One tile of x in the order the micro-kernel eats it: the MT tokens' values for one step side by side.
@@ -79,6 +93,8 @@ static inline int64_t x_bytes(const Plan *plan, int64_t tokens) {
  *                                               the lower and the upper word of the dword, shifted together
  *     FP32_PAIRS   [K/8 groups][4 steps][MT]    pairs k = 8g + {0 2 1 3}[step] and that + 4: bytes 0 and 2, then 1 and
  *                                               3 of the dword, first their high, then their low nibbles
+ *     ..._QUADS    [K/8 groups][2][MT]          fours k = 8g + {0 2 4 6}, then {1 3 5 7}: the high nibbles of a
+ *                                               dword's four bytes, then the low ones
  */
 static void pack_tile(void *context, int64_t tile, int thread) {
     (void)thread;
@@ -86,6 +102,10 @@ static void pack_tile(void *context, int64_t tile, int thread) {
     const Product *p = plan->p;
     int64_t first = tile_start(plan, tile), mt = tile_start(plan, tile + 1) - first;
     uint8_t *out = plan->x_tiles + x_bytes(plan, first);
+    if (plan->engine->x_order >= BF16_QUADS) {
+        pack_quads(p, first, mt, plan->engine->x_order == BF16_QUADS, out);
+        return;
+    }
     for (int64_t m = 0; m < mt; m++) {
         if (plan->engine->x_order == BF16_PAIRS) {
             const uint16_t *x = (const uint16_t *)p->x + (first + m) * p->K;

@@ -21,7 +21,7 @@
  * cc -O3 -fsyntax-only grad_input_4bit_1_blocked.c
  */
 #include "threads.c"
-#ifdef REFQ4_AVX2
+#if defined REFQ4_AVX2 || defined REFQ4_NEON
 #include "simd.h"
 #else
 #define UNROLL

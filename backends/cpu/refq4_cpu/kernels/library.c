@@ -1,8 +1,8 @@
 /* One tier as a library: includes what this tier's flags can compile, and exports what Python calls.
  *
- * A tier is a set of features (TIERS in refq4_cpu/build.py), and each of them is a macro. None of them: plain C.
+ * A tier is a set of features (refq4_cpu/features.py), and each of them is a macro. None of them: plain C.
  *
- *     REFQ4_AVX2    REFQ4_AVX512    REFQ4_AVX512_BF16
+ *     REFQ4_AVX2    REFQ4_AVX512    REFQ4_AVX512_BF16        REFQ4_NEON    REFQ4_NEON_BF16
  *
  * Python asks for each product kernel by name, once, when it has loaded the library (refq4_cpu/kernels.py, which says
  * what each one takes). The name is the one of its file and of its function.
@@ -26,23 +26,31 @@
 #include "dequantize_2_avx512.c"
 #define QUANTIZE quantize_2_avx512
 #define DEQUANTIZE dequantize_2_avx512
-#define WHOLE_BLOCK avx512_whole_block
 #elif defined REFQ4_AVX2
 #include "quantize_2_avx2.c"
 #include "dequantize_2_avx2.c"
 #define QUANTIZE quantize_2_avx2
 #define DEQUANTIZE dequantize_2_avx2
-#define WHOLE_BLOCK avx2_whole_block
+#elif defined REFQ4_NEON
+#include "gemm_4bit_2_neon.c"
+#include "gemv_4bit_2_neon.c"
+#include "quantize_2_neon.c"
+#include "dequantize_2_neon.c"
+#define QUANTIZE quantize_2_neon
+#define DEQUANTIZE dequantize_2_neon
 #else
 #include "quantize_1_scalar.c"
 #include "dequantize_1_scalar.c"
 #define QUANTIZE quantize_1_scalar
 #define DEQUANTIZE dequantize_1_scalar
-#define WHOLE_BLOCK(d) ((void)(d), scalar_whole_block)
 #endif
 #ifdef REFQ4_AVX512_BF16
 #include "gemm_4bit_4_avx512_bf16.c"
 #include "gemv_4bit_3_avx512_bf16.c"
+#endif
+#ifdef REFQ4_NEON_BF16
+#include "gemm_4bit_3_neon_bf16.c"
+#include "gemv_4bit_3_neon_bf16.c"
 #endif
 
 #include "limits.c"
@@ -84,6 +92,14 @@ static const struct {
 #ifdef REFQ4_AVX512_BF16
     NAMED(gemm_4bit_4_avx512_bf16),
     NAMED(gemv_4bit_3_avx512_bf16),
+#endif
+#ifdef REFQ4_NEON
+    NAMED(gemm_4bit_2_neon),
+    NAMED(gemv_4bit_2_neon),
+#endif
+#ifdef REFQ4_NEON_BF16
+    NAMED(gemm_4bit_3_neon_bf16),
+    NAMED(gemv_4bit_3_neon_bf16),
 #endif
 };
 
