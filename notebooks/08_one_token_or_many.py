@@ -277,7 +277,9 @@ roofs.roofline(read, peak, dots)
 # third is no measurement: what `refq4_cuda/roofline.py` assumes of an H200 GPU.
 
 # %% tags=["timing"]
-from refq4_cuda import roofline as h200
+from refq4_cuda.roofline import GPUS
+
+h200 = GPUS[90]
 
 machines = {"this machine, one thread": (read, peak)}
 for name, file in {
@@ -286,11 +288,8 @@ for name, file in {
 }.items():
     kept = json.loads(Path("../docs/benchmarks", file).read_text())["limits"]
     machines[name] = kept["read_gb_s"], max(kept["fma_gflop_s"], kept["dot_gflop_s"])
-tensor_cores = 2 * h200.TENSOR_FMA * h200.MULTIPROCESSORS * h200.CLOCK
-machines["H200, assumed"] = (
-    1e-9 * h200.READ_SHARE * h200.COPY_BANDWIDTH,
-    1e-9 * tensor_cores,
-)
+tensor_cores = 2 * h200.tensor * h200.multiprocessors * h200.clock
+machines["H200, assumed"] = 1e-9 * h200.reads, 1e-9 * tensor_cores
 cross = {name: cross_over(4096, 4096, *both) for name, both in machines.items()}
 roofs.cross_overs(machines, cross)
 

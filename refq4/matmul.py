@@ -47,6 +47,9 @@ class Route(NamedTuple):
     differentiable: bool = False
 
 
+_OWN = {op: Route(OWN_LAYOUT, op) for op in ("gemv_4bit", "gemm_4bit")}  # to make one takes two calls in each forward
+
+
 def route(tokens: int, k: int, blocksize: int, gradient: bool, own_layout: bool) -> Route:
     """Decide path and op. Mirrors the conditions in ``bitsandbytes.matmul_4bit``.
 
@@ -65,7 +68,7 @@ def route(tokens: int, k: int, blocksize: int, gradient: bool, own_layout: bool)
     """
     op = "gemv_4bit" if tokens == 1 else "gemm_4bit"
     if own_layout:
-        return Route(OWN_LAYOUT, op)
+        return _OWN[op]
     if tokens == 0 or k == 0:
         return Route(NOTHING, op, True)
     if tokens > 1:

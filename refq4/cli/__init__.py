@@ -11,6 +11,7 @@ eval         loss, perplexity, KL, and the damage of each layer, on a text
 inspect      what a weight file holds, and what is wrong with it
 verify       one backend against another: where they differ, on which smallest input, by how much
 bench        a backend against what people use today, and against the machine's limits
+tune         a backend measures on this machine what it chooses by, and keeps it
 run          another program, with refq4 in transformers
 complete     a script for the shell
 """
@@ -24,7 +25,7 @@ import sys
 from types import FrameType
 
 from .. import __version__
-from . import bench, complete, dequantize, evaluate, explain, info, inspect, quantize, run, tour, verify
+from . import bench, complete, dequantize, evaluate, explain, info, inspect, quantize, run, tour, tune, verify
 
 __all__ = ["begin", "main", "parser"]
 
@@ -39,6 +40,7 @@ examples:
   python -m refq4 inspect model-nf4           what is in it, and whether it is sound
   python -m refq4 verify --backend cpu        does this backend compute the 4-bit layer?
   python -m refq4 bench --quick               how fast is it, next to bitsandbytes and torch?
+  python -m refq4 tune                        up to how many tokens is the GPU's fused kernel the faster one?
   python -m refq4 run -- lm_eval --help       a program that knows nothing of refq4, with Refq4Config made known
 
 exit codes:
@@ -99,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"refq4 {__version__}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (tour, info, explain, quantize, dequantize, evaluate, inspect, verify, bench, run):
+    for module in (tour, info, explain, quantize, dequantize, evaluate, inspect, verify, bench, tune, run):
         module.add(commands)
     complete.add(commands, whole)
     return whole

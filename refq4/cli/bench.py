@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add"]
+__all__ = ["add", "shape"]
 
 # What refq4.bench measures, said again for a help without torch; tests/tools/test_cli.py compares.
 DEVICES = ("cpu", "cuda")
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     command = commands.add_parser("bench", help="a backend against what people use today, and the machine's limits")
     command.add_argument("--device", choices=DEVICES, default="cpu", help="where the tensors are (%(default)s)")
     command.add_argument("--backend", help="the backend to time (default: the one named like the device)")
-    command.add_argument("--shapes", nargs="+", type=_shape, metavar="NxK", help="e.g. 4096x11008")
+    command.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help="e.g. 4096x11008")
     command.add_argument("--m", nargs="+", type=int, default=TOKENS, help="tokens per call")
     command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the activations (%(default)s)")
     command.add_argument("--threads", type=int, default=_cores(), help="(default: all cores)")
@@ -68,7 +68,8 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _shape(text: str) -> tuple[int, int]:
+def shape(text: str) -> tuple[int, int]:
+    """NxK of the command line."""
     n, x, k = text.partition("x")
     if not (x and n.isdigit() and k.isdigit()):
         raise argparse.ArgumentTypeError(f"a shape is NxK, for example 4096x11008, got {text!r}")

@@ -106,7 +106,7 @@ def wants_grad(tensor: Tensor | None) -> bool:
 def _product(
     op: str, A: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, backend: str | Resolved
 ) -> Tensor:
-    first = weight.packed if isinstance(weight, PackedWeight) else weight.tensors[0]
+    first = weight.packed if type(weight) is PackedWeight else weight.tensors[0]  # type: ignore[union-attr]
     check_product(A, weight.shape, bias, first.device)
     n, k = weight.shape
     if 0 in A.shape or n == 0:

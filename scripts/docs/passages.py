@@ -19,6 +19,7 @@ PASSAGES: dict[str, Callable[..., str]] = {
     "codebooks": tables.codebooks,
     "environment": tables.environment,
     "file": tables.file,
+    "gpu-model": tables.gpu_model,
     "help": tables.command_line,
     "pipeline": pipeline_page.pipeline,
     "rule": pipeline_page.rule,

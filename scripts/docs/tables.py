@@ -98,3 +98,14 @@ def file(page: str, path: str) -> str:
     """A file of the repository, whole."""
     language = places.LANGUAGES.get(os.path.splitext(path)[1], "text")
     return f'````{{ .{language} title="{path}" }}\n{(places.ROOT / path).read_text().rstrip()}\n````'
+
+
+def gpu_model(page: str) -> str:
+    """What the CUDA backend's model makes of each architecture: a table that opens at a click, that of an H200 open."""
+    from refq4_cuda.roofline import GPUS, table
+
+    shown = []
+    for arch, gpu in GPUS.items():
+        inside = table(arch).replace("\n", "\n    ")
+        shown.append(f'???{"+" if arch == 90 else ""} note "{gpu.name} (sm_{arch})"\n\n    {inside}\n')
+    return "\n".join(shown)

@@ -152,3 +152,33 @@ def test_help_has_examples_and_a_wrong_command_is_a_usage_error(capsys):
             cli.main(arguments)
         assert stop.value.code == status
         assert says in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, which would be measured for minutes")
+def test_tune_says_why_there_is_nothing_to_measure():
+    from refq4 import backend_info
+
+    for name, wanted in (
+        ("cuda", f"backend 'cuda' is not available: {backend_info('cuda')['reason']}"),
+        ("reference", "backend 'reference' has nothing to tune: name one that has, as --backend cuda"),
+    ):
+        done = run("tune", "--backend", name, "--shapes", "32x128", "--m", "8", "16")
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", f"refq4 tune: {wanted}\n")
+
+
+def test_tune_hands_shapes_and_rising_numbers_of_tokens_on_and_prints_what_it_is_told(capsys):
+    import refq4
+    from refq4 import registry
+
+    class Tunable(refq4.backend.Backend):
+        name = "tunable"
+
+        def tune(self, shapes, tokens):
+            yield f"{shapes} {tokens}"
+            yield "kept"
+
+    with registry.isolated_registry():
+        refq4.register_backend(Tunable())
+        assert cli.main(["tune", "--backend", "tunable", "--shapes", "32x128", "--m", "16", "8"]) == 0
+        assert cli.main(["tune", "--backend", "tunable"]) == 0
+    assert capsys.readouterr().out == "[(32, 128)] [8, 16]\nkept\n() []\nkept\n"

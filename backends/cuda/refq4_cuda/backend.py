@@ -10,7 +10,8 @@ kernel files, and which kernel with which grid, in ``launch.py``.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Hashable, Iterator, Sequence
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -19,23 +20,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from refq4.backend import Backend, BackendUnsupportedError, Call, Nested, PackedWeight, PreparedWeight
+from refq4.backend import Backend, Call, Nested, PackedWeight, PreparedWeight
 from refq4.codebooks import Code, get_codebook
 from refq4.internals.buildcache import CacheError, cache_directory
 from refq4.internals.remedies import install
 from refq4.layout import block_count, packed_bytes
 
-from . import driver, emulated, launch
+from . import driver, emulated, launch, stored
 from .bindings import CudaError, dotted, driver_version, nvrtc_version, why_no_gpu
 from .experts import expert, grouped_product
-from .geometry import Limits
+from .geometry import Limits, no_room
+from .stored import StoredWeight
 
 __all__ = ["CudaBackend", "CudaEmulatorBackend"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Processor(Protocol):
+class Processor(Hashable, Protocol):
     """What runs launches: a GPU (``driver.Device``) or the emulator (``emulated.Emulated``)."""
 
     @property
@@ -54,6 +56,9 @@ class Processor(Protocol):
     def problem(self) -> str | None:
         """Why no kernel can run there, or None."""
 
+    def counters(self, tiles: int) -> int:
+        """The address of so many counters that are zero, for one launch now; 0 if a tensor must do."""
+
     def run(self, launches: list[launch.Launch]) -> None:
         """Run kernels, one after the other."""
 
@@ -66,14 +71,10 @@ class PlannedBackend(Backend):
         raise NotImplementedError
 
     def can_run(self, call: Call) -> str | None:
-        if (reason := super().can_run(call)) is not None:
-            return reason
-        if call.dtype not in _DTYPES:
-            return f"it takes fp32, fp16 and bf16, not {call.dtype}"
-        if call.layout != "canonical":
-            return f"it reads the layout canonical only, not {call.layout}"
+        if call.device not in self.devices:  # no processor is asked for
+            return self.wrong_device(call)
         try:
-            return self.processor(torch.device(call.device)).problem
+            return _refusal(self, call, self.processor(torch.device(call.device)))
         except CudaError as error:
             return str(error)
 
@@ -123,32 +124,46 @@ class PlannedBackend(Backend):
 
     # --- products -----------------------------------------------------------------------------------------------------
 
-    def gemv_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
-        return self.gemm_4bit(x, weight, bias)
-
     def gemm_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
-        if isinstance(weight, PreparedWeight):
-            raise BackendUnsupportedError(f"backend {self.name!r} reads the canonical layout, not {weight.layout!r}")
         y = x.new_empty((x.shape[0], weight.shape[0]))
-        if x.numel() == 0 or y.numel() == 0:
+        if 0 in x.shape or 0 in y.shape:
             return y.zero_() if bias is None else y.copy_(bias)
         processor = self.processor(x.device)
-        x = x.contiguous()
-        plan = launch.product(x, weight, bias, y, processor.arch, processor.multiprocessors, limits=processor.limits)
+        if type(weight) is StoredWeight:
+            plan = stored.product(x, weight, bias, y, processor)
+        else:
+            weight = stored.packed_again(weight) if isinstance(weight, PreparedWeight) else weight
+            arch, multiprocessors = processor.arch, processor.multiprocessors
+            plan = launch.product(x, weight, bias, y, arch, multiprocessors, limits=processor.limits)
         if plan is None:
-            return self._dequantize_and_multiply(x, weight, bias, y)
+            return self.dequantize_and_multiply(x, weight, bias, y)
         processor.run(plan)
         return y
 
-    def _dequantize_and_multiply(
-        self, x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, transposed: bool = False
+    gemv_4bit = gemm_4bit
+
+    def prepare_weight(self, weight: PackedWeight) -> PreparedWeight | None:
+        """The same bytes with their launches beside them (``stored.py``); None for experts, whose products differ."""
+        return stored.stored(self.name, weight) if len(weight.shape) == 2 else None
+
+    def restore_weight(self, prepared: PreparedWeight) -> PackedWeight:
+        return stored.packed_again(prepared)
+
+    def dequantize_and_multiply(
+        self,
+        x: Tensor,
+        weight: PackedWeight | PreparedWeight,
+        bias: Tensor | None,
+        y: Tensor,
+        transposed: bool = False,
     ) -> Tensor:
         """Many tokens: decode once, and let torch multiply.
 
         The workspace is torch's to reuse. One kept here would be shared by streams that run at the same time, and
         would be freed or grown under a CUDA graph that remembers its address.
         """
-        decoded = self.dequantize_4bit(weight, x.dtype)
+        packed = stored.packed_again(weight) if isinstance(weight, PreparedWeight) else weight
+        decoded = self.dequantize_4bit(packed, x.dtype)
         factor = decoded if transposed else decoded.t()
         if bias is None:
             return torch.mm(x, factor, out=y)
@@ -157,8 +172,7 @@ class PlannedBackend(Backend):
     def grouped_gemm_4bit(
         self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, offsets: Tensor, transposed: bool
     ) -> Tensor:
-        if isinstance(weight, PreparedWeight):
-            raise BackendUnsupportedError(f"backend {self.name!r} reads the canonical layout, not {weight.layout!r}")
+        weight = stored.packed_again(weight) if isinstance(weight, PreparedWeight) else weight
         y = x.new_empty((x.shape[0], weight.shape[2 if transposed else 1]))
         processor = self.processor(x.device)
         plan = (
@@ -174,7 +188,7 @@ class PlannedBackend(Backend):
         for e, (first, stop) in enumerate(pairwise(offsets.tolist())):
             if first < stop:
                 rows, added = slice(first, stop), None if bias is None else bias[e]
-                self._dequantize_and_multiply(x[rows], expert(weight, e), added, y[rows], transposed)
+                self.dequantize_and_multiply(x[rows], expert(weight, e), added, y[rows], transposed)
         return y
 
     # --- what the trace shows -----------------------------------------------------------------------------------------
@@ -183,6 +197,18 @@ class PlannedBackend(Backend):
         plan = _plan_without_data(call, self.processor(torch.device(call.device)))
         names = ["dequantize", "torch.matmul"] if plan is None else [Path(one.variant.file).stem for one in plan]
         return " + ".join(dict.fromkeys(names)) + " for each expert" * (call.op == "grouped_gemm_4bit")
+
+
+@lru_cache(maxsize=4096)
+def _refusal(backend: PlannedBackend, call: Call, processor: Processor) -> str | None:
+    """Why the call can't be run there, or None: asked in every forward, and the same each time."""
+    if (reason := Backend.can_run(backend, call)) is not None:
+        return reason
+    if call.dtype not in _DTYPES:
+        return f"it takes fp32, fp16 and bf16, not {call.dtype}"
+    if call.layout.partition(",")[0] not in ("canonical", stored.LAYOUT):
+        return f"it reads the layouts canonical and stored, not {call.layout}"
+    return processor.problem or no_room(processor.limits)
 
 
 def _plan_without_data(call: Call, processor: Processor) -> list[launch.Launch] | None:
@@ -225,7 +251,13 @@ class CudaBackend(PlannedBackend):
         return why_no_gpu()
 
     def processor(self, device: torch.device) -> Processor:
-        return driver.device(torch.cuda.current_device() if device.index is None else device.index)
+        return driver.device(torch._C._cuda_getDevice() if device.index is None else device.index)
+
+    def tune(self, shapes: Sequence[tuple[int, int]] = (), tokens: Sequence[int] = ()) -> Iterator[str]:
+        """What ``refq4 tune`` calls: measure the cross-over to decoding on this device and keep it, telling lines."""
+        from .tune import SHAPES, TOKENS, tune
+
+        return tune(self, torch.device("cuda", torch.cuda.current_device()), shapes or SHAPES, tokens or TOKENS)
 
     def info(self) -> dict[str, Any]:
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

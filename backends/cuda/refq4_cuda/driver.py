@@ -4,14 +4,16 @@
       |   variant    --->  a cubin (nvrtc.py)  --->  a module and a function, loaded once per device
       '-  arguments  --->  one buffer: cuLaunchKernel copies it as it is, however many arguments are in it
 
-Nothing here allocates device memory or waits for the device: what a plan needs, it has taken from torch, whose
-allocator knows streams and CUDA graphs. The primary context is the one that torch computes in.
+But for a megabyte of counters (``counters.py``), nothing here allocates device memory or waits for the device: what a
+plan needs, it has taken from torch, whose allocator knows streams and CUDA graphs. The primary context is the one that
+torch computes in.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .bindings import OLDEST, CudaError, driver_bindings
+from .counters import Counters
 from .geometry import Limits
 from .nvrtc import compile_variant, unknown_architecture
 
@@ -45,6 +48,7 @@ class Device:
         multiprocessors: how many it has.
         limits: shared memory and registers, as the device tells them.
         problem: None, or why no kernel can be compiled for this device.
+        counters: gives the address of so many counters that are zero, for one launch on the current stream, or 0.
     """
 
     def __init__(self, index: int) -> None:
@@ -65,6 +69,7 @@ class Device:
         self._context = self._ask("cuDevicePrimaryCtxRetain", self._handle)
         self._address = int(self._context)
         self._functions: dict[Variant, _Function] = {}
+        self.counters: Callable[[int], int] = lambda tiles: 0  # until the first kernel is loaded
         self._lock = threading.Lock()
 
     def run(self, launches: list[Launch]) -> None:
@@ -76,36 +81,31 @@ class Device:
         """
         # What torch.cuda.current_stream(index).cuda_stream gives, without making the Stream object on the way.
         stream = torch._C._cuda_getCurrentRawStream(self.index)
-        elsewhere = self._enter()
+        status, current = self._driver.cuCtxGetCurrent()
+        elsewhere = status or int(current) != self._address  # this thread is in another context, or in none yet
+        if elsewhere:
+            self._ask("cuCtxPushCurrent", self._context)
         try:
             for launch in launches:
-                self._launch(launch, stream)
+                variant, grid, block, shared, arguments, _ = launch
+                function = self._functions[variant] if variant in self._functions else self._load(variant, stream)
+                if shared > function.shared:
+                    self._allow(function, shared)
+                held = _scratch.holding(arguments)
+                (status,) = self._driver.cuLaunchKernel(function.handle, *grid, *block, shared, stream, 0, held)
+                if status:
+                    raise CudaError(self._failure(launch, status))
         finally:
             if elsewhere:
                 self._ask("cuCtxPopCurrent")
 
-    def _enter(self) -> bool:
-        """Make this device's context current if this thread is in another, or in none yet; tell whether it was."""
-        status, current = self._driver.cuCtxGetCurrent()
-        if not status and int(current) == self._address:
-            return False
-        self._ask("cuCtxPushCurrent", self._context)
-        return True
-
-    def _launch(self, launch: Launch, stream: int) -> None:
-        function = self._functions.get(launch.variant) or self._load(launch.variant, stream)
-        if launch.shared > function.shared:
-            self._allow(function, launch.shared)
-        (status,) = self._driver.cuLaunchKernel(
-            function.handle, *launch.grid, *launch.block, launch.shared, stream, 0, _scratch.holding(launch.arguments)
+    def _failure(self, launch: Launch, status: Any) -> str:
+        return (
+            f"launching {_named(launch.variant)} on cuda:{self.index} (sm_{self.arch}) failed: "
+            f"{self._text(status)}; grid {launch.grid}, block {launch.block}, {launch.shared} bytes of shared "
+            f"memory. Kernels run asynchronously, so the fault may lie in one launched before: repeat with "
+            f"CUDA_LAUNCH_BLOCKING=1, or under compute-sanitizer"
         )
-        if status:
-            raise CudaError(
-                f"launching {_named(launch.variant)} on cuda:{self.index} (sm_{self.arch}) failed: "
-                f"{self._text(status)}; grid {launch.grid}, block {launch.block}, {launch.shared} bytes of shared "
-                f"memory. Kernels run asynchronously, so the fault may lie in one launched before: repeat with "
-                f"CUDA_LAUNCH_BLOCKING=1, or under compute-sanitizer"
-            )
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
@@ -122,6 +122,8 @@ class Device:
                 module = self._ask("cuModuleLoadData", compile_variant(variant, self.arch).data)
                 handle = self._ask("cuModuleGetFunction", module, variant.entry.encode())
                 self._functions[variant] = _Function(handle, _WITHOUT_ASKING)
+                if len(self._functions) == 1:
+                    self.counters = Counters(self.index, self._ask, self._driver).here
             return self._functions[variant]
 
     def _allow(self, function: _Function, shared: int) -> None:
@@ -172,6 +174,7 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         buffer = (ctypes.c_ubyte * self.CAPACITY)()
         self._bytes = memoryview(buffer).cast("B")
+        self._filled = self._bytes[:0]
         self._size = ctypes.c_size_t(0)
         address, size = ctypes.addressof(buffer), ctypes.addressof(self._size)
         self._extra = (ctypes.c_void_p * 5)(1, address, 2, size, 0)
@@ -179,11 +182,15 @@ class _Scratch(threading.local):
 
     def holding(self, arguments: bytes) -> int:
         """The address of ``extra`` for these argument bytes; valid until this thread's next launch."""
-        size = len(arguments)
-        if size > self.CAPACITY:
-            raise CudaError(f"{size} bytes of arguments: a kernel takes {self.CAPACITY} at most")
-        self._bytes[:size] = arguments
-        self._size.value = size
+        try:
+            self._filled[:] = arguments  # as a rule as many as last time
+        except ValueError:
+            size = len(arguments)
+            if size > self.CAPACITY:
+                message = f"{size} bytes of arguments: a kernel takes {self.CAPACITY} at most"
+                raise CudaError(message) from None
+            self._filled, self._size.value = self._bytes[:size], size
+            self._filled[:] = arguments
         return self._address
 
 

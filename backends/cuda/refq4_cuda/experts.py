@@ -11,6 +11,7 @@ copied into the stream; only experts that have rows are in it.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -19,9 +20,8 @@ from torch import Tensor
 
 from refq4.backend import PackedWeight
 
-from .arguments import GroupedArguments, packer
-from .geometry import CROSS_OVER, THREADS, Limits, best_rung, ceil_div, grouped, plan, published
-from .launch import Launch, product_fields, shape_of
+from .geometry import CROSS_OVER, Limits, best_rung, ceil_div, grouped, plan, published
+from .launch import Launch, filled, planned_product, shape_of
 
 __all__ = ["expert", "grouped_product", "tiles_of"]
 
@@ -36,7 +36,7 @@ _COSTS: Mapping[str, Mapping[int, float]] = {
 }
 _MOST_TILES = 65535  # gridDim.z
 
-_pack = packer(GroupedArguments)
+_pack_address = struct.Struct("P").pack
 
 
 def grouped_product(
@@ -61,12 +61,13 @@ def grouped_product(
     Returns:
         None where an expert has so many rows, on average, that decoding it and ``torch.matmul`` is faster.
     """
-    n, k = weight.shape[1:]
+    n = weight.shape[1]
     bounds = offsets.tolist()
     rows = [stop - first for first, stop in pairwise(bounds) if first < stop]
     if not rows or n == 0:
         return []
-    shape, limits = shape_of(x, weight, max(rows), n, k), limits or published(arch)
+    address, limits = x.data_ptr(), limits or published(arch)
+    shape = shape_of(weight, x.dtype, max(rows), address % 16 == 0)
     chosen_rung = rung or best_rung(shape, arch, limits)
     tokens = min(costs := _COSTS[chosen_rung], key=lambda t: costs[t] * sum(ceil_div(r, t) for r in rows))
     tiles = tiles_of(bounds, tokens)
@@ -75,11 +76,10 @@ def grouped_product(
     shape = shape._replace(m=min(tokens, shape.m))
     chosen = plan(shape, arch, multiprocessors, chosen_rung, limits, len(tiles))
     assert chosen is not None  # a rung that is named serves any number of tokens
-    fields, buffers = product_fields(x, weight, bias, y, (shape.m, n, k), chosen)
+    one = filled(planned_product(weight, x.dtype, shape.m, chosen), x, address, bias, y)
     listed = torch.tensor(tiles, dtype=torch.int32).to(x.device, non_blocking=True)
-    arguments = _pack(*fields, listed.data_ptr())
-    variant = grouped(chosen.variant)
-    return [Launch(variant, chosen.grid, (THREADS, 1, 1), chosen.shared, arguments, (*buffers, listed))]
+    arguments = one.arguments + _pack_address(listed.data_ptr())  # GroupedArguments
+    return [one._replace(variant=grouped(one.variant), arguments=arguments, buffers=(*one.buffers, listed))]
 
 
 def tiles_of(bounds: list[int], tokens: int) -> list[tuple[int, int, int, int]]:

@@ -2,15 +2,15 @@
 
     rung                 asks for                                                        serves
     -------------------  --------------------------------------------------------------  ----------------------
-    ring                 sm_80, fp16 or bf16, blocks of 64 or more, aligned, 68 KB       M up to 128
+    ring                 sm_80, fp16 or bf16, blocks of 64 or more, aligned, 68 KB       M by crossover.py
     tensor_core          the same from blocks of 32 and from sm_75 (fp16 only there)     M up to 128
     vectorised           blocks of 32 or more, aligned; any dtype                        M up to 16
     naive                nothing                                                         M up to 16
 
 *Aligned*: the blocksize is a power of two that divides K, and x and the packed bytes begin at 16-byte addresses. The
 uppermost that will do, and for which the device has room, is taken. Above its M, the weight is dequantised and torch
-multiplies; these cross-overs are predictions from instruction counts (docs/cuda-kernels.md), since no GPU was there to
-measure them.
+multiplies. Where that is, is measured by ``refq4 tune``, or else predicted from instruction counts
+(docs/cuda-kernels.md).
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from .crossover import is_fused
+from .limits import ARCHITECTURES, LEAST, THREADS, Limits, no_room, published
+
 __all__ = [
     "ARCHITECTURES",
     "CROSS_OVER",
+    "LEAST",
     "RUNGS",
     "THREADS",
     "Limits",
@@ -30,14 +34,16 @@ __all__ = [
     "best_rung",
     "grouped",
     "grouped_variants",
+    "no_room",
     "plan",
     "product_variants",
+    "ring_plan",
     "published",
 ]
 
-THREADS = 256
 RUNGS = ("ring", "tensor_core", "vectorised", "naive")
-CROSS_OVER = {"ring": 128, "tensor_core": 128, "vectorised": 16, "naive": 16}
+_REGISTERS = {"ring": 256, "tensor_core": 64, "vectorised": 192}  # of a thread, at most
+CROSS_OVER = {"ring": 128, "tensor_core": 128, "vectorised": 16, "naive": 16}  # the ring's for experts: crossover.py
 
 
 class Variant(NamedTuple):  # a NamedTuple is made and hashed in a fraction of a dataclass's time; each call needs both
@@ -46,36 +52,6 @@ class Variant(NamedTuple):  # a NamedTuple is made and hashed in a fraction of a
     file: str
     entry: str
     defines: tuple[str, ...]
-
-
-class Limits(NamedTuple):
-    """What a device has room for: bytes of shared memory in a CTA and in a multiprocessor, registers in a CTA.
-
-    A device tells its own (``driver.py``).
-    """
-
-    cta: int
-    multiprocessor: int
-    registers: int = 65536
-
-
-_LIMITS = {
-    75: Limits(64 << 10, 64 << 10),
-    **dict.fromkeys((80, 87), Limits(163 << 10, 164 << 10)),
-    **dict.fromkeys((86, 88, 89, 120, 121), Limits(99 << 10, 100 << 10)),
-    **dict.fromkeys((90, 100, 103, 110), Limits(227 << 10, 228 << 10)),
-}
-ARCHITECTURES = tuple(sorted(_LIMITS))  # what NVRTC 13.0 compiles for
-
-
-def published(arch: int) -> Limits:
-    """The limits in the CUDA C++ Programming Guide, for planning without a device; a later architecture has 99 KB.
-
-    Example:
-        >>> published(121).cta
-        101376
-    """
-    return _LIMITS.get(arch, _LIMITS[120])
 
 
 class Shape(NamedTuple):
@@ -134,7 +110,11 @@ def plan(
             raise ValueError(f"the rung {rung!r} does not serve this product: it {reason}")
         return _PLANNERS[rung](shape, multiprocessors, limits, products)
     best = best_rung(shape, arch, limits)
-    return _PLANNERS[best](shape, multiprocessors, limits, products) if shape.m <= CROSS_OVER[best] else None
+    if best == "ring":
+        fused = is_fused(shape.m, shape.n, shape.k, arch, multiprocessors)
+    else:
+        fused = shape.m <= CROSS_OVER[best]
+    return _PLANNERS[best](shape, multiprocessors, limits, products) if fused else None
 
 
 def best_rung(shape: Shape, arch: int, limits: Limits) -> str:
@@ -160,8 +140,8 @@ def refuses(rung: str, shape: Shape, arch: int, limits: Limits) -> str | None:
     # 64 tokens of x, and all blocks, are counted in 32 bits there.
     if rung == "ring" and (shape.k >= 1 << 26 or shape.n * shape.k // shape.blocksize >= 1 << 31):
         return "counts elements of x and blocks in 32 bits, and this product has too many"
-    if rung == "ring" and limits.registers < THREADS * 256:
-        return f"needs {THREADS * 256} registers in a CTA, and the device has {limits.registers}"
+    if limits.registers < (registers := THREADS * _REGISTERS[rung]):
+        return f"needs {registers} registers in a CTA, and the device has {limits.registers}"
     wanted = {"ring": _ring_shared(2), "tensor_core": _TENSOR_SHARED}.get(rung, 0)
     if wanted > limits.cta:
         return f"needs {wanted} bytes of shared memory in a CTA, and the device allows {limits.cta}"
@@ -183,6 +163,7 @@ def ceil_div(a: int, b: int) -> int:
 _VECTOR_TOKENS = (1, 4)
 _TENSOR_TOKENS = (8, 32)
 _TENSOR_SHARED = 256 * 32 * 4  # the table of pairs, once per bank
+_MOST_SPLITS = 8
 _RING_ROW_TILES = {8: 2, 16: 2, 32: 4, 64: 2}  # tokens at a time: row tiles of 16 per warp
 
 
@@ -272,13 +253,25 @@ def _tensor_core(shape: Shape, multiprocessors: int, limits: Limits, products: i
 
 def _ring(shape: Shape, multiprocessors: int, limits: Limits, products: int) -> Plan:
     tokens = next(t for t in _RING_ROW_TILES if t >= min(shape.m, 64))
-    row_tiles, stages = _RING_ROW_TILES[tokens], _ring_stages(limits, tokens)
-    groups = ceil_div(shape.m, tokens)
     # x is read once per CTA: warps side by side share it, and the more tokens, the more that matters.
     row_warps = 1 if shape.m <= 2 else 2 if shape.m <= 4 else 4
-    rows = row_warps * 16 * row_tiles
-    tiles = ceil_div(shape.n, rows) * groups
-    splits = _splits(tiles * products, shape.k // (8 // row_warps * 64 * (4 // row_tiles)), multiprocessors)
+    while row_warps > 1 and _leaves_idle(
+        _MOST_SPLITS * products * _ring_tiles(shape, tokens, row_warps), multiprocessors
+    ):
+        row_warps //= 2
+    steps = shape.k // (8 // row_warps * 64 * (4 // _RING_ROW_TILES[tokens]))
+    splits = _splits(products * _ring_tiles(shape, tokens, row_warps), steps, multiprocessors)
+    return ring_plan(shape, limits, tokens, row_warps, splits, products)
+
+
+def _ring_tiles(shape: Shape, tokens: int, row_warps: int) -> int:
+    return ceil_div(shape.n, row_warps * 16 * _RING_ROW_TILES[tokens]) * ceil_div(shape.m, tokens)
+
+
+def ring_plan(shape: Shape, limits: Limits, tokens: int, row_warps: int, splits: int, products: int = 1) -> Plan:
+    """The ring kernel cut up in a given way."""
+    stages, rows = _ring_stages(limits, tokens), row_warps * 16 * _RING_ROW_TILES[tokens]
+    tiles = _ring_tiles(shape, tokens, row_warps)
     return Plan(
         _ring_variant(shape.dtype, tokens, stages),
         (tiles, splits, products),
@@ -295,10 +288,18 @@ def _splits(tiles: int, steps: int, multiprocessors: int) -> int:
     """How many CTAs share K, so that all multiprocessors have about the same to do.
 
     The busiest has ceil(tiles * s / multiprocessors) CTAs of 1/s of the work each; adding up costs a little for each s.
-    At least two steps are left to each warp.
+    At least two steps are left to each warp, unless that leaves multiprocessors idle.
     """
-    most = max(1, min(8, steps // 2))
+    most = min(_MOST_SPLITS, steps // 2)
+    if _leaves_idle(tiles * most, multiprocessors):
+        most = min(_MOST_SPLITS, steps)
+    most = max(1, most)
     return min(range(1, most + 1), key=lambda s: (ceil_div(tiles * s, multiprocessors) / s * (1 + 0.03 * (s - 1)), s))
+
+
+def _leaves_idle(ctas: int, multiprocessors: int) -> bool:
+    """Whether more than a quarter of them would have nothing to do."""
+    return 4 * ctas < 3 * multiprocessors
 
 
 _PLANNERS = {"ring": _ring, "tensor_core": _tensor_core, "vectorised": _vectorised, "naive": _naive}

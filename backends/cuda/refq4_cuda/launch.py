@@ -8,6 +8,9 @@ machine, from tensors on any device. The emulator is fed the same bytes as a GPU
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable
+from ctypes import sizeof
 from typing import NamedTuple
 
 import torch
@@ -18,16 +21,32 @@ from refq4.codebooks import Code
 
 from .arguments import DequantizeArguments, ProductArguments, QuantizeArguments, packer
 from .geometry import THREADS, Limits, Plan, Shape, Variant, ceil_div, grouped_variants, log2, plan, product_variants
-from .operands import table_factor, workspace
+from .operands import table_factor
 
-__all__ = ["Launch", "Variant", "all_variants", "dequantize_4bit", "dequantize_blockwise", "product", "quantize"]
+__all__ = [
+    "Launch",
+    "Product",
+    "Variant",
+    "all_variants",
+    "dequantize_4bit",
+    "dequantize_blockwise",
+    "filled",
+    "planned_product",
+    "product",
+    "product_of",
+    "quantize",
+    "shape_of",
+]
 
 DTYPES = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
+_BLOCK = (THREADS, 1, 1)
 _MOST_CTAS = 4096  # enough to fill any device several times; the kernels loop over what is left
 
 _pack_quantize = packer(QuantizeArguments)
 _pack_dequantize = packer(DequantizeArguments)
 _pack_product = packer(ProductArguments)
+_ROOM = ProductArguments.partial.offset
+_fill = struct.Struct(f"3P{_ROOM - 24}s2P{sizeof(ProductArguments) - _ROOM - 16}s").pack
 
 
 class Launch(NamedTuple):
@@ -149,6 +168,23 @@ def _dequantize_variant(dtype: torch.dtype, bits: int) -> Variant:
 # --- products -------------------------------------------------------------------------------------------------------
 
 
+class Product(NamedTuple):
+    """A product's launch but for what changes from call to call.
+
+    ``weight`` and ``rest`` are the bytes of the argument behind the addresses of x, bias and y, and behind those of
+    the room for ``sums`` numbers and ``tiles`` counters.
+    """
+
+    variant: Variant
+    grid: tuple[int, int, int]
+    shared: int
+    weight: bytes
+    rest: bytes
+    sums: int
+    tiles: int
+    buffers: tuple[Tensor, ...]
+
+
 def product(
     x: Tensor,
     weight: PackedWeight,
@@ -169,40 +205,78 @@ def product(
     Returns:
         None above the cross-over: dequantise and call ``torch.matmul``.
     """
-    m, k = x.shape
-    n = weight.shape[0]
-    if m == 0 or n == 0:
+    if 0 in y.shape:
         return []
-    shape = shape_of(x, weight, m, n, k)
-    chosen = plan(shape, arch, multiprocessors, rung, limits)
-    if chosen is None:
-        return None
-    fields, buffers = product_fields(x, weight, bias, y, (m, n, k), chosen)
-    return [Launch(chosen.variant, chosen.grid, (THREADS, 1, 1), chosen.shared, _pack_product(*fields), buffers)]
+    address = x.data_ptr()
+    made = product_of(weight, x.dtype, x.shape[0], address % 16 == 0, arch, multiprocessors, rung, limits)
+    return None if made is None else [filled(made, x, address, bias, y)]
 
 
-def shape_of(x: Tensor, weight: PackedWeight, m: int, n: int, k: int) -> Shape:
-    """The shape of a product as ``geometry.py`` wants it."""
+def product_of(
+    weight: PackedWeight,
+    dtype: torch.dtype,
+    tokens: int,
+    aligned: bool,
+    arch: int,
+    multiprocessors: int,
+    rung: str | None = None,
+    limits: Limits | None = None,
+) -> Product | None:
+    """As :func:`product`, but for what a call brings: planned, and packed."""
+    chosen = plan(shape_of(weight, dtype, tokens, aligned), arch, multiprocessors, rung, limits)
+    return None if chosen is None else planned_product(weight, dtype, tokens, chosen)
+
+
+def shape_of(weight: PackedWeight, dtype: torch.dtype, tokens: int, aligned: bool) -> Shape:
+    """The shape of a product with a weight, or with an expert of it, as ``geometry.py`` wants it."""
     nested_blocksize = 0 if weight.nested is None else weight.nested.blocksize
-    aligned = (x.data_ptr() | weight.packed.data_ptr()) % 16 == 0
-    return Shape(DTYPES[x.dtype], m, n, k, weight.blocksize, nested_blocksize, aligned)
+    aligned = aligned and weight.packed.data_ptr() % 16 == 0
+    n, k = weight.shape[-2:]
+    return Shape(DTYPES[dtype], tokens, n, k, weight.blocksize, nested_blocksize, aligned)
 
 
-def product_fields(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, sizes: tuple[int, int, int], chosen: Plan
-) -> tuple[tuple[float, ...], tuple[Tensor, ...]]:
-    """The fields of ``ProductArguments`` for the sizes M, N and K, in order, and all tensors that they point to."""
-    factor = table_factor(weight.quant_type, x.dtype) if chosen.rounded else 1.0
-    scales, scale_buffers = _scales(weight.absmax, weight.nested, weight.blocksize)
-    room = workspace(x.device, chosen.sums, chosen.tiles) if chosen.sums else ()
-    partial, arrived = (one.data_ptr() for one in room) if room else (0, 0)
-    fields = (
-        x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), *sizes, weight.packed.data_ptr(),
-        weight.code.data_ptr(), *scales, partial, arrived, chosen.row_warps, chosen.splits,
-        factor, 1 / factor,
+def planned_product(weight: PackedWeight, dtype: torch.dtype, tokens: int, chosen: Plan) -> Product:
+    """The bytes of a plan's argument that depend on the weight and the number of tokens alone."""
+    factor = table_factor(weight.quant_type, dtype) if chosen.rounded else 1.0
+    scales, buffers = _scales(weight.absmax, weight.nested, weight.blocksize)
+    packed = _pack_product(
+        0, 0, 0, tokens, *weight.shape[-2:], weight.packed.data_ptr(), weight.code.data_ptr(), *scales, 0, 0,
+        chosen.row_warps, chosen.splits, factor, 1 / factor,
     )  # fmt: skip
-    buffers = (x, y, weight.packed, weight.code, *scale_buffers, *room, *(() if bias is None else (bias,)))
-    return fields, buffers
+    return Product(
+        chosen.variant, chosen.grid, chosen.shared, packed[24:_ROOM], packed[_ROOM + 16 :], chosen.sums,
+        chosen.tiles, (weight.packed, weight.code, *buffers),
+    )  # fmt: skip
+
+
+def filled(
+    made: Product,
+    x: Tensor,
+    x_address: int,
+    bias: Tensor | None,
+    y: Tensor,
+    counters: Callable[[int], int] | None = None,
+) -> Launch:
+    """The launch of one call: the addresses of its tensors, and room for its sums.
+
+    Args:
+        x_address: of x; the caller has asked for it.
+        counters: gives the address of so many counters that are zero, or 0 where it has none left; a tensor is made
+            for them then.
+    """
+    variant, grid, shared, weight, rest, sums, tiles, buffers = made
+    bias_address, added = (0, ()) if bias is None else (bias.data_ptr(), (bias,))
+    partial = arrived = 0
+    if sums:
+        room = torch.empty(sums, dtype=torch.float32, device=x.device)
+        partial, arrived = room.data_ptr(), 0 if counters is None else counters(tiles)
+        buffers = (*buffers, room)
+        if not arrived:
+            zeros = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+            arrived, buffers = zeros.data_ptr(), (*buffers, zeros)
+    arguments = _fill(x_address, bias_address, y.data_ptr(), weight, partial, arrived, rest)
+    # as Launch(...), in one call instead of two
+    return tuple.__new__(Launch, (variant, grid, _BLOCK, shared, arguments, (x, y, *buffers, *added)))
 
 
 # --- what all of them share -----------------------------------------------------------------------------------------
@@ -221,4 +295,4 @@ def _scales(absmax: Tensor, nested: Nested | None, blocksize: int) -> tuple[tupl
 
 
 def _launch(variant: Variant, ctas: int, arguments: bytes, buffers: tuple[Tensor, ...]) -> Launch:
-    return Launch(variant, (min(ctas, _MOST_CTAS), 1, 1), (THREADS, 1, 1), 0, arguments, buffers)
+    return Launch(variant, (min(ctas, _MOST_CTAS), 1, 1), _BLOCK, 0, arguments, buffers)

@@ -1,12 +1,11 @@
-"""What a product needs besides its tensors: a factor at which its code rounds well, and room for sums on their way.
+"""What a product needs besides its tensors: a factor at which its code rounds well.
 
 The tensor cores multiply 16-bit numbers. What is rounded is not each weight but the code's sixteen values, and here is
 room to choose: any factor c on the table can be divided out of the fp32 sums again. :func:`table_factor` gives the c at
 which the sixteen round best. For FP4 (c = 1.5) and the integer codes nothing is lost at all.
 
-Nothing made here outlives a launch on the device. c travels in the kernel's argument, and the kernel multiplies the
-code that it reads, so there is no table that a CUDA graph's private pool could own or that another stream could read
-too early. Room for sums is the allocator's again when the launch is forgotten, whatever is captured meanwhile.
+c travels in the kernel's argument, and the kernel multiplies the code that it reads, so there is no table that a CUDA
+graph's private pool could own or that another stream could read too early.
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from refq4.codebooks import codebook_names, get_codebook
 
-__all__ = ["table_factor", "workspace"]
+__all__ = ["table_factor"]
 
 _STEPS = 1536  # candidates 1 + i/1536: 12/8 for FP4 and 7/4 for int4 are among them, exactly
 
@@ -41,11 +39,3 @@ def table_factor(codebook: str, dtype: torch.dtype) -> float:
     rounded = (values * factors).to(dtype).double()  # as the kernel does it; what follows is exact enough to compare
     error = (rounded / factors.double() - values.double()).square().sum(dim=1)
     return float(factors[error.argmin()])
-
-
-def workspace(device: torch.device, sums: int, tiles: int) -> tuple[Tensor, Tensor]:
-    """Room for ``sums`` fp32 numbers, and ``tiles`` counters that are zero; of the current stream, for one launch."""
-    return (
-        torch.empty(sums, dtype=torch.float32, device=device),
-        torch.zeros(tiles, dtype=torch.int32, device=device),
-    )

@@ -1,17 +1,19 @@
 """Reading machine code instead of a clock: registers, spills, and what the hot loop costs per weight.
 
-    variant --NVRTC--> cubin --cuobjdump--> SASS --> the loop in which the work is done --> instructions per weight
+    variant --NVRTC--> cubin --cuobjdump--> SASS --> the loop along K, whole --> instructions per weight
+                                                  '-> what stands before and after it
 
-A GPU is not needed, so a test can hold a kernel's hot loop to the budget in the kernel's header on any machine. What is
-counted is the code as it stands: both sides of a branch, and no stall. It says what a kernel asks of each part of a
-multiprocessor, and so which part it will wait for; it is no measurement.
+A GPU is not needed, so a test can hold a kernel's loop to the budget in the kernel's header on any machine. What is
+counted is the code as it stands: both sides of a branch, and no stall; a loop within the loop as often as it runs. It
+says what a kernel asks of each part of a multiprocessor, and so which part it will wait for; it is no measurement.
 
     python -m refq4_cuda.sass                         the product kernels on sm_90
     python -m refq4_cuda.sass --arch 80 --all         every kernel of an architecture
     python -m refq4_cuda.sass --json                  the same as data
-    python -m refq4_cuda.sass --predict               the roofline of docs/cuda-kernels.md (roofline.py)
+    python -m refq4_cuda.sass --predict               the tables of docs/cuda-kernels.md (roofline.py)
 
-The columns per weight (and lane: 32 lanes do this for 32 weights at a time):
+Instructions as they stand in the file before, in, and after the loop along K. What of the former runs how often, the
+emulator counts (counts.py). The columns per weight (and lane: 32 lanes do this for 32 weights at a time):
 
     instr     issued instructions                 4 a clock and multiprocessor, for 32 lanes each
     alu       integer and logic ones among them   64 lanes a clock
@@ -28,7 +30,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,12 +39,15 @@ from .geometry import ARCHITECTURES, Variant, product_variants
 from .launch import all_variants
 from .nvrtc import compile_variant, kernel_directory
 
-__all__ = ["Count", "Instruction", "Resources", "budgets", "count", "disassemble", "hot_loop", "resources"]
+__all__ = ["Count", "Instruction", "Resources", "budgets", "count", "disassemble", "hot_loop", "loop_nest", "resources"]
 
 _ALU = re.compile(
     r"(LOP|PLOP|SHF|PRMT|IADD|VIADD|LEA|ISETP|FSETP|SEL|FSEL|[FIV]+MNMX|VIADDMNMX|VABS|P2R|R2P|FMNMX|IABS|BMSK|SGXT)"
 )
 _WIDTH = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+
+_RING, _STAGE_WEIGHTS = "gemm_4bit_4_ring.cu", 128
 
 
 class ToolMissingError(RuntimeError):
@@ -93,7 +98,9 @@ class Count:
     arch: int
     resources: Resources
     size: int
+    before: int
     loop: int
+    after: int
     weights: float
     instructions: float | None
     alu: float | None
@@ -105,17 +112,24 @@ def count(variant: Variant, arch: int) -> Count:
     """Compile (or find in the cache), disassemble, find the hot loop, count."""
     compiled = compile_variant(variant, arch)
     code = disassemble(compiled.path)[variant.entry]
-    loop, weights = hot_loop(code, variant)
-    per = (lambda n: round(n / weights, 3)) if weights else (lambda n: None)
+    nest = loop_nest(code, variant)
+    weights = sum(times * share for _, times, share in nest)
+    first, last = (nest[0][0].address, nest[-1][0].address) if nest else (0, -1)
+
+    def per(of: Callable[[Instruction], int]) -> float | None:
+        return round(sum(times * of(one) for one, times, _ in nest) / weights, 3) if nest else None
+
     return Count(
         variant.file, variant.entry, variant.defines, arch, resources(compiled.log)[variant.entry],
         size=len(code),
-        loop=len(loop),
+        before=sum(one.address < first for one in code),
+        loop=len(nest),
+        after=sum(one.address > last for one in code) if nest else 0,
         weights=weights,
-        instructions=per(len(loop)),
-        alu=per(sum(bool(_ALU.match(i.opcode)) for i in loop)),
-        l1=per(sum(map(_wavefronts, loop))),
-        bytes=per(sum(i.width for i in loop if i.name in ("LDG", "LDGSTS"))),
+        instructions=per(lambda one: 1),
+        alu=per(lambda one: bool(_ALU.match(one.opcode))),
+        l1=per(_wavefronts),
+        bytes=per(lambda one: one.width if one.name in ("LDG", "LDGSTS") else 0),
     )  # fmt: skip
 
 
@@ -168,16 +182,35 @@ def _tools() -> tuple[str, str]:
     return tool, path
 
 
-# --- the hot loop ---------------------------------------------------------------------------------------------------
+# --- the loop that does the work ------------------------------------------------------------------------------------
+
+
+def loop_nest(code: list[Instruction], variant: Variant) -> list[tuple[Instruction, float, float]]:
+    """The loop along K, whole: each instruction, how often a pass goes through it, and the weights that it stands for.
+
+    A pass of the ring is a stage: 128 weights a lane. Where the pieces of a stage are a loop of their own, that one
+    runs several times for each pass of the loop around it.
+    """
+    inner, weights = hot_loop(code, variant)
+    if not inner:
+        return []
+    work, of_one = _work(code, variant)
+    outer, times = inner, 1.0
+    if variant.file == _RING and weights < _STAGE_WEIGHTS:
+        outer = min((loop for loop in _loops(code) if loop[0].address < inner[0].address <= loop[-1].address), key=len)
+        times = _STAGE_WEIGHTS / weights
+    inside = {one.address for one in inner}
+    return [
+        (one, times if one.address in inside else 1.0, of_one if work and work.match_opcode(one) else 0.0)
+        for one in outer
+    ]
 
 
 def hot_loop(code: list[Instruction], variant: Variant) -> tuple[list[Instruction], float]:
-    """The loop that does the work, and how many weights a lane gets through in one pass of it."""
+    """The innermost loop with the work in it, and how many weights a lane gets through in one pass of it."""
     work, weights_of_one = _work(code, variant)
-    if not work:
-        return [], 0
     loops = list(_loops(code))
-    if not loops:
+    if not work or not loops:
         return [], 0
     best = max(loops, key=lambda loop: (sum(map(work.match_opcode, loop)), -len(loop)))
     return best, sum(map(work.match_opcode, best)) * weights_of_one
@@ -207,10 +240,17 @@ def _work(code: list[Instruction], variant: Variant) -> tuple[_Work | None, floa
 
 
 def _loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
-    for instruction in code:
-        target = instruction.jumps_to
-        if target is not None and target < instruction.address:
-            yield [i for i in code if target <= i.address <= instruction.address]
+    """Each backward jump's loop. One that crosses a shorter loop is none: it comes back from code laid out behind."""
+    spans = sorted(((t, i.address) for i in code if (t := i.jumps_to) is not None and t < i.address), key=_length)
+    real: list[tuple[int, int]] = []
+    for first, last in spans:
+        if not any(first < f <= last < e or f < first <= e < last for f, e in real):
+            real.append((first, last))
+            yield [i for i in code if first <= i.address <= last]
+
+
+def _length(span: tuple[int, int]) -> int:
+    return span[1] - span[0]
 
 
 def _wavefronts(instruction: Instruction) -> int:
@@ -229,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ARCHITECTURES)
     parser.add_argument("--all", action="store_true", help="quantising and dequantising too")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--predict", action="store_true", help="the roofline of an H200")
+    parser.add_argument("--predict", action="store_true", help="times, by the model of roofline.py")
     chosen = parser.parse_args(arguments)
     if chosen.predict:
         from .roofline import show  # which imports this module
@@ -241,9 +281,8 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.json:
         print(json.dumps([asdict(c) for c in counts], indent=1))
         return
-    print(
-        f"{'kernel':26}{'macros':44}{'sm':>4}{'regs':>6}{'spill':>6}{'loop':>6}{'instr':>7}{'alu':>7}{'l1':>7}{'bytes':>7}"
-    )
+    heads = "".join(f"{head:>7}" for head in ("before", "loop", "after", "instr", "alu", "l1", "bytes"))
+    print(f"{'kernel':26}{'macros':44}{'sm':>4}{'regs':>6}{'spill':>6}{heads}")
     for c in counts:
         print(_row(c))
 
@@ -253,7 +292,8 @@ def _row(c: Count) -> str:
     shown = "".join(f"{'-' if figure is None else format(figure, '.2f'):>7}" for figure in figures)
     spills = c.resources.spills + c.resources.stack
     named = f"{c.file.removesuffix('.cu'):26}{' '.join(c.defines):44}"
-    return f"{named}{c.arch:4}{c.resources.registers:6}{spills:6}{c.loop:6}{shown}"
+    sizes = f"{c.before:7}{c.loop:7}{c.after:7}"
+    return f"{named}{c.arch:4}{c.resources.registers:6}{spills:6}{sizes}{shown}"
 
 
 if __name__ == "__main__":

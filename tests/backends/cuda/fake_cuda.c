@@ -8,6 +8,7 @@
        FAKE_CUDA_INIT      another status for cuInit
        FAKE_CUDA_ARCH      the compute capability, such as 121 (otherwise 90)
        FAKE_CUDA_SHARED    kilobytes of shared memory that a CTA may have (otherwise 227)
+       FAKE_CUDA_REGISTERS registers that a CTA may have (otherwise 65536)
        FAKE_CUDA_CAPTURING the stream that is being captured, such as 85
        FAKE_CUDA_LAUNCH    a status for cuLaunchKernel                                                            */
 #include <stdarg.h>
@@ -51,7 +52,7 @@ static int device_attribute(int *value, int attribute, int device) {
     case 16: return *value = 132, 0;               /* multiprocessors */
     case 97: return *value = shared << 10, 0;      /* of a CTA that asks for it */
     case 81: return *value = (shared + 1) << 10, 0; /* of a multiprocessor */
-    case 12: return *value = 65536, 0;             /* registers of a CTA */
+    case 12: return *value = from_environment("FAKE_CUDA_REGISTERS", 65536), 0; /* of a CTA */
     default: return 1;                             /* CUDA_ERROR_INVALID_VALUE */
     }
 }
@@ -84,6 +85,12 @@ static int launch(uintptr_t function, unsigned gx, unsigned gy, unsigned gz, uns
     return from_environment("FAKE_CUDA_LAUNCH", 0);
 }
 
+static int allocate(uintptr_t *address, size_t size) { return told("allocate %zu\n", size), *address = 0x100000, 0; }
+static int set_bytes(uintptr_t address, unsigned char value, size_t size) {
+    return told("set %lx %zu x %d\n", (long)address, size, value), 0;
+}
+static int synchronize(uintptr_t stream) { return told("synchronize %lx\n", (long)stream), 0; }
+
 static int is_capturing(uintptr_t stream, int *status) {
     return *status = (long)stream == from_environment("FAKE_CUDA_CAPTURING", -1), 0;
 }
@@ -99,6 +106,7 @@ int cuGetProcAddress_v2(const char *name, void **function, int version, uint64_t
         {"cuDevicePrimaryCtxRetain", primary_retain}, {"cuCtxGetCurrent", get_current},
         {"cuCtxPushCurrent", push}, {"cuCtxPopCurrent", pop}, {"cuModuleLoadData", module_load},
         {"cuModuleGetFunction", get_function}, {"cuFuncSetAttribute", set_attribute}, {"cuLaunchKernel", launch},
+        {"cuMemAlloc", allocate}, {"cuMemsetD8", set_bytes}, {"cuStreamSynchronize", synchronize},
         {"cuStreamIsCapturing", is_capturing}, {"cuGetErrorString", error_string}, {"cuGetProcAddress", cuGetProcAddress_v2},
     };
     (void)version, (void)flags, (void)status;

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
 import cuda_cases as cases
 from refq4_cuda import emulator, launch
+from refq4_cuda.arguments import ProductArguments
 from refq4_cuda.operands import table_factor
 
 from refq4.testing.budget import assert_same_bits
@@ -45,19 +46,20 @@ def instructions(m: int, n: int, k: int) -> int:
 
 @pytest.mark.parametrize("m", [5, 16, 31, 64, 100], ids="{} tokens".format)
 def test_the_last_cta_adds_the_others_sums_in_their_order_and_writes_each_where_it_belongs(m: int) -> None:
-    n = 130
+    n = 514  # five tiles of rows and a tail
     given = cases.operands(m, n, K, 64, "bfloat16", bias=True)
     y = cases.poisoned((m, n), torch.bfloat16)
     weight = given.state.packed_weight(given.packed)
     (one,) = launch.product(given.x, weight, given.bias, y, 90, 132) or []
     splits, macros = one.grid[1], dict(part.split("=") for part in one.variant.defines if "=" in part)
-    assert splits > 2
+    assert splits >= 2
     cases.run([one], 90)
+    row_warps = ProductArguments.from_buffer_copy(one.arguments).row_warps
     tokens, row_tiles = int(macros["TOKENS"]), int(macros["ROW_TILES"])
     partial, back = one.buffers[-3], 1 / table_factor("nf4", torch.bfloat16)
     # [group of rows, group of tokens, split, row warp, row tile, token tile, high, odd, g, t]
     groups = -(-m // tokens)
-    shares = partial.view(-1, groups, splits, 4, row_tiles, tokens // 8, 2, 2, 8, 4)
+    shares = partial.view(-1, groups, splits, row_warps, row_tiles, tokens // 8, 2, 2, 8, 4)
     total = torch.zeros_like(shares[:, :, 0])
     for split in range(splits):
         total += shares[:, :, split]

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-python is not installed: pip install -e '.[test]'")
 from refq4_cuda import arguments, sass
-from refq4_cuda.geometry import ARCHITECTURES, Variant, ring_variant
+from refq4_cuda.geometry import ARCHITECTURES, LEAST, THREADS, Variant, ring_variant
 from refq4_cuda.launch import all_variants
 from refq4_cuda.nvrtc import CompileError, compile_variant, kernel_directory
 
@@ -24,6 +24,8 @@ pytestmark = pytest.mark.reference_only("it compiles kernels and runs none")
 FILES = sorted(path.name for path in kernel_directory().glob("*.cu"))
 RING = "gemm_4bit_4_ring.cu"
 NOT_GROUPED = {"dequantize.cu", "quantize_1_naive.cu", "quantize_2_vectorised.cu"}
+# Of a thread, as geometry.py plans with them; of the rest, as little as every device has.
+REGISTERS = {RING: 256, "gemm_4bit_3_tensor_core.cu": 64, "gemv_4bit_2_vectorised.cu": 192}
 
 
 def variants(file: str, arch: int) -> list[Variant]:
@@ -59,6 +61,9 @@ def test_every_variant_compiles_without_spills_and_without_a_stack(file: str, ar
         assert variant.entry in found, f"{variant}: ptxas says nothing of it"
         used = found[variant.entry]
         assert (used.spills, used.stack) == (0, 0), f"{variant} on sm_{arch}: {used}"
+        assert used.registers <= REGISTERS.get(file, LEAST.registers // THREADS), f"{variant} on sm_{arch}: {used}"
+        shared = [int(size) for size in re.findall(r"(\d+) bytes smem", compile_variant(variant, arch).log)]
+        assert max(shared, default=0) <= LEAST.cta
 
 
 # What makes each kernel what it is, as opcodes that must be there (one of each row) and that must not.
@@ -128,6 +133,24 @@ def test_the_hot_loop_of_the_ring_is_the_one_with_the_look_ups() -> None:
     # Two weights a look-up; a loop that is another one, or a wrong count of weights, does not come out like this.
     assert weights == 128
     assert weights / 2 <= look_ups <= weights / 2 + 16
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120], ids="sm_{}".format)
+@pytest.mark.parametrize("tokens", [8, 64], ids="{} tokens".format)
+def test_a_loop_within_the_loop_counts_as_often_as_it_runs(tokens: int, arch: int) -> None:
+    variant = ring_variant(arch, "BF16", tokens)
+    code = code_of(variant, arch)
+    nest, (inner, weights) = sass.loop_nest(code, variant), sass.hot_loop(code, variant)
+    assert sum(times * share for _, times, share in nest) == 128, "a stage of 2 KB, for 32 lanes"
+    fetches = [times for one, times, _ in nest if one.name == "LDGSTS"]
+    assert fetches == [1.0] * 4, "once for each stage, and inside the loop"
+    if tokens == 64:
+        assert {times for _, times, _ in nest} == {1.0, 2.0}
+        assert sum(times for _, times, _ in nest) / 128 > len(inner) / weights
+    found = counted(variant, arch)
+    assert found.before + found.loop + found.after == found.size
+    assert found.before > 300
+    assert found.after > 300
 
 
 def counted(variant: Variant, arch: int) -> sass.Count:

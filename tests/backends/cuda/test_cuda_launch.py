@@ -33,8 +33,8 @@ def shape(m: int = 1, n: int = 4096, k: int = 4096, dtype: str = "BF16", blocksi
     return Shape(dtype, m, n, k, blocksize, nested, aligned=True)
 
 
-def served_by(wanted: Shape, arch: int = 90) -> str:
-    made = plan(wanted, arch, H200)
+def served_by(wanted: Shape, arch: int = 90, limits: Limits | None = None) -> str:
+    made = plan(wanted, arch, H200, limits=limits)
     return made.variant.entry if made else "torch"
 
 
@@ -50,8 +50,11 @@ def row_tiles_of(variant: Variant) -> int:
     ("wanted", "arch", "kernel"),
     [
         (shape(), 90, "gemm_ring"),
-        (shape(m=128), 90, "gemm_ring"),
-        (shape(m=129), 90, "torch"),
+        (shape(m=256), 90, "gemm_ring"),
+        (shape(m=257), 90, "torch"),
+        (shape(m=129), 100, "torch"),
+        (shape(m=512), 80, "gemm_ring"),
+        (shape(m=513), 80, "torch"),
         (shape(nested=256), 120, "gemm_ring"),
         (shape(nested=3), 90, "gemv_naive"),
         (shape(blocksize=32), 90, "gemm_tensor_core"),
@@ -122,6 +125,7 @@ def test_a_plan_asks_for_no_more_than_the_device_tells_whatever_its_architecture
     few = limits._replace(registers=32768)
     with pytest.raises(ValueError, match="needs 65536 registers in a CTA, and the device has 32768"):
         plan(shape(m), 90, H200, "ring", few)
+    assert served_by(shape(m), limits=few) == "gemm_tensor_core"
 
 
 def test_k_is_split_where_rows_alone_would_leave_multiprocessors_idle() -> None:
@@ -142,7 +146,15 @@ def test_split_or_not_every_warp_has_something_to_do() -> None:
             assert made is not None
             if made.splits > 1:
                 step = 64 * 4 // row_tiles_of(made.variant)
-                assert k >= made.splits * 8 // made.row_warps * 2 * step
+                assert k >= made.splits * 8 // made.row_warps * step
+
+
+@pytest.mark.parametrize("m", [1, 3, 8, 16, 32, 64])
+@pytest.mark.parametrize("multiprocessors", [108, H200, 148])
+def test_a_small_weight_is_cut_up_until_three_quarters_of_the_multiprocessors_have_work(multiprocessors, m) -> None:
+    made = plan(shape(m=m, n=1024), 90, multiprocessors)
+    assert made is not None
+    assert made.grid[0] * made.splits >= 0.75 * multiprocessors
 
 
 def test_an_unknown_rung_and_one_that_does_not_serve_are_refused_with_the_reason() -> None:
@@ -154,8 +166,8 @@ def test_an_unknown_rung_and_one_that_does_not_serve_are_refused_with_the_reason
         plan(shape(dtype="FP32"), 90, H200, "tensor_core")
 
 
-def test_every_rung_has_a_cross_over() -> None:
-    assert set(CROSS_OVER) == set(RUNGS)
+def test_every_rung_but_the_ring_has_one_cross_over_for_all() -> None:
+    assert set(CROSS_OVER) == set(RUNGS) - {"ring"}
 
 
 # --- from tensors to launches ---------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 /* GEMM, rung 4: every warp streams its own weights through a ring in shared memory, and no warp waits for another.
  *
- * Budget, per weight in the hot loop on sm_90 (python -m refq4_cuda.sass counts, a test compares):
+ * Budget, per weight in the loop along K, whole, on sm_90 (python -m refq4_cuda.sass counts, a test compares):
  *
  *     TOKENS=8      instructions 2.3      alu 0.9
  *     TOKENS=16     instructions 2.6      alu 0.9
  *     TOKENS=32     instructions 3.1      alu 0.9
- *     TOKENS=64     instructions 4.3      alu 1.1     (its loop over the pieces of a stage; the stage's own work comes on top)
+ *     TOKENS=64     instructions 5.0      alu 1.3
  *
  * What comes before and after the loop, for each instruction of the loop, where K = 4096 is split for 132 multiprocessors
  * (counted in the emulator; a test compares): 0.27, 0.40, 0.27 at M = 16, 32, 64.

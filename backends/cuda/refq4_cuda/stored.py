@@ -1,0 +1,87 @@
+"""The backend's own form of a weight: the bytes as they are stored, with the arguments of their launches beside them.
+
+Nothing is copied and nothing rearranged. A weight that was checked once need not be checked in each call, and what a
+product's argument says of it is packed once for each number of tokens:
+
+    StoredWeight.tensors     packed, absmax, code, and of nested scales their absmax, code and offset: what it reads
+                .products    (tokens, dtype, alignment, processor) --> Product: a plan, and the bytes that stay
+    a call                   x, bias, y and the room for sums go into the bytes; nothing else is done
+
+A product that several threads meet first is made by each of them, and is the same. No tensor of a call is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from refq4.backend import BackendUnsupportedError, Nested, PackedWeight, PreparedWeight
+
+from .launch import Launch, Product, filled, product_of
+
+__all__ = ["LAYOUT", "StoredWeight", "packed_again", "product", "stored"]
+
+LAYOUT = "stored"  # with nested scales, their blocksize follows: "stored, scales in blocks of 256"
+_NESTED = ", scales in blocks of "
+_MOST_PRODUCTS = 256
+
+
+class StoredWeight(PreparedWeight):
+    """A weight as the kernels read it; ``address`` is where its packed bytes were when ``products`` were made."""
+
+    weight: PackedWeight
+    address: int
+    products: dict[Any, Product | None]
+
+
+def stored(backend: str, weight: PackedWeight) -> StoredWeight:
+    """Of a canonical weight [N, K]; the memory is shared."""
+    nested, layout = weight.nested, LAYOUT
+    tensors: tuple[Tensor, ...] = (weight.packed, weight.absmax, weight.code)
+    if nested is not None:
+        tensors, layout = (*tensors, nested.absmax, nested.code, nested.offset), f"{layout}{_NESTED}{nested.blocksize}"
+    made = StoredWeight(backend, layout, tensors, weight.shape, weight.blocksize, weight.quant_type)
+    made.weight, made.address, made.products = weight, weight.packed.data_ptr(), {}
+    return made
+
+
+def packed_again(prepared: PreparedWeight) -> PackedWeight:
+    """The canonical weight; of one that came through an op, its tensors with what the layout's name says.
+
+    Raises:
+        BackendUnsupportedError: it is in the layout of another backend.
+    """
+    if isinstance(prepared, StoredWeight):
+        return prepared.weight
+    name, _, nested_blocksize = prepared.layout.partition(_NESTED)
+    if name != LAYOUT or len(prepared.tensors) != (6 if nested_blocksize else 3):
+        raise BackendUnsupportedError(f"backend 'cuda' reads the layouts canonical and stored, not {prepared.layout!r}")
+    packed, absmax, code, *rest = prepared.tensors
+    nested = Nested(rest[0], rest[1], rest[2], int(nested_blocksize)) if rest else None
+    return PackedWeight(packed, absmax, code, prepared.blocksize, prepared.shape, prepared.quant_type, nested)
+
+
+def product(x: Tensor, weight: StoredWeight, bias: Tensor | None, y: Tensor, processor: Any) -> list[Launch] | None:
+    """As ``launch.product``, from what was made at the first call with as many tokens.
+
+    Raises:
+        ValueError: the packed bytes have no memory any more.
+    """
+    address = weight.tensors[0].data_ptr()
+    if address != weight.address:  # its storage was freed, and perhaps allocated again
+        if address == 0:
+            raise ValueError("the packed weight has no memory: its storage was freed")
+        weight.products, weight.address = {}, address
+    x_address, products = x.data_ptr(), weight.products
+    key = (x.shape[0], x.dtype, x_address % 16, processor)
+    try:
+        made = products[key]
+    except KeyError:
+        if len(products) >= _MOST_PRODUCTS:
+            products.clear()
+        made = products[key] = product_of(
+            weight.weight, x.dtype, x.shape[0], x_address % 16 == 0, processor.arch, processor.multiprocessors,
+            limits=processor.limits,
+        )  # fmt: skip
+    return None if made is None else [filled(made, x, x_address, bias, y, processor.counters)]
