@@ -3,6 +3,10 @@
 #
 # **What goes into a 4-bit layer, what is stored, and what comes out?**
 #
+# - You will be able to say what is stored for a 4-bit layer, how many bits that is per weight, and what comes out.
+# - It needs Python, and what a linear layer is. It takes 5 minutes.
+# - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
+#
 # A linear layer multiplies its input by a matrix of weights. Most of a language model is such matrices, and running
 # one mostly means fetching them from memory. So: how much of each weight do we need? Here is a real layer, the first
 # one of a sentence encoder that many search engines use, and a real sentence on its way in.
@@ -84,11 +88,11 @@ axes.barh(
 )
 axes.barh("NF4", scales, left=codes, color=picture.VERMILION, height=0.55)
 axes.text(codes + scales + 0.3, 0, "the scale", color=picture.VERMILION, va="center")
-axes.set(xlabel="bits a weight", xticks=[0, 4.5, 16, 32])
+axes.set(xlabel="bits per weight", xticks=[0, 4.5, 16, 32])
 axes.grid(axis="y", visible=False)
 picture.show(
     figure,
-    "Bars of bits a weight: float32 32, bfloat16 16, NF4 4.5, of which a thin end is "
+    "Bars of bits per weight: float32 32, bfloat16 16, NF4 4.5, of which a thin end is "
     "the scale.",
 )
 
@@ -235,5 +239,49 @@ print(
 # %% [markdown]
 # **So:** a block of 64 weights becomes 64 codes of 4 bits and one scale; a code means one of sixteen numbers times
 # that scale. 4.5 bits instead of 32, and the output points almost exactly where it did.
+
+# %% [markdown]
+# ## Exercises
 #
-# Next: [why these sixteen numbers?](02_sixteen_numbers.ipynb)
+# Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
+#
+# **1.1** How many bits per weight does NF4 take in blocks of 32, with 32-bit scales?
+
+# %% tags=["exercise"]
+from support import exercises
+
+answer = ...
+exercises.check("1.1", answer)
+
+# %% [markdown]
+# <details><summary>A solution to 1.1</summary>
+#
+# ```python
+# answer = 4 + 32 / 32
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **1.2** Decode by hand: from codes [n], one scale for each 64 of them, and the table of sixteen values, to n
+# weights.
+
+
+# %% tags=["exercise"]
+def decode(codes, scales, table): ...
+
+
+exercises.check("1.2", decode)
+
+# %% [markdown]
+# <details><summary>A solution to 1.2</summary>
+#
+# ```python
+# def decode(codes, scales, table):
+#     return table[codes.long()] * scales.repeat_interleave(64)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Next:** [why these sixteen numbers?](02_sixteen_numbers.ipynb)

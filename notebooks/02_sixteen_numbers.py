@@ -3,6 +3,10 @@
 #
 # **Why are NF4's sixteen values where they are?**
 #
+# - You will be able to derive NF4's sixteen values, say which weight gets which, and try a format of your own.
+# - It needs notebook 1; the normal distribution. It takes 15 minutes.
+# - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
+#
 # A code of 4 bits can name sixteen numbers, whichever we like: a look-up costs the same for any table. So we are free
 # to put them where weights are. Where are weights? Here are all 10.6 million of the linear layers of a real model,
 # each divided by the largest magnitude of its block of 64.
@@ -61,17 +65,20 @@ picture.show(
 )
 
 # %% [markdown]
-# A bell, and a spike at either end where each block's largest weight sits. NF4, "normal float", is made for the bell.
+# A bell, and a spike at either end where each block's largest weight sits. (The normal curve has the standard
+# deviation of all of them, spikes included, so it is a little too wide for the bell alone.) NF4, "normal float", is
+# made for the bell.
 #
 # ## The idea: every code equally often
 #
-# Sixteen codes say most if each is used as often as any other. For a bell curve that means: cut it into slices of
-# equal *probability*, not of equal width, and take a number from each. The function that turns a probability into a
-# number is the inverse of the normal distribution's cumulative curve, its *quantile*.
+# A code of four bits carries the most information if all sixteen are used equally often. For a bell curve that means:
+# cut it into slices of equal *probability*, not of equal width, and take a number from each. The function that turns
+# a probability into a number is the inverse of the normal distribution's cumulative curve, its *quantile*.
 #
 # Two things keep it from being that plain. The curve's ends are at infinity, so the outermost numbers are taken half
 # a slice in from either end. And one number must be exactly 0, because zeros are common (padding, pruning) and should
-# stay zeros; so the two halves are spaced apart, eight steps above zero and seven below.
+# stay zeros. So the two halves are spaced separately: eight steps above zero, seven below. Half a slice is then 1/32
+# above and 1/30 below; NF4 takes the mean of the two for both ends, so that they come out at 1 and -1.
 
 # %%
 outermost = (
@@ -400,8 +407,8 @@ picture.show(
 )
 
 # %% [markdown]
-# The search, which knows nothing of quantiles, ends almost where NF4 is. That is a better reason for NF4 than the one
-# it is named after, and it holds for blocks of 64.
+# The search knows nothing of quantiles, and ends almost where NF4 is. So for blocks of 64 there is a better reason
+# for NF4's values than equal use: they make the mean error small.
 #
 # And since a format is nothing but sixteen numbers, yours can be one too: every function and every engine takes it by
 # its name.
@@ -426,5 +433,52 @@ picture.table(
 # %% [markdown]
 # **So:** NF4's values are quantiles of the normal distribution with a zero put in, scaled to end at ±1. They crowd
 # where weights do. For blocks of 64 normal weights hardly anything is better; for other shapes other formats are.
+
+# %% [markdown]
+# ## Exercises
 #
-# Next: [why blocks of 64?](03_blocks_and_scales.ipynb)
+# Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
+#
+# **2.1** Find sixteen values from -1 to 1, with 0 among them, that err at least a tenth less than NF4 on *uniform*
+# weights.
+
+# %% tags=["exercise"]
+from support import exercises
+
+values = [...]
+exercises.check("2.1", values)
+
+# %% [markdown]
+# <details><summary>A solution to 2.1</summary>
+#
+# ```python
+# values = [i / 7.5 - 1 for i in range(16)]
+# values[7] = 0.0  # where two steps of 1/15 meet
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **2.2** From scaled weights [n] and the sorted values [16] to codes [n]: the nearest one, and of two that are
+# equally near the lower.
+
+
+# %% tags=["exercise"]
+def nearest(x, values): ...
+
+
+exercises.check("2.2", nearest)
+
+# %% [markdown]
+# <details><summary>A solution to 2.2</summary>
+#
+# ```python
+# def nearest(x, values):
+#     middles = (values[1:] + values[:-1]) / 2
+#     return (x[:, None] > middles).sum(1)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Next:** [why blocks of 64?](03_blocks_and_scales.ipynb)

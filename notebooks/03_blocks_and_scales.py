@@ -3,6 +3,10 @@
 #
 # **What does a block's size cost, and what does it buy?**
 #
+# - You will be able to choose a blocksize, and say what it costs and what an outlier does.
+# - It needs notebook 1. It takes 10 minutes.
+# - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
+#
 # A block of weights shares one scale, its largest magnitude (*absmax*), kept as a 32-bit number. Large blocks share
 # it among many and cost few bits; small blocks fit their weights better. How much of one for how much of the other?
 # Two layers of the same model, at all eight blocksizes, and for comparison with a single scale for the whole matrix.
@@ -61,7 +65,7 @@ whole = [relative_error(W, through_one_scale(W)) for W in layers.values()]
 assert rows[1][1] == 4.5
 assert all(smaller[2] < larger[2] for smaller, larger in pairwise(rows))
 picture.table(
-    ["blocksize", "bits a weight", *layers],
+    ["blocksize", "bits per weight", *layers],
     [
         *([size, f"{bits:.3f}", f"{a:.4f}", f"{b:.4f}"] for size, bits, a, b in rows),
         ["all", "4.000", *(f"{w:.4f}" for w in whole)],
@@ -86,7 +90,7 @@ axes.plot(
     4.5, rows[1][2], "o", color="none", markeredgecolor=picture.GREY, markersize=13
 )
 axes.set(
-    xlabel="bits a weight (numbers: blocksize)",
+    xlabel="bits per weight (numbers: blocksize)",
     ylabel="relative error",
     ylim=(0.06, 0.2),
 )
@@ -98,15 +102,16 @@ picture.show(
 )
 
 # %% [markdown]
-# The curve is steep where blocks are large and nearly free, and flat where they are small and dear. 64 (circled) sits
-# behind the knee, and double quantisation, the subject of notebook 4, makes its scales cheap. For the layer with an
-# outlier a single scale would be a disaster: nearly everything is lost.
+# From left to right: at first a smaller block costs few bits and takes away much of the error; later it costs many
+# bits and takes away little. 64 (circled) lies behind the bend, and double quantisation, the subject of notebook 4,
+# makes its scales cheap. For the layer with an outlier a single scale would be a disaster: nearly everything is lost.
 #
 # ## Why larger blocks are coarser
 #
 # Not because of the look-up: because the largest of many is larger than the largest of few. All other weights are
-# measured against it, so the sixteen values spread further and the bell sits in the middle of them, using fewer. For
-# normal numbers one can work out the largest of $n$: it exceeds $t$ unless all $n$ are below, so its mean is
+# measured against it, so in a large block most weights are small beside the scale, and only the few values near 0 are
+# used for them. For normal numbers one can work out the largest of $n$: it exceeds $t$ unless all $n$ are below, so
+# its mean is
 # $\int_0^\infty 1 - P(|x| < t)^n \, dt$.
 
 # %%
@@ -315,5 +320,52 @@ picture.show(
 #
 # **So:** a smaller block costs scale bits and buys a smaller largest weight, hence finer steps, and walls against
 # outliers. 64 is where most of the gain is had and little has been paid.
+
+# %% [markdown]
+# ## Exercises
 #
-# Next: [getting the scales down from half a bit to an eighth](04_quantising_the_scales.ipynb)
+# Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
+#
+# **3.1** The scale of each block of a weight, over the flattened tensor. The last block may be short.
+
+# %% tags=["exercise"]
+from support import exercises
+
+
+def scales(W, blocksize): ...
+
+
+exercises.check("3.1", scales)
+
+# %% [markdown]
+# <details><summary>A solution to 3.1</summary>
+#
+# ```python
+# import torch
+#
+#
+# def scales(W, blocksize):
+#     blocks = W.flatten().split(blocksize)
+#     return torch.stack([block.abs().max() for block in blocks])
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **3.2** A block has one weight of 10 and 63 weights of 0.7. To what does NF4 decode the 0.7?
+
+# %% tags=["exercise"]
+answer = ...
+exercises.check("3.2", answer)
+
+# %% [markdown]
+# <details><summary>A solution to 3.2</summary>
+#
+# ```python
+# answer = 0.0796 * 10  # 0.07 lies nearest to NF4's first value above 0
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Next:** [getting the scales down from half a bit to an eighth](04_quantising_the_scales.ipynb)

@@ -1,9 +1,13 @@
 # %% [markdown]
 # # 4. Quantising the scales
 #
-# **How do the scales get from half a bit a weight to an eighth?**
+# **How do the scales get from half a bit per weight to an eighth?**
 #
-# One 32-bit scale for each block of 64 weights is half a bit a weight: a ninth of all that a 4-bit layer stores.
+# - You will be able to take scales from half a bit to an eighth, and decode them by hand.
+# - It needs notebook 3. It takes 15 minutes.
+# - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
+#
+# One 32-bit scale for each block of 64 weights is half a bit per weight: a ninth of all that a 4-bit layer stores.
 # Scales are numbers like others, and numbers can be quantised. The QLoRA paper calls it *double quantisation*; the
 # parameter is `compress_statistics=True`. First, the scales of a real layer:
 
@@ -89,9 +93,22 @@ assert error < 0.005
 # %% [markdown]
 # ## 256 numbers
 #
-# Which 256? Not evenly spaced ones: the *dynamic map*. It works like a floating point number whose exponent may be
-# any length: leading zeros count decades, and the bits left over cut the decade into equal steps. So near 1 the steps
-# are a hundredth, and near 0 there are still numbers of a millionth.
+# Which 256? Not evenly spaced ones: the *dynamic map*. It works like a floating point number whose exponent has no
+# fixed length. A byte is a sign, then zeros, then a one, then a fraction: each further zero makes the number ten
+# times smaller and leaves one bit less for the fraction. So near 1 the steps are a hundredth, and near 0 there are
+# still numbers of a millionth.
+
+#
+# ```text
+# sign   zeros, then a one   fraction     which numbers
+#   s    1                   ffffff       64 from 0.1 to 1
+#   s    01                  fffff        32 from 0.01 to 0.1
+#   s    001                 ffff         16 from 0.001 to 0.01
+#   ...
+#   s    0000001                           1 below a millionth
+# ```
+#
+# With 0 and 1 these are 256. They are sorted, and a code is a position among them.
 
 # %%
 dynamic = refq4.functional.create_dynamic_map()
@@ -192,7 +209,7 @@ scales_only = price["codes of the scales"] + price["scales of the scales"]
 assert scales_only == 8 / 64 + 32 / (64 * 256)
 assert round(total, 6) == round(8 * (packed.nbytes + nested.nbytes()) / n, 6)
 picture.table(
-    ["part", "bits a weight"],
+    ["part", "bits per weight"],
     [[k, f"{v:.6f}"] for k, v in price.items()] + [["together", f"{total:.6f}"]],
 )
 
@@ -221,7 +238,7 @@ for row, parts in enumerate((after, before)):
 axes.set(
     yticks=(0, 1),
     yticklabels=("double\nquantisation", "plain"),
-    xlabel="bits a weight (from 3.8)",
+    xlabel="bits per weight (from 3.8)",
     xlim=(3.8, 4.55),
 )
 axes.grid(axis="y", visible=False)
@@ -279,7 +296,7 @@ picture.table(
         "bytes",
         "of which header",
         "and description (JSON)",
-        "bits a weight",
+        "bits per weight",
     ],
     rows,
 )
@@ -304,7 +321,7 @@ sizes = {
 assert 4.12 < 8 * small_files / numbers < 4.25
 
 picture.table(
-    [f"{numbers:,} weights as", "MB", "bits a weight"],
+    [f"{numbers:,} weights as", "MB", "bits per weight"],
     [
         [name, f"{size / 1e6:.2f}", f"{8 * size / numbers:.3f}"]
         for name, size in sizes.items()
@@ -382,5 +399,52 @@ assert (block * back <= 0).all()
 #
 # **So:** mean off, 8 bits, a scale for each 256: the scales cost 0.127 bits instead of 0.5, and the weights are off
 # by hardly more than before.
+
+# %% [markdown]
+# ## Exercises
 #
-# Next: [what all this looks like in a file](05_bytes_on_disk.ipynb)
+# Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
+#
+# **4.1** From a state with double quantisation to its fp32 scales: `state.absmax` are 8-bit codes, `state.state2` has
+# their table `code`, their scales `absmax` (one for each 256) and `state.offset` is the mean that was taken off. Try
+# it without the offset, too.
+
+# %% tags=["exercise"]
+from support import exercises
+
+
+def scales(state): ...
+
+
+exercises.check("4.1", scales)
+
+# %% [markdown]
+# <details><summary>A solution to 4.1</summary>
+#
+# ```python
+# def scales(state):
+#     second = state.state2
+#     each = second.absmax.repeat_interleave(256)[: state.absmax.numel()]
+#     return second.code[state.absmax.long()] * each + state.offset
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **4.2** How many bits per weight are that in blocks of 128?
+
+# %% tags=["exercise"]
+answer = ...
+exercises.check("4.2", answer)
+
+# %% [markdown]
+# <details><summary>A solution to 4.2</summary>
+#
+# ```python
+# answer = 4 + 8 / 128 + 32 / (128 * 256)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Next:** [what all this looks like in a file](05_bytes_on_disk.ipynb)

@@ -3,6 +3,10 @@
 #
 # **What is in a 4-bit checkpoint, byte by byte?**
 #
+# - You will be able to read a 4-bit checkpoint with `struct` and `json` alone.
+# - It needs notebook 4. It takes 10 minutes.
+# - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
+#
 # ## Two codes in a byte
 #
 # Memory comes in bytes, codes have four bits: two go in one byte, *the first in the high half*. Eight weights, their
@@ -176,7 +180,7 @@ picture.show(
 # | `weight.quant_map` | the sixteen values of the code |
 # | `weight.nested_absmax` | the scales of the scales |
 # | `weight.nested_quant_map` | the 256 values for the scales |
-# | `weight.quant_state.bitsandbytes__nf4` | what is no tensor, as JSON written into a tensor of bytes |
+# | `weight.quant_state.bitsandbytes__nf4` | everything that is not a tensor: JSON text, as a tensor of bytes |
 # | `bias` | the bias, as it was |
 
 
@@ -285,5 +289,51 @@ folder.cleanup()
 # %% [markdown]
 # **So:** a 4-bit weight on disk is a column of bytes with two codes each, scales (here in 8 bits, with scales of
 # their own), two small tables, and a line of JSON. A few lines of Python read it without any library.
+
+# %% [markdown]
+# ## Exercises
 #
-# Next: [the forward pass, step by step](06_the_forward_pass.ipynb)
+# Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
+#
+# **5.1** The two codes in a byte, in the order of the weights.
+
+# %% tags=["exercise"]
+from support import exercises
+
+
+def unpack(byte): ...
+
+
+exercises.check("5.1", unpack)
+
+# %% [markdown]
+# <details><summary>A solution to 5.1</summary>
+#
+# ```python
+# def unpack(byte):
+#     return byte >> 4, byte & 15
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **5.2** A layer of 1000 × 300 in blocks of 64, with double quantisation: how many bytes does `weight.absmax` have in
+# the file?
+
+# %% tags=["exercise"]
+answer = ...
+exercises.check("5.2", answer)
+
+# %% [markdown]
+# <details><summary>A solution to 5.2</summary>
+#
+# ```python
+# import math
+#
+# answer = math.ceil(1000 * 300 / 64)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Next:** [the forward pass, step by step](06_the_forward_pass.ipynb)

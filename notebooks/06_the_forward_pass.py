@@ -3,6 +3,10 @@
 #
 # **What are the seven steps of a 4-bit layer, and what makes each of them decide otherwise?**
 #
+# - You will be able to read the trace of a call, say why each of the seven steps is there, and turn its decision.
+# - It needs notebook 1. It takes 20 minutes.
+# - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
+#
 # Between `layer(x)` and its result lie seven steps, and each decides something: where the weight's scales are, in
 # which type to compute, which kernel to call. Most surprises with 4-bit layers (slow, less exact than hoped, a
 # warning) are one of these decisions. `refq4.trace()` records them. We take one tensor through all seven, and make
@@ -64,8 +68,9 @@ assert body.count("step(") == 7
 # ## 1 · Recover the quant state
 #
 # The weight is bytes; scales, shape and code are in its *quant state*, an attribute of the parameter. An attribute is
-# easily lost: anything that builds a new parameter from the same bytes drops it (FSDP does, when it puts a weight
-# together from its pieces). So the layer keeps a second reference.
+# easily lost: anything that builds a new parameter from the same bytes drops it. FSDP does: it splits a model over
+# several machines, and puts a weight together from its pieces when it is needed. So the layer keeps a second
+# reference.
 
 # %%
 layer = new_layer()
@@ -100,7 +105,7 @@ assert step(2, layer, x.clone().requires_grad_()) == "canonical"
 assert step(2, layer.train(), x) == "canonical"
 
 # %% [markdown]
-# Three times the same choice, for three reasons. The other one takes a backend with a layout of its own: the CPU
+# Three times the same choice, for three reasons. The other choice needs a backend with a layout of its own. The CPU
 # backend has one, if this machine has AVX2 or AVX-512 (hence no assertion here; the answer is that of the machine
 # that made the page).
 
@@ -129,8 +134,8 @@ assert step(3, layer, x) == "none"
 # ## 4 · Compute dtype
 #
 # In which type are products formed? If you said so with `compute_dtype=`, in that. If not, the first input decides:
-# float32 or bfloat16 are taken over and stay. A float16 input is computed as float16, but not taken over: its range
-# is narrow (nothing above 65,504), and a layer should not be bound to it by accident.
+# float32 or bfloat16 become the layer's compute dtype. A float16 input is computed in float16, but the layer does not
+# remember it: its range is narrow (nothing above 65,504), and a layer should not be bound to it by accident.
 
 # %%
 assert step(4, new_layer(compute_dtype=torch.bfloat16), x) == "as set"
@@ -148,7 +153,7 @@ assert layer.compute_dtype is None
 print(f"\n{caught[0].category.__name__}: {caught[0].message}")
 
 # %% [markdown]
-# That is the first warning of three. It means: nobody chose the precision of this layer, so it computes in the input's
+# That is the first warning of three. It means: no precision was chosen for this layer, so it computes in the input's
 # float16. The remedy is to choose: `compute_dtype=torch.float16` if you mean it, `torch.bfloat16` for range,
 # `torch.float32` to be exact. Its second form comes if you chose float32 and send float16, which costs time on
 # machines where half precision is faster:
@@ -161,8 +166,8 @@ print(f"{caught[0].category.__name__}: {caught[0].message}")
 assert "computes in float32" in str(caught[0].message)
 
 # %% [markdown]
-# What hangs on the choice? `refq4.explain` measures a call against the same product in 64-bit arithmetic, with the
-# same 4-bit weights. So this is the error of *computing* alone, which comes on top of that of the weights.
+# What difference does the choice make? `refq4.explain` measures a call against the same product in 64-bit arithmetic,
+# with the same 4-bit weights. So this is the error of *computing* alone, which comes on top of that of the weights.
 
 # %%
 errors = {}
@@ -338,7 +343,52 @@ assert report.error <= report.allowed
 report
 
 # %% [markdown]
-# **So:** seven steps, each with a decision that you can see and turn. The three warnings are about step 4 (nobody
-# chose the precision) and step 6 (rows that are no whole blocks; a weight the wrong way round).
+# **So:** seven steps, each with a decision that you can see and turn. The three warnings are about step 4 (no
+# precision was chosen) and step 6 (K is not a multiple of the blocksize; a weight the wrong way round).
+
+# %% [markdown]
+# ## Exercises
 #
-# Next: [the way back](07_backward_through_frozen_weights.ipynb)
+# Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
+#
+# **6.1** The paths of four calls on the reference, without a gradient: `x` of [1, 64], of [1, 1, 64] and of [2, 64]
+# through a layer of 64 in_features, and [1, 100] through one of 100.
+
+# %% tags=["exercise"]
+from support import exercises
+
+answer = [..., ..., ..., ...]
+exercises.check("6.1", answer)
+
+# %% [markdown]
+# <details><summary>A solution to 6.1</summary>
+#
+# ```python
+# answer = ["gemv_4bit", "gemv_4bit", "MatMul4Bit", "MatMul4Bit"]
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **6.2** Find a layer and an input for which step 4 decides "as the input".
+
+# %% tags=["exercise"]
+layer, given = ..., ...
+exercises.check("6.2", (layer, given))
+
+# %% [markdown]
+# <details><summary>A solution to 6.2</summary>
+#
+# ```python
+# import torch
+#
+# import refq4
+#
+# layer = refq4.nn.LinearNF4(64, 8).to("cpu")  # no compute dtype was set
+# given = torch.ones(1, 64, dtype=torch.float16)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Next:** [the way back](07_backward_through_frozen_weights.ipynb)

@@ -3,6 +3,10 @@
 #
 # **How can a model learn if its weights can't change?**
 #
+# - You will be able to send a gradient through frozen weights, check it, and train LoRA on top.
+# - It needs notebook 6; the chain rule. It takes 20 minutes.
+# - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
+#
 # A weight of 4 bits can't be trained: a step of gradient descent is far smaller than the distance from one of sixteen
 # values to the next. QLoRA trains something else. It freezes the 4-bit weights, puts small trainable matrices beside
 # them, and sends gradients *through* the frozen ones. This page does all of it.
@@ -13,8 +17,8 @@
 #
 # $$g_x = g_y W, \qquad g_b = \textstyle\sum g_y, \qquad g_W = g_y^\top x.$$
 #
-# The first two are all that `MatMul4Bit` computes. The third is the expensive one, and nobody wants it. For $g_x$ the
-# weight is decoded a second time.
+# The first two are all that `MatMul4Bit` computes. The third is the expensive one, and training adapters does not
+# need it. For $g_x$ the weight is decoded a second time.
 
 # %%
 import torch
@@ -343,7 +347,8 @@ assert "Simple is better than complex." in go_on(
 # ## What it saves
 #
 # Training takes memory for more than weights: a gradient for each weight that learns, and two running means that Adam
-# keeps of it, 16 bytes a weight in all. Frozen weights need none of that. Counted for this model:
+# keeps of it: with the weight itself four fp32 numbers, 16 bytes per weight. Frozen weights need none of that.
+# Counted for this model:
 
 # %%
 learning = sum(
@@ -396,5 +401,51 @@ picture.show(
 #
 # **So:** the weights stay frozen, the gradient goes through them by one more decoding, and a few small matrices in
 # full precision do the learning.
+
+# %% [markdown]
+# ## Exercises
 #
-# Next: [one token or many](08_one_token_or_many.ipynb)
+# Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
+#
+# **7.1** The gradient of the input, from that of the output [M, N] and the layer.
+
+# %% tags=["exercise"]
+from support import exercises
+
+
+def gradient(grad_y, layer): ...
+
+
+exercises.check("7.1", gradient)
+
+# %% [markdown]
+# <details><summary>A solution to 7.1</summary>
+#
+# ```python
+# from refq4.functional import dequantize_4bit
+#
+#
+# def gradient(grad_y, layer):
+#     return grad_y @ dequantize_4bit(layer.weight, layer.quant_state)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **7.2** LoRA of rank 8 beside a layer of 384 in_features and 1536 out_features: how many numbers are trained?
+
+# %% tags=["exercise"]
+answer = ...
+exercises.check("7.2", answer)
+
+# %% [markdown]
+# <details><summary>A solution to 7.2</summary>
+#
+# ```python
+# answer = 8 * 384 + 1536 * 8
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Next:** [one token or many](08_one_token_or_many.ipynb)

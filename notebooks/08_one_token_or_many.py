@@ -3,9 +3,13 @@
 #
 # **When is a second token nearly free?**
 #
+# - You will be able to say when memory is the limit and when arithmetic is, and why a layer has two paths.
+# - It needs notebook 6. It takes 15 minutes.
+# - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
+#
 # A language model that writes reads all its weights once for every word. Reading a prompt, it has many words at hand.
 # It is the same product, $y = x W^\top$, with one row in $x$ or with many. Yet there are machines on which two tokens
-# take hardly longer than one, and on all machines the hundredth pays its full share. Two numbers decide where that
+# take hardly longer than one. But a hundred tokens take longer on every machine. Two numbers decide where that
 # changes. This notebook measures both, on the machine that it runs on.
 #
 # M tokens, N out_features, K in_features, as everywhere. One thread, so that the machine's other work disturbs little.
@@ -74,8 +78,8 @@ roofs.traffic(
 )
 
 # %% [markdown]
-# The weights are read once, whoever shares them. Every further token brings operations and hardly any bytes, so the
-# *intensity*, operations for each byte, grows in step with M.
+# The weights are read once, however many tokens share them. Every further token brings operations and hardly any
+# bytes, so the *intensity*, operations for each byte, grows in step with M.
 
 # %%
 for M in (1, 2, 256):
@@ -108,7 +112,7 @@ print(f"{read:.1f} GB/s of memory read, {peak:.0f} GFLOP/s of multiply-adds")
 # %% [markdown]
 # A call can't be over before the memory is read, nor before everything is multiplied. Memory takes about the same time
 # whatever M is; multiplying takes M times as long as for one token. The *cross-over* is the M at which both take the
-# same time: below it, another token costs nothing that would not be spent waiting for memory anyway.
+# same time: below it, another token is computed while the machine waits for memory anyway.
 
 
 # %%
@@ -318,7 +322,7 @@ for M in (1, 2):
 
 # %% [markdown]
 # And the CPU backend, once it is called, picks one of its kernels. Which one is fastest for how many tokens differs
-# from processor to processor, so nobody wrote it down: the first call timed them all, and kept the winners.
+# from processor to processor, so it is not written down: the first call timed them all, and kept the fastest.
 
 # %% tags=["timing"]
 if missing is None:
@@ -332,3 +336,50 @@ shown
 # **So:** a second token is nearly free for as long as the machine waits for the weights anyway. Four bits make the
 # wait of the first token seven times shorter than fp32 does. Fewer further tokens fit into a shorter wait, and none
 # of them is slower than in fp32.
+
+# %% [markdown]
+# ## Exercises
+#
+# Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
+#
+# **8.1** A machine reads 100 GB/s and multiplies 1000 GFLOP/s. At which M do reading and multiplying take the same
+# time? (Blocks of 64, fp32 scales; leave x and y out.)
+
+# %% tags=["exercise"]
+from support import exercises
+
+answer = ...
+exercises.check("8.1", answer)
+
+# %% [markdown]
+# <details><summary>A solution to 8.1</summary>
+#
+# ```python
+# seconds_read = (4 / 8 + 4 / 64) / 100e9  # a weight
+# seconds_multiplied = 2 / 1000e9  # a weight and a token
+# answer = seconds_read / seconds_multiplied
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **8.2** `MatMul4Bit` of bitsandbytes 0.49.1 reads the packed weight, writes it as bf16, and reads that again. How
+# many times the bytes is that of reading the packed weight alone?
+
+# %% tags=["exercise"]
+answer = ...
+exercises.check("8.2", answer)
+
+# %% [markdown]
+# <details><summary>A solution to 8.2</summary>
+#
+# ```python
+# packed = 4 / 8 + 4 / 64
+# answer = (packed + 2 + 2) / packed
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Next:** [inside the CPU kernel](09_inside_the_cpu_kernel.ipynb); or, if you don't write kernels, [do they
+# agree?](11_do_they_agree.ipynb)

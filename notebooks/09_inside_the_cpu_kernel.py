@@ -3,11 +3,16 @@
 #
 # **How does a processor get from a plain loop over the weights to dozens of times its speed?**
 #
+# - You will be able to read a kernel of the CPU backend, and say what each rung buys.
+# - It needs notebook 8. It is for those who write kernels; others may go on to 11. It takes 25 minutes.
+# - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
+#
 # Three ideas do it: put the bytes into the order in which they are needed, look up many codes with one instruction, and
 # keep everything else out of the loop. Each is tried here in numpy first, on numbers that can be seen, and held against
 # the bytes and results of the real kernel. At the end the kernels themselves run, from the first rung to the last.
 #
-# Source: `backends/cpu/refq4_cpu/kernels/`. The story with all its figures: `docs/cpu-kernels.md`.
+# Source: [the kernels](../backends/cpu/refq4_cpu/kernels).
+# The story with all its figures: [CPU kernels](../docs/cpu-kernels.md).
 
 # %% tags=["timing"]
 import json
@@ -342,5 +347,54 @@ picture.table(
 )
 
 # %% [markdown]
-# So: dozens of times the plain loop, and none of it by cleverer arithmetic. The bytes lie where they are needed, one
-# instruction looks up a register full of codes, and the scale waits outside.
+# **So:** dozens of times the plain loop, and none of it by cleverer arithmetic. The bytes lie where they are needed,
+# one instruction looks up a register full of codes, and the scale waits outside.
+
+# %% [markdown]
+# ## Exercises
+#
+# Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
+#
+# **9.1** A dword of four stored bytes, lowest byte first. Which shifts, in steps of four bits, bring down the codes
+# of k = 0, 1, ... 7?
+
+# %% tags=["exercise"]
+from support import exercises
+
+answer = [...]
+exercises.check("9.1", answer)
+
+# %% [markdown]
+# <details><summary>A solution to 9.1</summary>
+#
+# ```python
+# answer = [s ^ 1 for s in range(8)]  # in each byte the first code is the high one
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **9.2** Put a bf16 number together from its upper and its lower byte, as `vpunpck` and a shift by 16 do.
+
+
+# %% tags=["exercise"]
+def join(upper, lower): ...
+
+
+exercises.check("9.2", join)
+
+# %% [markdown]
+# <details><summary>A solution to 9.2</summary>
+#
+# ```python
+# import struct
+#
+#
+# def join(upper, lower):
+#     return struct.unpack("<f", struct.pack("<I", (upper << 8 | lower) << 16))[0]
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Next:** [inside the CUDA kernels](10_inside_the_cuda_kernels.ipynb)

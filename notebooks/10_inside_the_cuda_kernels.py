@@ -3,11 +3,16 @@
 #
 # **Among thousands of threads, who holds which number?**
 #
+# - You will be able to say which lane holds which element of an `mma`, and find a race without a GPU.
+# - It needs notebook 8. It is for those who write kernels; others may go on to 11. It takes 25 minutes.
+# - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
+#
 # No GPU is needed. The project's emulator takes what NVRTC, NVIDIA's compiler, makes of a kernel (PTX, an assembly
 # language), executes it on CPU tensors, and shows any thread's registers. Where there is a GPU, the products below run
 # on it as well: the plan of a launch is the same, and so are the bytes of its arguments.
 #
-# Source: `backends/cuda/refq4_cuda/kernels/`. What each rung gains: `docs/cuda-kernels.md`.
+# Source: [the kernels](../backends/cuda/refq4_cuda/kernels).
+# What each rung gains: [CUDA kernels](../docs/cuda-kernels.md).
 
 # %% tags=["timing"]
 import numpy as np
@@ -297,9 +302,9 @@ picture.show(
 )
 
 # %% [markdown]
-# To keep up with its memory, an H200 has four instructions for each weight (`docs/cuda-kernels.md`). The loop of the
-# ring takes
-# 2.1 in machine code; here it shares the count with the filling of tables, which so small a weight does not repay.
+# To keep up with its memory, an H200 has four instructions per weight ([CUDA kernels](../docs/cuda-kernels.md)). The
+# loop of the ring takes 2.1 in machine code; here it shares the count with the filling of tables, which so small a
+# weight does not repay.
 #
 # And eight tokens? The vectorised kernel multiplies again for each. The tensor cores' B has eight columns anyhow.
 
@@ -349,5 +354,52 @@ for rung in reversed(RUNGS):
 print(f"all four rungs are within the budget on {backend.name}")
 
 # %% [markdown]
-# So: a number's place is a rule of lane and register, written in no variable, and a wrong rule shows only in the
+# **So:** a number's place is a rule of lane and register, written in no variable, and a wrong rule shows only in the
 # result. That is why the emulator checks every access, and why every kernel is held to the reference: notebook 11.
+
+# %% [markdown]
+# ## Exercises
+#
+# Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
+#
+# **10.1** Which lane holds row r, column k of A in `mma.m16n8k16`?
+
+# %% tags=["exercise"]
+from support import exercises
+
+
+def lane(r, k): ...
+
+
+exercises.check("10.1", lane)
+
+# %% [markdown]
+# <details><summary>A solution to 10.1</summary>
+#
+# ```python
+# def lane(r, k):
+#     return 4 * (r % 8) + k % 8 // 2
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **10.2** In a copy of `gemm_4bit_3_tensor_core.cu`, the `__syncthreads()` between filling the table and reading it
+# is taken out. Which error will the emulator raise? The names are in [CUDA without a
+# GPU](../docs/cuda-without-a-gpu.md).
+
+# %% tags=["exercise"]
+answer = ...
+exercises.check("10.2", answer)
+
+# %% [markdown]
+# <details><summary>A solution to 10.2</summary>
+#
+# ```python
+# answer = "RaceError"  # some warps read entries that others may still have to write
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Next:** [two engines give different numbers: is one wrong?](11_do_they_agree.ipynb)

@@ -3,6 +3,10 @@
 #
 # **Two engines give different numbers. Is one of them wrong?**
 #
+# - You will be able to tell a rounding difference from a bug, and get a failing input down to its smallest form.
+# - It needs notebook 6. It takes 15 minutes.
+# - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
+#
 # A plain reference, C kernels, CUDA kernels, bitsandbytes: they all multiply by the same 4-bit weight, and hardly two
 # give the same bits. Some of that is as it must be, some of it would be a bug. This notebook tells one from the other,
 # and then plants a bug to see it found.
@@ -227,5 +231,50 @@ print("---")
 exec(failure.snippet())
 
 # %% [markdown]
-# So: bits where nothing can differ, a budget that is measured where something must, questions at the edges, and an
+# **So:** bits where nothing can differ, a budget that is measured where something must, questions at the edges, and an
 # answer that says what to look for. Your own engine is asked in the same way: notebook 12.
+
+# %% [markdown]
+# ## Exercises
+#
+# Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
+#
+# **11.1** Compare two tensors: True if they differ nowhere by more than `allowed`. A NaN must not pass.
+
+# %% tags=["exercise"]
+from support import exercises
+
+
+def agrees(got, wanted, allowed): ...
+
+
+exercises.check("11.1", agrees)
+
+# %% [markdown]
+# <details><summary>A solution to 11.1</summary>
+#
+# ```python
+# def agrees(got, wanted, allowed):
+#     return bool(((got - wanted).abs() <= allowed).all())
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **11.2** How large is a unit in the last place of bfloat16 at 3.0?
+
+# %% tags=["exercise"]
+answer = ...
+exercises.check("11.2", answer)
+
+# %% [markdown]
+# <details><summary>A solution to 11.2</summary>
+#
+# ```python
+# answer = 2 ** (1 - 7)  # 3 lies between 2 and 4, and 7 bits follow the leading one
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Next:** [write your own backend](12_write_your_own_backend.ipynb)

@@ -3,6 +3,10 @@
 #
 # **How little is enough for an engine of your own?**
 #
+# - You will be able to write a backend in fifty lines, and have it checked.
+# - It needs notebook 11. It takes 20 minutes.
+# - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
+#
 # Three things, in numpy: quantise, decode, multiply. After each, `verify` is asked what it thinks, and it will think
 # ill of the first attempts, which are the ones that anybody would make. At the end stands the backend of
 # `docs/numpy_backend.py`; the last cell holds the two together.
@@ -296,6 +300,62 @@ print(
 assert len(source.splitlines()) < 100
 
 # %% [markdown]
-# So: three things, some fifty lines, and no test to write. From here, replace one function at a time by your kernel,
-# and ask again. What you can't do, say in `can_run`; `docs/write-a-backend.md` goes on to packages, layouts of your own
-# and your CI.
+# **So:** three things, some fifty lines, and no test to write. From here, replace one function at a time by your
+# kernel, and ask again. What you can't do, say in `can_run`; `docs/write-a-backend.md` goes on to packages, layouts
+# of your own and your CI.
+
+# %% [markdown]
+# ## Exercises
+#
+# Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
+#
+# **12.1** Write `gemv_4bit`: x [1, K], a weight with plain scales, a bias [N] or None. `verify` asks it forty
+# questions.
+
+# %% tags=["exercise"]
+from support import exercises
+
+
+def gemv(x, weight, bias): ...
+
+
+exercises.check("12.1", gemv)
+
+# %% [markdown]
+# <details><summary>A solution to 12.1</summary>
+#
+# ```python
+# import torch
+#
+#
+# def gemv(x, weight, bias):
+#     codes = torch.stack([weight.packed >> 4, weight.packed & 15], 1).flatten().long()
+#     scales = weight.absmax.repeat_interleave(weight.blocksize)
+#     count = weight.shape[0] * weight.shape[1]
+#     W = (weight.code[codes[:count]] * scales[:count]).view(weight.shape)
+#     y = torch.nn.functional.linear(x.float(), W, None if bias is None else bias.float())
+#     return y.to(x.dtype)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **12.2** A backend has a bug, and `verify` names it. Give any wrong answer first, read what it says, and answer with
+# the word that names the cause: "offset", "nibbles", "bias" or "scale".
+
+# %% tags=["exercise"]
+answer = ...
+exercises.check("12.2", answer)
+
+# %% [markdown]
+# <details><summary>A solution to 12.2</summary>
+#
+# ```python
+# answer = "nibbles"
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Next:** [a real model](13_a_real_model.ipynb); and [write a backend](../docs/write-a-backend.md), for packages and
+# your CI

@@ -3,6 +3,10 @@
 #
 # **Every weight is nearly a tenth off. Why does the model still work?**
 #
+# - You will be able to measure what 4 bits do to a whole model, and load one through transformers.
+# - It needs notebook 1. It takes 15 minutes.
+# - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
+#
 # First a pretrained sentence encoder, `all-MiniLM-L6-v2`, whose 36 linear layers become 4 bits wide; then a small
 # language model that is trained here, so that it has something to say, and then loaded through transformers in 4 bits.
 
@@ -106,7 +110,13 @@ cosines = {
 assert len(linears) == 36
 assert 0.97 < cosines["NF4"].mean() < 0.98
 picture.table(
-    ["format", "bits a weight", "mean error of a layer", "mean cosine", "worst cosine"],
+    [
+        "format",
+        "bits per weight",
+        "mean error of a layer",
+        "mean cosine",
+        "worst cosine",
+    ],
     [
         [
             name,
@@ -139,7 +149,7 @@ gained = [
     b - a
     for a, b in zip(weights["NF4"], weights["NF4 + double quantisation"], strict=True)
 ]
-print(f"{saved:.3f} bits a weight saved, {saved / bits['NF4']:.1%}")
+print(f"{saved:.3f} bits per weight saved, {saved / bits['NF4']:.1%}")
 print(
     f"error of a layer larger by {sum(gained) / 36:.6f} on average; FP4's is larger by "
     "",
@@ -262,7 +272,7 @@ print(
     f"{loss.item():.2f}",
     end="; ",
 )
-print(f"whoever guesses has {torch.tensor(len(letters)).log():.2f}")
+print(f"guessing would give {torch.tensor(len(letters)).log():.2f}")
 
 # %% [markdown]
 # Saved as it is, and loaded in 4 bits. `Refq4Config` has the names and defaults of `BitsAndBytesConfig`; importing the
@@ -324,5 +334,50 @@ picture.show(
 )
 
 # %% [markdown]
-# So: a weight that is off by a tenth is off in a random direction. Over hundreds of terms most of that cancels, and
-# what a model does hangs on sums, not on single weights.
+# **So:** a weight that is off by a tenth is off in a random direction. Over hundreds of terms most of that cancels, and
+# what a model does depends on sums, not on single weights.
+
+# %% [markdown]
+# ## Exercises
+#
+# Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
+#
+# **13.1** Llama 2 7B has 6.476 billion weights in linear layers and 0.262 billion others. How many GB are that with
+# NF4 and double quantisation, the others in bf16?
+
+# %% tags=["exercise"]
+from support import exercises
+
+answer = ...
+exercises.check("13.1", answer)
+
+# %% [markdown]
+# <details><summary>A solution to 13.1</summary>
+#
+# ```python
+# answer = (6.476 * (4 + 8 / 64 + 32 / (64 * 256)) / 8) + 0.262 * 2
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **13.2** The loss of a model grows by 0.02 nats. By how many percent does its perplexity grow?
+
+# %% tags=["exercise"]
+answer = ...
+exercises.check("13.2", answer)
+
+# %% [markdown]
+# <details><summary>A solution to 13.2</summary>
+#
+# ```python
+# import math
+#
+# answer = 100 * (math.exp(0.02) - 1)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Next:** [a bitsandbytes checkpoint on a laptop](../docs/how-to/a-checkpoint-on-a-laptop.md), and [how good is
+# it?](../docs/how-to/measure-the-cost.md)

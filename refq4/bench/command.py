@@ -31,7 +31,7 @@ def bench(asked: argparse.Namespace) -> int:
     peers = GPU_PEERS if asked.device == "cuda" else PEERS
     asked.backend = asked.backend or asked.device
     asked.shapes = asked.shapes or SHAPES[asked.device]
-    asked.peers = asked.peers or [p.name for p in peers if p.usual]
+    asked.peers = list(dict.fromkeys(["refq4", *(asked.peers or [p.name for p in peers if p.usual])]))
     if unknown := [name for name in asked.peers if name not in [p.name for p in peers]]:
         raise ValueError(f"--peers {unknown[0]!r}: on {asked.device} there are {_names(peers)}")
     if asked.quick:

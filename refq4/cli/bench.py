@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from . import imports
+
 __all__ = ["add", "shape"]
 
 # What refq4.bench measures, said again for a help without torch; tests/tools/test_cli.py compares.
@@ -31,6 +33,7 @@ def add(commands: Any) -> None:
     command = commands.add_parser("bench", help="a backend against what people use today, and the machine's limits")
     command.add_argument("--device", choices=DEVICES, default="cpu", help="where the tensors are (%(default)s)")
     command.add_argument("--backend", help="the backend to time (default: the one named like the device)")
+    imports.add(command)
     command.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help="e.g. 4096x11008")
     command.add_argument("--m", nargs="+", type=int, default=TOKENS, help="tokens per call")
     command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the activations (%(default)s)")
@@ -56,6 +59,7 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    imports.run(arguments.imports)
     from ..bench import bench
 
     return bench(arguments)

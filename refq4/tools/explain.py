@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,7 @@ class Comparison(Shown):
         results: backend -> the call's result.
         errors: backend -> why it could not run the call.
         first_difference: backend -> (call, step) of the first step whose bits differ from the first backend's.
+        names: call -> the name of its layer, where a model was compared.
 
     Example:
         >>> import torch, refq4
@@ -142,6 +144,7 @@ class Comparison(Shown):
     results: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     first_difference: dict[str, tuple[int, int]] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
 
     def largest_difference(self, backend: str) -> float:
         """The largest absolute difference of a backend's result from the first backend's (inf if shapes differ)."""
@@ -153,6 +156,7 @@ class Comparison(Shown):
         return {
             "backends": self.backends,
             "errors": dict(self.errors),
+            "names": {str(call): name for call, name in self.names.items()},
             "first_difference": {name: list(at) for name, at in self.first_difference.items()},
             "largest_difference": {name: self.largest_difference(name) for name in ran},
             "traces": {name: self.traces[name].to_dict() for name in ran},
@@ -163,10 +167,16 @@ class Comparison(Shown):
 
         first, ran = self.backends[0], [name for name in self.backends if name in self.results]
         table = Table(title=f"compared with {first}", title_justify="left", title_style="bold")
-        table.add_column("step")
+        table.add_column("step", overflow="fold")
         for name in ran:
             table.add_column(name, overflow="fold")
-        for c, call in enumerate(self.traces[first].calls):
+        calls = self.traces[first].calls
+        unfolded = {call for call, _ in self.first_difference.values()} if len(calls) > 1 else {0}
+        for c, call in enumerate(calls):
+            if len(calls) > 1:
+                table.add_row(self.names.get(c, call.title), *[self._folded(name, c) for name in ran])
+            if c not in unfolded:
+                continue
             for s, step in enumerate(call.steps):
                 table.add_row(f"{step.number} {step.name}", *[self._cell(name, c, s) for name in ran])
         yield table
@@ -174,6 +184,12 @@ class Comparison(Shown):
             yield f"{name}: largest difference of the result {self.largest_difference(name):.3g}"
         for name, why in self.errors.items():
             yield f"{name}: could not run it: {why}"
+
+    def _folded(self, backend: str, call: int) -> str:
+        """One call on one backend, in a word or two: how far its steps are from the first backend's."""
+        steps = zip(self.traces[self.backends[0]].calls[call].steps, range(7), strict=False)
+        gaps = [_gap(step, _step(self.traces[backend], call, s)) for step, s in steps]
+        return f"differs by {max(gaps):.3g}" if any(gaps) else "the same bits"
 
     def _cell(self, backend: str, call: int, step: int) -> Text:
         from ..internals.verbatim import words
@@ -216,7 +232,7 @@ def compare(fn: Callable[..., Any], *args: Any, backends: Iterable[str] | None =
     comparison = Comparison(list(backends))
     for name in comparison.backends:
         try:
-            with torch.no_grad(), use_backend(name), trace(keep_values=True) as steps:
+            with torch.no_grad(), use_backend(name), trace(keep_values=True) as steps, _named(fn, steps, comparison):
                 comparison.results[name] = fn(*args)
             comparison.traces[name] = steps
         except BackendError as error:
@@ -233,11 +249,32 @@ def compare(fn: Callable[..., Any], *args: Any, backends: Iterable[str] | None =
     return comparison
 
 
+@contextmanager
+def _named(fn: Callable[..., Any], steps: Trace, comparison: Comparison) -> Iterator[None]:
+    """While a model runs, note which layer each call of the trace belongs to."""
+    handles = []
+    for name, module in fn.named_modules() if isinstance(fn, torch.nn.Module) else ():
+        if isinstance(module, Linear4bit) and name:
+
+            def note(*_: Any, name: str = name) -> None:
+                comparison.names[len(steps.calls)] = name
+
+            handles.append(module.register_forward_pre_hook(note))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gap(wanted: StepRecord, got: StepRecord | None) -> float:
+    return math.inf if got is None else _difference(wanted.value, got.value)
+
+
 def _first_difference(wanted: Trace, got: Trace) -> tuple[int, int] | None:
     for c, call in enumerate(wanted.calls):
         for s, step in enumerate(call.steps):
-            mine = _step(got, c, s)
-            if mine is None or _difference(step.value, mine.value) != 0:
+            if _gap(step, _step(got, c, s)) != 0:
                 return c, s
     return None
 

@@ -30,6 +30,7 @@ _TAG = re.compile(r"<[^>]*>")
 _TEXT = re.compile(r'(<div class="[^"]*\bjp-RenderedMarkdown\b[^>]*>)(.*?)(</div>\s*</div>)', re.DOTALL)
 _NOT_PROSE = re.compile(r"(<(?:pre|code)\b.*?</(?:pre|code)>)", re.DOTALL)
 _FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^$\n]+?)\$(?![\w$])", re.DOTALL)
+_PLAIN = re.compile(r'(<div class="highlight"><pre>)(?:<span></span>)?(.*?)(</pre>)', re.DOTALL)
 _NO_WORDS = re.compile(r'alt="No description has been provided for this image"')
 _LINK = re.compile(r'(<a [^>]*href=")([^"]+)(")')
 
@@ -68,7 +69,7 @@ def _code(cell: str) -> str:
 
 def _text(cell: str, path: str) -> str:
     """A cell of Markdown, or a table that was shown: formulas outside code, links as the site has them."""
-    parts = _NOT_PROSE.split(cell)
+    parts = _NOT_PROSE.split(_PLAIN.sub(r"\1<code>\2</code>\3", cell))
     parts[::2] = [_FORMULA.sub(_formula, part) for part in parts[::2]]
     return _LINK.sub(lambda match: f"{match[1]}{places.relative_url(match[2], path)}{match[3]}", "".join(parts))
 

@@ -4,6 +4,7 @@ pages from elsewhere   notebooks, READMEs and source files become pages, and lin
 generated passages     <!-- refq4: NAME ARGUMENT --> in a page is replaced by what passages.py makes
 maths                  LaTeX becomes MathML while the site is built: no script, no fonts                  (maths.py)
 notebooks              what mkdocs-jupyter renders loses its scripts and styles                           (cells.py)
+glossary               the first of each of its words has its entry as a tooltip                         (glossary.py)
 tables                 names in cells break after their joints, short cells not at all                    (wrapping.py)
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import cells
+import glossary
 import maths
 import passages
 import pipeline_page
@@ -55,4 +57,5 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 def on_page_content(html: str, page: Page, **_: Any) -> str:
     """Maths, in pages and in notebooks, and where tables may break."""
     notebook = page.file.src_uri.endswith(".ipynb")
-    return wrapping.in_tables(cells.clean(html, page.file.src_uri) if notebook else maths.render(html))
+    html = cells.clean(html, page.file.src_uri) if notebook else maths.render(html)
+    return glossary.mark(wrapping.in_tables(html), page.file.src_uri)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from refq4 import registry
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+COST = DOCS / "how-to" / "measure-the-cost.md"
 sys.path.insert(0, str(ROOT / "scripts" / "docs"))
 
 import drawing  # noqa: E402 (how the site is built is no package)
+import glossary  # noqa: E402
 import sizes  # noqa: E402
 import steps  # noqa: E402
 import tables  # noqa: E402
@@ -103,6 +106,33 @@ def test_the_sizes_of_a_model_are_those_that_are_drawn_and_told(page):
     assert (f"{bf16:.2f}", f"{small:.2f}") == measured.groups()
 
 
+def test_the_formats_that_are_compared_take_the_bits_that_their_scales_cost():
+    rows = re.findall(
+        r"^\| (NF4|GPTQ|AWQ|GGUF|MXFP4)\b[^|]*\|[^|]*\|[^|]*\| ([^|]*) \|", COST.read_text(), re.MULTILINE
+    )
+    bits = {
+        "NF4": f"{4 + 32 / 64:.2f} or {4 + 8 / 64 + 32 / (64 * 256):.2f}",
+        "GPTQ": f"{4 + (16 + 4) / 128:.2f}",
+        "AWQ": f"{4 + (16 + 4) / 128:.2f}",
+        "GGUF": f"{4 + (6 + 6) / 32 + 2 * 16 / 256:.2f}",
+        "MXFP4": f"{4 + 8 / 32:.2f}",
+    }
+    assert dict(rows) == bits
+
+
+@pytest.mark.slow
+def test_the_table_of_settings_is_what_the_script_prints():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/models/settings.py")], capture_output=True, text=True, check=True
+    )
+    shown = [re.split(r" \| ", line) for line in done.stdout.splitlines()[2:]]
+    assert len(shown) == 9
+    for name, *figures in shown:
+        (row,) = (line for line in COST.read_text().splitlines() if line.startswith(f"{name} |"))
+        told = [float(x) for x in row.strip(" |").split(" | ")[1:]]
+        assert told == pytest.approx([float(x.strip(" |")) for x in figures], abs=3e-4), name
+
+
 def test_every_environment_variable_is_in_the_table():
     sources = [*(ROOT / "refq4").rglob("*.py"), *(ROOT / "backends").rglob("*.py")]
     read = {name for path in sources for name in re.findall(r"\"(REFQ4_[A-Z_]+)\"", path.read_text())}
@@ -140,6 +170,16 @@ def test_a_section_about_bitsandbytes_names_the_version(path):
     about = {title: text for title, text in zip(parts[1::2], parts[2::2], strict=True) if "bitsandbytes" in title}
     unnamed = [title for title, text in about.items() if not re.search(r"\b0\.(49|50)\b", title + text)]
     assert not unnamed, "say of which version that is so: 0.49.1, 0.50.2, or both"
+
+
+def test_the_first_of_a_glossary_s_words_has_its_entry_as_a_tooltip():
+    page = "<h2>GEMV</h2><p>A <code>GEMV</code> or GEMV, an ulp, a GEMV; <a href='x'>CTA</a></p>"
+    meaning = glossary.entries()["GEMV"]
+    marked = glossary.mark(page, "index.md")
+    assert f'or <abbr title="{meaning}">GEMV</abbr>, an <abbr title=' in marked
+    assert marked.count("<abbr") == 2
+    assert re.sub(r"</?abbr[^>]*>", "", marked) == page
+    assert set(glossary.MARKED) <= set(glossary.entries())
 
 
 LONG = "tests/test_memory.py::test_a_long_name"

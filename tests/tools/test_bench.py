@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from refq4 import cli
+from refq4 import cli, registry
 from refq4.bench import gpu
 from refq4.bench.measure import interleaved
 from refq4.bench.plot import speedups
@@ -46,6 +46,20 @@ def test_the_command_measures_prints_and_writes(backend, tmp_path, capsys):
     assert (report["limits"] != {}) == (backend == "cpu")
     assert "torch bf16 ms (x)" in capsys.readouterr().out
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_backend_in_a_file_can_be_timed(tmp_path, capsys):
+    file = tmp_path / "timed_in_a_file.py"
+    file.write_text(
+        "import refq4\nfrom refq4.reference import ReferenceBackend\n\n\n"
+        "class Mine(ReferenceBackend):\n    name = 'in a file'\n\n\nrefq4.register_backend(Mine())\n"
+    )
+    sizes = ["--shapes", "64x64", "--m", "1", "--rounds", "15", "--layers", "1", "--no-ops", "--peers", "torch bf16"]
+    with registry.isolated_registry():
+        assert cli.main(["bench", "--import", str(file), "--backend", "in a file", *sizes]) == 0
+    out = capsys.readouterr().out
+    assert "in a file" in out
+    assert "torch bf16 ms (x)" in out
 
 
 def test_a_peer_that_is_not_installed_is_named_with_the_reason(capsys):

@@ -272,6 +272,33 @@ def test_compare_marks_the_first_step_that_differs_and_by_how_much():
     assert json.loads(json.dumps(comparison.to_dict()))["first_difference"] == {"off": [0, 5]}
 
 
+def test_compare_names_the_layers_of_a_model_and_unfolds_the_first_that_differs():
+    class Off(Loopback):
+        name = "off"
+
+        def gemm_4bit(self, x, weight, bias):
+            return super().gemm_4bit(x, weight, bias) + (0.5 if weight.shape[0] == 32 else 0)
+
+    refq4.register_backend(Off())
+    sizes = (64, 64, 32, 64)
+    layers = [refq4.nn.LinearNF4(k, n).to("cpu") for k, n in itertools.pairwise(sizes)]
+    model = torch.nn.Sequential()
+    for name, made in zip(("one", "two", "three"), layers, strict=True):
+        model.add_module(name, made.eval())
+    comparison = refq4.compare(model, torch.randn(2, 64), backends=["reference", "off"])
+    assert comparison.names == {0: "one", 1: "two", 2: "three"}
+    assert comparison.first_difference == {"off": (1, 5)}
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in comparison.text(200).splitlines() if "│" in line
+    ]
+    assert rows[0] == ["one", "the same bits", "the same bits"]
+    assert rows[1][0] == "two"
+    assert rows[1][2].startswith("differs by 0.5")
+    assert [row[0][:1] for row in rows[2:9]] == list("1234567"), "the layer that differs first is unfolded"
+    assert [row[0] for row in rows[9:]] == ["three"]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_compare_takes_every_available_backend_by_default_and_lists_who_could_not():
     backend = refq4.register_backend(Loopback())
     backend.can_run = lambda call: "not today"
@@ -319,7 +346,7 @@ def test_a_comparison_names_each_backend_once_and_tells_all_it_knows(layer):
         assert report.backends[0] == "reference"
         told = refq4.compare(layer, A, backends=["reference", "recorder"]).to_dict()
         shown = refq4.compare(layer, A, backends=["reference", "recorder"]).text(width=200)
-    assert told.keys() == {"backends", "errors", "first_difference", "largest_difference", "traces"}
+    assert told.keys() == {"backends", "errors", "names", "first_difference", "largest_difference", "traces"}
     assert "(recorder: loopback g" in shown
     assert refq4.compare(lambda: "same", backends=["reference"]).largest_difference("reference") == 0
 
