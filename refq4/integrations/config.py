@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from enum import StrEnum
 from typing import Any, Self
 
 import torch
@@ -24,7 +25,14 @@ from ..models.formats import Formats, check_formats, format_of
 
 __all__ = ["METHOD", "Refq4Config"]
 
-METHOD = "refq4"
+
+class Method(StrEnum):
+    """How transformers and diffusers name a way to quantise: a word that has a ``value``."""
+
+    REFQ4 = "refq4"
+
+
+METHOD = Method.REFQ4
 """``"quant_method"`` in a config.json, and the name under which transformers knows the quantiser.
 
 Example:
@@ -88,7 +96,7 @@ class Refq4Config(BitsAndBytesConfig):
         embeddings: bool = False,
         head: bool = False,
         formats: Formats | None = None,
-        saved_for: str = METHOD,
+        saved_for: str = "refq4",
         **others: Any,
     ) -> None:
         _check_others(others)
@@ -184,7 +192,7 @@ class Refq4Config(BitsAndBytesConfig):
         not imported; for a codebook that bitsandbytes lacks, and for tables, it is left out.
         """
         fields = {
-            "quant_method": METHOD,
+            "quant_method": str(METHOD),
             "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
             "bnb_4bit_compute_dtype": _name(self.bnb_4bit_compute_dtype),
             "bnb_4bit_use_double_quant": self.bnb_4bit_use_double_quant,

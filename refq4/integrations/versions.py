@@ -13,7 +13,7 @@ from ..internals.checks import warn_caller
 
 __all__: list[str] = []  # for the modules beside it
 
-TRIED = {"transformers": ("5.21", "5.25"), "peft": ("0.19", "0.22")}  # from, before
+TRIED = {"transformers": ("5.21", "5.25"), "peft": ("0.19", "0.22"), "diffusers": ("0.42", "0.43")}  # from, before
 
 
 def check(library: str) -> None:

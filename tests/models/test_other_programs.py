@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -148,7 +147,6 @@ metric_list:
 """
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed: pip install lm_eval")
 def test_lm_eval_measures_a_model_on_refq4(llama, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -549,7 +549,8 @@ ROOT = Path(__file__).parents[2]
 
 def test_pyproject_the_page_and_the_check_at_import_name_the_same_versions():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pinned = [name for name in project["optional-dependencies"]["transformers"] if not name.startswith("refq4[")]
+    extras = project["optional-dependencies"]
+    pinned = [name for name in extras["transformers"] + extras["diffusers"] if not name.startswith("refq4[")]
     assert {f"{name}>={oldest},<{before}" for name, (oldest, before) in versions.TRIED.items()} < set(pinned)
     page = (ROOT / "docs/how-to/transformers.md").read_text()
     assert set(re.findall(r"`(\w+>=[^`]+)`", page)) == set(pinned)

@@ -1,0 +1,159 @@
+"""diffusers on refq4's layers: import this module, then load one model of a pipeline in 4 bits, on any device.
+
+    from refq4.integrations.diffusers import Refq4Config
+    model = UNet2DConditionModel.from_pretrained(path, subfolder="unet", quantization_config=Refq4Config(...))
+
+    full precision     file -> one tensor at a time -> Params4bit                    -> Linear4bit
+    quantised          file -> weight, weight.absmax, ... -> from_prequantized       -> Linear4bit
+
+diffusers' own quantiser for bitsandbytes refuses to work without a GPU; the files are the same. Its loader asks a
+quantiser, found by name, which modules to replace and what to do with each tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..internals import remedies
+from . import versions
+
+try:  # a clear word where it is missing or too old
+    import diffusers  # noqa: F401
+
+    versions.check("diffusers")
+except ImportError as error:
+    raise ImportError(f"this needs diffusers: {remedies.install('diffusers')} ({error})") from error
+from diffusers.configuration_utils import FrozenDict
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+
+from ..functional import dequantize_4bit
+from ..internals.checks import warn_caller
+from ..models.formats import check_used
+from ..nn import Linear4bit
+from ..params import Params4bit
+from . import methods
+from .config import METHOD, Refq4Config
+
+__all__ = ["Refq4Config", "Refq4DiffusersQuantizer"]
+
+
+class Refq4DiffusersQuantizer(DiffusersQuantizer):
+    """What diffusers asks while it loads, saves and dequantises a model; users meet :class:`Refq4Config` only.
+
+    All linear layers become 4-bit ones but those that ``llm_int8_skip_modules`` or the model's class itself name; in a
+    quantised checkpoint, those that it holds packed.
+
+    Args:
+        quantization_config: how the layers are to be, or how they are in the checkpoint.
+        kwargs: what diffusers passes on, ``pre_quantized`` above all: whether the file holds 4-bit weights already.
+
+    Example:
+        >>> auto.DiffusersAutoQuantizer.from_config(Refq4Config(), pre_quantized=False).is_trainable
+        True
+    """
+
+    use_keep_in_fp32_modules = True
+    is_serializable = True
+    is_trainable = True  # adapters on top, that is
+    supports_parallel_loading = False
+    quantization_config: Refq4Config
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Asked of the device map that was given, and of the one that "auto" came to."""
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError("part of the model is to stay on disk, where packed weights can't: leave device_map away")
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """The names of parameters alone; what stands beside a packed one belongs to it."""
+        self._packed = {key.removesuffix(".absmax") for key in loaded_keys if key.endswith("weight.absmax")}
+        return [key for key in loaded_keys if key.rpartition("weight.")[0] + "weight" not in self._packed] + sorted(
+            self._packed
+        )
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        self.modules_to_not_convert = [*(config.llm_int8_skip_modules or []), *(keep_in_fp32_modules or [])]
+        names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        if self.pre_quantized:
+            names = [name for name in names if f"{name}.weight" in self._packed]
+        else:
+            names = [name for name in names if not self._skipped(name)]
+            check_used(config.formats, names)
+        for name in names:
+            model.set_submodule(name, self._empty_layer(model.get_submodule(name), name))
+        if not names:
+            warn_caller(f"no layer of this {type(model).__name__} is in 4 bits: none is linear, or all are skipped")
+        model.config.quantization_config = config  # type: ignore[union-attr]
+
+    def _skipped(self, name: str) -> bool:
+        """As diffusers does for bitsandbytes: a part of the name, or the beginning of it."""
+        parts = name.split(".")
+        return any(skip in parts or name.startswith(f"{skip}.") for skip in self.modules_to_not_convert)
+
+    def _empty_layer(self, module: Any, name: str) -> Linear4bit:
+        settings, compute = self.quantization_config.of(name), self.quantization_config.bnb_4bit_compute_dtype
+        with torch.device("meta"):
+            layer = Linear4bit(module.in_features, module.out_features, module.bias is not None, compute, **settings)
+        return layer.to(module.weight.dtype).requires_grad_(False)
+
+    # --- while loading: each tensor ---------------------------------------------------------------------------------
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Any, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        owner, _, name = param_name.rpartition(".")
+        return name == "weight" and isinstance(model.get_submodule(owner), Linear4bit)
+
+    def check_quantized_param_shape(self, *args: Any, **kwargs: Any) -> bool:
+        return True  # create_quantized_param compares shapes, and says which is which
+
+    def create_quantized_param(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        param_value: Any,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        layer: Any = model.get_submodule(param_name.rpartition(".")[0])
+        try:
+            if self.pre_quantized:
+                beside = {key: value for key, value in state_dict.items() if key.startswith(f"{param_name}.")}
+                layer.weight = Params4bit.from_prequantized(
+                    state_dict[param_name], beside, device=target_device, module=layer
+                )  # param_value was cast to a dtype of numbers, and these are bytes
+            else:
+                layer.weight = layer.weight._like(param_value, None).to(target_device)
+        except ValueError as error:
+            raise ValueError(f"{param_name}: {error}") from None
+
+    # --- after loading, and back ------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        return model
+
+    def _dequantize(self, model: Any) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Linear4bit):
+                weight = dequantize_4bit(module.weight, module.quant_state)
+                with torch.device("meta"):
+                    plain = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+                plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), module.bias
+                model.set_submodule(name, plain.train(module.training))
+        kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
+        model._internal_dict = FrozenDict(kept)  # type: ignore[no-untyped-call]  # what ``model.config`` gives
+        return model
+
+
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Refq4Config
+auto.AUTO_QUANTIZER_MAPPING[METHOD] = Refq4DiffusersQuantizer
+_asked: Any = auto.DiffusersAutoQuantizer
+_asked.merge_quantization_configs = staticmethod(methods.refq4_has_a_say(_asked.merge_quantization_configs))
