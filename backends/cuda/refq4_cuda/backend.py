@@ -169,19 +169,22 @@ class PlannedBackend(Backend):
             return torch.mm(x, factor, out=y)
         return torch.addmm(bias, x, factor, out=y)
 
+    def grad_input_4bit(self, grad: Tensor, weight: PackedWeight) -> Tensor:
+        grad_x = grad.new_empty((grad.shape[0], weight.shape[1]))
+        processor = self.processor(grad.device)
+        plan = launch.product(grad, weight, None, grad_x, *_of(processor), transposed=True)
+        if plan is None:
+            return self.dequantize_and_multiply(grad, weight, None, grad_x, transposed=True)
+        processor.run(plan)
+        return grad_x
+
     def grouped_gemm_4bit(
         self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, offsets: Tensor, transposed: bool
     ) -> Tensor:
         weight = stored.packed_again(weight) if isinstance(weight, PreparedWeight) else weight
         y = x.new_empty((x.shape[0], weight.shape[2 if transposed else 1]))
         processor = self.processor(x.device)
-        plan = (
-            None
-            if transposed
-            else grouped_product(
-                x, weight, bias, offsets, y, processor.arch, processor.multiprocessors, limits=processor.limits
-            )
-        )
+        plan = grouped_product(x, weight, bias, offsets, y, *_of(processor), transposed)
         if plan is not None:
             processor.run(plan)
             return y
@@ -211,6 +214,11 @@ def _refusal(backend: PlannedBackend, call: Call, processor: Processor) -> str |
     return processor.problem or no_room(processor.limits)
 
 
+def _of(processor: Processor) -> tuple[int, int, None, Limits]:
+    """What a plan wants to know of it: architecture, multiprocessors, the rung (the best), limits."""
+    return processor.arch, processor.multiprocessors, None, processor.limits
+
+
 def _plan_without_data(call: Call, processor: Processor) -> list[launch.Launch] | None:
     """The plan of a call, from meta tensors: those have sizes, and addresses that pass for aligned."""
     empty = partial(torch.empty, device="meta")
@@ -227,11 +235,13 @@ def _plan_without_data(call: Call, processor: Processor) -> list[launch.Launch] 
         case "dequantize_blockwise":
             return launch.dequantize_blockwise(codes, scales, scales, call.blocksize, A, arch)
     x, y = empty(call.m, call.k, dtype=call.dtype), empty(call.m, call.n, dtype=call.dtype)
-    of_device = (arch, processor.multiprocessors, None, processor.limits)
+    of_device = _of(processor)
     if call.op == "grouped_gemm_4bit":  # as if all experts had as many rows
         offsets = torch.arange(call.experts + 1) * call.m // call.experts
-        weight = weight._replace(shape=(call.experts, *shape))
-        return None if call.transposed else grouped_product(x, weight, None, offsets, y, *of_device)
+        weight = weight._replace(shape=(call.experts, *(shape[::-1] if call.transposed else shape)))
+        return grouped_product(x, weight, None, offsets, y, *of_device, call.transposed)
+    if call.op == "grad_input_4bit":  # which has the layer's N and K: the weight is [N, K], the terms N
+        return launch.product(y, weight, None, x, *of_device, transposed=True)
     return launch.product(x, weight, None, y, *of_device)
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "product_variants",
     "ring_plan",
     "published",
+    "splits_of",
 ]
 
 RUNGS = ("ring", "tensor_core", "vectorised", "naive")
@@ -260,7 +261,7 @@ def _ring(shape: Shape, multiprocessors: int, limits: Limits, products: int) -> 
     ):
         row_warps //= 2
     steps = shape.k // (8 // row_warps * 64 * (4 // _RING_ROW_TILES[tokens]))
-    splits = _splits(products * _ring_tiles(shape, tokens, row_warps), steps, multiprocessors)
+    splits = splits_of(products * _ring_tiles(shape, tokens, row_warps), steps, multiprocessors)
     return ring_plan(shape, limits, tokens, row_warps, splits, products)
 
 
@@ -284,7 +285,7 @@ def ring_plan(shape: Shape, limits: Limits, tokens: int, row_warps: int, splits:
     )
 
 
-def _splits(tiles: int, steps: int, multiprocessors: int) -> int:
+def splits_of(tiles: int, steps: int, multiprocessors: int) -> int:
     """How many CTAs share K, so that all multiprocessors have about the same to do.
 
     The busiest has ceil(tiles * s / multiprocessors) CTAs of 1/s of the work each; adding up costs a little for each s.

@@ -19,8 +19,9 @@ from torch import Tensor
 from refq4.backend import Nested, PackedWeight
 from refq4.codebooks import Code
 
+from . import geometry, gradient
 from .arguments import DequantizeArguments, ProductArguments, QuantizeArguments, packer
-from .geometry import THREADS, Limits, Plan, Shape, Variant, ceil_div, grouped_variants, log2, plan, product_variants
+from .geometry import THREADS, Limits, Plan, Shape, Variant, ceil_div, grouped_variants, log2, product_variants
 from .operands import table_factor
 
 __all__ = [
@@ -79,7 +80,8 @@ def all_variants(arch: int) -> list[Variant]:
         for packs in (False, True)
         for variant in (_absmax_variant(dtype), _codes_variant(dtype, packs))
     ]
-    return list(dict.fromkeys(made)) + product_variants(arch) + grouped_variants(arch)
+    products = [*product_variants(arch), *grouped_variants(arch), *gradient.transposed_variants(arch)]
+    return list(dict.fromkeys(made)) + products
 
 
 # --- quantising -----------------------------------------------------------------------------------------------------
@@ -194,6 +196,7 @@ def product(
     multiprocessors: int,
     rung: str | None = None,
     limits: Limits | None = None,
+    transposed: bool = False,
 ) -> list[Launch] | None:
     """x [M, K] times the transpose of weight [N, K], plus bias [N] -> ``y`` [M, N], all in x's dtype.
 
@@ -201,6 +204,7 @@ def product(
         multiprocessors: how many the device has; decides how far K is split.
         rung: one of ``geometry.RUNGS`` instead of the best one.
         limits: what the device has room for; without, what is published of the architecture.
+        transposed: the weight is [K, N], as for the gradient of a layer's input; ``rung`` is one of ``gradient.RUNGS``.
 
     Returns:
         None above the cross-over: dequantise and call ``torch.matmul``.
@@ -208,7 +212,7 @@ def product(
     if 0 in y.shape:
         return []
     address = x.data_ptr()
-    made = product_of(weight, x.dtype, x.shape[0], address % 16 == 0, arch, multiprocessors, rung, limits)
+    made = product_of(weight, x.dtype, x.shape[0], address % 16 == 0, arch, multiprocessors, rung, limits, transposed)
     return None if made is None else [filled(made, x, address, bias, y)]
 
 
@@ -221,32 +225,42 @@ def product_of(
     multiprocessors: int,
     rung: str | None = None,
     limits: Limits | None = None,
+    transposed: bool = False,
 ) -> Product | None:
     """As :func:`product`, but for what a call brings: planned, and packed."""
-    chosen = plan(shape_of(weight, dtype, tokens, aligned), arch, multiprocessors, rung, limits)
-    return None if chosen is None else planned_product(weight, dtype, tokens, chosen)
+    shape = shape_of(weight, dtype, tokens, aligned, transposed)
+    chosen = (gradient if transposed else geometry).plan(shape, arch, multiprocessors, rung, limits)
+    return None if chosen is None else planned_product(weight, dtype, tokens, chosen, transposed)
 
 
-def shape_of(weight: PackedWeight, dtype: torch.dtype, tokens: int, aligned: bool) -> Shape:
+def shape_of(weight: PackedWeight, dtype: torch.dtype, tokens: int, aligned: bool, transposed: bool = False) -> Shape:
     """The shape of a product with a weight, or with an expert of it, as ``geometry.py`` wants it."""
     nested_blocksize = 0 if weight.nested is None else weight.nested.blocksize
     aligned = aligned and weight.packed.data_ptr() % 16 == 0
-    n, k = weight.shape[-2:]
+    n, k = _sizes(weight, transposed)
     return Shape(DTYPES[dtype], tokens, n, k, weight.blocksize, nested_blocksize, aligned)
 
 
-def planned_product(weight: PackedWeight, dtype: torch.dtype, tokens: int, chosen: Plan) -> Product:
+def planned_product(
+    weight: PackedWeight, dtype: torch.dtype, tokens: int, chosen: Plan, transposed: bool = False
+) -> Product:
     """The bytes of a plan's argument that depend on the weight and the number of tokens alone."""
     factor = table_factor(weight.quant_type, dtype) if chosen.rounded else 1.0
     scales, buffers = _scales(weight.absmax, weight.nested, weight.blocksize)
     packed = _pack_product(
-        0, 0, 0, tokens, *weight.shape[-2:], weight.packed.data_ptr(), weight.code.data_ptr(), *scales, 0, 0,
+        0, 0, 0, tokens, *_sizes(weight, transposed), weight.packed.data_ptr(), weight.code.data_ptr(), *scales, 0, 0,
         chosen.row_warps, chosen.splits, factor, 1 / factor,
     )  # fmt: skip
     return Product(
         chosen.variant, chosen.grid, chosen.shared, packed[24:_ROOM], packed[_ROOM + 16 :], chosen.sums,
         chosen.tiles, (weight.packed, weight.code, *buffers),
     )  # fmt: skip
+
+
+def _sizes(weight: PackedWeight, transposed: bool) -> tuple[int, int]:
+    """N and K, also of an expert; of a weight that is stored as [K, N] if ``transposed``."""
+    n, k = weight.shape[-2:]
+    return (k, n) if transposed else (n, k)
 
 
 def filled(

@@ -229,10 +229,10 @@ class _Work:
 def _work(code: list[Instruction], variant: Variant) -> tuple[_Work | None, float]:
     """What counts the weights: an mma's A operand holds 16 x 16 (16 x 8 on Turing) of them, for all lanes together."""
     tokens = next((int(d.removeprefix("TOKENS=")) for d in variant.defines if d.startswith("TOKENS=")), 1)
-    if variant.file.startswith("gemm"):
+    if variant.file.startswith(("gemm", "grad_input_4bit_2")):
         deep = any(i.opcode.startswith("HMMA.16816") for i in code)
         return _Work("HMMA"), (8 if deep else 4) / (tokens / 8)
-    if variant.file.startswith("gemv"):
+    if variant.file.startswith(("gemv", "grad_input_4bit_1")):
         return _Work("FFMA"), 1 / tokens
     if variant.file == "dequantize.cu":
         return _Work(r"STG\.E\.128"), 4 if "T_FP32" in variant.defines else 8

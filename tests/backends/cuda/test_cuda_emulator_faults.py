@@ -22,7 +22,7 @@ from refq4_cuda import emulator, launch, nvrtc
 from refq4_cuda.experts import grouped_product
 
 from refq4.codebooks import get_codebook
-from refq4.testing.budget import assert_same_bits, assert_within_budget, grouped_budget
+from refq4.testing.budget import Budget, assert_same_bits, assert_within_budget, grouped_budget
 
 cases.require_nvrtc()
 
@@ -97,8 +97,29 @@ def experts() -> None:
     grouped_budget(given.x, given.packed, state, offsets).check(y, "grouped product")
 
 
+def check_gradient(rung: str, m: int, n: int, k: int, nested: bool) -> None:
+    """x [M, K] times the weight as it is stored, [K, N]."""
+    packed, state = cases.quantised(k, n, 64, nested=nested)
+    weight = state.packed_weight(packed)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
+    y = cases.poisoned((m, n), torch.bfloat16)
+    cases.run(launch.product(x, weight, None, y, 80, 4, rung, transposed=True) or [], 80)
+    decoded = cases.REFERENCE.dequantize_4bit(weight, torch.float32)
+    Budget.of(x.double() @ decoded.double(), x @ decoded.bfloat16(), torch.bfloat16).check(y, "product")
+
+
+def gradient() -> None:
+    """Several steps of 64 rows, the last one short, split over CTAs, and a tail in M and in N."""
+    check_gradient("tensor_core", 9, 144, 520, nested=True)
+
+
+def tiled() -> None:
+    """Tails everywhere, and rows that begin in the middle of a byte."""
+    check_gradient("tiled", 5, 33, 71, nested=False)
+
+
 CHECKS: tuple[Callable[[], None], ...] = (
-    ring, tensor_core, turing, vectorised, naive, dequantised, quantised, experts
+    ring, tensor_core, turing, vectorised, naive, dequantised, quantised, experts, gradient, tiled
 )  # fmt: skip
 
 
@@ -118,7 +139,7 @@ class Fault:
 
 
 RING, PLAIN, SUMS, SHARED = "gemm_4bit_4_ring.cu", "gemm_4bit_3_tensor_core.cu", "sums.cuh", "device.cuh"
-GROUPED = "grouped.cuh"
+GROUPED, GRADIENT = "grouped.cuh", "grad_input_4bit_2_tensor_core.cu"
 RACE, ACCESS, UNWRITTEN, DIVERGENCE = "RaceError", "AccessError", "UninitialisedError", "ConvergenceError"
 
 FAULTS = [
@@ -356,6 +377,62 @@ FAULTS = [
         "p.M = 8;",
         experts,
         ACCESS,
+    ),
+    Fault(
+        "no barrier between decoding a tile and multiplying it",
+        GRADIENT,
+        "tiles, to);\n        __syncthreads();",
+        "tiles, to);",
+        gradient,
+        RACE,
+    ),
+    Fault(
+        "one tile instead of two: the next step is decoded into it while it is read",
+        GRADIENT,
+        "to ^= TILE_BYTES, mine ^= TILE_BYTES;",
+        "",
+        gradient,
+        RACE,
+    ),
+    Fault(
+        "the words of a tile moved about differently by those who read them",
+        GRADIENT,
+        "^ row_warp * 4 ^ t * 8",
+        "^ row_warp * 4",
+        gradient,
+        NUMBERS,
+    ),
+    Fault(
+        "the second row of a pair with the scale of the first",
+        GRADIENT,
+        "pack(__fmul_rn(w[0], scale[0]), __fmul_rn(w[1], scale[1]))",
+        "pack(__fmul_rn(w[0], scale[0]), __fmul_rn(w[1], scale[0]))",
+        gradient,
+        NUMBERS,
+    ),
+    Fault(
+        "rows past the end of K are fetched",
+        GRADIENT,
+        "pairs_left -= stride;\n        if (pairs_left > 0) fetch",
+        "pairs_left -= stride;\n        fetch",
+        gradient,
+        ACCESS,
+    ),
+    Fault(
+        "x past the end of K is multiplied with",
+        GRADIENT,
+        "if (x_left > 0) b =",
+        "b =",
+        gradient,
+        ACCESS,
+    ),
+    Fault(
+        "no barrier before the next tile overwrites this one",
+        "grad_input_4bit_1_tiled.cu",
+        "sum[m] += part[m];\n        __syncthreads();",
+        "sum[m] += part[m];",
+        tiled,
+        RACE,
     ),
 ]
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.reference_only("it names its kernels itself")
 # (0, 3, 3, 4, 20) is experts of 3, 0, 1 and 16 rows
 FEW, ONE, MANY, GAPS = (0, 1, 2, 3, 4), (0, 0, 1, 1, 1), (0, 3, 3, 4, 20), (0, 0, 27, 30, 30)
 # n, k, blocksize: of the last two, experts are a whole number of nested blocks of 256
-SIZES = ((33, 128, 64), (7, 64, 32), (40, 192, 64), (5, 96, 32), (2, 65, 65), (64, 256, 64), (8, 1024, 32))
+SIZES = ((33, 128, 64), (7, 64, 32), (40, 192, 64), (5, 96, 32), (2, 65, 65), (64, 256, 64), (16, 1024, 64))
 DESIGN = list(
     cases.covering(
         {
@@ -38,6 +38,7 @@ DESIGN = list(
             "dtype": ("bfloat16", "float16", "float32"),
             "nested": (False, True),
             "bias": (True, False),
+            "transposed": (False, True),
             "code": ("nf4", "fp4", "int4"),
             "multiprocessors": (132, 4),
         }
@@ -49,7 +50,9 @@ def sentence(row: dict[str, Any]) -> str:
     n, k, blocksize = row["size"]
     extras = f"{' nested' * row['nested']}{' with bias' * row['bias']} on {row['multiprocessors']} multiprocessors"
     of = ", ".join(str(stop - first) for first, stop in pairwise(row["bounds"]))
-    return f"rows {of} N={n} K={k}, {row['dtype']} {row['code']} in blocks of {blocksize}, sm_{row['arch']}{extras}"
+    stored = " stored [E, K, N]" * row["transposed"]
+    what = f"rows {of} N={n} K={k}{stored}, {row['dtype']} {row['code']} in blocks of {blocksize}"
+    return f"{what}, sm_{row['arch']}{extras}"
 
 
 def of_experts(
@@ -70,11 +73,18 @@ def straddles(n: int, k: int, blocksize: int, nested: bool) -> bool:
 
 
 def compute(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None, bounds: Sequence[int], arch: int, multiprocessors: int = 132
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    bounds: Sequence[int],
+    arch: int,
+    multiprocessors: int = 132,
+    transposed: bool = False,
 ) -> tuple[Tensor, Launch]:
     """The product in the emulator, and its one launch."""
-    y = cases.poisoned((x.shape[0], weight.shape[1]), x.dtype)
-    (one,) = grouped_product(x, weight, bias, torch.tensor(bounds), y, arch, multiprocessors) or []
+    y = cases.poisoned((x.shape[0], weight.shape[2 if transposed else 1]), x.dtype)
+    how = {"transposed": transposed}
+    (one,) = grouped_product(x, weight, bias, torch.tensor(bounds), y, arch, multiprocessors, **how) or []
     cases.run([one], arch)
     return y, one
 
@@ -84,9 +94,12 @@ def check(row: dict[str, Any]) -> None:
     nested = row["nested"] and not straddles(n, k, blocksize, True)
     x, packed, state, bias = of_experts(row["bounds"], n, k, blocksize, row["dtype"], nested, row["code"])
     added = bias if row["bias"] else None
-    y, one = compute(x, state.packed_weight(packed), added, row["bounds"], row["arch"], row["multiprocessors"])
+    if row["transposed"]:  # the same bytes, read as [E, K, N]
+        state.shape = torch.Size((state.shape[0], k, n))
+    weight, where = state.packed_weight(packed), (row["arch"], row["multiprocessors"], row["transposed"])
+    y, one = compute(x, weight, added, row["bounds"], *where)
     assert one.variant in all_variants(row["arch"])
-    grouped_budget(x, packed, state, list(row["bounds"]), added).check(y, "grouped product")
+    grouped_budget(x, packed, state, list(row["bounds"]), added, row["transposed"]).check(y, "grouped product")
 
 
 @pytest.mark.parametrize("row", DESIGN[::4], ids=sentence)
@@ -98,6 +111,16 @@ def test_each_row_times_its_own_experts_weight_keeps_the_error_budget(row):
 @pytest.mark.parametrize("row", [row for i, row in enumerate(DESIGN) if i % 4], ids=sentence)
 def test_each_row_times_its_own_experts_weight_keeps_the_error_budget_swept(row):
     check(row)
+
+
+@pytest.mark.parametrize("m", [1, 70], ids="{} rows for one expert, the other way round".format)
+def test_a_split_product_of_experts_stored_as_k_n_adds_up_the_sums_of_each_tile_apart(m):
+    bounds = [0, m, m, m + 2]
+    x, packed, state, bias = of_experts(bounds, 48, 1032, 64, "bfloat16")
+    state.shape = torch.Size((3, 1032, 48))
+    y, one = compute(x, state.packed_weight(packed), bias, bounds, 90, transposed=True)
+    assert one.grid == (1, 8, len(tiles_of(bounds, 8 if m == 1 else 64)))
+    grouped_budget(x, packed, state, bounds, bias, transposed=True).check(y, "grouped product")
 
 
 @pytest.mark.parametrize("m", [1, 70], ids="{} rows for one expert".format)

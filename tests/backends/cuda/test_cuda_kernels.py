@@ -22,7 +22,7 @@ from refq4_cuda.nvrtc import CompileError, compile_variant, kernel_directory
 pytestmark = pytest.mark.reference_only("it compiles kernels and runs none")
 
 FILES = sorted(path.name for path in kernel_directory().glob("*.cu"))
-RING = "gemm_4bit_4_ring.cu"
+RING, GRADIENT = "gemm_4bit_4_ring.cu", "grad_input_4bit_2_tensor_core.cu"
 NOT_GROUPED = {"dequantize.cu", "quantize_1_naive.cu", "quantize_2_vectorised.cu"}
 # Of a thread, as geometry.py plans with them; of the rest, as little as every device has.
 REGISTERS = {RING: 256, "gemm_4bit_3_tensor_core.cu": 64, "gemv_4bit_2_vectorised.cu": 192}
@@ -74,6 +74,8 @@ MARKS = {
     "quantize_2_vectorised.cu": [WIDE_LOAD, r"LDS\.(U\.)?64", r"SHFL"],
     "gemv_4bit_2_vectorised.cu": [WIDE_LOAD, r"FFMA"],
     "gemm_4bit_3_tensor_core.cu": [r"HMMA\.16(816|88)\.F32", WIDE_LOAD],
+    "grad_input_4bit_1_tiled.cu": [r"FFMA", r"LDS\.(U\.)?128"],
+    GRADIENT: [r"HMMA\.16(816|88)\.F32", r"LDG\.E\.(LTC\S*\.)?64", r"PRMT", r"STS\.128", WIDE_LOAD],
     RING: [r"HMMA\.16816\.F32", r"LDGSTS\.E\.BYPASS\S*\.128", r"LDGDEPBAR", r"PRMT", r"LDS\.64", WIDE_LOAD],
 }
 
@@ -102,6 +104,23 @@ def matches(patterns: tuple[str, ...], opcode: str) -> bool:
 def test_the_ring_kernel_stays_within_the_budget_in_its_header_on_sm_90(tokens: int, dtype: str) -> None:
     instructions, alu = sass.budgets(RING)[tokens]
     found = counted(ring_variant(90, dtype, tokens), 90)
+    assert found.instructions is not None
+    assert found.alu is not None
+    assert found.instructions <= instructions, f"{found.instructions} instructions per weight; budget {instructions}"
+    assert found.alu <= alu, f"{found.alu} ALU operations per weight; budget {alu}"
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["one", "grouped"])
+@pytest.mark.parametrize("tokens", sorted(sass.budgets(GRADIENT)), ids="{} tokens".format)
+def test_the_gradients_kernel_stays_within_the_budget_in_its_header_on_sm_90(tokens: int, grouped: bool) -> None:
+    (variant,) = (
+        v
+        for v in variants(GRADIENT, 90)
+        if {"T_BF16", f"TOKENS={tokens}"} < {*v.defines, ""} and ("GROUPED" in v.defines) == grouped
+    )
+    instructions, alu = sass.budgets(GRADIENT)[tokens]
+    found = counted(variant, 90)
+    assert found.weights == 32
     assert found.instructions is not None
     assert found.alu is not None
     assert found.instructions <= instructions, f"{found.instructions} instructions per weight; budget {instructions}"
