@@ -16,7 +16,7 @@ On a machine that is lent for two calls of ten minutes, without a registry and w
         memcheck, racecheck      the quick catalogue under compute-sanitizer, which looks at refq4's kernels alone
         tune        the cross-over to decoding, by number of tokens, for five shapes: crossovers.json
     2   install
-        bench       against bitsandbytes and cuBLAS: cuda.json, of which --collect draws cuda.png
+        bench       against bitsandbytes and cuBLAS: cuda.json; --collect draws it, as cuda-speedups.png
         verify      the catalogue of the differential kit, the deep one
         initcheck, synccheck
 
@@ -36,6 +36,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         return carry(options.carry, options.python)
     if options.collect:
         return collect(options.collect, options.into)
-    out = (options.out or RESULTS).absolute()
+    out = (options.out or Path(tempfile.gettempdir(), "refq4-gpu-check")).absolute()
     steps = all_steps(out, options.wheels, options.rehearse)
     if unknown := set(options.only or ()) - set(steps):
         print(f"gpu_check: there is no step {min(unknown)!r}; there are {', '.join(steps)}", file=sys.stderr)
@@ -79,7 +80,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(shlex.join([*(f"{k}={v}" for k, v in step.environment.items()), *step.command]))
         return 0
     wanted = [name for name, step in steps.items() if _is_wanted(name, step, options)]
-    return run_all({name: steps[name] for name in wanted}, out, options.seconds, options.rehearse)
+    failed = run_all({name: steps[name] for name in wanted}, out, options.seconds, options.rehearse)
+    if options.out is None and (out / "gpu-check.json").is_file():
+        collect(out, options.into)
+    return failed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", action="append", metavar="STEP", help="only this step (repeatable)")
     parser.add_argument("--part", type=int, choices=(1, 2), help="only the steps of the first or second call")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end within so many seconds")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where results go (default: docs/benchmarks)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where results go (default: a temporary folder, and figures at once into the docs)",
+    )
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="install these first, without a registry")
     parser.add_argument("--rehearse", action="store_true", help="the emulator in place of the GPU, little of each step")
     parser.add_argument("--carry", type=Path, metavar="DIR", help="build and fetch the wheels, and end")
@@ -257,20 +266,21 @@ def carry(folder: Path, python: str) -> int:
 
 
 def collect(folder: Path, into: Path) -> int:
-    """Take reports and figures to where the docs read them, and draw the picture."""
-    into.mkdir(parents=True, exist_ok=True)
-    taken = [folder / name for name in ("cuda.json", "crossovers.json") if (folder / name).is_file()]
-    for file in taken:
-        shutil.copy(file, into / file.name)
+    """Take figures to where the docs read them, and draw the picture; the rest goes into a folder beside them."""
+    beside = into / "gpu-check"
+    beside.mkdir(parents=True, exist_ok=True)
     report = json.loads((folder / "gpu-check.json").read_text())
-    kept = into / "gpu-check.json"  # the two calls' steps in one report
+    kept = beside / "report.json"  # the two calls' steps in one
     before = json.loads(kept.read_text())["steps"] if kept.is_file() else {}
     kept.write_text(json.dumps(report | {"steps": before | report["steps"]}, indent=1) + "\n")
-    if (into / "cuda.json").is_file():
+    if (folder / "crossovers.json").is_file():
+        shutil.copy(folder / "crossovers.json", beside)
+    if (folder / "cuda.json").is_file():
         from refq4.bench.plot import speedups
 
-        speedups(json.loads((into / "cuda.json").read_text()), into / "cuda.png")
-    print(f"gpu_check: {', '.join([file.name for file in taken] + ['gpu-check.json'])} in {into}")
+        shutil.copy(folder / "cuda.json", into)
+        speedups(json.loads((into / "cuda.json").read_text()), into / "cuda-speedups.png")
+    print(f"gpu_check: what there was in {folder} is in {into}")
     return 0
 
 

@@ -116,8 +116,10 @@ STEPS = [
 
 
 @pytest.mark.parametrize("steps", STEPS)
-def test_a_rehearsal_on_the_emulator_goes_from_the_carried_wheel_to_the_figures_of_the_docs(tmp_path, wheels, steps):
-    out, docs, programs = tmp_path / "out", tmp_path / "docs", tmp_path / "bin"
+def test_a_rehearsal_on_the_emulator_goes_from_the_carried_wheel_to_the_figures_of_the_docs(
+    tmp_path, wheels, steps, monkeypatch
+):
+    out, docs, programs = tmp_path / "out", tmp_path / "docs" / "benchmarks", tmp_path / "bin"
     programs.mkdir()
     stand_in = programs / "compute-sanitizer"  # checks nothing: drops its own options and runs the rest
     stand_in.write_text('#!/bin/sh\nwhile [ "$1" != "${1#-}" ]; do shift 2; done\nexec "$@"\n')
@@ -133,8 +135,16 @@ def test_a_rehearsal_on_the_emulator_goes_from_the_carried_wheel_to_the_figures_
     assert (out / "site" / "refq4_cuda" / "driver.py").is_file()
     collected = gpu_check_run("--collect", str(out), "--into", str(docs))
     assert collected.returncode == 0, collected.stderr
-    figures = json.loads((docs / "cuda.json").read_text())
-    assert [row["m"] for row in figures["products"]] == [1, 16]
-    assert {"refq4", "torch bf16", "dequantize + torch"} <= set(figures["products"][0]["ms"]["plain"])
-    assert (docs / "cuda.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((docs / "gpu-check.json").read_text())["steps"].keys() == report["steps"].keys()
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "docs"))
+    import figures
+    import places
+
+    monkeypatch.setattr(places, "ROOT", tmp_path)
+    page = figures.benchmarks("benchmarks.md")
+    assert "## cuda" in page
+    assert "32 x 128" in page
+    assert all(f"plain: {peer}" in page for peer in ("refq4", "torch bf16", "dequantize + torch"))
+    assert "(benchmarks/cuda-speedups.png)" in page
+    assert (tmp_path / "docs" / "benchmarks" / "cuda-speedups.png").read_bytes().startswith(b"\x89PNG")
+    kept = tmp_path / "docs" / "benchmarks" / "gpu-check" / "report.json"
+    assert json.loads(kept.read_text())["steps"].keys() == report["steps"].keys()
