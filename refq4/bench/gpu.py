@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -69,20 +70,40 @@ TIMERS: Mapping[str, Timer] = {"plain": plain, "graph": replayed}
 
 
 def measured(backend: Backend, asked: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """The report of ``python -m refq4 bench --device cuda``; tables go to the console as they come."""
-    report: dict[str, Any] = {"machine": about(backend), "limits": {"copy_gb_s": copy_bandwidth()}, "products": []}
+    """The report of ``python -m refq4 bench --device cuda``; tables go to the console as they come.
+
+    For a backend that computes on the CPU in place of a GPU it is a rehearsal: the same report, by the host's clock.
+    """
+    device = backend.devices[0]
+    on_gpu = device == "cuda"
+    limits = {"copy_gb_s": copy_bandwidth() if on_gpu else copy_bandwidth(1 << 20, 5, device, by_the_clock)}
+    report: dict[str, Any] = {"machine": about(backend), "limits": limits, "products": []}
     console.print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
     console.print(f"limit: a copy reads and writes {report['limits']['copy_gb_s']:.0f} GB/s together")
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if on_gpu else 0
+    rounds, timers = (max(15, asked.rounds), TIMERS) if on_gpu else (1, {"plain": by_the_clock})
     for n, k in asked.shapes:
         layers = max(asked.layers, layers_to_rotate(n, k, cache))
         dtype = DEVICE_DTYPES[asked.dtype]
-        report["products"] += products(backend, n, k, asked.m, dtype, max(15, asked.rounds), asked.peers, layers)
+        report["products"] += products(
+            backend, n, k, asked.m, dtype, rounds, asked.peers, layers, device=device, timers=timers
+        )
         console.print(gpu_table(report["products"], n, k, report["limits"]))
     if asked.ops:
-        report["ops"] = ops(backend, max(15, asked.rounds))
+        report["ops"] = ops(backend, rounds, device=device, timers=timers)
         console.print(gpu_ops_table(report["ops"], report["limits"]))
     return report
+
+
+def by_the_clock(run: Pass) -> Callable[[], float]:
+    """The pass by the host's clock, where it is the host that computes."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+
+    return once
 
 
 def products(
@@ -158,10 +179,10 @@ def in_turns(passes: Mapping[str, Pass], rounds: int, timers: Mapping[str, Timer
     return {timer: {name: statistics.median(times[timer, name]) for name in passes} for timer in timers}
 
 
-def copy_bandwidth(size: int = 1 << 30, rounds: int = 20) -> float:
+def copy_bandwidth(size: int = 1 << 30, rounds: int = 20, device: str = "cuda", timer: Timer = plain) -> float:
     """GB/s that a copy within the GPU's memory moves, read and written bytes together."""
-    source = torch.ones(size, dtype=torch.uint8, device="cuda")
-    once = plain(partial(torch.empty_like(source).copy_, source))
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    once = timer(partial(torch.empty_like(source).copy_, source))
     once()
     return 2 * size / statistics.median(once() for _ in range(rounds)) / 1e6
 
@@ -173,19 +194,20 @@ def layers_to_rotate(n: int, k: int, cache: int) -> int:
 
 def about(backend: Backend) -> dict[str, Any]:
     """What the figures depend on."""
-    gpu = torch.cuda.get_device_properties(0)
     try:
         peer = version("bitsandbytes")
     except PackageNotFoundError:
         peer = "not installed"
+    told = {**machine(backend), "date": datetime.date.today().isoformat(), "bitsandbytes": peer}
+    if "cuda" not in backend.devices:
+        return {**told, "gpu": f"none: {backend.name} on the CPU"}
+    gpu = torch.cuda.get_device_properties(0)
     return {
-        **machine(backend),
-        "date": datetime.date.today().isoformat(),
+        **told,
         "gpu": gpu.name,
         "multiprocessors": gpu.multi_processor_count,
         "L2 MiB": gpu.L2_cache_size >> 20,
         "cuda": torch.version.cuda,
-        "bitsandbytes": peer,
     }
 
 

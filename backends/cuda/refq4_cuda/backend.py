@@ -194,6 +194,13 @@ class PlannedBackend(Backend):
                 self.dequantize_and_multiply(x[rows], expert(weight, e), added, y[rows], transposed)
         return y
 
+    def tune(self, shapes: Sequence[tuple[int, int]] = (), tokens: Sequence[int] = ()) -> Iterator[str]:
+        """What ``refq4 tune`` calls: measure the cross-over to decoding on this device and keep it, telling lines."""
+        from .tune import SHAPES, TOKENS, tune
+
+        device = torch.device(self.devices[0])
+        return tune(self, device, shapes or SHAPES, tokens or TOKENS, keeps=device.type == "cuda")
+
     # --- what the trace shows -----------------------------------------------------------------------------------------
 
     def kernel(self, call: Call) -> str:
@@ -262,12 +269,6 @@ class CudaBackend(PlannedBackend):
 
     def processor(self, device: torch.device) -> Processor:
         return driver.device(torch._C._cuda_getDevice() if device.index is None else device.index)
-
-    def tune(self, shapes: Sequence[tuple[int, int]] = (), tokens: Sequence[int] = ()) -> Iterator[str]:
-        """What ``refq4 tune`` calls: measure the cross-over to decoding on this device and keep it, telling lines."""
-        from .tune import SHAPES, TOKENS, tune
-
-        return tune(self, torch.device("cuda", torch.cuda.current_device()), shapes or SHAPES, tokens or TOKENS)
 
     def info(self) -> dict[str, Any]:
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

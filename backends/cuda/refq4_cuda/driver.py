@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,8 @@ class Device:
                 handle = self._ask("cuModuleGetFunction", module, variant.entry.encode())
                 self._functions[variant] = _Function(handle, _WITHOUT_ASKING)
                 if len(self._functions) == 1:
-                    self.counters = Counters(self.index, self._ask, self._driver).here
+                    with suppress(CudaError):  # no room for them: a tensor of zeros does in each call
+                        self.counters = Counters(self.index, self._ask, self._driver).here
             return self._functions[variant]
 
     def _allow(self, function: _Function, shared: int) -> None:

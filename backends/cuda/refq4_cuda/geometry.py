@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 RUNGS = ("ring", "tensor_core", "vectorised", "naive")
-_REGISTERS = {"ring": 256, "tensor_core": 64, "vectorised": 192}  # of a thread, at most
+_REGISTERS = {"ring": 256, "tensor_core": 128, "vectorised": 256}  # of a thread, at most
 CROSS_OVER = {"ring": 128, "tensor_core": 128, "vectorised": 16, "naive": 16}  # the ring's for experts: crossover.py
 
 

@@ -10,7 +10,6 @@ says what a kernel asks of each part of a multiprocessor, and so which part it w
     python -m refq4_cuda.sass                         the product kernels on sm_90
     python -m refq4_cuda.sass --arch 80 --all         every kernel of an architecture
     python -m refq4_cuda.sass --json                  the same as data
-    python -m refq4_cuda.sass --predict               the tables of docs/cuda-kernels.md (roofline.py)
 
 Instructions as they stand in the file before, in, and after the loop along K. What of the former runs how often, the
 emulator counts (counts.py). The columns per weight (and lane: 32 lanes do this for 32 weights at a time):
@@ -269,13 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ARCHITECTURES)
     parser.add_argument("--all", action="store_true", help="quantising and dequantising too")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--predict", action="store_true", help="times, by the model of roofline.py")
     chosen = parser.parse_args(arguments)
-    if chosen.predict:
-        from .roofline import show  # which imports this module
-
-        show()
-        return
     listed = all_variants if chosen.all else product_variants
     counts = [count(variant, arch) for arch in chosen.arch for variant in listed(arch)]
     if chosen.json:

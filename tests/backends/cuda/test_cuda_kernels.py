@@ -25,7 +25,7 @@ FILES = sorted(path.name for path in kernel_directory().glob("*.cu"))
 RING, GRADIENT = "gemm_4bit_4_ring.cu", "grad_input_4bit_2_tensor_core.cu"
 NOT_GROUPED = {"dequantize.cu", "quantize_1_naive.cu", "quantize_2_vectorised.cu"}
 # Of a thread, as geometry.py plans with them; of the rest, as little as every device has.
-REGISTERS = {RING: 256, "gemm_4bit_3_tensor_core.cu": 64, "gemv_4bit_2_vectorised.cu": 192}
+REGISTERS = {RING: 256, "gemm_4bit_3_tensor_core.cu": 128, "gemv_4bit_2_vectorised.cu": 256}
 
 
 def variants(file: str, arch: int) -> list[Variant]:

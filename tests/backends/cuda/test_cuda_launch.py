@@ -166,8 +166,8 @@ def test_an_unknown_rung_and_one_that_does_not_serve_are_refused_with_the_reason
         plan(shape(dtype="FP32"), 90, H200, "tensor_core")
 
 
-def test_every_rung_but_the_ring_has_one_cross_over_for_all() -> None:
-    assert set(CROSS_OVER) == set(RUNGS) - {"ring"}
+def test_every_rung_has_a_cross_over() -> None:
+    assert set(CROSS_OVER) == set(RUNGS)
 
 
 # --- from tensors to launches ---------------------------------------------------------------------------------------

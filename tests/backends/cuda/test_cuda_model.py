@@ -47,18 +47,30 @@ def test_up_to_16_tokens_the_model_takes_no_longer_than_cublas_on_bf16(n: int, k
 # --- its parts --------------------------------------------------------------------------------------------------------
 
 
+def assert_near(kept, found) -> None:
+    """Within 3 %, or one in the last place that is kept: a change of a few instructions moves no figure of the docs."""
+    assert kept.keys() == found.keys()
+    for name in kept:
+        pairs = zip(kept[name].values(), found[name].values(), strict=True) if isinstance(kept[name], dict) else []
+        for one, other in pairs or [(kept[name], found[name])]:
+            assert one == pytest.approx(other, rel=0.03, abs=0.011), f"{name}: python -m refq4_cuda.counts --write"
+
+
 def test_the_counts_kept_are_those_of_the_kernels_as_they_are() -> None:
     try:
-        for tokens in counts.TOKENS:
-            assert counts.known()["loops"]["90"][str(tokens)] == counts.loop_counts(90, tokens)
-        assert counts.known()["outside"]["16x4"] == counts.outside_counts(16, 4)
+        loops = {str(tokens): counts.loop_counts(90, tokens) for tokens in counts.TOKENS}
+        outside = {"16x4": counts.outside_counts(16, 4)}
     except sass.ToolMissingError as missing:
         pytest.skip(str(missing))
+    assert_near({name: counts.known()["loops"]["90"][name] for name in loops}, loops)
+    assert_near({"16x4": counts.known()["outside"]["16x4"]}, outside)
 
 
 @pytest.mark.slow
 def test_all_the_counts_kept_are_those_of_the_kernels_as_they_are() -> None:
-    assert counts.known() == counts.counted(), "python -m refq4_cuda.counts --write, then roofline --write"
+    found = counts.counted()
+    for part in ("loops", "outside"):
+        assert_near(counts.known()[part], found[part])
 
 
 def test_a_prediction_counts_what_is_outside_the_loop_on_top() -> None:

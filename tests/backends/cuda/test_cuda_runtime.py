@@ -466,7 +466,7 @@ from refq4 import registry
 from refq4.backend import Call
 from refq4_cuda import CudaBackend
 class Small(CudaBackend):
-    name, devices = "small", ("cpu",)
+    name, devices, priority = "small", ("cpu",), 100
     def available(self):
         return None
     def processor(self, device):
@@ -713,16 +713,3 @@ def test_what_the_backend_does_not_take_it_says():
     prepared = PreparedWeight("cpu", "tiles16", (), (8, 64), 64, "nf4")
     with pytest.raises(refq4.BackendUnsupportedError, match="reads the layouts canonical and stored, not 'tiles16'"):
         backend.gemm_4bit(torch.ones(2, 64), prepared, None)
-
-
-# --- the command for a machine with a GPU -----------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: run scripts/checks/gpu_check.py itself")
-def test_the_command_for_a_gpu_machine_lists_its_steps_and_says_why_it_cannot_run_here():
-    script = [sys.executable, str(Path(__file__).parents[3] / "scripts" / "checks" / "gpu_check.py")]
-    listed = subprocess.run([*script, "--list"], capture_output=True, text=True, check=True).stdout
-    for step in ("cuda/test_cuda_gpu.py", "verify --backend cuda --deep", "racecheck", "bench --device cuda --json"):
-        assert step in listed
-    refused = subprocess.run(script, capture_output=True, text=True)
-    assert (refused.returncode, refused.stderr) == (1, f"gpu_check: {refq4.backend_info('cuda')['reason']}\n")
