@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts" / "docs"))
 
 import drawing  # noqa: E402 (how the site is built is no package)
 import glossary  # noqa: E402
+import kernels_code  # noqa: E402
 import sizes  # noqa: E402
 import steps  # noqa: E402
 import tables  # noqa: E402
@@ -180,6 +181,26 @@ def test_the_first_of_a_glossary_s_words_has_its_entry_as_a_tooltip():
     assert marked.count("<abbr") == 2
     assert re.sub(r"</?abbr[^>]*>", "", marked) == page
     assert set(glossary.MARKED) <= set(glossary.entries())
+
+
+@pytest.mark.parametrize("file", kernels_code._chosen().EXCERPTS)
+def test_an_excerpt_of_a_kernel_is_whole_and_short(file):
+    shown = kernels_code._chosen().lines(file)
+    assert shown.count("{") == shown.count("}") > 0
+    assert 3 <= len(shown.splitlines()) <= 12
+    assert not shown.startswith((" ", "}"))
+
+
+def test_each_rung_of_the_tables_has_an_excerpt_or_shares_one():
+    """Kernels that add to a rung of the same idea, or to another op, are left to their own pages."""
+    rungs = {name for name in kernels_code.files() if re.match(r"ge[mv]+_4bit_\d_.*\.cu?$", name)}
+    assert rungs - set(kernels_code._chosen().EXCERPTS) == {"gemv_4bit_2_avx512.c", "gemv_4bit_3_avx512_bf16.c"}
+
+
+def test_the_name_of_a_kernel_s_file_leads_to_its_page():
+    page = "See `tiles.h` and [`refq4.h`](x), not `nothing.c`.\n```c\n`tiles.h`\n```\n"
+    path = "../backends/cpu/refq4_cpu/kernels/tiles.h"
+    assert kernels_code.link(page, "cpu-kernels.md") == page.replace("`tiles.h`", f"[`tiles.h`]({path})", 1)
 
 
 LONG = "tests/test_memory.py::test_a_long_name"
