@@ -221,6 +221,8 @@ assert quantiles.max() < 1.85 < 2.5 < furthest.mean()
 # "information-theoretically optimal"; that holds for a bell of one width. And is equal use what we want? We want small
 # *errors*.
 #
+# To drag weights over thresholds yourself: the [playground](../docs/playground.md#normal).
+#
 # ## Five formats on the same weights
 #
 # | | |

@@ -161,7 +161,8 @@ picture.show(
 # ## What an outlier does
 #
 # The other layer has a weight that is 175 standard deviations from zero: no accident, trained models have a few such.
-# Its block takes its scale from it. This is the block, and the one after it, before and after.
+# Its block takes its scale from it. This is the block, and the one after it, before and after. (To drag an
+# outlier yourself: the [playground](../docs/playground.md#outlier).)
 
 # %%
 W = layers["one with an outlier"]

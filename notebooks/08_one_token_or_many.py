@@ -238,8 +238,8 @@ roofs.call_times(
 # On the right the same three ways on the machine that made this page (or on yours, if you run it). If its blue curve
 # rises from the first token on and stays above both floors, then neither memory nor multipliers are its limit, but
 # taking codes apart: the third cost, below. The fp32 layer has seven times the bytes, so it waits longer, and shares
-# its longer wait among more tokens. Where multiplications are all that counts, the lines come together: four bits
-# save none.
+# its longer wait among more tokens. Where multiplications are all
+# that counts, four bits save none: what difference is left is that of bf16 and fp32 products.
 #
 # *Dequantise, then multiply* is the line to remember for step 6. It decodes 8 MB of codes to 64 MB, writes
 # them to memory and reads them again, whatever M is. Many tokens repay that, one token can't.

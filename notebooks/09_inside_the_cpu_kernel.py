@@ -29,7 +29,7 @@ from refq4 import get_codebook
 from refq4.backend import Call
 from refq4.functional import quantize_4bit
 from refq4.testing import assert_within_budget, oracle
-from support import picture, registers, roofs
+from support import kernels, picture, registers, roofs
 
 torch.set_num_threads(1)
 cpu = CpuBackend()
@@ -64,6 +64,12 @@ def plain_loop(n):
 exact = oracle(x, B, state)[0]
 assert np.allclose([plain_loop(n) for n in range(N)], exact, rtol=1e-6)
 print("the first three outputs:", *(f"{plain_loop(n):.4f}" for n in range(3)))
+
+# %% [markdown]
+# In C it is the same five lines:
+
+# %%
+kernels.show("gemv_4bit_1_scalar.c")
 
 # %% [markdown]
 # Each step waits for the one before. A register of a modern processor holds eight or sixteen numbers, and wants them
@@ -140,6 +146,13 @@ for g in range(8):
         k = 8 * g + (s ^ 1)
         assert np.array_equal(code[lanes >> np.uint32(4 * s) & 15], decoded[:, k])
 print("shift:", *range(8), "  brings down k =", *(s ^ 1 for s in range(8)))
+
+# %% [markdown]
+# This is the inner loop of the kernel. `vpermps` is `_mm512_permutexvar_ps`, s counts the shifts, m the tokens and p
+# the panels of sixteen rows:
+
+# %%
+kernels.show("gemm_4bit_3_avx512.c")
 
 # %% [markdown]
 # ## The same with AVX2: two tables of bytes

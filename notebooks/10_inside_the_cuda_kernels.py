@@ -25,7 +25,7 @@ from refq4_cuda.operands import table_factor
 import refq4
 from refq4.functional import quantize_4bit
 from refq4.testing import assert_within_budget
-from support import picture, registers, stepping
+from support import kernels, picture, registers, stepping
 
 torch.set_num_threads(1)
 missing = refq4.backend_info("cuda-emulator")["reason"]
@@ -109,6 +109,15 @@ registers.threads(loads)
 # In the vectorised one each *lane* brings 16, so that one load brings 512. Fewer and larger requests: that is
 # the second rung.
 #
+# These are the lines with which they use what they have loaded:
+
+# %%
+kernels.show("gemv_4bit_1_naive.cu")
+
+# %%
+kernels.show("gemv_4bit_2_vectorised.cu")
+
+# %% [markdown]
 # ## Shuffles
 #
 # Each lane of the naive kernel has a sum of its own, and the 32 sums must become one. Lanes can't read each other's
@@ -275,6 +284,19 @@ print(
     f"lane 6, a0: byte {byte:#04x} of row 1 -> register {a[6, 0]:#010x} -> values "
     f"{halves(a)[6, 0]}"
 )
+
+# %% [markdown]
+# In the kernel, a0 to a3 of two `mma`s:
+
+# %%
+kernels.show("gemm_4bit_3_tensor_core.cu")
+
+# %% [markdown]
+# And in the next rung, which keeps one copy of the table's entry per bank at a distance of 256 bytes, the address of an
+# entry is one byte permutation:
+
+# %%
+kernels.show("gemm_4bit_4_ring.cu")
 
 # %% [markdown]
 # ## The ladder

@@ -7,8 +7,8 @@
 # - It needs notebook 11. It takes 20 minutes.
 # - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
 #
-# Three things, in numpy: quantise, decode, multiply. After each, `verify` is asked what it thinks, and it will think
-# ill of the first attempts, which are the ones that anybody would make. At the end stands the backend of
+# Three things, in numpy: quantise, decode, multiply. After each, `verify` checks it. The first attempts are those that
+# most people would make, and they fail. At the end stands the backend of
 # `docs/numpy_backend.py`; the last cell holds the two together.
 #
 # What each op owes is said in `refq4/backend.py`. The core checks all arguments and takes all decisions; a backend gets

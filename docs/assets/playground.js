@@ -65,6 +65,7 @@
     const { weights, problem } = read(at("weights").value);
     at("problem").textContent = problem ?? "";
     at("weights").setAttribute("aria-invalid", String(Boolean(problem)));
+    at("playground").classList.toggle("stale", Boolean(problem)); // what is shown is of the weights before
     if (problem) return;
     const book = books[at("book").value];
     const blocksize = Number(at("blocksize").value);
@@ -72,14 +73,23 @@
     at("absmax").textContent = result.absmax.map(exact).join(" ");
     at("codes").textContent = result.rows.map((row) => hex(row.code, 1)).join(" ");
     at("packed").textContent = result.packed.map((byte) => hex(byte, 2)).join(" ");
-    at("bits").textContent = `${short(4 + (32 * result.absmax.length) / weights.length)} (codes 4, scales the rest)`;
+    const share = result.absmax.length / weights.length;
+    at("bits").textContent =
+      `${short(4 + 32 * share)}: the code 4, the scale the rest; with double quantisation ` +
+      `${short(4 + 8 * share + (32 * share) / 256)} (in blocks of 64: 4.5 and 4.127)`;
     const worst = Math.max(...result.rows.map((row) => Math.abs(row.decoded - row.weight)));
-    const norm = (pick) => Math.hypot(...result.rows.map(pick));
-    const relative = norm((row) => row.decoded - row.weight) / (norm((row) => row.weight) || 1);
-    at("error").textContent = `|W - W4| / |W| = ${short(relative)}, largest ${short(worst)}`;
+    at("error").textContent = `|W - W4| / |W| = ${short(relative(result.rows))}, largest ${short(worst)}`;
+    at("others").textContent = Object.entries(books)
+      .map(([name, other]) => `${name} ${short(relative(quantise(weights, other, blocksize).rows))}`)
+      .join(", ");
     at("rows").replaceChildren(...result.rows.map((row, i) => tableRow(row, i, blocksize)));
     drawAxis(book, result.rows);
     showSliders(weights);
+  }
+
+  function relative(rows) {
+    const norm = (pick) => Math.hypot(...rows.map(pick));
+    return norm((row) => row.decoded - row.weight) / (norm((row) => row.weight) || 1);
   }
 
   function tableRow(row, i, blocksize) {
@@ -182,4 +192,5 @@
   at("zeros").addEventListener("click", () => put(normal(16).map((weight, i) => (i < 8 ? 0 : weight))));
   for (const id of ["weights", "book", "blocksize"]) at(id).addEventListener("input", update);
   put(START);
+  if (["normal", "outlier", "zeros"].includes(location.hash.slice(1))) at(location.hash.slice(1)).click();
 })();

@@ -111,7 +111,8 @@ def call_times(
         _powers_of_two(axes, tokens)
         _plain(axes.yaxis)
     panels[0].set_ylabel("milliseconds of a call")
-    panels[-1].legend(fontsize=7)
+    handles, names = panels[-1].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8)
     return picture.show(
         figure,
         "Time of a call over the number of tokens, on two machines: level at first where memory is the limit, "

@@ -16,37 +16,10 @@ __all__ = ["entries", "mark"]
 PAGE = "reference/glossary.md"
 # Of the words there, those that a sentence may use without its reader knowing them.
 MARKED = (
-    *(
-        "AWQ",
-        "CTA",
-        "E2M1",
-        "FMA",
-        "FSDP",
-        "GEMM",
-        "GEMV",
-        "GGUF",
-        "GPTQ",
-        "KL",
-        "LoRA",
-        "MXFP4",
-        "NEON",
-        "NVRTC",
-        "PTX",
-    ),
-    *(
-        "QLoRA",
-        "SIMD",
-        "absmax",
-        "canonical",
-        "oracle",
-        "perplexity",
-        "roofline",
-        "straddle",
-        "ulp",
-        "warp",
-        "wavefront",
-    ),
-)
+    "AMX", "AVX2", "AVX-512", "AWQ", "CTA", "E2M1", "FMA", "FP4", "FSDP", "GEMM", "GEMV", "GFLOP", "GGUF", "GPTQ", "KL",
+    "LoRA", "MXFP4", "NEON", "NF4", "NVRTC", "PTX", "QLoRA", "SIMD",
+    "absmax", "canonical", "oracle", "perplexity", "roofline", "straddle", "ulp", "warp", "wavefront",
+)  # fmt: skip
 
 _ROW = re.compile(r"^\| (?!word \||---)([^|]+) \| (.+) \|$", re.MULTILINE)
 _TAG = re.compile(r"(<[^>]*>)")

@@ -2,6 +2,7 @@
 
 pages from elsewhere   notebooks, READMEs and source files become pages, and links to them lead there   (places.py)
 generated passages     <!-- refq4: NAME ARGUMENT --> in a page is replaced by what passages.py makes
+kernels                names of their files lead to the pages of those files                     (kernels_code.py)
 maths                  LaTeX becomes MathML while the site is built: no script, no fonts                  (maths.py)
 notebooks              what mkdocs-jupyter renders loses its scripts and styles                           (cells.py)
 glossary               the first of each of its words has its entry as a tooltip                         (glossary.py)
@@ -14,6 +15,7 @@ from typing import Any
 
 import cells
 import glossary
+import kernels_code
 import maths
 import passages
 import pipeline_page
@@ -41,7 +43,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, page in places.READMES.items():
         files.append(File.generated(config, page, content=(places.ROOT / path).read_text()))
     texts = {places.origin(f.src_uri): f.content_string for f in files.documentation_pages()}
-    for path in sorted(places.linked_sources(texts) | pipeline_page.sources()):
+    for path in sorted(places.linked_sources(texts) | pipeline_page.sources() | {*kernels_code.files().values()}):
         files.append(File.generated(config, places.uri(path), content=places.source_page(path)))
     return files
 
@@ -49,7 +51,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Generated passages first: their links, too, are written as in the repository."""
     if not page.file.src_uri.startswith("source/"):
-        markdown = passages.fill(markdown, page.file.src_uri)
+        markdown = kernels_code.link(passages.fill(markdown, page.file.src_uri), page.file.src_uri)
         markdown = places.relink(markdown, page.file.src_uri)
     return markdown
 

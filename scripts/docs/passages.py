@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 
 import figures
+import kernels_code
 import pipeline_page
 import tables
 
@@ -21,10 +22,12 @@ PASSAGES: dict[str, Callable[..., str]] = {
     "file": tables.file,
     "gpu-model": tables.gpu_model,
     "help": tables.command_line,
+    "inner-loops": kernels_code.inner_loops,
     "pipeline": pipeline_page.pipeline,
     "rule": pipeline_page.rule,
     "state-dict": tables.state_dict,
     "step": pipeline_page.step,
+    "tiles": kernels_code.tiles,
     "values": tables.values,
 }
 

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts" / "docs"))
 
 import drawing  # noqa: E402 (how the site is built is no package)
 import glossary  # noqa: E402
+import kernels_code  # noqa: E402
 import sizes  # noqa: E402
 import steps  # noqa: E402
 import tables  # noqa: E402
@@ -180,6 +181,58 @@ def test_the_first_of_a_glossary_s_words_has_its_entry_as_a_tooltip():
     assert marked.count("<abbr") == 2
     assert re.sub(r"</?abbr[^>]*>", "", marked) == page
     assert set(glossary.MARKED) <= set(glossary.entries())
+
+
+# What a reader is taken to know: processors, makers, and the words of the trade that everybody uses.
+KNOWN = {"AMD", "API", "ARM", "BF16", "CPU", "CUDA", "EPYC", "GPU", "LLVM", "NVIDIA"}
+
+
+def first_pages(section: list | str | dict) -> list[str]:
+    """The first page of each section of the nav, and of each section in it."""
+    if isinstance(section, str):
+        return []
+    entries = [next(iter(entry.values())) if isinstance(entry, dict) else entry for entry in section]
+    pages = [next((entry for entry in entries if isinstance(entry, str)), None)]
+    pages += [page for entry in entries if not isinstance(entry, str) for page in first_pages(entry)]
+    return [page for page in pages if page]
+
+
+def test_no_first_page_of_a_section_has_an_abbreviation_that_is_not_explained():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    pages = [page for page in first_pages(nav) if (DOCS / page).exists()]
+    assert len(pages) >= 6
+    unexplained = {}
+    for page in pages:
+        text = re.sub(
+            r"^---\n.*?\n---\n|```.*?```|`[^`]*`|\]\([^)]*\)|<[^>]*>|\$[^$]*\$",
+            "",
+            (DOCS / page).read_text(),
+            flags=re.S,
+        )
+        words = set(re.findall(r"(?<![\w-])[A-Z][A-Z0-9]{2,}(?:-\d+)?(?!\w)", text)) - KNOWN - set(glossary.MARKED)
+        if words:
+            unexplained[page] = words
+    assert not unexplained, "put them into the glossary, and into MARKED in scripts/docs/glossary.py"
+
+
+@pytest.mark.parametrize("file", kernels_code._chosen().EXCERPTS)
+def test_an_excerpt_of_a_kernel_is_whole_and_short(file):
+    shown = kernels_code._chosen().lines(file)
+    assert shown.count("{") == shown.count("}") > 0
+    assert 3 <= len(shown.splitlines()) <= 12
+    assert not shown.startswith((" ", "}"))
+
+
+def test_each_rung_of_the_tables_has_an_excerpt_or_shares_one():
+    """Kernels that add to a rung of the same idea, or to another op, are left to their own pages."""
+    rungs = {name for name in kernels_code.files() if re.match(r"ge[mv]+_4bit_\d_.*\.cu?$", name)}
+    assert rungs - set(kernels_code._chosen().EXCERPTS) == {"gemv_4bit_2_avx512.c", "gemv_4bit_3_avx512_bf16.c"}
+
+
+def test_the_name_of_a_kernel_s_file_leads_to_its_page():
+    page = "See `tiles.h` and [`refq4.h`](x), not `nothing.c`.\n```c\n`tiles.h`\n```\n"
+    path = "../backends/cpu/refq4_cpu/kernels/tiles.h"
+    assert kernels_code.link(page, "cpu-kernels.md") == page.replace("`tiles.h`", f"[`tiles.h`]({path})", 1)
 
 
 LONG = "tests/test_memory.py::test_a_long_name"

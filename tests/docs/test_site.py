@@ -342,6 +342,25 @@ def test_the_playground_computes_200_random_blocks_bit_for_bit(address, page):
         assert fp32_bits(got["decoded"]) == values.numpy().view(np.uint32).tolist(), case
 
 
+def test_the_playground_compares_codes_greys_old_results_and_starts_with_what_a_link_asks_for(address, page):
+    page.goto(address + "playground/#outlier")
+    weights = [float(word) for word in page.locator("#weights").input_value().split()]
+    assert weights[3] == 8.0
+    W = torch.tensor(weights)
+    told = dict(part.rsplit(" ", 1) for part in page.locator("#others").inner_text().split(", "))
+    assert {"nf4", "fp4", "int4"} <= set(told)
+    for name, figure in told.items():
+        code = get_codebook(name).on("cpu")
+        packed, absmax = ReferenceBackend().quantize_4bit(W, code, 8)
+        codes = layout.unpack(packed, len(W))
+        decoded = ReferenceBackend().dequantize_blockwise(codes, absmax, code.values, 8, torch.float32)
+        assert float(figure) == pytest.approx(float((decoded - W).norm() / W.norm()), abs=1e-4), name
+    page.locator("#weights").fill("abc")
+    assert page.locator(".playground.stale").count() == 1
+    page.locator("#weights").fill("1 2")
+    assert page.locator(".playground.stale").count() == 0
+
+
 def test_a_weight_is_typed_and_dragged_in_the_playground(address, page):
     page.goto(address + "playground/")
     page.locator("#weights").fill("")
