@@ -33,14 +33,18 @@ ITERATIONS = 400
 LOOPS = [
     ("gemv_4bit_3_neon_bf16", "uint16_t", 32, 16, "[4][2]", "EACH_ROW add_chunk_bf16(sum[r], CODES(r), x, &t);"),
     ("gemm_4bit_3_neon_bf16", "uint16_t", 8, 64, "[4][4][2]", "add_group_bf16(sum, at[0] + i, x, &t, 1, 4);"),
+    ("gemv_4bit_3_neon_fhm", "uint16_t", 32, 16, "[4][2]", "EACH_ROW add_chunk_halves(sum[r], CODES(r), x, &t);"),
+    ("gemm_4bit_3_neon_fhm", "uint16_t", 8, 64, "[4][4][4]", "add_group_halves(sum, at[0] + i, x, &t, 1, 4);"),
     ("gemv_4bit_2_neon, bf16", "float", 32, 16, "[4][2]", "EACH_ROW add_chunk_rounded(sum[r], CODES(r), x, &t);"),
-    ("gemm_4bit_2_neon, bf16", "float", 8, 64, "[4][4][4]", "add_group_neon(sum, at[0] + i, x, &t, 2, 1, 4);"),
+    ("gemm_4bit_2_neon, bf16", "float", 8, 64, "[4][4][4]", "add_group_rounded(sum, at[0] + i, x, &t, 1, 4);"),
     ("gemv_4bit_2_neon, fp32", "float", 32, 16, "[4][2]", "EACH_ROW add_chunk_exact(sum[r], CODES(r), x, &t);"),
-    ("gemm_4bit_2_neon, fp32", "float", 8, 64, "[4][4][4]", "add_group_neon(sum, at[0] + i, x, &t, 4, 1, 4);"),
+    ("gemm_4bit_2_neon, fp32", "float", 8, 64, "[4][4][4]", "add_group_exact(sum, at[0] + i, x, &t, 1, 4);"),
 ]
 HEAD = """
 #include "gemm_4bit_2_neon.c"
 #include "gemv_4bit_2_neon.c"
+#include "gemm_4bit_3_neon_fhm.c"
+#include "gemv_4bit_3_neon_fhm.c"
 #include "gemm_4bit_3_neon_bf16.c"
 #include "gemv_4bit_3_neon_bf16.c"
 #define EACH_ROW UNROLL for (int r = 0; r < 4; r++)

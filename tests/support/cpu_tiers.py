@@ -7,8 +7,8 @@ import platform
 import pytest
 from refq4_cpu import build
 
-# What a test of every tier takes. All kernels of neon are in neon_bf16, too, and each rung has tests of its own.
-TIERS = [pytest.param(tier, marks=[pytest.mark.slow] if tier == "neon" else []) for tier in build.TIERS]
+# What a test of every tier takes. neon_bf16 has the kernels of neon and neon_fhm, and each rung has tests of its own.
+TIERS = [pytest.param(tier, marks=[pytest.mark.slow] if tier in ("neon", "neon_fhm") else []) for tier in build.TIERS]
 
 
 def native(tier: str) -> bool:

@@ -5,8 +5,9 @@
     avx512_bf16    AVX-512 + vdpbf16ps                      x86-64
     avx512         AVX-512 F, BW, DQ, VL
     avx2           AVX2, FMA, F16C
-    neon_bf16      NEON + bfdot, bfmmla                     64-bit ARM
-    neon           NEON: every such processor
+    neon_bf16      NEON + fmlal + bfdot, bfmmla             64-bit ARM: Graviton3, Neoverse V1, V2, N2, Apple M2 ...
+    neon_fhm       NEON + fmlal                             Apple M1
+    neon           NEON                                     every 64-bit ARM
     c              what every compiler's default has        any
 
 ``docs/how-to/add-a-tier.md`` says what to write for another one.
@@ -35,7 +36,8 @@ FEATURES: dict[str, Feature] = {
     "avx512": Feature(1, ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"), ("c", "avx2")),
     "avx512_bf16": Feature(2, ("-mavx512bf16",), ("c", "avx2")),
     "neon": Feature(4, (), ("c",)),
-    "neon_bf16": Feature(5, ("-march=armv8.2-a+bf16",), ("c",)),
+    "neon_fhm": Feature(5, ("-march=armv8.2-a+fp16fml",), ("c", "neon")),
+    "neon_bf16": Feature(6, ("-march=armv8.2-a+fp16fml+bf16",), ("c", "neon")),  # of two -march the last one counts
 }
 
 # A tier is a set of features; best first.
@@ -43,7 +45,8 @@ TIERS: dict[str, tuple[str, ...]] = {
     "avx512_bf16": ("c", "avx2", "avx512", "avx512_bf16"),
     "avx512": ("c", "avx2", "avx512"),
     "avx2": ("c", "avx2"),
-    "neon_bf16": ("c", "neon", "neon_bf16"),
+    "neon_bf16": ("c", "neon", "neon_fhm", "neon_bf16"),
+    "neon_fhm": ("c", "neon", "neon_fhm"),
     "neon": ("c", "neon"),
     "c": ("c",),
 }

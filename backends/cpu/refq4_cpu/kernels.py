@@ -85,6 +85,8 @@ PRODUCT_KERNELS = (
     ProductKernel("gemv_4bit_3_avx512_bf16", "avx512_bf16", dtypes=_BF16, reads_tiles=False, one_token=True),
     ProductKernel("gemm_4bit_2_neon", "neon"),
     ProductKernel("gemv_4bit_2_neon", "neon", reads_tiles=False, one_token=True),
+    ProductKernel("gemm_4bit_3_neon_fhm", "neon_fhm", dtypes=_BF16),
+    ProductKernel("gemv_4bit_3_neon_fhm", "neon_fhm", dtypes=_BF16, reads_tiles=False, one_token=True),
     ProductKernel("gemm_4bit_3_neon_bf16", "neon_bf16", dtypes=_BF16),
     ProductKernel("gemv_4bit_3_neon_bf16", "neon_bf16", dtypes=_BF16, reads_tiles=False, one_token=True),
 )

@@ -93,10 +93,37 @@ static void product_case(const Case *c) {
     result(y, c->M * c->N * size);
 }
 
+/* What the instructions that emulated_neon.h writes itself make of any bits: subnormals, infinities and NaN among them. */
+static void instructions(void) {
+    uint32_t state = 1;
+    for (int i = 0; i < 20000; i++) {
+        uint16_t a[8], b[8];
+        float sum[4], out[16];
+        for (int j = 0; j < 8; j++) {
+            state = state * 1664525 + 1013904223, a[j] = (uint16_t)(state >> 16);
+            state = state * 1664525 + 1013904223, b[j] = (uint16_t)(state >> 16);
+            if (i % 2) b[j] = (uint16_t)((b[j] & 0x80FF) | (0x3F80 - (a[j] & 0x7F00) + 0x3F80)); /* products near each other */
+        }
+        for (int j = 0; j < 4; j++) state = state * 1664525 + 1013904223, sum[j] = i % 2 ? 1 + (float)(state >> 9) : float_of(state);
+        float32x4_t s = vld1q_f32(sum);
+        uint16x8_t x = vld1q_u16(a), y = vld1q_u16(b);
+        vst1q_f32(out, vbfdotq_f32(s, vreinterpretq_bf16_u16(x), vreinterpretq_bf16_u16(y)));
+        vst1q_f32(out + 4, vbfmmlaq_f32(s, vreinterpretq_bf16_u16(x), vreinterpretq_bf16_u16(y)));
+        vst1q_f32(out + 8, vfmlalq_low_f16(s, vreinterpretq_f16_u16(x), vreinterpretq_f16_u16(y)));
+        vst1q_f32(out + 12, vfmlalq_high_f16(s, vreinterpretq_f16_u16(x), vreinterpretq_f16_u16(y)));
+        for (int j = 0; j < 16; j++) out[j] = out[j] == out[j] ? out[j] : float_of(0x7FC00000); /* any NaN is as good */
+        result(out, sizeof out);
+    }
+}
+
 int main(int argc, char **argv) {
     if (argc > 1 && strcmp(argv[1], "beyond") == 0) return room(5)[5]; /* proof that the pages do fault */
     if (argc > 1 && strcmp(argv[1], "names") == 0) {
         for (size_t i = 0; i < sizeof product_kernels / sizeof *product_kernels; i++) puts(product_kernels[i].name);
+        return 0;
+    }
+    if (argc > 1 && strcmp(argv[1], "instructions") == 0) {
+        instructions();
         return 0;
     }
     Case c;

@@ -36,7 +36,7 @@ from test_cpu_ops import assert_same_bits, assert_within_budget, random_weight
 
 pytestmark = pytest.mark.reference_only("it names its backend itself")
 
-TIER = "neon_bf16"  # has the kernels of neon, too
+TIER = "neon_bf16"  # has the kernels of neon and neon_fhm, too
 REFERENCE = ReferenceBackend()
 QUANTIZE, DEQUANTIZE, PRODUCT, TILED_PRODUCT = range(4)  # of arm_harness.c
 LENGTHS = [(1, 64), (31, 32), (64, 64), (4097, 64), (333, 48), (65, 7), (1000, 32), (8192, 4096)]
@@ -57,14 +57,15 @@ class Harness(NamedTuple):
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
     compiler, runner = _tools()
-    target = tmp_path_factory.mktemp("arm") / "arm_harness"
-    source = Path(__file__).with_name("arm_harness.c")
-    flags = [*build._NATIVE, *build._FLAGS, *build.Tier(TIER).flags, "-static", "-I", str(build.kernel_directory())]
-    done = subprocess.run(
-        [*compiler, *flags, str(source), "-o", str(target), "-lm"], capture_output=True, text=True, check=False
-    )
+    return Harness([*runner, _compiled(compiler, build.Tier(TIER), tmp_path_factory.mktemp("arm"))])
+
+
+def _compiled(compiler: list[str], tier: build.Tier, folder: Path) -> str:
+    target, source = str(folder / "arm_harness"), str(Path(__file__).with_name("arm_harness.c"))
+    flags = [*build.compiler_flags(tier), "-static", "-I", str(build.kernel_directory())]
+    done = subprocess.run([*compiler, *flags, source, "-o", target, "-lm"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return Harness([*runner, str(target)])
+    return target
 
 
 def _tools() -> tuple[list[str], list[str]]:
@@ -173,6 +174,17 @@ def test_the_gradient_is_what_the_emulated_kernel_gives(
         assert torch.equal(got, wanted)
 
 
+def test_instructions_that_simde_lacks_are_emulated_to_the_bit(harness: Harness, tmp_path: Path) -> None:
+    if (missing := build.emulation_lacks()) is not None:
+        pytest.skip(missing)
+    compiler = [*build.find_compiler().command]
+    emulated = Harness([_compiled(compiler, build.Tier(TIER, emulated=True), tmp_path)]).run("instructions")
+    done = harness.run("instructions")
+    assert (done.returncode, emulated.returncode, len(done.stdout)) == (0, 0, 20000 * 16 * 4)
+    got, wanted = (torch.frombuffer(bytearray(run.stdout), dtype=torch.int32) for run in (emulated, done))
+    assert torch.equal(got, wanted), f"{(got != wanted).sum()} of {got.numel()} results differ"
+
+
 def test_the_cycles_that_the_page_predicts_are_those_that_llvm_counts() -> None:
     if isinstance(tools := arm_cycles.find_tools(), str):
         pytest.skip(tools)
@@ -180,7 +192,7 @@ def test_the_cycles_that_the_page_predicts_are_those_that_llvm_counts() -> None:
     rows = re.findall(
         r"^\| `(g\w+)`(, \w+)? \| (Neoverse V2|Apple M1)[^|]* \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M
     )
-    assert len(rows) == 6
+    assert len(rows) == 9
     counts = {(count.loop, count.processor): count for count in arm_cycles.counted(*tools)}
     for kernel, dtype, processor, *figures in rows:
         count = counts[f"{kernel}{dtype}", {"Neoverse V2": "neoverse-v2", "Apple M1": "apple-m1"}[processor]]

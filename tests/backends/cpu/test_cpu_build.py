@@ -170,17 +170,21 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the platform module says on an Apple M2."""
     monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(build.platform, "machine", lambda: "arm64")
-    monkeypatch.setattr(build, "cpu_features", lambda: 1 << 4 | 1 << 5)
+    monkeypatch.setattr(build, "cpu_features", lambda: 7 << 4)
     monkeypatch.delenv(build.TIER_VARIABLE, raising=False)
 
 
 @pytest.mark.usefixtures("mac")
 def test_on_a_mac_the_best_tier_is_compiled_for_its_processor() -> None:
     tier = build.chosen_tier()
-    assert (str(tier), build.supported_tiers()) == ("neon_bf16", ["neon_bf16", "neon", "c"])
+    assert (str(tier), build.supported_tiers()) == ("neon_bf16", ["neon_bf16", "neon_fhm", "neon", "c"])
     flags = build.compiler_flags(tier)
     assert "-mcpu=native" in flags
-    assert [flag for flag in flags if flag.startswith("-D")] == ["-DREFQ4_NEON", "-DREFQ4_NEON_BF16"]
+    assert [flag for flag in flags if flag.startswith("-D")] == [
+        "-DREFQ4_NEON",
+        "-DREFQ4_NEON_FHM",
+        "-DREFQ4_NEON_BF16",
+    ]
     assert "-mcpu=native" not in build.compiler_flags(build.Tier("neon_bf16", emulated=True))
 
 
@@ -324,7 +328,7 @@ def test_the_processors_bits_agree_with_what_the_system_reports() -> None:
     except OSError:
         pytest.skip("this system has no /proc/cpuinfo to compare with")
     has = {"avx2": "avx2" in flags, "avx512": "avx512vl" in flags, "avx512_bf16": "avx512_bf16" in flags, "c": True}
-    has |= {"neon": "asimd" in flags, "neon_bf16": "bf16" in flags}
+    has |= {"neon": "asimd" in flags, "neon_fhm": "asimdfhm" in flags, "neon_bf16": {"asimdfhm", "bf16"} <= flags}
     assert build.supported_tiers() == [tier for tier in build.TIERS if has[tier]]
 
 

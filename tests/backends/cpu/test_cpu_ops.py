@@ -390,6 +390,35 @@ def test_the_mean_error_of_a_long_sum_in_fp32_stays_below_a_third_of_what_bitsan
     assert sum(errors) / len(errors) < 0.8e-8
 
 
+@pytest.mark.parametrize("name", ["gemm_4bit_3_neon_fhm", "gemv_4bit_3_neon_fhm"])
+def test_tokens_that_fp16_cannot_hold_lose_nothing_and_change_no_neighbours_bits(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those kernels multiply bf16 activations as fp16, by a power of two: see kernels/halves_neon.h."""
+    kernel = next(kernel for kernel in PRODUCT_KERNELS if kernel.name == name)
+    backend = backend_of("neon_fhm", request, monkeypatch)
+    W = torch.randn(20, 256, generator=torch.Generator().manual_seed(0))
+    W[:, 7] = 0
+    code = get_codebook("nf4").on("cpu")
+    packed, absmax = REFERENCE.quantize_4bit(W, code, 64)
+    weight = PackedWeight(packed, absmax, code.values, 64, (20, 256), "nf4")
+    x = torch.randn(6, 256, generator=torch.Generator().manual_seed(1))
+    x[1] *= 2.0**-100  # fits by itself, not beside the others
+    x[2] *= 2.0**90
+    x[3, 7] = 2.0**100  # times a weight of 0: what is 2**100 times smaller is all of the result
+    x[4, 0], x[5, 9] = float("nan"), float("inf")
+    x = x.bfloat16()
+    alone = [backend._product(token[None], weight, None, kernel) for token in x]
+    for token, y in zip(x[:4], alone, strict=False):
+        assert_within_budget(y, token[None], weight, None)
+    expected = REFERENCE.gemm_4bit(x[4:], weight, None)
+    assert torch.equal(torch.cat(alone[4:]).isnan(), expected.isnan())
+    assert torch.equal(torch.cat(alone[4:]).isinf(), expected.isinf())
+    if not kernel.one_token:
+        together = backend._product(x, weight, None, kernel)
+        assert torch.equal(together.view(torch.int16), torch.cat(alone).view(torch.int16))
+
+
 def test_any_thread_count_gives_the_same_bits(cpu: CpuBackend) -> None:
     weight = random_weight(300, 1024)
     x = torch.randn(19, 1024).bfloat16()

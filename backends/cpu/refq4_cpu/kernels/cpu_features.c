@@ -8,7 +8,8 @@
  *     bit 2   AVX-512 BF16 on top of that (vdpbf16ps)
  *     bit 3   AMX-BF16 with tile registers saved (reported; no tier uses it yet)
  *     bit 4   NEON: every 64-bit ARM processor has it, and every system saves its registers
- *     bit 5   BF16 on top of that (bfdot, bfmmla), as Linux or macOS report it
+ *     bit 5   FHM on top of that (fmlal: fp16 products added in fp32), as Linux or macOS report it
+ *     bit 6   BF16 (bfdot, bfmmla), likewise
  *
  * cc -O1 -fsyntax-only cpu_features.c
  */
@@ -42,20 +43,24 @@ unsigned refq4_cpu_features(void) {
 #elif defined(__aarch64__)
 #if defined(__linux__)
 #include <sys/auxv.h>
-static unsigned has_bf16(void) { return getauxval(AT_HWCAP2) >> 14 & 1; } /* HWCAP2_BF16 of <asm/hwcap.h> */
+static unsigned has_fhm(void) { return getauxval(AT_HWCAP) >> 23 & 1; }   /* HWCAP_ASIMDFHM of <asm/hwcap.h> */
+static unsigned has_bf16(void) { return getauxval(AT_HWCAP2) >> 14 & 1; } /* HWCAP2_BF16 */
 #elif defined(__APPLE__)
 #include <stddef.h>
 #include <sys/sysctl.h>
-static unsigned has_bf16(void) {
+static unsigned has(const char *feature) {
     int value = 0;
     size_t size = sizeof value;
-    return sysctlbyname("hw.optional.arm.FEAT_BF16", &value, &size, NULL, 0) == 0 && value == 1;
+    return sysctlbyname(feature, &value, &size, NULL, 0) == 0 && value == 1;
 }
+static unsigned has_fhm(void) { return has("hw.optional.arm.FEAT_FHM"); }
+static unsigned has_bf16(void) { return has("hw.optional.arm.FEAT_BF16"); }
 #else
+static unsigned has_fhm(void) { return 0; }
 static unsigned has_bf16(void) { return 0; }
 #endif
 
-unsigned refq4_cpu_features(void) { return 1u << 4 | has_bf16() << 5; }
+unsigned refq4_cpu_features(void) { return 1u << 4 | has_fhm() << 5 | has_bf16() << 6; }
 #else
 unsigned refq4_cpu_features(void) { return 0; } /* the plain C tier */
 #endif

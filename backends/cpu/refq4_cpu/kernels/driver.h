@@ -50,12 +50,13 @@ _Static_assert(SUBTOTAL_PARTS * 8 * PART_GROUPS_FP32 == SUBTOTAL_ELEMENTS, "a su
 typedef void (*TileKernel)(TILE_KERNEL_PARAMETERS);
 
 /* How a kernel wants x: see pack_tile. */
-enum x_order { ONE_FP32 = 0, BF16_PAIRS, FP32_PAIRS, BF16_QUADS, FP32_QUADS };
+enum x_order { ONE_FP32 = 0, BF16_PAIRS, FP32_PAIRS, HALF_QUADS, FP32_QUADS };
 
 typedef struct {
     enum x_order x_order;
     TileKernel kernel[MAX_TOKENS + 1][3];    /* [MT][log2 NP]; NULL where there is none */
     float (*make_table)(const float *code, void *table); /* 64 bytes; returns what sums are to be multiplied by */
+    float undo_x;                            /* the same for x, if the caller multiplied it; else 0 */
 } Engine;
 
 typedef struct {
@@ -72,15 +73,15 @@ static inline int64_t tile_start(const Plan *plan, int64_t tile) { return plan->
 
 static inline int64_t x_bytes(const Plan *plan, int64_t tokens) {
     enum x_order order = plan->engine->x_order;
-    return tokens * plan->p->K * (order == BF16_PAIRS || order == BF16_QUADS ? 2 : 4);
+    return tokens * plan->p->K * (order == BF16_PAIRS || order == HALF_QUADS ? 2 : 4);
 }
 
-/* The orders ..._QUADS of pack_tile. */
-static void pack_quads(const Product *p, int64_t first, int64_t mt, int bf16, void *out) {
+/* The orders ..._QUADS of pack_tile; HALF_QUADS copies 16-bit values as they are. */
+static void pack_quads(const Product *p, int64_t first, int64_t mt, int halves, void *out) {
     for (int64_t m = 0; m < mt; m++)
         for (int64_t k = 0; k < p->K; k++) {
             int64_t from = (first + m) * p->K + k, to = ((k / 8 * 2 + k % 2) * mt + m) * 4 + k % 8 / 2;
-            if (bf16) ((uint16_t *)out)[to] = ((const uint16_t *)p->x)[from];
+            if (halves) ((uint16_t *)out)[to] = ((const uint16_t *)p->x)[from];
             else ((float *)out)[to] = load_as_fp32(p->x, p->dtype, from);
         }
 }
@@ -102,8 +103,8 @@ static void pack_tile(void *context, int64_t tile, int thread) {
     const Product *p = plan->p;
     int64_t first = tile_start(plan, tile), mt = tile_start(plan, tile + 1) - first;
     uint8_t *out = plan->x_tiles + x_bytes(plan, first);
-    if (plan->engine->x_order >= BF16_QUADS) {
-        pack_quads(p, first, mt, plan->engine->x_order == BF16_QUADS, out);
+    if (plan->engine->x_order >= HALF_QUADS) {
+        pack_quads(p, first, mt, plan->engine->x_order == HALF_QUADS, out);
         return;
     }
     for (int64_t m = 0; m < mt; m++) {
@@ -187,6 +188,7 @@ static int tile_product(const Engine *engine, const Product *p) {
     while (!engine->kernel[max_tokens][0]) max_tokens--;
     Plan plan = {.p = p, .engine = engine, .token_tiles = ceil_div(p->M, max_tokens), .panels = ceil_div(p->N, PANEL)};
     plan.undo_scale = engine->make_table(p->weight.code, plan.table);
+    if (engine->undo_x != 0) plan.undo_scale *= engine->undo_x;
     plan.run = choose_run(&plan, stride);
     int64_t runs = ceil_div(plan.panels, plan.run);
     /* Few runs: the tokens are split as well. Not for a canonical weight: each chunk would tile its run again. */

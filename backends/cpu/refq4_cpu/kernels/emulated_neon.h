@@ -13,9 +13,7 @@
 #define SIMDE_NO_NATIVE             /* its plain C, also where the processor has the instruction */
 #define SIMDE_ENABLE_NATIVE_ALIASES /* under the names of <arm_neon.h> */
 #include <simde/arm/neon.h>
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "refq4.h"
 
 /* SIMDe rounds the product before it adds; a fused multiply-add rounds once. */
 #undef vfmaq_f32
@@ -33,31 +31,25 @@ static inline float32x4_t emulated_fmaq(float32x4_t a, float32x4_t b, float32x4_
 typedef uint16x8_t bfloat16x8_t;
 #define vreinterpretq_bf16_u16(a) (a)
 
+static inline float emulated_flush(float value) { return fabsf(value) < 0x1p-126f ? copysignf(0, value) : value; }
+
 /* a + b in fp32, rounded to odd; a and b are products of bf16 or sums of such, exact in double. */
 static inline float emulated_add_to_odd(double a, double b) {
     double sum = a + b, larger = fabs(a) > fabs(b) ? a : b, lost = (larger == a ? b : a) - (sum - larger);
     float near = (float)sum;
     if (!isfinite(sum) || fabs(sum) >= 0x1p128) return near;
     double above = (double)near - sum - lost; /* how far the nearest number is above the exact one */
-    uint32_t bits;
-    memcpy(&bits, &near, sizeof bits);
-    if (above != 0) bits = (bits - (signbit(near) ? above < 0 : above > 0)) | 1;
-    memcpy(&near, &bits, sizeof bits);
-    return fabsf(near) < 0x1p-126f ? copysignf(0, near) : near;
+    if (above != 0) near = float_of((bits_of(near) - (signbit(near) ? above < 0 : above > 0)) | 1);
+    return emulated_flush(near);
 }
 
-static inline double emulated_bf16(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return fabsf(value) < 0x1p-126f ? copysign(0, (double)value) : value;
-}
+static inline double emulated_bf16(uint16_t half) { return emulated_flush(bf16_to_fp32(half)); }
 
 /* sum + (a[0] * b[0] + a[1] * b[1]) */
 static inline float emulated_add_pair(float sum, const uint16_t *a, const uint16_t *b) {
     float products[2];
     for (int i = 0; i < 2; i++) products[i] = emulated_add_to_odd(emulated_bf16(a[i]) * emulated_bf16(b[i]), 0);
-    return emulated_add_to_odd(sum, emulated_add_to_odd(products[0], products[1]));
+    return emulated_add_to_odd(emulated_flush(sum), emulated_add_to_odd(products[0], products[1]));
 }
 
 #define vbfdotq_f32(sum, a, b) emulated_bfdotq(sum, a, b)
@@ -77,6 +69,20 @@ static inline float32x4_t emulated_bfmmlaq(float32x4_t sum, bfloat16x8_t a, bflo
     memcpy(lane, &sum, sizeof sum), memcpy(x, &a, sizeof a), memcpy(y, &b, sizeof b);
     for (int i = 0; i < 4; i++)
         for (int k = 0; k < 4; k += 2) lane[i] = emulated_add_pair(lane[i], x + i / 2 * 4 + k, y + i % 2 * 4 + k);
+    memcpy(&sum, lane, sizeof sum);
+    return sum;
+}
+#endif
+
+/* SIMDe 0.7.4 has no FHM: products of fp16 are exact in fp32, and each is added with one rounding. */
+#ifndef vfmlalq_low_f16
+#define vfmlalq_low_f16(sum, a, b) emulated_fmlalq(sum, a, b, 0)
+#define vfmlalq_high_f16(sum, a, b) emulated_fmlalq(sum, a, b, 4)
+static inline float32x4_t emulated_fmlalq(float32x4_t sum, float16x8_t a, float16x8_t b, int first) {
+    float lane[4];
+    uint16_t x[8], y[8];
+    memcpy(lane, &sum, sizeof sum), memcpy(x, &a, sizeof a), memcpy(y, &b, sizeof b);
+    for (int i = 0; i < 4; i++) lane[i] = fmaf(fp16_to_fp32(x[first + i]), fp16_to_fp32(y[first + i]), lane[i]);
     memcpy(&sum, lane, sizeof sum);
     return sum;
 }

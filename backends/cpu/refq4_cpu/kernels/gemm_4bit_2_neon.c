@@ -13,6 +13,8 @@
  *
  * cc -O3 -DREFQ4_NEON -fsyntax-only gemm_4bit_2_neon.c
  */
+#ifndef GEMM_4BIT_2_NEON_C
+#define GEMM_4BIT_2_NEON_C
 #include "simd.h"
 #include "driver.h"
 #include "neon_lookup.h"
@@ -33,7 +35,10 @@ static inline void add_subtotal_neon(float *total, float *subtotal) {
 }
 
 /* One group's share of QUADS quads of rows: sum[m][q][row] += weights * x. x: [even, odd k][MT][4]. */
-static inline __attribute__((always_inline)) void add_group_neon(float32x4_t sum[4][4][4], const uint8_t *codes,
+typedef void AddGroup(float32x4_t sum[4][4][4], const uint8_t *codes, const void *x, const uint8x16x4_t *t, const int MT,
+                      const int QUADS);
+
+static inline __attribute__((always_inline)) void add_group_fp32(float32x4_t sum[4][4][4], const uint8_t *codes,
                                                                  const float *x, const uint8x16x4_t *t, const int PLANES,
                                                                  const int MT, const int QUADS) {
     UNROLL for (int low = 0; low < 2; low++) {
@@ -48,14 +53,28 @@ static inline __attribute__((always_inline)) void add_group_neon(float32x4_t sum
     }
 }
 
-static inline __attribute__((always_inline)) void neon_tile(const float *x, const uint8_t *tiles, int64_t blocks,
+static inline __attribute__((always_inline)) void add_group_exact(float32x4_t sum[4][4][4], const uint8_t *codes,
+                                                                  const void *x, const uint8x16x4_t *t, const int MT,
+                                                                  const int QUADS) {
+    add_group_fp32(sum, codes, x, t, 4, MT, QUADS);
+}
+
+static inline __attribute__((always_inline)) void add_group_rounded(float32x4_t sum[4][4][4], const uint8_t *codes,
+                                                                    const void *x, const uint8x16x4_t *t, const int MT,
+                                                                    const int QUADS) {
+    add_group_fp32(sum, codes, x, t, 2, MT, QUADS);
+}
+
+/* A panel times MT tokens, x_size bytes an element. SUBTOTALS: in fp32, as refq4.h says. */
+static inline __attribute__((always_inline)) void neon_tile(const uint8_t *x, const uint8_t *tiles, int64_t blocks,
                                                             int64_t groups, const void *table, float *sums,
-                                                            const int PLANES, const int MT, const int QUADS) {
+                                                            AddGroup *const add_group, const int x_size,
+                                                            const int SUBTOTALS, const int MT, const int QUADS) {
     const uint8x16x4_t t = table_planes(table);
-    float *subtotals = PLANES == 4 ? sums + PANEL : sums; /* fp32: where a second panel's totals would lie */
+    float *subtotals = SUBTOTALS ? sums + PANEL : sums; /* where a second panel's totals would lie */
     memset(sums, 0, (size_t)MT * MAX_PANELS * PANEL * sizeof(float));
-    int64_t part = min64(groups, PLANES == 4 ? PART_GROUPS_FP32 : PART_GROUPS_BF16), parts = blocks * (groups / part);
-    for (int64_t i = 0, first = 0; i < parts; i++, x += 8 * MT * part) {
+    int64_t part = min64(groups, SUBTOTALS ? PART_GROUPS_FP32 : PART_GROUPS_BF16), parts = blocks * (groups / part);
+    for (int64_t i = 0, first = 0; i < parts; i++, x += 8 * MT * part * x_size) {
         UNROLL for (int quad = 0; quad < 4; quad += QUADS) {
             float32x4_t sum[4][4][4]; /* token, quad, row */
             UNROLL for (int m = 0; m < MT; m++)
@@ -64,7 +83,7 @@ static inline __attribute__((always_inline)) void neon_tile(const float *x, cons
             for (int64_t g = 0; g < part; g++) {
                 const uint8_t *codes = tiles + SCALES_BYTES + GROUP_BYTES * (first + g) + 16 * quad;
                 if (quad == 0) __builtin_prefetch(codes + 1152); /* a block ahead, across page ends */
-                add_group_neon(sum, codes, x + 8 * MT * g, &t, PLANES, MT, QUADS);
+                add_group(sum, codes, x + 8 * MT * g * x_size, &t, MT, QUADS);
             }
             UNROLL for (int m = 0; m < MT; m++)
                 UNROLL for (int q = 0; q < QUADS; q++) {
@@ -79,24 +98,25 @@ static inline __attribute__((always_inline)) void neon_tile(const float *x, cons
             first = 0;
             tiles += SCALES_BYTES + GROUP_BYTES * groups;
         }
-        if (PLANES == 4 && (i % SUBTOTAL_PARTS == SUBTOTAL_PARTS - 1 || i == parts - 1))
+        if (SUBTOTALS && (i % SUBTOTAL_PARTS == SUBTOTAL_PARTS - 1 || i == parts - 1))
             for (int m = 0; m < MT; m++)
                 add_subtotal_neon(sums + m * MAX_PANELS * PANEL, subtotals + m * MAX_PANELS * PANEL);
     }
 }
 
-#define KERNEL(PLANES, MT, QUADS) static void neon_tile_##PLANES##x##MT(TILE_KERNEL_PARAMETERS) {                      \
-        (void)stride, neon_tile(x, tiles, blocks, groups, table, sums, PLANES, MT, QUADS); }
-KERNEL(4, 1, 4) KERNEL(4, 2, 2) KERNEL(4, 3, 1) KERNEL(4, 4, 1)
-KERNEL(2, 1, 4) KERNEL(2, 2, 2) KERNEL(2, 3, 1) KERNEL(2, 4, 1)
+#define KERNEL(TABLE, SUBTOTALS, MT, QUADS) static void TABLE##_tile_##MT(TILE_KERNEL_PARAMETERS) {                    \
+        (void)stride, neon_tile(x, tiles, blocks, groups, table, sums, add_group_##TABLE, 4, SUBTOTALS, MT, QUADS); }
+KERNEL(exact, 1, 1, 4) KERNEL(exact, 1, 2, 2) KERNEL(exact, 1, 3, 1) KERNEL(exact, 1, 4, 1)
+KERNEL(rounded, 0, 1, 4) KERNEL(rounded, 0, 2, 2) KERNEL(rounded, 0, 3, 1) KERNEL(rounded, 0, 4, 1)
 #undef KERNEL
 
 static const Engine neon_engines[2] = {
     {.x_order = FP32_QUADS, .make_table = exact_table,
-     .kernel = {{0}, {neon_tile_4x1}, {neon_tile_4x2}, {neon_tile_4x3}, {neon_tile_4x4}}},
+     .kernel = {{0}, {exact_tile_1}, {exact_tile_2}, {exact_tile_3}, {exact_tile_4}}},
     {.x_order = FP32_QUADS, .make_table = rounded_table,
-     .kernel = {{0}, {neon_tile_2x1}, {neon_tile_2x2}, {neon_tile_2x3}, {neon_tile_2x4}}},
+     .kernel = {{0}, {rounded_tile_1}, {rounded_tile_2}, {rounded_tile_3}, {rounded_tile_4}}},
 };
 
 /* What the rounded table loses is less than what rounding each weight to bf16 does, as the reference does. */
 static int gemm_4bit_2_neon(const Product *p) { return tile_product(&neon_engines[p->dtype == BF16], p); }
+#endif

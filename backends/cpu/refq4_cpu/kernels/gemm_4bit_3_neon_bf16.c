@@ -12,7 +12,7 @@
  * bfmmla reads bf16 subnormals as zero, and its sums are scaled once per part of a block: |x| beyond about 1e36 can
  * overflow here where scaled weights would not. Both are as in gemm_4bit_4_avx512_bf16.c.
  *
- * cc -O3 -march=armv8.2-a+bf16 -DREFQ4_NEON -DREFQ4_NEON_BF16 -fsyntax-only gemm_4bit_3_neon_bf16.c
+ * cc -O3 -march=armv8.2-a+fp16fml+bf16 -DREFQ4_NEON -DREFQ4_NEON_BF16 -fsyntax-only gemm_4bit_3_neon_bf16.c
  */
 #include "simd.h"
 #include "driver.h"
@@ -81,7 +81,7 @@ KERNEL(1, 4) KERNEL(2, 4) KERNEL(3, 4) KERNEL(4, 4) KERNEL(5, 2) KERNEL(6, 2) KE
 #undef KERNEL
 
 static const Engine bfmmla_engine = {
-    .x_order = BF16_QUADS,
+    .x_order = HALF_QUADS,
     .make_table = rounded_table,
     .kernel = {{0}, {bfmmla_tile_1}, {bfmmla_tile_2}, {bfmmla_tile_3}, {bfmmla_tile_4},
                {bfmmla_tile_5}, {bfmmla_tile_6}, {bfmmla_tile_7}, {bfmmla_tile_8}},

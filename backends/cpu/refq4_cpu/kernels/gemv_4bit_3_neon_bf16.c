@@ -6,7 +6,7 @@
  * That is 14 vector instructions for 32 weights (2 take the nibbles apart, 4 look up, 4 zip, 4 multiply), against 26. The
  * loop over rows is gemv_4bit_2_neon.c's. bfdot reads bf16 subnormals as zero.
  *
- * cc -O3 -march=armv8.2-a+bf16 -DREFQ4_NEON -DREFQ4_NEON_BF16 -fsyntax-only gemv_4bit_3_neon_bf16.c
+ * cc -O3 -march=armv8.2-a+fp16fml+bf16 -DREFQ4_NEON -DREFQ4_NEON_BF16 -fsyntax-only gemv_4bit_3_neon_bf16.c
  */
 #include "simd.h"
 #include "gemv_4bit_2_neon.c" /* gemv_item_neon, run_gemv_neon */

@@ -2,7 +2,8 @@
  *
  * A tier is a set of features (refq4_cpu/features.py), and each of them is a macro. None of them: plain C.
  *
- *     REFQ4_AVX2    REFQ4_AVX512    REFQ4_AVX512_BF16        REFQ4_NEON    REFQ4_NEON_BF16
+ *     REFQ4_AVX2    REFQ4_AVX512    REFQ4_AVX512_BF16
+ *     REFQ4_NEON    REFQ4_NEON_FHM    REFQ4_NEON_BF16
  *
  * Python asks for each product kernel by name, once, when it has loaded the library (refq4_cpu/kernels.py, which says
  * what each one takes). The name is the one of its file and of its function.
@@ -47,6 +48,10 @@
 #ifdef REFQ4_AVX512_BF16
 #include "gemm_4bit_4_avx512_bf16.c"
 #include "gemv_4bit_3_avx512_bf16.c"
+#endif
+#ifdef REFQ4_NEON_FHM
+#include "gemm_4bit_3_neon_fhm.c"
+#include "gemv_4bit_3_neon_fhm.c"
 #endif
 #ifdef REFQ4_NEON_BF16
 #include "gemm_4bit_3_neon_bf16.c"
@@ -96,6 +101,10 @@ static const struct {
 #ifdef REFQ4_NEON
     NAMED(gemm_4bit_2_neon),
     NAMED(gemv_4bit_2_neon),
+#endif
+#ifdef REFQ4_NEON_FHM
+    NAMED(gemm_4bit_3_neon_fhm),
+    NAMED(gemv_4bit_3_neon_fhm),
 #endif
 #ifdef REFQ4_NEON_BF16
     NAMED(gemm_4bit_3_neon_bf16),

@@ -63,4 +63,11 @@ static float rounded_table(const float *code, void *table) {
     for (int i = 0; i < 16; i++) t[i] = bf16_to_fp32(fp32_to_bf16(code[i] * c));
     return 1 / c;
 }
+
+/* Rounded to fp16, in planes 2 and 3, where lookup_words finds it. */
+static inline float half_table(const float *code, void *table) {
+    uint32_t *t = table;
+    for (int i = 0; i < 16; i++) t[i] = (uint32_t)fp32_to_fp16(code[i]) << 16;
+    return 1;
+}
 #endif
