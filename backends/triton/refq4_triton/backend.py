@@ -22,7 +22,7 @@ from refq4.layout import block_count, packed_bytes
 __all__ = ["TritonBackend", "TritonEmulatorBackend"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_BLOCK, _CHUNK = 512, 256
+_BLOCK, _CHUNK = 256, 256  # elements, or bytes of codes, per program
 _MOST = 2**31  # elements are counted in 32 bits
 
 
@@ -126,11 +126,11 @@ class TritonBackend(Backend):
         if x.numel() == 0 or y.numel() == 0:
             return y.zero_() if bias is None else y.copy_(bias)
         if m == 1:
-            self.launch("gemv", (_tiles(n, 16),), y, x, bias, n, k, *_arguments(weight), BN=16, BK=128)
+            self.launch("gemv", (_tiles(n, 8),), y, x, bias, n, k, *_arguments(weight), BN=8, BK=128)
         else:
             tile = 16 if m <= 16 else 32 if m <= 32 else 64
-            grid = (_tiles(m, tile), _tiles(n, 64))
-            self.launch("gemm", grid, y, x, bias, m, n, k, *_arguments(weight), BM=tile, BN=64, BK=64)
+            grid = (_tiles(m, tile), _tiles(n, 32))
+            self.launch("gemm", grid, y, x, bias, m, n, k, *_arguments(weight), BM=tile, BN=32, BK=32)
         return y
 
     # --- what the trace shows -----------------------------------------------------------------------------------------
