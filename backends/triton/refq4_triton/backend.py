@@ -1,7 +1,7 @@
 """The Triton backend, and the same backend without a GPU: two classes that differ in where a launch goes.
 
-    tensors  --->  kernel, grid, arguments  --->  TritonBackend          triton's own launcher, on a GPU
-                                            '-->  TritonEmulatorBackend  the same kernel's PTX, on CPU tensors (emulated.py)
+    tensors  --->  kernel, grid, arguments  --->  TritonBackend          Triton's own launcher, on a GPU
+                                            '-->  TritonEmulatorBackend  the kernel's PTX, on CPU tensors (emulated.py)
 
 This file allocates the results and chooses tiles; what is computed is in ``kernels.py``.
 """
@@ -31,7 +31,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     priority = 5
-    devices = ("cuda", "xpu")
+    devices: tuple[str, ...] = ("cuda", "xpu")
     description = "kernels in Triton, one file, for NVIDIA's, AMD's and Intel's GPUs"
 
     def available(self) -> str | None:
@@ -40,9 +40,9 @@ class TritonBackend(Backend):
         if torch.cuda.is_available() or torch.xpu.is_available():
             return None
         return (
-            f"torch {torch.__version__} finds no GPU: for one of NVIDIA, AMD (ROCm) or Intel (XPU) install the build of "
-            "torch that is made for it, from https://pytorch.org; without a GPU, the backend triton-emulator runs the "
-            "same kernels"
+            f"torch {torch.__version__} finds no GPU: for one of NVIDIA, AMD (ROCm) or Intel (XPU) install the build "
+            "of torch that is made for it, from https://pytorch.org; without a GPU, the backend triton-emulator runs "
+            "the same kernels"
         )
 
     def can_run(self, call: Call) -> str | None:

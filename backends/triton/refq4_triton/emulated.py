@@ -62,7 +62,11 @@ def described(args: Sequence[Tensor | int | None]) -> tuple[tuple[str, ...], tup
 
 @cache
 def compiled(
-    name: str, types: tuple[str, ...], aligned: tuple[int, ...], tile: tuple[tuple[str, int], ...], target: str = "sm_80"
+    name: str,
+    types: tuple[str, ...],
+    aligned: tuple[int, ...],
+    tile: tuple[tuple[str, int], ...],
+    target: str = "sm_80",
 ) -> Any:
     """A kernel for one of ``TARGETS``: ``.asm`` has its PTX, or its binary for AMD (``hsaco``)."""
     function = getattr(kernels, name)

@@ -4,10 +4,10 @@
     absmax            | block 0: e0 ... e63 | ...  element e has scale e // blocksize, whatever the rows are
     decoded           code[nibble] * absmax        in fp32, rounded once to the wanted dtype
 
-A kernel in Triton is written for one *program*: a tile of the result. Triton spreads the tile over threads, and decides
-on registers, shared memory, tensor cores. What it must not decide is rounding: every kernel is compiled with
-``enable_fp_fusion=False``, so that a product and a sum are two roundings, and divides with ``div_rn``, since ``/`` is an
-approximation on a GPU.
+A kernel in Triton is written for one *program*: a tile of the result. Triton spreads the tile over threads, and
+decides on registers, shared memory, tensor cores. What it must not decide is rounding: every kernel is compiled with
+``enable_fp_fusion=False``, so that a product and a sum are two roundings, and divides with ``div_rn``, since ``/`` is
+an approximation on a GPU.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ def decoded(
     """The fp32 values of elements, wherever they stand in the weight."""
     byte = tl.load(packed + element // 2, mask=mask, other=0).to(tl.int32)
     nibble = tl.where(element % 2 == 0, byte >> 4, byte & 15)
-    scale = scale_of(
-        element // blocksize, mask, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize
-    )
+    scale = scale_of(element // blocksize, mask, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize)
     return tl.load(code + nibble, mask=mask, other=0.0) * scale
 
 
@@ -138,9 +136,9 @@ def gemv(
 ):  # fmt: skip
     """One token: BN outputs per program. The weight is read once, and nothing is read twice, so memory is the limit.
 
-                 K
-        x   [ ........ ]                     y[n] = sum over k of x[k] * w[n, k] + bias[n]
-        w   [ ........ ]  BN rows, BK columns at a time; BN x BK sums run side by side, and meet at the end
+             K
+    x   [ ........ ]                     y[n] = sum over k of x[k] * w[n, k] + bias[n]
+    w   [ ........ ]  BN rows, BK columns at a time; BN x BK sums run side by side, and meet at the end
     """
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     sums = tl.zeros((BN, BK), tl.float32)
