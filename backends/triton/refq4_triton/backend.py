@@ -129,8 +129,8 @@ class TritonBackend(Backend):
             self.launch("gemv", (_tiles(n, 8),), y, x, bias, n, k, *_arguments(weight), BN=8, BK=128)
         else:
             tile = 16 if m <= 16 else 32 if m <= 32 else 64
-            grid = (_tiles(m, tile), _tiles(n, 32))
-            self.launch("gemm", grid, y, x, bias, m, n, k, *_arguments(weight), BM=tile, BN=32, BK=32)
+            grid, depth = (_tiles(m, tile), _tiles(n, 32)), 16 if x.dtype == torch.float32 else 32
+            self.launch("gemm", grid, y, x, bias, m, n, k, *_arguments(weight), BM=tile, BN=32, BK=depth)
         return y
 
     # --- what the trace shows -----------------------------------------------------------------------------------------

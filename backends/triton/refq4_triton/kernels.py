@@ -167,10 +167,11 @@ def gemm(
               BK                    BN
         BM [ tokens ]  x   BK [ weights, transposed ]   ->   BM [ a partial sum, added to the total in fp32 ]
 
-    fp32 is multiplied as fp32 ("ieee"), not as TF32. Each tile's sum starts from zero, which keeps long sums exact.
+    fp32 is multiplied as fp32 ("ieee"), not as TF32. Each tile's sum starts from zero, and what is rounded off when it
+    is added to the total is kept and added at the end: so the error grows with BK, not with K.
     """
     token, row = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
-    sums = tl.zeros((BM, BN), tl.float32)
+    sums, lost = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         mask = (k < K)[:, None] & (row < N)[None, :]
@@ -179,7 +180,11 @@ def gemm(
             nested_absmax, nested_code, nested_offset, nested_blocksize,
         )  # fmt: skip
         a = tl.load(x + token[:, None] * K + k[None, :], mask=(token < M)[:, None] & (k < K)[None, :], other=0.0)
-        sums += tl.dot(a, w.to(a.dtype), input_precision="ieee")
+        part = tl.dot(a, w.to(a.dtype), input_precision="ieee")
+        total = sums + part
+        lost += part - (total - sums)
+        sums = total
+    sums += lost
     if bias is not None:
         sums += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[None, :]
     place = token[:, None] * N + row[None, :]

@@ -26,6 +26,7 @@ ONES = [
     Case("gemv_4bit", m=1, n=9, k=130, blocksize=64, weights="normal", nested=True, bias=True, dtype="bfloat16"),
     Case("gemm_4bit", m=5, n=33, k=96, blocksize=64, weights="normal", bias=True, dtype="float16"),
     Case("gemm_4bit", m=18, n=40, k=65, blocksize=32, weights="normal", dtype="float32"),
+    Case("gemm_4bit", m=16, n=32, k=2048, blocksize=64, weights="normal", dtype="float32"),
 ]
 
 
