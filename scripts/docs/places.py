@@ -23,6 +23,7 @@ READMES = {
     "CONTRIBUTING.md": "project/contributing.md",
     "backends/cpu/README.md": "reference/backend-cpu.md",
     "backends/cuda/README.md": "reference/backend-cuda.md",
+    "backends/triton/README.md": "reference/backend-triton.md",
 }
 if (ROOT / "notebooks" / "README.md").exists():
     READMES["notebooks/README.md"] = "notebooks/index.md"

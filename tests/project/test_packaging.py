@@ -26,6 +26,7 @@ PACKAGES = {
     "pytest_refq4": ROOT,
     "refq4_cpu": ROOT / "backends/cpu",
     "refq4_cuda": ROOT / "backends/cuda",
+    "refq4_triton": ROOT / "backends/triton",
 }
 
 

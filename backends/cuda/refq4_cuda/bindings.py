@@ -29,6 +29,7 @@ __all__ = [
     "why_no_gpu",
 ]
 
+TRITON = "use the backend triton, which computes there"
 EMULATOR = "without a GPU, the backend cuda-emulator runs the same kernels"
 
 OLDEST = (7, 5)  # the compute capability that the kernels ask for
@@ -46,6 +47,10 @@ def _extra() -> str:
 
 def why_no_gpu() -> str | None:
     """None if kernels can be compiled for a GPU of this machine and run there, else the reason and the remedy."""
+    if torch.version.hip is not None:
+        return f"torch {torch.__version__} is built for AMD's GPUs, and these kernels are for NVIDIA's: {TRITON}"
+    if torch.version.cuda is None and torch.xpu.is_available():
+        return f"torch {torch.__version__} is built for Intel's GPUs, and these kernels are for NVIDIA's: {TRITON}"
     if torch.version.cuda is None:
         return (
             f"torch {torch.__version__} is built without CUDA: install a build with CUDA from https://pytorch.org; "

@@ -81,7 +81,8 @@ def test_only_one_file_opens_the_door_to_cuda():
 
 
 def test_auto_never_takes_the_emulator_and_lists_it_last():
-    assert refq4.list_backends()[-1] == "cuda-emulator"
+    names = refq4.list_backends()
+    assert names.index("cuda-emulator") > names.index("reference")
     assert "cuda-emulator" not in registry.automatic_backends()
     for op in OPS:
         chosen, passed_over = registry.resolve(_call(op, "cpu"), "auto")
