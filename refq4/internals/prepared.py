@@ -129,7 +129,7 @@ class Preparable:
         with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
             for _ in range(100):  # twice only if another thread restores them between the two looks
                 here: Tensor = self.data
-                if here.numel() * here.itemsize <= here.untyped_storage().nbytes():
+                if not self.prepared and here.numel() * here.itemsize <= here.untyped_storage().nbytes():
                     return here
                 form = self._form
                 if form is not None and form.prepared is not None:

@@ -60,6 +60,18 @@ def bytes_held(tensor: torch.Tensor) -> int:
 
 
 @STORAGES
+def test_a_weight_of_one_stored_element_is_not_taken_for_its_placeholder(storage):
+    layer = refq4.nn.Linear4bit(2, 1, quant_type="nf4", bias=False, quant_storage=storage).to("cpu").eval()
+    stored = layer.weight.detach().clone()
+    assert stored.numel() == 1
+    with torch.no_grad():
+        layer(torch.ones(1, 2))
+    assert layer.weight.prepared
+    assert_same_bits(layer.weight.stored(), stored)
+    assert_same_bits(layer.weight.restore(), stored)
+
+
+@STORAGES
 def test_after_the_first_inference_the_bytes_are_with_the_backend_only(storage):
     layer, stored = prepared(quant_storage=storage)
     assert bytes_held(layer.weight) <= 4

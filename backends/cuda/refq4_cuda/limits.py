@@ -29,7 +29,7 @@ _LIMITS = {
 ARCHITECTURES = tuple(sorted(_LIMITS))  # what NVRTC 13.0 compiles for
 
 
-LEAST = Limits(20 << 10, 20 << 10, THREADS * 64)  # what every kernel wants that serves where others don't
+LEAST = Limits(20 << 10, 20 << 10, THREADS * 128)  # what every kernel wants that serves where others don't
 
 
 def no_room(limits: Limits) -> str | None:
@@ -37,7 +37,7 @@ def no_room(limits: Limits) -> str | None:
 
     Example:
         >>> no_room(published(90)) is None, no_room(Limits(48 << 10, 48 << 10, registers=4096))
-        (True, 'the kernels need 16384 registers in a CTA, and the device has 4096')
+        (True, 'the kernels need 32768 registers in a CTA, and the device has 4096')
     """
     if limits.registers < LEAST.registers:
         return f"the kernels need {LEAST.registers} registers in a CTA, and the device has {limits.registers}"

@@ -25,7 +25,8 @@ FILES = sorted(path.name for path in kernel_directory().glob("*.cu"))
 RING, GRADIENT = "gemm_4bit_4_ring.cu", "grad_input_4bit_2_tensor_core.cu"
 NOT_GROUPED = {"dequantize.cu", "quantize_1_naive.cu", "quantize_2_vectorised.cu"}
 # Of a thread, as geometry.py plans with them; of the rest, as little as every device has.
-REGISTERS = {RING: 256, "gemm_4bit_3_tensor_core.cu": 128, "gemv_4bit_2_vectorised.cu": 256}
+REGISTERS = {RING: 256, "gemm_4bit_3_tensor_core.cu": 128, "gemv_4bit_2_vectorised.cu": 256, GRADIENT: 192}
+SHARED = {GRADIENT: 36 << 10}  # static, as gradient.py plans with it
 
 
 def variants(file: str, arch: int) -> list[Variant]:
@@ -63,7 +64,7 @@ def test_every_variant_compiles_without_spills_and_without_a_stack(file: str, ar
         assert (used.spills, used.stack) == (0, 0), f"{variant} on sm_{arch}: {used}"
         assert used.registers <= REGISTERS.get(file, LEAST.registers // THREADS), f"{variant} on sm_{arch}: {used}"
         shared = [int(size) for size in re.findall(r"(\d+) bytes smem", compile_variant(variant, arch).log)]
-        assert max(shared, default=0) <= LEAST.cta
+        assert max(shared, default=0) <= SHARED.get(file, LEAST.cta)
 
 
 # What makes each kernel what it is, as opcodes that must be there (one of each row) and that must not.

@@ -568,7 +568,7 @@ def test_a_device_that_nothing_can_be_compiled_for_is_a_reason_and_auto_goes_on(
 
 def test_a_device_that_no_plan_fits_into_is_a_reason_and_auto_goes_on(told):
     refused, taken, passed_over = json.loads(told["a GPU with little room"][1])
-    assert refused == passed_over == "the kernels need 16384 registers in a CTA, and the device has 8192"
+    assert refused == passed_over == "the kernels need 32768 registers in a CTA, and the device has 8192"
     assert taken in ("cpu", "reference")
 
 
