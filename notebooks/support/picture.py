@@ -20,6 +20,7 @@ import matplotlib
 import PIL.Image
 from IPython.display import Image, Markdown
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 __all__ = [
     "BLUE",
@@ -48,6 +49,7 @@ GREY = "#808080"  # 4:1 against white, 4:1 against #1e1e2e
 
 WIDTH = 8.0  # inches of every picture; at 100 to the inch as it is shown, drawn at twice that
 SHOWN_DPI, DRAWN_DPI = 100, 200
+SMALLEST = 6.5  # points of a letter: nine pixels where the picture is shown
 
 STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
@@ -104,6 +106,12 @@ def show(figure: Figure, description: str) -> Image:
         description: what there is to see, in a sentence: the text that screen readers read.
     """
     memory = io.BytesIO()
+    for text in figure.findobj(Text):
+        if text.get_text() and text.get_fontsize() < SMALLEST:
+            raise ValueError(
+                f"{text.get_text()!r} is drawn at {text.get_fontsize():.1f} points, which is "
+                f"too small to read; draw it at {SMALLEST} or more"
+            )
     figure.savefig(memory, format="png", dpi=DRAWN_DPI)
     small = io.BytesIO()
     pixels = PIL.Image.open(memory).quantize(

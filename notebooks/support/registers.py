@@ -36,6 +36,8 @@ def lanes(
         axes.text(0, y + 1.1, title, fontsize=9, va="bottom")
         for lane, text in enumerate(contents):
             marked = bool(follow) and lane in follow[row]
+            if len(text) > 7 and _size(width / most, text) < picture.SMALLEST:
+                text = f"{text[: len(text) // 2]}\n{text[len(text) // 2 :]}"
             _box(
                 axes,
                 lane * width,
@@ -96,7 +98,7 @@ def tiles(rows: int, groups: int, row: int, group: int) -> Image:
 
 def threads(loads: Mapping[str, Sequence[Sequence[int]]]) -> Image:
     """Who reads what: load -> for each byte the lanes that read it, in that one instruction."""
-    figure, axes = picture.canvas(height=0.42 * len(loads) + 0.6)
+    figure, axes = picture.canvas(height=0.5 * len(loads) + 0.6)
     count = max(len(readers) for readers in loads.values())
     for row, (title, readers) in enumerate(loads.items()):
         for byte, who in enumerate(readers):
@@ -110,7 +112,7 @@ def threads(loads: Mapping[str, Sequence[Sequence[int]]]) -> Image:
                     1,
                     picture.BLUE,
                     text,
-                    6,
+                    picture.SMALLEST,
                     0.1 + 0.55 * who[0] / 31,
                 )
         axes.text(-0.4, 0.5 - 1.25 * row, title, ha="right", va="center", fontsize=8)
@@ -128,7 +130,7 @@ def shuffle(
     values: Sequence[Sequence[float]], distances: Sequence[int], follow: int = 0
 ) -> Image:
     """Partial sums of a warp, [stages + 1, 32]: each stage adds the value of the lane at the distance (by xor)."""
-    figure, axes = picture.canvas(height=3.4)
+    figure, axes = picture.canvas(height=4.4)
     for stage, row in enumerate(values):
         y = -2.2 * stage
         same = len({round(v, 4) for v in row})
@@ -145,7 +147,8 @@ def shuffle(
                 1,
                 picture.ORANGE if mark else picture.SKY,
                 f"{value:.1f}",
-                4.6,
+                picture.SMALLEST,
+                rotation=90,
             )
         if stage < len(distances):
             for lane in range(32):
@@ -223,7 +226,7 @@ def _feeds(lane: int, end: int, distances: Sequence[int]) -> bool:
     return (lane ^ end) & ~sum(distances) == 0
 
 
-def _box(axes, x, y, width, height, colour, text, size, strength=PALE):
+def _box(axes, x, y, width, height, colour, text, size, strength=PALE, rotation=0):
     face = [1 - strength * (1 - part) for part in to_rgb(colour)]
     axes.add_patch(
         Rectangle(
@@ -239,12 +242,14 @@ def _box(axes, x, y, width, height, colour, text, size, strength=PALE):
         fontsize=size,
         color="black",
         linespacing=0.95,
+        rotation=rotation,
     )
 
 
 def _size(share, text):
     """The letters' size at which a text fits a box that takes this share of the picture's width."""
-    return min(8, 72 * picture.WIDTH * share / (0.68 * len(text) + 0.5))
+    longest = max(map(len, text.split("\n")))
+    return min(8, 72 * picture.WIDTH * share / (0.68 * longest + 0.5))
 
 
 def _bare(axes, x, y):
