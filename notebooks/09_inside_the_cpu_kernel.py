@@ -240,7 +240,7 @@ if missing is None:
         assert_within_budget(engine.gemv_4bit(small, weight, None), small, B, state, what=kernel.name)
         tiled = engine.prepare_weight(canonical) if kernel.reads_tiles else None
         times[kernel.name] = {}
-        for M in (1,) if kernel.one_token else (1, 16):
+        for M in (1,) if kernel.most_tokens == 1 else (1, 16):
             tokens, shortest = torch.randn(M, k, generator=generator).bfloat16(), float("inf")
             for _ in range(2 if kernel.tier == 0 else 5):
                 start = time.perf_counter()

@@ -20,6 +20,7 @@
 #if REFQ4_TIER >= 2
 #include "gemm_4bit_3_avx512.c"
 #include "gemv_4bit_2_avx512.c"
+#include "gemm_4bit_5_avx512_rows.c"
 #include "quantize_2_avx512.c"
 #include "dequantize_2_avx512.c"
 #define QUANTIZE quantize_2_avx512
@@ -41,6 +42,7 @@
 #if REFQ4_TIER >= 3
 #include "gemm_4bit_4_avx512_bf16.c"
 #include "gemv_4bit_3_avx512_bf16.c"
+#include "gemm_4bit_5_avx512_bf16_rows.c"
 #endif
 
 #include "limits.c"
@@ -78,10 +80,12 @@ static const struct {
 #if REFQ4_TIER >= 2
     NAMED(gemm_4bit_3_avx512),
     NAMED(gemv_4bit_2_avx512),
+    NAMED(gemm_4bit_5_avx512_rows),
 #endif
 #if REFQ4_TIER >= 3
     NAMED(gemm_4bit_4_avx512_bf16),
     NAMED(gemv_4bit_3_avx512_bf16),
+    NAMED(gemm_4bit_5_avx512_bf16_rows),
 #endif
 };
 
