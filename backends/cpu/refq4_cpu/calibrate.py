@@ -25,7 +25,7 @@ from .kernels import TILES, ProductKernel, candidates
 
 __all__ = ["MEASURED_M", "Winners", "calibrated", "winner"]
 
-MEASURED_M = (1, 2, 4, 8, 16, 32)
+MEASURED_M = (1, 2, 4, 8, 16, 32, 64)
 N, K, BLOCKSIZE = 512, 4096, 64
 REPEATS = 5
 

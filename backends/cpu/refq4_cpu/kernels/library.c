@@ -48,6 +48,8 @@
 #ifdef REFQ4_AVX512_BF16
 #include "gemm_4bit_4_avx512_bf16.c"
 #include "gemv_4bit_3_avx512_bf16.c"
+#include "gemm_4bit_5_avx512_bf16_blocked.c"
+#include "grad_input_4bit_2_avx512_bf16.c"
 #endif
 #ifdef REFQ4_NEON_FHM
 #include "gemm_4bit_3_neon_fhm.c"
@@ -97,6 +99,8 @@ static const struct {
 #ifdef REFQ4_AVX512_BF16
     NAMED(gemm_4bit_4_avx512_bf16),
     NAMED(gemv_4bit_3_avx512_bf16),
+    NAMED(gemm_4bit_5_avx512_bf16_blocked),
+    NAMED(grad_input_4bit_2_avx512_bf16),
 #endif
 #ifdef REFQ4_NEON
     NAMED(gemm_4bit_2_neon),
