@@ -352,6 +352,30 @@ def test_every_tier_compiles_also_where_it_cannot_run(tier: str) -> None:
 
 
 @_needs_compiler
+def test_a_library_that_came_with_the_wheel_is_taken_if_it_was_made_of_the_sources_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels, built = tmp_path / "kernels", tmp_path / "built"
+    shutil.copytree(build.kernel_directory(), kernels)
+    built.mkdir()
+    shutil.copy(build.load(build.Tier("c")).path, built / "refq4_cpu-c.so")
+    monkeypatch.setattr(build, "kernel_directory", lambda: kernels)
+    (built / "sources").write_text(build.cache_key(*build._sources()))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("REFQ4_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+    build._load.cache_clear()
+    library = build.load(build.Tier("c"))
+    assert library.path == built / "refq4_cpu-c.so"
+    assert library.functions.refq4_kernel(b"gemm_4bit_1_scalar") is not None
+    assert library.compiler.version == "none: it came with the wheel"
+    (kernels / "refq4.h").write_text("/* edited */")
+    build._load.cache_clear()
+    with pytest.raises(build.BuildError, match="there is no C compiler"):
+        build.load(build.Tier("c"))
+
+
+@_needs_compiler
 def test_a_kernel_that_the_library_lacks_is_an_error_when_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     misspelt = ProductKernel("gemm_4bit_1_scaler")
     monkeypatch.setattr("refq4_cpu.kernels.PRODUCT_KERNELS", (*PRODUCT_KERNELS, misspelt))
