@@ -36,6 +36,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import refq4
+from refq4.bench.peers import hub_kernel
 from refq4.integrations.transformers import Refq4Config
 from refq4.internals import verbatim
 
@@ -45,6 +46,8 @@ SHAPES = {
     "qlora": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 8},
 }
 SHAPES["qlora-deep"] = SHAPES["qlora"] | {"num_hidden_layers": 8, "vocab_size": 8000}
+HUB = "bitsandbytes' kernel from the hub"
+HEAD = "its head in 4 bits, too"
 TRAINING = {"qlora": (2, 64), "qlora-deep": (2, 256)}  # sequences, tokens
 # What a profile calls it -> whose time it is. What has no line here is "the rest".
 SHARES = {
@@ -92,6 +95,9 @@ def main() -> int:
 def generate(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of the prompt and of a token after it, by engine."""
     models = {name: load(name, path).eval() for name in ENGINES}
+    models[HEAD] = refq4.quantize_model(
+        load("refq4", path).eval(), head=True, compute_dtype=torch.bfloat16, progress=False
+    )
     ids = torch.randint(0, 1000, (1, asked.prompt), generator=torch.Generator().manual_seed(0))
     prompt: dict[str, list[float]] = {name: [] for name in models}
     token: dict[str, list[float]] = {name: [] for name in models}
@@ -110,11 +116,12 @@ def generate(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
             if turn:  # the first one is where layouts are made and caches filled
                 prompt[name].append(clock.ms[0])
                 token[name] += clock.ms[1:]
-    return {
-        f"prompt of {asked.prompt} tokens, ms": medians(prompt),
-        "a token after it, ms": medians(token),
-        "tokens that are the same": sum(a == b for a, b in zip(*said.values(), strict=True)) / asked.tokens,
-    }
+    both, report = [said[name] for name in ENGINES], {}
+    for what, ms in ((f"prompt of {asked.prompt} tokens", medians(prompt)), ("a token after it", medians(token))):
+        report[f"{what}, ms"] = {name: ms[name] for name in ENGINES}
+        report[f"{what}, refq4 with {HEAD}, ms"] = report[f"{what}, ms"] | {"refq4": ms[HEAD]}
+    same = sum(a == b for a, b in zip(*both, strict=True)) / asked.tokens
+    return report | {"tokens that are the same": same}
 
 
 class Clock(StoppingCriteria):
@@ -145,7 +152,7 @@ def qlora(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
             losses[name].append(next(run))
             if step:
                 times[name].append(1e3 * (time.perf_counter() - start))
-    shares = where_the_time_goes(runs["refq4"])
+    shares = where_the_time_goes(runs["refq4"], statistics.median(times["refq4"]))
     apart = max(abs(a - b) / b for a, b in zip(*losses.values(), strict=True))
     del runs
     gc.collect()
@@ -163,12 +170,13 @@ def qlora(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def where_the_time_goes(run: Iterator[float]) -> dict[str, float]:
-    """Milliseconds of one step by :data:`SHARES`, and what its 4-bit products would take at the machine's peak."""
+def where_the_time_goes(run: Iterator[float], step: float) -> dict[str, float]:
+    """Milliseconds of one step by :data:`SHARES`, and what its 4-bit products would take at the machine's peak.
+
+    The rest is what remains of ``step``, the milliseconds that one takes without the profiler.
+    """
     with torch.profiler.profile(record_shapes=True) as profile:
-        start = time.perf_counter()
         next(run)
-        whole = 1e3 * (time.perf_counter() - start)
     shares = dict.fromkeys(SHARES.values(), 0.0)
     operations = 0
     for event in profile.key_averages(group_by_input_shape=True):
@@ -177,7 +185,7 @@ def where_the_time_goes(run: Iterator[float]) -> dict[str, float]:
             if share.startswith("4-bit"):
                 activations, (packed,) = event.input_shapes[:2]
                 operations += 2 * math.prod(activations[:-1]) * 2 * packed * event.count
-    shares["the rest: sums, norms, loss, optimiser, Python"] = whole - sum(shares.values())
+    shares["the rest: sums, norms, loss, optimiser, Python"] = step - sum(shares.values())
     found = CpuBackend().limits()
     peak = found["dot_gflop_s"] or found["fma_gflop_s"] or math.nan
     return shares | {"for comparison: the 4-bit products at the machine's peak": operations / peak / 1e6}
@@ -252,13 +260,15 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
 def machine() -> dict[str, Any]:
     cpu = refq4.backend_info("cpu")
     versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "peft", "bitsandbytes")}
-    return {"processor": cpu.get("processor"), "tier": cpu.get("tier"), "threads": torch.get_num_threads()} | versions
+    about = {"processor": cpu.get("processor"), "tier": cpu.get("tier"), "threads": torch.get_num_threads()}
+    return about | versions | {HUB: hub_kernel()}
 
 
 def table(report: dict[str, Any]) -> Table:
     shown = Table(
         title=f"Llama of {report['parameters'] / 1e6:.0f} M random weights, NF4, bf16; {report['processor']}, "
-        f"{report['tier']}, {report['threads']} threads; bitsandbytes {report['bitsandbytes']}",
+        f"{report['tier']}, {report['threads']} threads; bitsandbytes {report['bitsandbytes']}, "
+        f"its kernel from the hub {report[HUB]}",
         title_justify="left",
     )
     for column in ("", *ENGINES, "bitsandbytes / refq4"):
