@@ -67,6 +67,12 @@ CPU = {
         9,
         "Sixteen outputs: one shift, one look-up, and a multiply-add for each token.",
     ),
+    "gemm_4bit_5_avx512_bf16_blocked.c": Excerpt(
+        "static inline void decode_group",
+        4,
+        "Eight codes of sixteen rows become registers of four steps, "
+        "once for all tokens.",
+    ),
     "gemm_4bit_4_avx512_bf16.c": Excerpt(
         "UNROLL for (int s = 0; s < 4; s++) {",
         9,

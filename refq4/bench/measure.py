@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..backend import Backend, PackedWeight
 from ..codebooks import get_codebook
-from .peers import PEERS, Peer, Product, peer_quantiser, peer_rearranger, random_weights
+from .peers import PEERS, Peer, Product, hub_kernel, peer_quantiser, peer_rearranger, random_weights
 
 __all__ = ["interleaved", "limits", "machine", "make_named", "ops", "products"]
 
@@ -57,6 +57,7 @@ def machine(backend: Backend) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "bitsandbytes' kernel from the hub": hub_kernel(),
         **{key: value for key, value in backend.info().items() if key in _TELLING},
     }
 

@@ -9,6 +9,7 @@ bitsandbytes plain      Linear4bit in training mode: dequantise, then multiply
 torch bf16, torch fp32  nn.functional.linear on the unquantised weight
 torch int4              torch._weight_int4pack_mm_for_cpu, groups of 64
 onnxruntime             MatMulNBits, 4 bits, blocks of 64, its fp32 kernel (x is cast): needs onnxruntime and onnx
+openvino                i4 weights, groups of 64, fp16 scales; computes in bf16 where it can: needs openvino
 
 on a GPU
 
@@ -37,6 +38,7 @@ __all__ = [
     "PEERS",
     "Peer",
     "Product",
+    "hub_kernel",
     "peer_quantiser",
     "peer_rearranger",
     "random_weights",
@@ -150,6 +152,31 @@ def _onnxruntime(backend: str, weights: list[Tensor], dtype: torch.dtype) -> Pro
     return lambda x, i: sessions[i].run(None, {"x": x.float().numpy()})
 
 
+def _openvino(backend: str, weights: list[Tensor], dtype: torch.dtype) -> Product:
+    import numpy as np
+    import openvino as ov
+    from openvino import opset13 as op
+
+    n, k = weights[0].shape
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": {torch.bfloat16: "bf16", torch.float16: "f16"}.get(dtype, "f32"),
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else activations are rounded to int8
+    }
+    requests, core = [], ov.Core()
+    for _ in weights:
+        packed = np.random.randint(0, 256, n * k // 2, dtype=np.uint8)
+        codes = op.constant(ov.Tensor(packed, ov.Shape([n, k // BLOCKSIZE, BLOCKSIZE]), ov.Type.i4))
+        scales = op.constant(np.random.rand(n, k // BLOCKSIZE, 1).astype(np.float16))
+        scaled = op.multiply(op.convert(codes, "f16"), scales)
+        whole = op.convert(op.reshape(scaled, np.array([n, k]), special_zero=False), "f32")
+        x = op.parameter([-1, k], np.float32)
+        model = ov.Model([op.matmul(x, whole, transpose_a=False, transpose_b=True)], [x])
+        request = core.compile_model(model, "CPU", settings).create_infer_request()
+        requests.append((request, packed))  # the constant has no memory of its own
+    return lambda x, i: requests[i][0].infer([x.float().numpy()], share_inputs=True, share_outputs=True)
+
+
 PEERS = (
     Peer("refq4", _refq4(train=False)),
     Peer("refq4 canonical", _refq4(train=True)),
@@ -159,6 +186,7 @@ PEERS = (
     Peer("torch fp32", _torch_linear(torch.float32), usual=False),
     Peer("torch int4", _torch_int4),
     Peer("onnxruntime", _onnxruntime, usual=False),
+    Peer("openvino", _openvino, usual=False),
 )
 GPU_PEERS = (
     Peer("refq4", _refq4(train=False)),
@@ -178,6 +206,20 @@ def peer_quantiser(A: Tensor) -> dict[str, Callable[[int], object]]:
     except ImportError:
         return {}
     return {"bitsandbytes": lambda _: bnb.quantize_4bit(A, quant_type="nf4")}
+
+
+def hub_kernel() -> str:
+    """Whether bitsandbytes has the CPU kernel that it asks the model hub for, on processors with AVX-512 BF16.
+
+    It goes on without that kernel, and may then be slower than it could be.
+    """
+    try:
+        from bitsandbytes.backends.cpu import ops
+    except ImportError:
+        return "bitsandbytes is not installed"
+    if not hasattr(ops, "gemm_4bit_forward_kernel"):
+        return "not asked for on this processor"
+    return "absent" if ops.gemm_4bit_forward_kernel is None else "present"
 
 
 def peer_rearranger(A: Tensor) -> dict[str, Callable[[int], object]]:

@@ -23,6 +23,7 @@ PEERS = (
     "torch fp32",
     "torch int4",
     "onnxruntime",
+    "openvino",
 )
 GPU_PEERS = ("refq4", "bitsandbytes", "torch bf16", "dequantize + torch")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)

@@ -2,6 +2,7 @@
 
 python scripts/bench/cpu_rungs.py                                                under a minute on two cores; printed
 python scripts/bench/cpu_rungs.py --json docs/benchmarks/rungs/cpu-avx2.json     and kept, for docs/cpu-kernels.md
+python scripts/bench/cpu_rungs.py --training                                     many tokens: forward, gradient, torch
 
 NF4 in blocks of 64, bf16 activations, weights [4096, 4096] in rotation, all kernels interleaved, medians. Scalar ops
 are timed beside those of this machine's tier. What ``python -m refq4 bench`` measures is whole layers, and the peers.
@@ -30,6 +31,9 @@ from refq4.codebooks import get_codebook
 BLOCKSIZE = 64
 TOKENS = (1, 4, 16, 128)
 SCALAR_GEMV_TO = 16  # a token takes it 20 ms
+TRAINING = [
+    (n, k, m) for n, k in ((1024, 1024), (2816, 1024), (1024, 2816), (2048, 2048), (5632, 2048)) for m in (128, 512)
+]
 IN_CACHE = (768, 1024)  # 0.4 MB of packed bytes and scales: they stay in the L2 cache of one core
 
 
@@ -39,7 +43,13 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
     parser.add_argument("--layers", type=int, default=8, help="weights in rotation (%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="(%(default)s)")
+    parser.add_argument(
+        "--training", action="store_true", help="the products of a training step, as shares of the peak"
+    )
     asked = parser.parse_args()
+    if asked.training:
+        print(shares_of_the_peak(asked.rounds))
+        return
     report = measured(*asked.shape, asked.layers, asked.rounds)
     text = json.dumps(report, indent=1) + "\n"
     print(text, end="")
@@ -128,6 +138,34 @@ def in_cache(engines: dict[ProductKernel, CpuBackend]) -> dict[str, float]:
         return {name: n * k / seconds for name, seconds in interleaved(runs, 2000).items()}
     finally:
         torch.set_num_threads(threads)
+
+
+def shares_of_the_peak(rounds: int) -> str:
+    """A table in Markdown: how much of this machine's bf16 peak (or fp32 peak) products of many tokens reach."""
+    backend = CpuBackend()
+    found = limits(backend)
+    peak = 1e9 * (found["dot_gflop_s"] or found["fma_gflop_s"])
+    lines = [f"{peak / 1e9:.0f} GFLOP/s"]
+    for n, k, m in TRAINING:
+        weight = torch.randn(n, k)
+        packed, whole = packed_weight(backend, weight), weight.bfloat16()
+        tiles, x, grad = (
+            backend.prepare_weight(packed) or packed,
+            torch.randn(m, k).bfloat16(),
+            torch.randn(m, n).bfloat16(),
+        )
+        runs: dict[str, Callable[[int], object]] = {
+            "tiles": lambda _, x=x, w=tiles: backend.gemm_4bit(x, w, None),
+            "stored bytes": lambda _, x=x, w=packed: backend.gemm_4bit(x, w, None),
+            "torch bf16": lambda _, x=x, w=whole: torch.nn.functional.linear(x, w),
+            "gradient": lambda _, g=grad, w=packed: backend.grad_input_4bit(g, w),
+            "torch bf16, the other way": lambda _, g=grad, w=whole: g @ w,
+        }
+        if len(lines) == 1:
+            lines += [f"| M × N × K | {' | '.join(runs)} |", f"| --- |{' --- |' * len(runs)}"]
+        shares = [2 * m * n * k / peak / seconds for seconds in interleaved(runs, rounds).values()]
+        lines.append(f"| {m} × {n} × {k} | {' | '.join(f'{share:.2f}' for share in shares)} |")
+    return "\n".join(lines)
 
 
 def packed_weight(backend: CpuBackend, weight: Tensor) -> PackedWeight:

@@ -2,6 +2,7 @@
 
 python scripts/bench/models_bench.py generate               a Llama of 440 M random weights: prompt, then tokens
 python scripts/bench/models_bench.py qlora                  losses, time, memory of training steps with peft's adapters
+python scripts/bench/models_bench.py qlora-deep             the same where 86 % of the weights are in 4 bits, 512 tokens
 python scripts/bench/models_bench.py generate --json FILE   the figures as JSON ('-': standard output, tables to stderr)
 
 Both read the same 4-bit checkpoint, made by refq4. Times are medians of rounds in which each takes its turn; memory is
@@ -14,6 +15,7 @@ import argparse
 import gc
 import json
 import logging
+import math
 import os
 import statistics
 import subprocess
@@ -29,10 +31,12 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from refq4_cpu import CpuBackend
 from rich.table import Table
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import refq4
+from refq4.bench.peers import hub_kernel
 from refq4.integrations.transformers import Refq4Config
 from refq4.internals import verbatim
 
@@ -41,7 +45,20 @@ SHAPES = {
     "generate": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6, "num_attention_heads": 16},
     "qlora": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 8},
 }
-TRAINING = (2, 64)  # sequences, tokens
+SHAPES["qlora-deep"] = SHAPES["qlora"] | {"num_hidden_layers": 8, "vocab_size": 8000}
+HUB = "bitsandbytes' kernel from the hub"
+HEAD = "its head in 4 bits, too"
+TRAINING = {"qlora": (2, 64), "qlora-deep": (2, 256)}  # sequences, tokens
+# What a profile calls it -> whose time it is. What has no line here is "the rest".
+SHARES = {
+    "refq4::gemm_4bit": "4-bit layers, forward",
+    "refq4::grad_input_4bit": "4-bit layers, gradient",
+    "aten::mm": "products of the adapters and the head",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
+    "aten::copy_": "casts and copies",
+    "aten::_to_copy": "casts and copies",
+}
 
 
 def main() -> int:
@@ -60,7 +77,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if asked.memory_of:
-        print(json.dumps(peak_memory(*asked.memory_of, asked.steps)))
+        print(json.dumps(peak_memory(*asked.memory_of, asked.what, asked.steps)))
         return 0
     with checkpoint(asked) as (path, parameters):
         report = machine() | {"parameters": parameters} | (generate if asked.what == "generate" else qlora)(path, asked)
@@ -78,6 +95,9 @@ def main() -> int:
 def generate(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of the prompt and of a token after it, by engine."""
     models = {name: load(name, path).eval() for name in ENGINES}
+    models[HEAD] = refq4.quantize_model(
+        load("refq4", path).eval(), head=True, compute_dtype=torch.bfloat16, progress=False
+    )
     ids = torch.randint(0, 1000, (1, asked.prompt), generator=torch.Generator().manual_seed(0))
     prompt: dict[str, list[float]] = {name: [] for name in models}
     token: dict[str, list[float]] = {name: [] for name in models}
@@ -96,11 +116,12 @@ def generate(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
             if turn:  # the first one is where layouts are made and caches filled
                 prompt[name].append(clock.ms[0])
                 token[name] += clock.ms[1:]
-    return {
-        f"prompt of {asked.prompt} tokens, ms": medians(prompt),
-        "a token after it, ms": medians(token),
-        "tokens that are the same": sum(a == b for a, b in zip(*said.values(), strict=True)) / asked.tokens,
-    }
+    both, report = [said[name] for name in ENGINES], {}
+    for what, ms in ((f"prompt of {asked.prompt} tokens", medians(prompt)), ("a token after it", medians(token))):
+        report[f"{what}, ms"] = {name: ms[name] for name in ENGINES}
+        report[f"{what}, refq4 with {HEAD}, ms"] = report[f"{what}, ms"] | {"refq4": ms[HEAD]}
+    same = sum(a == b for a, b in zip(*both, strict=True)) / asked.tokens
+    return report | {"tokens that are the same": same}
 
 
 class Clock(StoppingCriteria):
@@ -122,7 +143,7 @@ class Clock(StoppingCriteria):
 
 def qlora(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """Losses, milliseconds of a step, and peak memory, by engine."""
-    runs = {name: training(name, path) for name in ENGINES}
+    runs = {name: training(name, path, TRAINING[asked.what]) for name in ENGINES}
     losses: dict[str, list[float]] = {name: [] for name in runs}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for step in range(asked.steps):
@@ -131,30 +152,53 @@ def qlora(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
             losses[name].append(next(run))
             if step:
                 times[name].append(1e3 * (time.perf_counter() - start))
+    shares = where_the_time_goes(runs["refq4"], statistics.median(times["refq4"]))
     apart = max(abs(a - b) / b for a, b in zip(*losses.values(), strict=True))
     del runs
     gc.collect()
     memory = {}
     for name in ENGINES:
-        command = [sys.executable, __file__, "qlora", "--steps", "3", "--memory-of", name, str(path)]
+        command = [sys.executable, __file__, asked.what, "--steps", "3", "--memory-of", name, str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         memory[name] = json.loads(done.stdout)
     return {
         "a training step, ms": medians(times),
         "peak memory while training, MB": memory,
+        "a step of refq4, ms of each": shares,
         "losses": losses,
         "largest relative distance of the losses": apart,
     }
 
 
-def training(engine: str, path: Path) -> Iterator[float]:
+def where_the_time_goes(run: Iterator[float], step: float) -> dict[str, float]:
+    """Milliseconds of one step by :data:`SHARES`, and what its 4-bit products would take at the machine's peak.
+
+    The rest is what remains of ``step``, the milliseconds that one takes without the profiler.
+    """
+    with torch.profiler.profile(record_shapes=True) as profile:
+        next(run)
+    shares = dict.fromkeys(SHARES.values(), 0.0)
+    operations = 0
+    for event in profile.key_averages(group_by_input_shape=True):
+        if (share := SHARES.get(event.key)) is not None:
+            shares[share] += event.self_cpu_time_total / 1e3
+            if share.startswith("4-bit"):
+                activations, (packed,) = event.input_shapes[:2]
+                operations += 2 * math.prod(activations[:-1]) * 2 * packed * event.count
+    shares["the rest: sums, norms, loss, optimiser, Python"] = step - sum(shares.values())
+    found = CpuBackend().limits()
+    peak = found["dot_gflop_s"] or found["fma_gflop_s"] or math.nan
+    return shares | {"for comparison: the 4-bit products at the machine's peak": operations / peak / 1e6}
+
+
+def training(engine: str, path: Path, shape: tuple[int, int]) -> Iterator[float]:
     """The loss of one step after the other, on the same few sequences; the recipe of QLoRA."""
     torch.manual_seed(0)
     model = prepare_model_for_kbit_training(load(engine, path), gradient_checkpointing_kwargs={"use_reentrant": False})
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config).train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    ids = torch.randint(0, 1000, TRAINING, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 1000, shape, generator=torch.Generator().manual_seed(0))
     while True:
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -163,9 +207,9 @@ def training(engine: str, path: Path) -> Iterator[float]:
         yield loss.item()
 
 
-def peak_memory(engine: str, path: str, steps: int) -> float:
+def peak_memory(engine: str, path: str, what: str, steps: int) -> float:
     """MB that this process holds at most while it takes a few training steps, after a first one."""
-    run = training(engine, Path(path))
+    run = training(engine, Path(path), TRAINING[what])
     next(run)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     for _ in range(steps):
@@ -186,7 +230,7 @@ def checkpoint(asked: argparse.Namespace) -> Iterator[tuple[Path, int]]:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=1000 if asked.small else 32000, **shape, eos_token_id=None)
+        config = LlamaConfig(**{"vocab_size": 1000 if asked.small else 32000, **shape}, eos_token_id=None)
         full = LlamaForCausalLM(config).to(torch.bfloat16)
         full.save_pretrained(home / "full")
         parameters = full.num_parameters()
@@ -216,24 +260,28 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
 def machine() -> dict[str, Any]:
     cpu = refq4.backend_info("cpu")
     versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "peft", "bitsandbytes")}
-    return {"processor": cpu.get("processor"), "tier": cpu.get("tier"), "threads": torch.get_num_threads()} | versions
+    about = {"processor": cpu.get("processor"), "tier": cpu.get("tier"), "threads": torch.get_num_threads()}
+    return about | versions | {HUB: hub_kernel()}
 
 
 def table(report: dict[str, Any]) -> Table:
     shown = Table(
         title=f"Llama of {report['parameters'] / 1e6:.0f} M random weights, NF4, bf16; {report['processor']}, "
-        f"{report['tier']}, {report['threads']} threads; bitsandbytes {report['bitsandbytes']}",
+        f"{report['tier']}, {report['threads']} threads; bitsandbytes {report['bitsandbytes']}, "
+        f"its kernel from the hub {report[HUB]}",
         title_justify="left",
     )
     for column in ("", *ENGINES, "bitsandbytes / refq4"):
         shown.add_column(column, justify="right" if column else "left")
     for name, value in report.items():
-        if isinstance(value, dict) and name != "losses":
+        if isinstance(value, dict) and set(value) == set(ENGINES) and name != "losses":
             ours, theirs = (value[engine] for engine in ENGINES)
             shown.add_row(name, f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}")
     for name in ("tokens that are the same", "largest relative distance of the losses"):
         if name in report:
             shown.add_row(name, f"{report[name]:.2g}", "", "")
+    for name, ms in report.get("a step of refq4, ms of each", {}).items():
+        shown.add_row(name, f"{ms:.1f}", "", "")
     if "losses" in report:
         first_last = [f"{run[0]:.3f} -> {run[-1]:.3f}" for run in report["losses"].values()]
         shown.add_row("first and last loss", *first_last, "")

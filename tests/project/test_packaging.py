@@ -11,11 +11,13 @@ import tarfile
 import tomllib
 import venv
 import zipfile
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from refq4_cpu import CpuBackend
 
 import refq4
 
@@ -114,26 +116,61 @@ def test_every_extra_and_entry_point_can_be_read():
 @pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"], ids=["wheel", "sdist"])
 def test_it_installs_into_a_fresh_environment_and_works_there(built, kind, tmp_path):
     """refq4 alone is installed; its dependencies come from the environment of the tests, to fetch nothing."""
-    (path,) = built.glob(kind)
-    venv.create(tmp_path / "env", with_pip=True)
-    programs = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin")
-    environment = os.environ | {"REFQ4_CACHE_DIR": str(tmp_path / "cache")}
-
-    def run(program: str, *arguments: object) -> str:
-        command = [programs / program, *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    site = run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    (Path(site) / "dependencies.pth").write_text(str(Path(pytest.__file__).parent.parent))
-    run("python", "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", path)
+    run, site = installed(*built.glob(kind), tmp_path)
     assert run("python", "-c", "import refq4; print(refq4.__file__)").startswith(site)
     assert run("python", "-c", "import refq4_cuda; print(refq4_cuda.__file__)").startswith(site)
     backends = {backend["name"]: backend for backend in json.loads(run("refq4", "info", "--json"))["backends"]}
     assert backends["reference"]["available"]
     assert backends["cpu"]["available"] == refq4.backend_info("cpu")["available"]
     assert "cast back" in run("refq4", "explain", "64x128")
+
+
+@pytest.mark.slow
+def test_a_wheel_with_its_tiers_built_in_needs_no_compiler(tmp_path):
+    if CpuBackend().available() is not None:
+        pytest.skip("there is no C compiler here to build the tiers with")
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, capture_output=True,
+        text=True, env=os.environ | {"REFQ4_BUILD_TIERS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.whl")
+    assert not path.name.endswith("-any.whl")
+    run, _ = installed(path, tmp_path)
+    (tmp_path / "empty").mkdir()
+    env = {"PATH": str(tmp_path / "empty")}
+    backends = {backend["name"]: backend for backend in json.loads(run("refq4", "info", "--json", **env))["backends"]}
+    assert backends["cpu"]["available"]
+    assert run("python", "-c", MULTIPLIES, **env).split() == ["none:", "it", "came", "with", "the", "wheel", "True"]
+    assert not [*(tmp_path / "cache").rglob("*.so")], "nothing was compiled"
+
+
+MULTIPLIES = """
+import torch, refq4
+W, x = torch.randn(48, 128), torch.randn(3, 128)
+B, state = refq4.functional.quantize_4bit(W, quant_type="nf4", backend="cpu")
+y, expected = (refq4.matmul_4bit(x, B, state, backend=name) for name in ("cpu", "reference"))
+print(refq4.backend_info("cpu")["compiler"], torch.allclose(y, expected, atol=1e-3))
+"""
+
+
+def installed(path: Path, home: Path) -> tuple[Callable[..., str], str]:
+    """A function that runs a program of a fresh environment with the package in it, and where packages are there."""
+    venv.create(home / "env", with_pip=True)
+    programs = home / "env" / ("Scripts" if os.name == "nt" else "bin")
+
+    def run(program: str, *arguments: object, **environment: str) -> str:
+        command = [programs / program, *map(str, arguments)]
+        env = os.environ | {"REFQ4_CACHE_DIR": str(home / "cache")} | environment
+        env = {name: value for name, value in env.items() if name not in ("PYTHONPATH", "CC")}
+        done = subprocess.run(command, cwd=home, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    site = run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    (Path(site) / "dependencies.pth").write_text(str(Path(pytest.__file__).parent.parent))
+    run("python", "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", path)
+    return run, site
 
 
 # --- importing it -----------------------------------------------------------------------------------------------------

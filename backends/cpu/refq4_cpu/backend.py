@@ -32,7 +32,7 @@ from . import build
 from .arguments import declare, weight_struct
 from .calibrate import MEASURED_M, Winners, calibrated, winner
 from .experts import groups
-from .kernels import DTYPES, GRAD_INPUT, TILES, ProductKernel, addresses, candidates, forced
+from .kernels import DTYPES, TILES, ProductKernel, addresses, candidates, forced, grad_input_kernel
 from .threads import borrow_torch_threads
 from .tiles import Tiles, addressed, struct_of, tiled, untiled
 
@@ -87,21 +87,19 @@ class CpuBackend(Backend):
         return None
 
     def kernel(self, call: Call) -> str:
-        tier = self.library().tier
-        if call.op in ("gemv_4bit", "gemm_4bit"):
-            name = self._kernel_for(call.dtype, call.m, call.k, call.blocksize, call.layout).name
-        elif call.op == "grad_input_4bit":
-            name = GRAD_INPUT
-        elif call.op == "grouped_gemm_4bit":
-            rows = -(-call.m // call.experts)  # as if all had as many
-            kernel = self._kernel_for(call.dtype, rows, call.k, call.blocksize, call.layout)
-            name = f"{GRAD_INPUT if call.transposed else kernel.name} for each expert"
+        tier, m = self.library().tier, -(-call.m // call.experts)  # as if all experts had as many
+        if call.op == "grad_input_4bit" or call.transposed:
+            row = call.n if call.transposed else call.k
+            name = grad_input_kernel(tier.features, call.dtype, row, call.blocksize)
+        elif call.op in ("gemv_4bit", "gemm_4bit", "grouped_gemm_4bit"):
+            name = self._kernel_for(call.dtype, m, call.k, call.blocksize, call.layout).name
         else:
             rung = next(
                 (f"2_{feature}" for feature in ("avx512", "avx2", "neon") if feature in tier.features), "1_scalar"
             )
             in_c = call.op not in ("quantize_4bit", "dequantize_4bit")
             name = f"{call.op.partition('_')[0]}_{'1_scalar' if in_c else rung}"
+        name += " for each expert" * (call.op == "grouped_gemm_4bit")
         return f"{name} (emulated)" if tier.emulated else name
 
     def info(self) -> dict[str, Any]:
@@ -218,13 +216,14 @@ class CpuBackend(Backend):
 
     def grad_input_4bit(self, grad: Tensor, weight: PackedWeight) -> Tensor:
         (n, k), library = weight.shape, self.library()
+        name = grad_input_kernel(library.tier.features, grad.dtype, k, weight.blocksize)
         grad_x = torch.empty((grad.shape[0], k), dtype=grad.dtype)
         status = library.functions.refq4_product(
-            self._addresses[GRAD_INPUT], grad.data_ptr(), None, grad_x.data_ptr(), DTYPES[grad.dtype],
+            self._addresses[name], grad.data_ptr(), None, grad_x.data_ptr(), DTYPES[grad.dtype],
             grad.shape[0], k, n, None, struct_of(weight), torch.get_num_threads(),
         )  # fmt: skip
         if status != 0:
-            raise MemoryError(f"refq4's CPU kernel {GRAD_INPUT} found no scratch memory for {list(grad.shape)}, K={k}")
+            raise MemoryError(f"refq4's CPU kernel {name} found no scratch memory for {list(grad.shape)}, K={k}")
         return grad_x
 
     def grouped_gemm_4bit(
@@ -239,8 +238,9 @@ class CpuBackend(Backend):
             layout, tiles, as_struct = TILES, known.tiles, known.code
 
         def address(rows: int) -> int:
-            name = GRAD_INPUT if transposed else self._kernel_for(x.dtype, rows, k, weight.blocksize, layout).name
-            return self._addresses[name]
+            if transposed:
+                return self._addresses[grad_input_kernel(library.tier.features, x.dtype, n, weight.blocksize)]
+            return self._addresses[self._kernel_for(x.dtype, rows, k, weight.blocksize, layout).name]
 
         library = self.library()
         status = library.functions.refq4_grouped(

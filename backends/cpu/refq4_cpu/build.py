@@ -3,7 +3,8 @@
 The best tier (``features.py`` lists them) that the processor *and* the operating system can run is taken
 (``kernels/cpu_features.c`` asks both); ``REFQ4_CPU_TIER`` names another one. A tier is one translation unit,
 ``kernels/library.c``, compiled in about two seconds on first use and kept in the cache
-(``refq4/internals/buildcache.py``).
+(``refq4/internals/buildcache.py``). A wheel that was built with ``REFQ4_BUILD_TIERS=1`` (``scripts/build_tiers.py``)
+brings its tiers along, in ``built/``, and needs no compiler, unless ``CC`` or ``REFQ4_CPU_CFLAGS`` asks for one.
 
 A tier that the processor lacks runs emulated, if it is named and ``REFQ4_CPU_EMULATE=1`` allows it: the same sources,
 compiled without an -m flag against SIMDe's C versions of the instructions (``kernels/emulated_simd.h``,
@@ -28,7 +29,7 @@ from pathlib import Path
 
 from refq4.internals.buildcache import RefusedError, cache_directory, cache_key, cached
 
-from .features import FEATURES, TIERS, Tier
+from .features import FEATURES, FLAGS, NATIVE, TIERS, Tier
 
 __all__ = [
     "EMULATE_VARIABLE",
@@ -46,10 +47,6 @@ __all__ = [
 TIER_VARIABLE = "REFQ4_CPU_TIER"
 EMULATE_VARIABLE = "REFQ4_CPU_EMULATE"
 
-# -ffp-contract=off: a fused multiply-add where the definition rounds twice would change bits (block_scale).
-# -fno-strict-aliasing: records hold scales and codes in one stream, read through pointers of both types.
-_FLAGS = ("-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread")
-_NATIVE = ("-O3",)
 _ARM_NUMBERS = ("CPU implementer", "CPU part")  # of /proc/cpuinfo
 _EMULATED = ("-O1", "-DREFQ4_EMULATED")  # -O3 would compile for minutes
 
@@ -93,6 +90,9 @@ def load(tier: Tier | None = None) -> Library:
 
 @cache
 def _load(tier: Tier, _cache: str | None, _cc: str | None) -> Library:
+    if not tier.emulated and (built := _built_in(f"refq4_cpu-{tier.name}")) is not None:
+        key = cache_key(built.read_bytes(), processor_name())
+        return Library(tier, built, key, Compiler((), "none: it came with the wheel"), ctypes.CDLL(str(built)))
     compiler = find_compiler()
     command = [*compiler.command, *compiler_flags(tier), "library.c"]
     if tier.emulated:
@@ -103,12 +103,21 @@ def _load(tier: Tier, _cache: str | None, _cc: str | None) -> Library:
     return Library(tier, path, key, compiler, ctypes.CDLL(str(path)))
 
 
+def _built_in(stem: str) -> Path | None:
+    """The library that came with the wheel, if it was made of the sources beside it and nobody asks for a compiler."""
+    made_of = kernel_directory().parent / "built" / "sources"
+    if os.environ.get("CC") or extra_flags() or not made_of.is_file():
+        return None
+    path = made_of.with_name(f"{stem}.so")
+    return path if path.is_file() and made_of.read_text() == cache_key(*_sources()) else None
+
+
 def compiler_flags(tier: Tier) -> list[str]:
     """How a tier's sources are compiled: flags that gcc and clang share, and what the environment adds."""
-    speed = _EMULATED if tier.emulated else _NATIVE
+    speed = _EMULATED if tier.emulated else NATIVE
     if not tier.emulated and (platform.system(), platform.machine()) == ("Darwin", "arm64"):
         speed = (*speed, "-mcpu=native")  # on Linux a home, and the cache in it, may be shared by other processors
-    return [*speed, *_FLAGS, *tier.flags, *extra_flags()]
+    return [*speed, *FLAGS, *tier.flags, *extra_flags()]
 
 
 def supported_tiers() -> list[str]:
@@ -173,6 +182,8 @@ def cpu_features() -> int:
 
 @cache
 def _cpu_features(_cache: str | None, _cc: str | None) -> int:
+    if (built := _built_in("cpu_features")) is not None:
+        return int(ctypes.CDLL(str(built)).refq4_cpu_features())
     compiler = find_compiler()
     command = [*compiler.command, "-O1", "-fPIC", "cpu_features.c"]
     source = (kernel_directory() / "cpu_features.c").read_bytes()

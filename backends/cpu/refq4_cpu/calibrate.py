@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from refq4.backend import PackedWeight, PreparedWeight
-from refq4.internals.buildcache import CacheError, cache_key, cached
+from refq4.internals.buildcache import CacheError, cache_directory, cache_key, cached
 
 from . import build
 from .kernels import TILES, ProductKernel, candidates
 
 __all__ = ["MEASURED_M", "Winners", "calibrated", "winner"]
 
-MEASURED_M = (1, 2, 4, 8, 16, 32)
+MEASURED_M = (1, 2, 4, 8, 16, 32, 64)
 N, K, BLOCKSIZE = 512, 4096, 64
 REPEATS = 5
 
@@ -62,9 +62,10 @@ def calibrated(library: build.Library, prepare: Prepare, product: Product) -> Wi
     def build_it(target: Path) -> None:
         target.write_text(json.dumps(measured(), indent=1))
 
-    name = f"{library.path.stem}-{cache_key(str((MEASURED_M, N, K, BLOCKSIZE, REPEATS)))[:8]}.calibration.json"
+    tier = f"refq4_cpu-{library.tier.name}"
+    name = f"{tier}-{library.key}-{cache_key(str((MEASURED_M, N, K, BLOCKSIZE, REPEATS)))[:8]}.calibration.json"
     try:
-        winners: Winners = json.loads(cached(library.path.parent, name, build_it).read_text())
+        winners: Winners = json.loads(cached(cache_directory("cpu"), name, build_it).read_text())
     except CacheError:  # the compiled library came with the machine, and this user can't write beside it
         return measured()
     return winners

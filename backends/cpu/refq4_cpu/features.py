@@ -17,7 +17,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FEATURES", "TIERS", "Feature", "Tier"]
+__all__ = ["FEATURES", "FLAGS", "NATIVE", "TIERS", "Feature", "Tier"]
+
+# -ffp-contract=off: a fused multiply-add where the definition rounds twice would change bits (block_scale).
+# -fno-strict-aliasing: records hold scales and codes in one stream, read through pointers of both types.
+FLAGS = ("-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread")
+NATIVE = ("-O3",)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from .features import FEATURES
 
 __all__ = [
     "DTYPES",
-    "GRAD_INPUT",
+    "GRAD_INPUT_KERNELS",
     "KERNEL_VARIABLE",
     "PRODUCT_KERNELS",
     "TILES",
@@ -32,11 +33,11 @@ __all__ = [
     "candidates",
     "checked_tiles",
     "forced",
+    "grad_input_kernel",
     "tile_bytes",
 ]
 
 KERNEL_VARIABLE = "REFQ4_CPU_KERNEL"
-GRAD_INPUT = "grad_input_4bit_1_blocked"  # in every tier, for every shape
 TILES = "tiles16"  # the layout of kernels/tiles.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dtype of kernels/refq4.h
 
@@ -85,6 +86,7 @@ PRODUCT_KERNELS = (
     ProductKernel("gemm_4bit_4_avx512_bf16", "avx512_bf16", dtypes=_BF16),
     ProductKernel("gemv_4bit_3_avx512_bf16", "avx512_bf16", dtypes=_BF16, reads_tiles=False, most_tokens=1),
     ProductKernel("gemm_4bit_5_avx512_bf16_rows", "avx512_bf16", dtypes=_BF16, reads_tiles=False, most_tokens=16),
+    ProductKernel("gemm_4bit_5_avx512_bf16_blocked", "avx512_bf16", dtypes=_BF16),
     ProductKernel("gemm_4bit_2_neon", "neon"),
     ProductKernel("gemv_4bit_2_neon", "neon", reads_tiles=False, most_tokens=1),
     ProductKernel("gemm_4bit_3_neon_fhm", "neon_fhm", dtypes=_BF16),
@@ -93,6 +95,18 @@ PRODUCT_KERNELS = (
     ProductKernel("gemv_4bit_3_neon_bf16", "neon_bf16", dtypes=_BF16, reads_tiles=False, most_tokens=1),
 )
 
+GRAD_INPUT_KERNELS = (  # read the canonical layout only, transposed; the last one that can serve does
+    ProductKernel("grad_input_4bit_1_blocked", reads_tiles=False, any_shape=True),
+    ProductKernel("grad_input_4bit_2_avx512_bf16", "avx512_bf16", dtypes=_BF16, reads_tiles=False),
+)
+
+
+@cache
+def grad_input_kernel(features: tuple[str, ...], dtype: torch.dtype, k: int, blocksize: int) -> str:
+    """The name of the kernel that multiplies by a stored weight [N, K] as it is, along its rows."""
+    able = [kn for kn in GRAD_INPUT_KERNELS if kn.refuses(features, dtype, 1, k, blocksize, "canonical") is None]
+    return able[-1].name
+
 
 def addresses(library: build.Library) -> dict[str, int]:
     """The address of each product kernel that the library's tier has, by name.
@@ -100,7 +114,8 @@ def addresses(library: build.Library) -> dict[str, int]:
     Raises:
         BuildError: the library has no kernel of a name above.
     """
-    wanted = [GRAD_INPUT, *(kernel.name for kernel in PRODUCT_KERNELS if kernel.feature in library.tier.features)]
+    all_kernels = (*PRODUCT_KERNELS, *GRAD_INPUT_KERNELS)
+    wanted = [kernel.name for kernel in all_kernels if kernel.feature in library.tier.features]
     found = {name: library.functions.refq4_kernel(name.encode()) for name in wanted}
     if missing := [name for name, address in found.items() if address is None]:
         raise build.BuildError(

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "scripts" / "bench"))
 import arm_cycles
 import cpu_tiers
 from refq4_cpu import CpuBackend, build
-from refq4_cpu.kernels import DTYPES, GRAD_INPUT, PRODUCT_KERNELS, TILES
+from refq4_cpu.kernels import DTYPES, GRAD_INPUT_KERNELS, PRODUCT_KERNELS, TILES
 from test_cpu_ops import assert_same_bits, assert_within_budget, random_weight
 
 pytestmark = pytest.mark.reference_only("it names its backend itself")
@@ -156,7 +156,7 @@ def test_every_kernel_multiplies_as_it_does_emulated_and_within_the_budget(
 def test_the_gradient_is_what_the_emulated_kernel_gives(
     harness: Harness, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    number = harness.run("names").stdout.decode().split().index(GRAD_INPUT)
+    number = harness.run("names").stdout.decode().split().index(GRAD_INPUT_KERNELS[0].name)
     for name, value in cpu_tiers.environment(TIER).items():
         monkeypatch.setenv(name, value)
     cpu_tiers.require(TIER, request)

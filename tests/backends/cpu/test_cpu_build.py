@@ -23,7 +23,7 @@ pytest.importorskip("refq4_cpu", reason="the package refq4_cpu is not installed"
 import cpu_tiers
 from refq4_cpu import CpuBackend, build, calibrate
 from refq4_cpu.arguments import WEIGHT_FIELDS, declare
-from refq4_cpu.kernels import GRAD_INPUT, PRODUCT_KERNELS, ProductKernel, addresses
+from refq4_cpu.kernels import GRAD_INPUT_KERNELS, PRODUCT_KERNELS, ProductKernel, addresses
 
 
 @pytest.fixture
@@ -342,16 +342,37 @@ def test_every_tier_compiles_also_where_it_cannot_run(tier: str) -> None:
     library = build.load(build.Tier(tier, emulated))  # loading runs none of it
     assert all(hasattr(library.functions, f"refq4_{name}") for name in ("product", "quantize", "dequantize", "tile"))
     declare(library.functions)
-    found, has = (
-        addresses(library),
-        {kernel.name for kernel in PRODUCT_KERNELS if kernel.feature in library.tier.features},
-    )
-    assert set(found) == {GRAD_INPUT, *has}, "each kernel of the tier is found by its name"
+    kernels = (*PRODUCT_KERNELS, *GRAD_INPUT_KERNELS)
+    found, has = addresses(library), {kernel.name for kernel in kernels if kernel.feature in library.tier.features}
+    assert set(found) == has, "each kernel of the tier is found by its name"
     assert len(set(found.values())) == len(found)
     assert all(
-        (library.functions.refq4_kernel(kernel.name.encode()) is None) == (kernel.name not in has)
-        for kernel in PRODUCT_KERNELS
+        (library.functions.refq4_kernel(kernel.name.encode()) is None) == (kernel.name not in has) for kernel in kernels
     )
+
+
+@_needs_compiler
+def test_a_library_that_came_with_the_wheel_is_taken_if_it_was_made_of_the_sources_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels, built = tmp_path / "kernels", tmp_path / "built"
+    shutil.copytree(build.kernel_directory(), kernels)
+    built.mkdir()
+    shutil.copy(build.load(build.Tier("c")).path, built / "refq4_cpu-c.so")
+    monkeypatch.setattr(build, "kernel_directory", lambda: kernels)
+    (built / "sources").write_text(build.cache_key(*build._sources()))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("REFQ4_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+    build._load.cache_clear()
+    library = build.load(build.Tier("c"))
+    assert library.path == built / "refq4_cpu-c.so"
+    assert library.functions.refq4_kernel(b"gemm_4bit_1_scalar") is not None
+    assert library.compiler.version == "none: it came with the wheel"
+    (kernels / "refq4.h").write_text("/* edited */")
+    build._load.cache_clear()
+    with pytest.raises(build.BuildError, match="there is no C compiler"):
+        build.load(build.Tier("c"))
 
 
 @_needs_compiler

@@ -20,7 +20,7 @@ from refq4.reference import ReferenceBackend
 pytest.importorskip("refq4_cpu", reason="the package refq4_cpu is not installed")
 import cpu_tiers
 from refq4_cpu import CpuBackend, build
-from refq4_cpu.kernels import PRODUCT_KERNELS, TILES, ProductKernel
+from refq4_cpu.kernels import PRODUCT_KERNELS, TILES, ProductKernel, grad_input_kernel
 
 REFERENCE = ReferenceBackend()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -363,6 +363,51 @@ def test_one_kernel_gives_a_token_the_same_bits_alone_and_in_a_batch(
                 continue
             together = backend.gemm_4bit(x, w, None)
             assert torch.equal(torch.cat([backend.gemm_4bit(row[None], w, None) for row in x]), together)
+
+
+def test_the_blocked_rung_for_bf16_pairs_gives_the_bits_of_the_one_before(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the choice between them, made by the number of tokens, shows in no result."""
+    cpu = backend_of("avx512_bf16", request, monkeypatch)
+    rung = {kernel.name: kernel for kernel in PRODUCT_KERNELS}
+    for n, k, blocksize, m in ((129, 96, 32, 13), (3, 4096, 4096, 7), (257, 640, 128, 70), (65, 64, 64, 514)):
+        weight, bias = random_weight(n, k, blocksize, nested=True), torch.randn(n).to(torch.bfloat16)
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(torch.bfloat16)
+        tiles = cpu.prepare_weight(weight)
+        assert tiles is not None
+        expected = cpu._product(x, tiles, bias, rung["gemm_4bit_4_avx512_bf16"])
+        for stored in (tiles, weight):
+            assert_same_bits(cpu._product(x, stored, bias, rung["gemm_4bit_5_avx512_bf16_blocked"]), expected)
+
+
+GRADIENTS = [(64, 64, 64), (129, 96, 32), (257, 640, 128), (1, 4096, 4096), (3, 130, 64), (7, 77, 64), (300, 100, 48)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k", "blocksize"), GRADIENTS)
+def test_the_gradient_keeps_the_error_budget(
+    cpu: CpuBackend, n: int, k: int, blocksize: int, dtype: torch.dtype
+) -> None:
+    """With an odd number of rows, half a strip of columns, more tokens than a chunk, and blocks that straddle rows."""
+    for nested, m in ((False, 1), (True, 7), (False, 515)):
+        weight = random_weight(n, k, blocksize, nested=nested)
+        grad = torch.randn(m, n, generator=torch.Generator().manual_seed(m)).to(dtype)
+        W = REFERENCE.dequantize_4bit(weight, torch.float32).double()
+        rounded = REFERENCE.dequantize_4bit(weight, dtype)
+        exact = grad.double() @ W
+        plain = (grad.float() @ rounded.float()).to(dtype)
+        allowed = 2 * (plain.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+        error = (cpu.grad_input_4bit(grad, weight).double() - exact).abs().max()
+        assert error <= allowed, f"M={m}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def test_the_gradient_in_bf16_has_a_kernel_of_its_own_where_rows_are_whole_blocks() -> None:
+    with_pairs, without = ("c", "avx2", "avx512", "avx512_bf16"), ("c", "avx2", "avx512")
+    assert grad_input_kernel(with_pairs, torch.bfloat16, 128, 64) == "grad_input_4bit_2_avx512_bf16"
+    assert grad_input_kernel(without, torch.bfloat16, 128, 64) == "grad_input_4bit_1_blocked"
+    assert grad_input_kernel(with_pairs, torch.bfloat16, 130, 64) == "grad_input_4bit_1_blocked"
+    assert grad_input_kernel(with_pairs, torch.float16, 128, 64) == "grad_input_4bit_1_blocked"
 
 
 @pytest.mark.parametrize("kernel", [kn for kn in PRODUCT_KERNELS if torch.float32 in kn.dtypes], ids=lambda kn: kn.name)

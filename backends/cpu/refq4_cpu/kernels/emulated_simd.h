@@ -17,9 +17,7 @@
 #include <simde/x86/avx512.h>
 #include <simde/x86/f16c.h>
 #include <simde/x86/fma.h>
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "refq4.h"
 
 typedef uint16_t __mmask16;
 typedef uint64_t __mmask64;
@@ -131,6 +129,19 @@ static inline __m512i emulated_maskz_loadu_epi8(__mmask64 mask, const void *at) 
     __m512i loaded;
     memcpy(&loaded, bytes, sizeof loaded);
     return loaded;
+}
+#endif
+
+#ifndef _mm512_cvtne2ps_pbh
+#define _mm512_cvtne2ps_pbh(a, b) emulated_cvtne2ps_pbh(a, b)
+static inline __m512bh emulated_cvtne2ps_pbh(__m512 a, __m512 b) { /* b becomes the lower half */
+    float lanes[32];
+    memcpy(lanes, &b, sizeof b), memcpy(lanes + 16, &a, sizeof a);
+    uint16_t halves[32];
+    for (int i = 0; i < 32; i++) halves[i] = fp32_to_bf16(lanes[i]);
+    __m512bh both;
+    memcpy(&both, halves, sizeof both);
+    return both;
 }
 #endif
 

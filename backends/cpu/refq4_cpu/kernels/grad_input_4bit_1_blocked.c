@@ -9,6 +9,7 @@
  *            k    [ 32 x 128 tile, fp32, 16 KB ]
  *            |                 |
  *     x: six tokens  ->  6 x 16 sums in registers, 32 steps of k   ->  sums[m][128] += them     (per thread)
+ *                        (6 x 64 with AVX-512)
  *
  * Rows of w are far apart in memory, so the 64 bytes of each are asked for one tile ahead.
  *
@@ -27,7 +28,12 @@
 #define UNROLL
 #endif
 
-typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+#ifdef REFQ4_AVX512
+enum { GRAD_LANES = 16, GRAD_VECTORS = 4 }; /* of sums, for each of six tokens */
+#else
+enum { GRAD_LANES = 8, GRAD_VECTORS = 2 };
+#endif
+typedef float Lanes __attribute__((vector_size(4 * GRAD_LANES), aligned(4), may_alias));
 
 enum { GRAD_COLUMNS = 128, GRAD_TOKENS = 6, GRAD_CHUNK = 240 }; /* a chunk: of tokens */
 #ifdef REFQ4_AVX2
@@ -35,7 +41,7 @@ enum { GRAD_DEPTH = 32 };
 #else
 enum { GRAD_DEPTH = 8 }; /* plain C rounds each product, too: shorter subtotals */
 #endif
-_Static_assert(GRAD_COLUMNS / 2 == 64, "a row of a tile is one cache line of codes, and whole groups of sixteen");
+_Static_assert(GRAD_COLUMNS / 2 == 64, "a row of a tile is one cache line of codes, and whole groups of 16 or 64");
 
 typedef struct {
     const Product *p;
@@ -57,9 +63,11 @@ static void grad_pack(void *context, int64_t tile, int thread) {
             plan->x[first * p->K + k * mt + m] = load_as_fp32(p->x, p->dtype, (first + m) * p->K + k);
 }
 
-static inline void add_product(Eight *sum, const Eight *w, float x) {
-#ifdef REFQ4_AVX2
-    *sum = (Eight)_mm256_fmadd_ps((__m256)*w, _mm256_set1_ps(x), (__m256)*sum);
+static inline void add_product(Lanes *sum, const Lanes *w, float x) {
+#ifdef REFQ4_AVX512
+    *sum = (Lanes)_mm512_fmadd_ps((__m512)*w, _mm512_set1_ps(x), (__m512)*sum);
+#elif defined REFQ4_AVX2
+    *sum = (Lanes)_mm256_fmadd_ps((__m256)*w, _mm256_set1_ps(x), (__m256)*sum);
 #else
     *sum += *w * x;
 #endif
@@ -69,7 +77,14 @@ static inline void add_product(Eight *sum, const Eight *w, float x) {
 static inline void decode_bytes(const Weight *w, int64_t first, int64_t count, float scale, float *out) {
     const uint8_t *in = w->packed + first / 2;
     int64_t i = 0;
-#ifdef REFQ4_AVX2 /* the look-up of dequantize_2_avx2.c */
+#ifdef REFQ4_AVX512 /* the look-up of dequantize_2_avx512.c */
+    __m512 values = _mm512_mul_ps(_mm512_loadu_ps(w->code), _mm512_set1_ps(scale));
+    for (; i + 16 <= count; i += 16) {
+        __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(in + i / 2)));
+        __m512i index = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
+        _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(index, values));
+    }
+#elif defined REFQ4_AVX2 /* the look-up of dequantize_2_avx2.c */
     __m256 low = _mm256_mul_ps(_mm256_loadu_ps(w->code), _mm256_set1_ps(scale));
     __m256 high = _mm256_mul_ps(_mm256_loadu_ps(w->code + 8), _mm256_set1_ps(scale));
     __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
@@ -95,26 +110,23 @@ static void decode_run(const Weight *w, int64_t first, int64_t count, float *out
     }
 }
 
-/* sums[m][0..16) += x[0..depth)[m] times sixteen columns of the tile, for MT tokens. */
+/* sums[m][..] += x[0..depth)[m] times GRAD_VECTORS registers of columns of the tile, for MT tokens. */
 static inline __attribute__((always_inline)) void multiply_columns(const float *x, const float *tile, int64_t depth,
                                                                    float *sums, const int MT) {
-    Eight sum[GRAD_TOKENS][2];
-    UNROLL for (int m = 0; m < MT; m++) sum[m][0] = sum[m][1] = (Eight){0};
+    Lanes sum[GRAD_TOKENS][GRAD_VECTORS];
+    UNROLL for (int m = 0; m < MT; m++) UNROLL for (int v = 0; v < GRAD_VECTORS; v++) sum[m][v] = (Lanes){0};
     for (int64_t k = 0; k < depth; k++, tile += GRAD_COLUMNS, x += MT) {
-        Eight w0 = *(const Eight *)tile, w1 = *(const Eight *)(tile + 8);
-        UNROLL for (int m = 0; m < MT; m++) {
-            add_product(&sum[m][0], &w0, x[m]);
-            add_product(&sum[m][1], &w1, x[m]);
-        }
+        Lanes w[GRAD_VECTORS];
+        UNROLL for (int v = 0; v < GRAD_VECTORS; v++) w[v] = *(const Lanes *)(tile + v * GRAD_LANES);
+        UNROLL for (int m = 0; m < MT; m++)
+            UNROLL for (int v = 0; v < GRAD_VECTORS; v++) add_product(&sum[m][v], &w[v], x[m]);
     }
-    UNROLL for (int m = 0; m < MT; m++) {
-        *(Eight *)(sums + m * GRAD_COLUMNS) += sum[m][0];
-        *(Eight *)(sums + m * GRAD_COLUMNS + 8) += sum[m][1];
-    }
+    UNROLL for (int m = 0; m < MT; m++)
+        UNROLL for (int v = 0; v < GRAD_VECTORS; v++) *(Lanes *)(sums + m * GRAD_COLUMNS + v * GRAD_LANES) += sum[m][v];
 }
 
 static void multiply_tile(const float *x, const float *tile, int64_t depth, float *sums, int64_t tokens) {
-    for (int n = 0; n < GRAD_COLUMNS; n += 16) switch (tokens) { /* a constant count keeps the sums in registers */
+    for (int n = 0; n < GRAD_COLUMNS; n += GRAD_VECTORS * GRAD_LANES) switch (tokens) { /* a constant count keeps the sums in registers */
         case 1: multiply_columns(x, tile + n, depth, sums + n, 1); break;
         case 2: multiply_columns(x, tile + n, depth, sums + n, 2); break;
         case 3: multiply_columns(x, tile + n, depth, sums + n, 3); break;

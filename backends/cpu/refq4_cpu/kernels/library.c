@@ -50,6 +50,8 @@
 #include "gemm_4bit_4_avx512_bf16.c"
 #include "gemv_4bit_3_avx512_bf16.c"
 #include "gemm_4bit_5_avx512_bf16_rows.c"
+#include "gemm_4bit_5_avx512_bf16_blocked.c"
+#include "grad_input_4bit_2_avx512_bf16.c"
 #endif
 #ifdef REFQ4_NEON_FHM
 #include "gemm_4bit_3_neon_fhm.c"
@@ -101,6 +103,8 @@ static const struct {
     NAMED(gemm_4bit_4_avx512_bf16),
     NAMED(gemv_4bit_3_avx512_bf16),
     NAMED(gemm_4bit_5_avx512_bf16_rows),
+    NAMED(gemm_4bit_5_avx512_bf16_blocked),
+    NAMED(grad_input_4bit_2_avx512_bf16),
 #endif
 #ifdef REFQ4_NEON
     NAMED(gemm_4bit_2_neon),

@@ -1,0 +1,162 @@
+/* Many tokens with vdpbf16ps: a piece of the weight is decoded once, to pairs of bf16 in the first cache, for all of them.
+ *
+ *     y[m][n] += x[m][k] * w[k][n]  +  x[m][k'] * w[k'][n]          one vdpbf16ps: sixteen n, two k
+ *
+ *                 n ->  64 outputs                             one work item: 64 outputs, a chunk of tokens
+ *            k    [ 128 steps x 4 registers of pairs, 32 KB ]
+ *            |                 |
+ *     x: six tokens  ->  6 x 4 sums in registers, part by part  ->  sums[m][64] += part * scale     (per thread)
+ *
+ * A step takes four loads and six broadcasts for twenty-four vdpbf16ps. What differs between the forward product and
+ * the gradient is how a piece is decoded, which two k make a pair, whether scales are in the weights already, and in which
+ * order the sixteen sums of a register come out: four functions, a Pairs.
+ *
+ * x is copied once, 256 elements of each token side by side: rows a multiple of 4 KB apart would want the same lines of
+ * the first cache. Each output is summed in one order that depends on neither M nor the threads.
+ *
+ * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -DREFQ4_AVX512_BF16 -fsyntax-only pairs_avx512_bf16.h
+ */
+#ifndef PAIRS_AVX512_BF16_H
+#define PAIRS_AVX512_BF16_H
+#include "simd.h"
+#include "threads.c"
+
+enum { PAIR_OUTPUTS = 64, PAIR_REGISTERS = 4, PAIR_DEPTH = 256, PAIR_STEPS = PAIR_DEPTH / 2, PAIR_TOKENS = 6 };
+enum { PAIR_CHUNK = 512 }; /* tokens: their sums are 128 KB of the second cache */
+enum { SHORTEST_PART = 32 };
+
+/* w: the piece; scales: of each part, if the weights are unscaled. */
+typedef struct {
+    __m512i w[PAIR_STEPS * PAIR_REGISTERS];
+    __m512 scales[PAIR_DEPTH / SHORTEST_PART * PAIR_REGISTERS];
+} Piece;
+_Static_assert(sizeof(((Piece *)0)->w) == 32 << 10, "as drawn");
+
+typedef struct PairPlan PairPlan;
+typedef struct {
+    void (*pack)(uint16_t *out, const uint16_t *x, int64_t depth);
+    void (*decode)(const PairPlan *plan, int64_t n0, int64_t outputs, int64_t k0, int64_t depth, Piece *piece);
+    void (*write)(const PairPlan *plan, const float *sums, int64_t m, int64_t n0, int64_t outputs);
+    int scaled; /* the weights of a piece are */
+} Pairs;
+
+struct PairPlan {
+    const Product *p;
+    const Pairs *how;
+    uint16_t *x;                       /* [K pieces][M][PAIR_DEPTH] */
+    float *sums;                       /* per thread: a chunk's tokens, [.][PAIR_OUTPUTS] */
+    int64_t part;                      /* elements of K summed before the sum is scaled and added */
+    int64_t token_tiles, chunks, most; /* most: tokens of a chunk */
+    int nested_shift;                  /* log2 of the nested blocksize: division is slow; -1 if it is no power of two */
+    float undo_scale;
+    _Alignas(64) uint8_t table[64];
+};
+
+/* block_scale of refq4.h */
+static inline float pair_scale(const PairPlan *plan, int64_t block) {
+    const Weight *w = &plan->p->weight;
+    if (w->absmax || plan->nested_shift < 0) return block_scale(w, block);
+    float scaled = w->nested_code[w->q[block]] * w->nested_absmax[block >> plan->nested_shift];
+    return scaled + *w->nested_offset;
+}
+
+/* fp32_to_bf16 of refq4.h in the upper half of each dword; the lower halves are to be dropped. */
+static inline __m512i round_upper_half(__m512 v) {
+    __m512i u = _mm512_castps_si512(v), last = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7FFF)), last);
+    return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
+}
+
+static inline int64_t pair_start(const PairPlan *plan, int64_t tile) { return plan->p->M * tile / plan->token_tiles; }
+
+static void pack_pairs(void *context, int64_t piece, int thread) {
+    (void)thread;
+    const PairPlan *plan = context;
+    const Product *p = plan->p;
+    int64_t k0 = piece * PAIR_DEPTH, depth = min64(PAIR_DEPTH, p->K - k0);
+    uint16_t *out = plan->x + k0 * p->M;
+    for (int64_t m = 0; m < p->M; m++, out += PAIR_DEPTH) plan->how->pack(out, (const uint16_t *)p->x + m * p->K + k0, depth);
+}
+
+/* sums[m][0 .. 64) += (x times the weights, `steps` pairs) * scales, for MT tokens. */
+static inline __attribute__((always_inline)) void multiply_part(const uint16_t *x, const __m512i *w, int64_t steps,
+                                                                const __m512 *scales, float *sums, const int MT,
+                                                                const int SCALED) {
+    __m512 sum[PAIR_TOKENS][PAIR_REGISTERS];
+    UNROLL for (int m = 0; m < MT; m++) UNROLL for (int r = 0; r < PAIR_REGISTERS; r++) sum[m][r] = _mm512_setzero_ps();
+    for (int64_t s = 0; s < steps; s++, w += PAIR_REGISTERS, x += 2)
+        UNROLL for (int m = 0; m < MT; m++) {
+            int32_t pair;
+            memcpy(&pair, x + m * PAIR_DEPTH, 4);
+            UNROLL for (int r = 0; r < PAIR_REGISTERS; r++)
+                sum[m][r] = _mm512_dpbf16_ps(sum[m][r], (__m512bh)w[r], (__m512bh)_mm512_set1_epi32(pair));
+        }
+    UNROLL for (int m = 0; m < MT; m++)
+        UNROLL for (int r = 0; r < PAIR_REGISTERS; r++) {
+            float *at = sums + m * PAIR_OUTPUTS + 16 * r;
+            __m512 total = _mm512_loadu_ps(at);
+            _mm512_storeu_ps(at, SCALED ? _mm512_add_ps(total, sum[m][r]) : _mm512_fmadd_ps(sum[m][r], scales[r], total));
+        }
+}
+
+/* Called by address: inlined into a loop over parts, the compiler would keep the totals beside the sums, and spill. */
+#define PART_PARAMETERS const uint16_t *x, const __m512i *w, int64_t steps, const __m512 *scales, float *sums
+typedef void (*PartKernel)(PART_PARAMETERS);
+#define KERNEL(MT, SCALED) static void part_##MT##_##SCALED(PART_PARAMETERS) {                                         \
+        multiply_part(x, w, steps, scales, sums, MT, SCALED); }
+KERNEL(1, 0) KERNEL(2, 0) KERNEL(3, 0) KERNEL(4, 0) KERNEL(5, 0) KERNEL(6, 0)
+KERNEL(1, 1) KERNEL(2, 1) KERNEL(3, 1) KERNEL(4, 1) KERNEL(5, 1) KERNEL(6, 1)
+#undef KERNEL
+static const PartKernel part_kernels[2][PAIR_TOKENS + 1] = {
+    {NULL, part_1_0, part_2_0, part_3_0, part_4_0, part_5_0, part_6_0},
+    {NULL, part_1_1, part_2_1, part_3_1, part_4_1, part_5_1, part_6_1}};
+
+static void pair_item(void *context, int64_t item, int thread) {
+    const PairPlan *plan = context;
+    const Product *p = plan->p;
+    int64_t n0 = item / plan->chunks * PAIR_OUTPUTS, outputs = min64(PAIR_OUTPUTS, p->N - n0);
+    int64_t chunk = item % plan->chunks;
+    int64_t t0 = plan->token_tiles * chunk / plan->chunks, t1 = plan->token_tiles * (chunk + 1) / plan->chunks;
+    int64_t m0 = pair_start(plan, t0), m1 = pair_start(plan, t1);
+    float *sums = plan->sums + thread * plan->most * PAIR_OUTPUTS;
+    Piece piece;
+    if (outputs < PAIR_OUTPUTS) memset(&piece, 0, sizeof piece);
+    memset(sums, 0, (size_t)((m1 - m0) * PAIR_OUTPUTS) * sizeof(float));
+    for (int64_t k0 = 0; k0 < p->K; k0 += PAIR_DEPTH) {
+        int64_t depth = min64(PAIR_DEPTH, p->K - k0);
+        plan->how->decode(plan, n0, outputs, k0, depth, &piece);
+        for (int64_t t = t0; t < t1; t++) {
+            int64_t m = pair_start(plan, t), mt = pair_start(plan, t + 1) - m;
+            const uint16_t *x = plan->x + k0 * p->M + m * PAIR_DEPTH;
+            PartKernel multiply = part_kernels[plan->how->scaled][mt];
+            for (int64_t k = 0, part = 0; k < depth; k += plan->part, part++)
+                multiply(x + k, piece.w + k / 2 * PAIR_REGISTERS, (min64(plan->part, depth - k) + 1) / 2,
+                         piece.scales + part * PAIR_REGISTERS, sums + (m - m0) * PAIR_OUTPUTS);
+        }
+    }
+    for (int64_t m = m0; m < m1; m++) plan->how->write(plan, sums + (m - m0) * PAIR_OUTPUTS, m, n0, outputs);
+}
+
+static int pair_product(PairPlan *plan, const Pairs *how, const Product *p) {
+    int64_t nested = p->weight.nested_blocksize, strips = ceil_div(p->N, PAIR_OUTPUTS), pieces = ceil_div(p->K, PAIR_DEPTH);
+    plan->p = p;
+    plan->how = how;
+    plan->nested_shift = nested > 0 && (nested & (nested - 1)) == 0 ? __builtin_ctzll((unsigned long long)nested) : -1;
+    plan->token_tiles = ceil_div(p->M, PAIR_TOKENS);
+    /* Each chunk decodes the weight again: more than the cache asks for only where threads would have nothing to do. */
+    int64_t wanted = min64(ceil_div(2 * p->threads, strips), ceil_div(p->M, 64));
+    plan->chunks = ceil_div(p->M, PAIR_CHUNK);
+    if (plan->chunks < wanted) plan->chunks = wanted;
+    plan->most = ceil_div(plan->token_tiles, plan->chunks) * PAIR_TOKENS;
+    plan->x = scratch((size_t)(pieces * PAIR_DEPTH * p->M) * 2);
+    plan->sums = scratch((size_t)(p->threads * plan->most * PAIR_OUTPUTS) * 4);
+    int ok = plan->x && plan->sums;
+    if (ok) {
+        run_parallel(pack_pairs, plan, pieces, p->M * p->K > 1 << 16 ? p->threads : 1);
+        run_parallel(pair_item, plan, strips * plan->chunks, p->M * p->N * p->K > 1 << 17 ? p->threads : 1);
+    }
+    free(plan->x);
+    free(plan->sums);
+    return ok;
+}
+#endif
