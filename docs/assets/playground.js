@@ -65,7 +65,7 @@
     const { weights, problem } = read(at("weights").value);
     at("problem").textContent = problem ?? "";
     at("weights").setAttribute("aria-invalid", String(Boolean(problem)));
-    at("playground").classList.toggle("stale", Boolean(problem)); // what is shown is of the weights before
+    document.querySelector(".playground").classList.toggle("stale", Boolean(problem)); // what is shown is of the weights before
     if (problem) return;
     const book = books[at("book").value];
     const blocksize = Number(at("blocksize").value);

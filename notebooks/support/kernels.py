@@ -88,6 +88,21 @@ CPU = {
         11,
         "One token on the stored bytes: 64 weights of a row, along K.",
     ),
+    "gemm_4bit_2_neon.c": Excerpt(
+        "lookup_fp32(nibbles(vld1q_u8(codes + 16 * q), low), t, PLANES, w);",
+        3,
+        "ARM: four look-ups of sixteen bytes give sixteen fp32 weights, a row to a register.",
+    ),
+    "gemm_4bit_3_neon_fhm.c": Excerpt(
+        "uint16x8_t w[2];",
+        8,
+        "The same with fp16: one instruction multiplies and adds in fp32.",
+    ),
+    "gemm_4bit_3_neon_bf16.c": Excerpt(
+        "uint16x8_t w[2];",
+        5,
+        "Two rows times two tokens, four bf16 each, with one bfmmla.",
+    ),
 }
 CUDA = {
     "gemv_4bit_1_naive.cu": Excerpt(
