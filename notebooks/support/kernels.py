@@ -82,6 +82,36 @@ CPU = {
         11,
         "One token on the stored bytes: 64 weights of a row, along K.",
     ),
+    "gemm_4bit_2_neon.c": Excerpt(
+        "UNROLL for (int low = 0; low < 2; low++) {",
+        10,
+        "NEON: sixteen look-ups of bytes, put together to four weights of four rows each.",
+    ),
+    "gemv_4bit_2_neon.c": Excerpt(
+        "UNROLL for (int low = 0; low < 2; low++) {",
+        5,
+        "The same along a row, on the stored bytes.",
+    ),
+    "gemm_4bit_3_neon_fhm.c": Excerpt(
+        "for (int r = 0; r < 4; r += 2) {",
+        5,
+        "Weights as fp16: fmlal multiplies the lower four, fmlal2 the upper four.",
+    ),
+    "gemv_4bit_3_neon_fhm.c": Excerpt(
+        "UNROLL for (int low = 0; low < 2; low++) {",
+        10,
+        "The same along a row.",
+    ),
+    "gemm_4bit_3_neon_bf16.c": Excerpt(
+        "UNROLL for (int p = 0; p < (MT + 1) / 2; p++) {",
+        12,
+        "bfmmla: two rows by two tokens, four k deep.",
+    ),
+    "gemv_4bit_3_neon_bf16.c": Excerpt(
+        "UNROLL for (int low = 0; low < 2; low++) {",
+        7,
+        "bfdot: pairs of bf16, as zip leaves them.",
+    ),
 }
 CUDA = {
     "gemv_4bit_1_naive.cu": Excerpt(
