@@ -89,19 +89,34 @@ CPU = {
         "One token on the stored bytes: 64 weights of a row, along K.",
     ),
     "gemm_4bit_2_neon.c": Excerpt(
-        "lookup_fp32(nibbles(vld1q_u8(codes + 16 * q), low), t, PLANES, w);",
-        3,
-        "ARM: four look-ups of sixteen bytes give sixteen fp32 weights, a row to a register.",
+        "UNROLL for (int low = 0; low < 2; low++) {",
+        10,
+        "NEON: sixteen look-ups of bytes, put together to four weights of four rows each.",
+    ),
+    "gemv_4bit_2_neon.c": Excerpt(
+        "UNROLL for (int low = 0; low < 2; low++) {",
+        5,
+        "The same along a row, on the stored bytes.",
     ),
     "gemm_4bit_3_neon_fhm.c": Excerpt(
-        "uint16x8_t w[2];",
-        8,
-        "The same with fp16: one instruction multiplies and adds in fp32.",
+        "for (int r = 0; r < 4; r += 2) {",
+        5,
+        "Weights as fp16: fmlal multiplies the lower four, fmlal2 the upper four.",
+    ),
+    "gemv_4bit_3_neon_fhm.c": Excerpt(
+        "UNROLL for (int low = 0; low < 2; low++) {",
+        10,
+        "The same along a row.",
     ),
     "gemm_4bit_3_neon_bf16.c": Excerpt(
-        "uint16x8_t w[2];",
-        5,
-        "Two rows times two tokens, four bf16 each, with one bfmmla.",
+        "UNROLL for (int p = 0; p < (MT + 1) / 2; p++) {",
+        12,
+        "bfmmla: two rows by two tokens, four k deep.",
+    ),
+    "gemv_4bit_3_neon_bf16.c": Excerpt(
+        "UNROLL for (int low = 0; low < 2; low++) {",
+        7,
+        "bfdot: pairs of bf16, as zip leaves them.",
     ),
 }
 CUDA = {
