@@ -136,8 +136,7 @@ def multiply(A: Tensor, weight: BoundWeight, bias: Tensor | None) -> tuple[Tenso
     if bias is None or not wants_grad(bias):
         return dispatch.product(op, A, stored, bias, engine), path
     # torch adds a bias whose gradient is wanted, and differentiates that; it would stretch one of another size
-    check_bias(bias, stored.shape[0], stored.shape)
-    return dispatch.product(op, A, stored, None, engine) + bias, path
+    return dispatch.product(op, A, stored, None, engine) + check_bias(bias, stored.shape[0], stored.shape), path
 
 
 # --- the functions that bitsandbytes has ----------------------------------------------------------------------------

@@ -69,12 +69,13 @@ def check_features(A: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def check_bias(bias: Tensor, n: int, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError unless ``bias`` is [n], one number for each output of a weight of ``shape``."""
+def check_bias(bias: Tensor, n: int, shape: tuple[int, ...]) -> Tensor:
+    """``bias``, or a ValueError unless it is [n], one number for each output of a weight of ``shape``."""
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
         raise TypeError(f"bias must be a tensor of floats, got {show(bias)}")
     if bias.shape != (n,):
         raise ValueError(f"bias has shape {list(bias.shape)}, the weight [N, K] = {list(shape)} wants [{n}]")
+    return bias
 
 
 def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device: torch.device) -> None:

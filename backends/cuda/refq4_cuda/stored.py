@@ -12,11 +12,14 @@ A product that several threads meet first is made by each of them, and is the sa
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from refq4.backend import BackendUnsupportedError, Nested, PackedWeight, PreparedWeight
+from refq4.layout import block_count, packed_bytes
 
 from .launch import Launch, Product, filled, product_of
 
@@ -51,14 +54,29 @@ def packed_again(prepared: PreparedWeight) -> PackedWeight:
 
     Raises:
         BackendUnsupportedError: it is in the layout of another backend.
+        ValueError: a tensor is not what the sizes want: the kernels read them by address.
     """
     if isinstance(prepared, StoredWeight):
         return prepared.weight
     name, _, nested_blocksize = prepared.layout.partition(_NESTED)
-    if name != LAYOUT or len(prepared.tensors) != (6 if nested_blocksize else 3):
+    if name != LAYOUT or not (nested_blocksize.isdecimal() or nested_blocksize == ""):
         raise BackendUnsupportedError(f"backend 'cuda' reads the layouts canonical and stored, not {prepared.layout!r}")
+    numel, second = math.prod(prepared.shape), int(nested_blocksize or 0)
+    blocks = block_count(numel, prepared.blocksize)
+    wanted = [(packed_bytes(numel), torch.uint8), (blocks, torch.uint8 if second else torch.float32)]
+    wanted += [(16, torch.float32)]
+    if second:
+        wanted += [(block_count(blocks, second), torch.float32), (256, torch.float32), (1, torch.float32)]
+    found = [(t.numel(), t.dtype) for t in prepared.tensors]
+    devices = {t.device for t in prepared.tensors}
+    readable = all(t.is_contiguous() and (t.data_ptr() or not t.numel()) for t in prepared.tensors)
+    if found != wanted or len(devices) != 1 or not readable:
+        raise ValueError(
+            f"a weight {list(prepared.shape)} in the layout {prepared.layout!r} has tensors of {wanted} on one device, "
+            f"got {found} on {', '.join(map(str, devices))}"
+        )
     packed, absmax, code, *rest = prepared.tensors
-    nested = Nested(rest[0], rest[1], rest[2], int(nested_blocksize)) if rest else None
+    nested = Nested(rest[0], rest[1], rest[2], second) if rest else None
     return PackedWeight(packed, absmax, code, prepared.blocksize, prepared.shape, prepared.quant_type, nested)
 
 

@@ -31,7 +31,7 @@ SHAPES = ((4096, 4096), (1024, 4096), (11008, 4096), (8192, 8192), (28672, 8192)
 TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
 _ROUNDS = 9
 
-Clock = Callable[[Callable[[], object]], float]  # runs something, and tells the seconds it took
+Clock = Callable[[Callable[[], object]], Callable[[], float]]  # makes ready to run it once and tell the seconds
 
 
 def tune(
@@ -47,11 +47,11 @@ def tune(
     Args:
         shapes: of the weights, (N, K); K a multiple of 64.
         tokens: rising.
-        clock: takes the time; on a GPU the device's own, by events.
+        clock: takes the time; on a GPU that of a CUDA graph's replay, by the device's own clock.
         keeps: not where it is a rehearsal: the emulator's time says nothing of a GPU's.
     """
     processor, rows = backend.processor(device), []
-    clock = clock or (_by_events if device.type == "cuda" else _by_the_clock)
+    clock = clock or (_replayed if device.type == "cuda" else _by_the_clock)
     for n, k in shapes:
         weights = _weights(backend, n, k, device)
         last, told = 0, []
@@ -88,36 +88,51 @@ def _both(backend: PlannedBackend, weights: Sequence[PackedWeight], m: int, cloc
     y, processor = x.new_empty(m, n), backend.processor(x.device)
 
     def fused(weight: PackedWeight) -> None:
-        arch, multiprocessors = processor.arch, processor.multiprocessors
-        made = launch.product(x, weight, None, y, arch, multiprocessors, "ring", processor.limits)
-        processor.run(made or [])
+        made = launch.product_of(
+            weight, x.dtype, m, True, processor.arch, processor.multiprocessors, "ring", processor.limits
+        )
+        assert made is not None  # a rung that is named serves any number of tokens
+        processor.run([launch.filled(made, x, x.data_ptr(), None, y, processor.counters)])
 
     def decoded(weight: PackedWeight) -> Tensor:
         return backend.dequantize_and_multiply(x, weight, None, y)
 
-    def all_of(way: Callable[[PackedWeight], object]) -> Callable[[], object]:
-        return lambda: [way(weight) for weight in weights]
+    def all_of(way: Callable[[PackedWeight], object]) -> Callable[[], float]:
+        return clock(lambda: [way(weight) for weight in weights])
 
-    times: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(1 + _ROUNDS):
-        for way, taken in zip((fused, decoded), times, strict=True):
-            seconds = clock(all_of(way)) / len(weights)
-            if round_:  # the first one compiles
-                taken.append(seconds)
-    return median(times[0]), median(times[1])
+    with torch.no_grad():
+        runs = [all_of(way) for way in (fused, decoded)]
+        rounds = [[run() / len(weights) for run in runs] for _ in range(1 + _ROUNDS)][1:]  # the first one compiles
+    first, second = (median(taken) for taken in zip(*rounds, strict=True))
+    return first, second
 
 
-def _by_events(run: Callable[[], object]) -> float:
-    """Of the device's own clock; launching is in it only where the device waits for it."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
+def _replayed(run: Callable[[], object]) -> Callable[[], float]:
+    """Captured in a graph after one call outside it, so that launching from Python is not what is measured."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+
+    def once() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    return once
 
 
-def _by_the_clock(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def _by_the_clock(run: Callable[[], object]) -> Callable[[], float]:
+    def once() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return once

@@ -195,9 +195,13 @@ def test_a_weight_whose_storage_was_freed_is_an_error_and_one_allocated_again_is
 
 
 def test_a_layout_of_another_backend_is_refused():
-    weight = PreparedWeight("cuda-emulator", "stored", (torch.zeros(2),), (8, 64), 64, "nf4")
-    with pytest.raises(refq4.BackendUnsupportedError, match="reads the layouts canonical and stored, not 'stored'"):
+    weight = PreparedWeight("cuda-emulator", "tiles", (torch.zeros(2),), (8, 64), 64, "nf4")
+    with pytest.raises(refq4.BackendUnsupportedError, match="reads the layouts canonical and stored, not 'tiles'"):
         CudaEmulatorBackend().gemm_4bit(torch.ones(2, 64), weight, None)
+    with pytest.raises(
+        ValueError, match=r"a weight \[8, 64\] in the layout 'stored' has tensors of \[\(256, torch.uint8"
+    ):
+        CudaEmulatorBackend().gemm_4bit(torch.ones(2, 64), weight._replace(layout="stored"), None)
 
 
 # --- the counters ---------------------------------------------------------------------------------------------------
