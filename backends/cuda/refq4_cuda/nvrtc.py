@@ -225,11 +225,13 @@ def _failure(file: str, arch: int, options: tuple[str, ...], form: Form, log: st
     """The first errors with their source lines, and the command that would give them again."""
     shown = _ptxas_errors(file, arch, options, log) or _front_end_errors(log) or log.splitlines()
     lines = "\n  ".join(shown[:12])
+    where = "Change the source, "  # of somebody else
+    if (kernel_directory() / file).is_file():
+        where = f"The sources are in {kernel_directory()}. Where they are as installed, check {FLAGS_VARIABLE}, "
     return (
         f"compiling {file} for sm_{arch} failed:\n  {lines}\n"
         f"The options were: {shlex.join(options)}\n"
-        f"The sources are in {kernel_directory()}. Where they are as installed, check {FLAGS_VARIABLE}, or install "
-        f"another NVRTC (this one is {dotted(nvrtc_version())})."
+        f"{where}or install another NVRTC (this one is {dotted(nvrtc_version())})."
     )
 
 

@@ -122,6 +122,28 @@ def test_saturating_sums_and_dot_products_of_bytes():
             assert compute(f"dp4a.{left}.{right} {{0}}, {{1}}, {{2}}, 7;", "u4", a, b).tolist() == dots
 
 
+@pytest.mark.parametrize("kind", ["u32", "u64"])
+def test_long_sums_and_products_carry(kind):
+    bits = int(kind[1:])
+    a, b = pairs(EDGES if bits == 32 else WIDE)
+    c, d, r = ("%r20", "%r21", "%r22") if bits == 32 else ("%rd20", "%rd21", "%rd22")
+    mask = (1 << 2 * bits) - 1
+    long = f"not.b{bits} {c}, {{1}}; shr.{kind} {d}, {{2}}, 1;"  # (c, a) and (d, b): two numbers of twice the width
+    texts = {
+        "add": f"add.cc.{kind} {r}, {{1}}, {{2}}; addc.{kind} {{0}}, {c}, {d};",
+        "sub": f"sub.cc.{kind} {r}, {{1}}, {{2}}; subc.{kind} {{0}}, {c}, {d};",
+        "mad": f"mad.lo.cc.{kind} {r}, {{1}}, {{2}}, {c}; madc.hi.{kind} {{0}}, {{1}}, {{2}}, {d};",
+    }
+    for name, text in texts.items():
+        wanted = []
+        for x, y in zip(a.tolist(), b.tolist(), strict=True):
+            top, half = ~x & ((1 << bits) - 1), y >> 1
+            one, two = top << bits | x, half << bits | y
+            exact = {"add": one + two, "sub": one - two, "mad": x * y + (half << bits | top)}[name]
+            wanted.append((exact & mask) >> bits)
+        assert compute(long + text, f"u{bits // 8}", a, b).tolist() == wanted, name
+
+
 def test_setp_with_two_results_and_a_negated_predicate():
     a, b = np.array([1, 2, 3, 3], "u4"), np.array([2, 2, 2, 9], "u4")
     text = "setp.gt.u32 %p1, {1}, 2; setp.lt.and.u32 %p2|%p3, {1}, {2}, !%p1; selp.u32 {0}, 1, 0, %p2;"

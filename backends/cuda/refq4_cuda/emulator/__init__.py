@@ -10,7 +10,7 @@ addresses in them are those of CPU tensors. ``docs/cuda-without-a-gpu.md`` says 
 
     module, parse -> flow -> slots, decode.py       text, control flow, one Python function per instruction (program.py)
     semantics, integer, bits, floating, functions,  what an instruction computes
-    halves, compare, convert.py
+    halves, compare, convert, carry.py
     addresses, transfer, atomics.py                 loads, stores, cp.async, atomics
     warp, barriers, tensor.py                       what threads do together: shuffles and votes, barriers, mma
     memory, order, shared, local.py                 the memories and their checks

@@ -58,6 +58,7 @@ class Batch:
         memory.numbers = (blocks[self.block] * in_block + self.thread).astype(np.int32)
         memory.start(count)
         self.meetings = Meetings(self)
+        self.carry, self.ticks = np.zeros(count, bool), 0
         self.local = Local(count if program.local else 0, program.local, checks)
         self.dynamic_shared = shared
         self.shared = Shared(len(blocks), self.padded, program.static_shared + shared, program.grain, checks)

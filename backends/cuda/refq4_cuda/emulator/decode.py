@@ -21,6 +21,7 @@ import numpy as np
 from . import barriers, bits, convert, floating, functions, halves, integer, tensor  # noqa: F401  (they fill tables)
 from .atomics import find_atomic
 from .barriers import NUMBERED, is_plain
+from .carry import CLOCKS, find_carry, read_clock
 from .compare import complement
 from .errors import UnknownInstructionError
 from .flow import (
@@ -184,7 +185,9 @@ class Decoder:
 
     def _step(self, instruction: Instruction) -> Step:
         opcode = instruction.opcode
-        if (made := find_transfer(opcode) or find_atomic(opcode)) is not None:
+        if CLOCKS & {str(operand) for operand in instruction.operands}:
+            return read_clock(self, instruction)
+        if (made := find_transfer(opcode) or find_atomic(opcode) or find_carry(opcode)) is not None:
             return made(self, instruction)
         if opcode.startswith("mov.") and any(isinstance(o, Vector) for o in instruction.operands):
             return split_or_join(self, instruction)
