@@ -312,7 +312,7 @@ if missing is None:
         )
         tiled = engine.prepare_weight(canonical) if kernel.reads_tiles else None
         times[kernel.name] = {}
-        for M in (1,) if kernel.one_token else (1, 16):
+        for M in (1,) if kernel.most_tokens == 1 else (1, 16):
             tokens = torch.randn(M, k, generator=generator).bfloat16()
             shortest = float("inf")
             for _ in range(2 if kernel.feature == "c" else 5):

@@ -60,7 +60,7 @@ def measured(n: int, k: int, layers: int, rounds: int) -> dict[str, Any]:
         runs = {
             kernel.name: product(kernel, engine, packed, x)
             for kernel, engine in engines.items()
-            if m == 1 or not (kernel.one_token or (kernel.name == "gemv_4bit_1_scalar" and m > SCALAR_GEMV_TO))
+            if m <= most_tokens(kernel)
         }
         for name, seconds in interleaved(runs, rounds, layers, layers if m < 16 else 1).items():
             ms[name][str(m)] = 1e3 * seconds
@@ -82,9 +82,14 @@ def engine_of(kernel: ProductKernel, n: int, k: int) -> CpuBackend | None:
         if engine.can_run(call) is not None:
             return None
         few = packed_weight(engine, torch.randn(16, k))
-        for m in (1,) if kernel.one_token else TOKENS:
+        for m in (tokens for tokens in TOKENS if tokens <= most_tokens(kernel)):
             product(kernel, engine, [few], torch.randn(m, k).bfloat16())(0)
     return engine
+
+
+def most_tokens(kernel: ProductKernel) -> int:
+    """What a kernel takes, or what can be waited for."""
+    return SCALAR_GEMV_TO if kernel.name == "gemv_4bit_1_scalar" else kernel.most_tokens or TOKENS[-1]
 
 
 def product(

@@ -357,7 +357,7 @@ def test_one_kernel_gives_a_token_the_same_bits_alone_and_in_a_batch(
     features = backend.library().tier.features
     tiles = backend.prepare_weight(weight)
     for dtype in DTYPES:
-        x = torch.randn(21, 1024).to(dtype)
+        x = torch.randn(15, 1024).to(dtype)  # no kernel but those of one token takes fewer
         for w, layout in ((weight, "canonical"), (tiles, TILES)):
             if w is None or kernel.refuses(features, dtype, len(x), 1024, 64, layout) is not None:
                 continue
@@ -384,7 +384,7 @@ def test_the_mean_error_of_a_long_sum_in_fp32_stays_below_a_third_of_what_bitsan
         packed, absmax = REFERENCE.quantize_4bit(W, code, 64)
         weight = PackedWeight(packed, absmax, code.values, 64, tuple(W.shape), "nf4")
         exact = x.double() @ REFERENCE.dequantize_4bit(weight, torch.float32).double().T
-        rows = x.split(1 if kernel.one_token else 8)
+        rows = x.split(1 if kernel.most_tokens == 1 else 8)
         y = torch.cat([backend._product(row, weight, None, kernel) for row in rows])
         errors.append((y.double() - exact).abs().mean() / dim**0.5)
     assert sum(errors) / len(errors) < 0.8e-8
@@ -414,7 +414,7 @@ def test_tokens_that_fp16_cannot_hold_lose_nothing_and_change_no_neighbours_bits
     expected = REFERENCE.gemm_4bit(x[4:], weight, None)
     assert torch.equal(torch.cat(alone[4:]).isnan(), expected.isnan())
     assert torch.equal(torch.cat(alone[4:]).isinf(), expected.isinf())
-    if not kernel.one_token:
+    if kernel.most_tokens != 1:
         together = backend._product(x, weight, None, kernel)
         assert torch.equal(together.view(torch.int16), torch.cat(alone).view(torch.int16))
 

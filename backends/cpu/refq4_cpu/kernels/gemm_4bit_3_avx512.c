@@ -38,7 +38,7 @@ static inline __attribute__((always_inline)) void fp32_tile(const float *x, cons
             UNROLL for (int p = 0; p < NP; p++) {
                 const uint8_t *at = tiles + p * stride + 64 + 64 * g;
                 codes[p] = _mm512_loadu_si512(at);
-                _mm_prefetch((const char *)at + 1152, _MM_HINT_T0); /* a block ahead, across page ends */
+                _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
             }
             UNROLL for (int s = 0; s < 8; s++) {
                 __m512 w[MAX_PANELS];

@@ -39,8 +39,7 @@ static inline __attribute__((always_inline)) void bf16_tile(const uint32_t *x, c
             UNROLL for (int p = 0; p < NP; p++) {
                 const uint8_t *at = tiles + p * stride + 64 + 64 * g;
                 codes[p] = _mm512_loadu_si512(at);
-                /* One block ahead (at blocksize 64): the hardware follows the streams, but stops at page ends. */
-                _mm_prefetch((const char *)at + 1152, _MM_HINT_T0);
+                _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
             }
             UNROLL for (int s = 0; s < 4; s++) {
                 __m512bh w[MAX_PANELS];

@@ -23,6 +23,7 @@
 #ifdef REFQ4_AVX512
 #include "gemm_4bit_3_avx512.c"
 #include "gemv_4bit_2_avx512.c"
+#include "gemm_4bit_5_avx512_rows.c"
 #include "quantize_2_avx512.c"
 #include "dequantize_2_avx512.c"
 #define QUANTIZE quantize_2_avx512
@@ -48,6 +49,7 @@
 #ifdef REFQ4_AVX512_BF16
 #include "gemm_4bit_4_avx512_bf16.c"
 #include "gemv_4bit_3_avx512_bf16.c"
+#include "gemm_4bit_5_avx512_bf16_rows.c"
 #endif
 #ifdef REFQ4_NEON_FHM
 #include "gemm_4bit_3_neon_fhm.c"
@@ -93,10 +95,12 @@ static const struct {
 #ifdef REFQ4_AVX512
     NAMED(gemm_4bit_3_avx512),
     NAMED(gemv_4bit_2_avx512),
+    NAMED(gemm_4bit_5_avx512_rows),
 #endif
 #ifdef REFQ4_AVX512_BF16
     NAMED(gemm_4bit_4_avx512_bf16),
     NAMED(gemv_4bit_3_avx512_bf16),
+    NAMED(gemm_4bit_5_avx512_bf16_rows),
 #endif
 #ifdef REFQ4_NEON
     NAMED(gemm_4bit_2_neon),
