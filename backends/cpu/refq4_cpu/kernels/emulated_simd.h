@@ -145,6 +145,28 @@ static inline __m512bh emulated_cvtne2ps_pbh(__m512 a, __m512 b) { /* b becomes 
 }
 #endif
 
+#ifndef _mm512_maskz_loadu_ps
+#define _mm512_maskz_loadu_ps(mask, at) emulated_maskz_loadu_ps(mask, at)
+static inline __m512 emulated_maskz_loadu_ps(__mmask16 mask, const void *at) { /* the same */
+    float lanes[16];
+    for (int i = 0; i < 16; i++) lanes[i] = mask >> i & 1 ? ((const float *)at)[i] : 0;
+    __m512 loaded;
+    memcpy(&loaded, lanes, sizeof loaded);
+    return loaded;
+}
+#endif
+
+#ifndef _mm512_i32gather_epi32
+#define _mm512_i32gather_epi32(index, at, scale) emulated_i32gather_epi32(index, at, scale)
+static inline __m512i emulated_i32gather_epi32(__m512i index, const void *at, int scale) {
+    int32_t lanes[16];
+    memcpy(lanes, &index, sizeof lanes);
+    for (int i = 0; i < 16; i++) memcpy(lanes + i, (const uint8_t *)at + (int64_t)lanes[i] * scale, 4);
+    memcpy(&index, lanes, sizeof index);
+    return index;
+}
+#endif
+
 #ifndef _mm512_reduce_add_ps
 #define _mm512_reduce_add_ps(a) emulated_reduce_add_ps(a)
 static inline float emulated_reduce_add_ps(__m512 a) { /* halves on halves, as gcc and clang do it */

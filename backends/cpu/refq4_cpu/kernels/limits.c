@@ -1,7 +1,7 @@
 /* What the machine can do at best, measured the way the kernels use it: the roof of every roofline in the docs.
  *
  *     READ    bytes of main memory read, in GB/s           (a buffer much larger than the last-level cache)
- *     FMA     fp32 multiply-adds, in GFLOP/s               (16 different sums: equal ones would be merged)
+ *     FMA     fp32 multiply-adds, in GFLOP/s               (different sums: equal ones would be merged)
  *     DOT     bf16 with vdpbf16ps or bfmmla, in GFLOP/s
  *
  * Each thread takes pieces of the work like any product's; 0 where the tier has no such instruction.
@@ -13,7 +13,12 @@
 #endif
 #include "threads.c"
 
-enum { READ = 0, FMA = 1, DOT = 2, SUMS = 16, PIECES = 64, STEPS = 100000 };
+#if defined REFQ4_AVX2 && !defined REFQ4_AVX512
+enum { SUMS = 12 }; /* sixteen registers hold no more */
+#else
+enum { SUMS = 16 }; /* a latency of six, two a cycle: twelve are just too few */
+#endif
+enum { READ = 0, FMA = 1, DOT = 2, PIECES = 64, STEPS = 100000 };
 
 typedef struct {
     const uint8_t *buffer;
