@@ -228,7 +228,7 @@ def test_each_rung_of_the_tables_has_an_excerpt_or_shares_one():
     rungs = {name for name in kernels_code.files() if re.match(r"ge[mv]+_4bit_\d_.*\.cu?$", name)}
     assert rungs - set(kernels_code._chosen().EXCERPTS) == {
         *("gemv_4bit_2_avx512.c", "gemv_4bit_3_avx512_bf16.c"),
-        *("gemv_4bit_2_neon.c", "gemv_4bit_3_neon_bf16.c", "gemv_4bit_3_neon_fhm.c"),
+        *("gemm_4bit_5_avx512_rows.c", "gemm_4bit_5_avx512_bf16_rows.c"),
     }
 
 

@@ -9,7 +9,7 @@
  *            k    [ 32 x 128 tile, fp32, 16 KB ]
  *            |                 |
  *     x: six tokens  ->  6 x 16 sums in registers, 32 steps of k   ->  sums[m][128] += them     (per thread)
- *                        (6 x 64 with AVX-512)
+ *                        (6 x 64 with AVX-512; NEON: 6 x 8, and 16 steps)
  *
  * Rows of w are far apart in memory, so the 64 bytes of each are asked for one tile ahead.
  *
@@ -22,7 +22,9 @@
  * cc -O3 -fsyntax-only grad_input_4bit_1_blocked.c
  */
 #include "threads.c"
-#if defined REFQ4_AVX2 || defined REFQ4_NEON
+#ifdef REFQ4_NEON
+#include "neon_lookup.h"
+#elif defined REFQ4_AVX2
 #include "simd.h"
 #else
 #define UNROLL
@@ -30,13 +32,17 @@
 
 #ifdef REFQ4_AVX512
 enum { GRAD_LANES = 16, GRAD_VECTORS = 4 }; /* of sums, for each of six tokens */
+#elif defined REFQ4_NEON
+enum { GRAD_LANES = 4, GRAD_VECTORS = 2 }; /* twice as many would not fit 32 registers beside x */
 #else
 enum { GRAD_LANES = 8, GRAD_VECTORS = 2 };
 #endif
 typedef float Lanes __attribute__((vector_size(4 * GRAD_LANES), aligned(4), may_alias));
 
 enum { GRAD_COLUMNS = 128, GRAD_TOKENS = 6, GRAD_CHUNK = 240 }; /* a chunk: of tokens */
-#ifdef REFQ4_AVX2
+#ifdef REFQ4_NEON
+enum { GRAD_DEPTH = 16 };
+#elif defined REFQ4_AVX2
 enum { GRAD_DEPTH = 32 };
 #else
 enum { GRAD_DEPTH = 8 }; /* plain C rounds each product, too: shorter subtotals */
@@ -68,6 +74,8 @@ static inline void add_product(Lanes *sum, const Lanes *w, float x) {
     *sum = (Lanes)_mm512_fmadd_ps((__m512)*w, _mm512_set1_ps(x), (__m512)*sum);
 #elif defined REFQ4_AVX2
     *sum = (Lanes)_mm256_fmadd_ps((__m256)*w, _mm256_set1_ps(x), (__m256)*sum);
+#elif defined REFQ4_NEON
+    *sum = (Lanes)vfmaq_f32((float32x4_t)*sum, (float32x4_t)*w, vdupq_n_f32(x));
 #else
     *sum += *w * x;
 #endif
@@ -95,6 +103,16 @@ static inline void decode_bytes(const Weight *w, int64_t first, int64_t count, f
         __m256 top = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
         _mm256_storeu_ps(out + i, _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
                                                    _mm256_permutevar8x32_ps(high, index), top));
+    }
+#elif defined REFQ4_NEON
+    float values[16];
+    for (int j = 0; j < 16; j++) values[j] = w->code[j] * scale;
+    const uint8x16x4_t t = table_planes(values);
+    for (; i + 16 <= count; i += 16) {
+        uint8x8_t bytes = vld1_u8(in + i / 2), high = vshr_n_u8(bytes, 4), low = vand_u8(bytes, vdup_n_u8(15));
+        float32x4_t decoded[4];
+        lookup_fp32(vzip1q_u8(vcombine_u8(high, high), vcombine_u8(low, low)), &t, 4, decoded);
+        UNROLL for (int j = 0; j < 4; j++) vst1q_f32(out + i + 4 * j, decoded[j]);
     }
 #endif
     for (; i < count; i++) out[i] = w->code[nibble(in, i)] * scale;
