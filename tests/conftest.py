@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import hypothesis
@@ -63,3 +66,15 @@ def peer_path(request: pytest.FixtureRequest, bnb: ModuleType) -> Iterator[str]:
     """The way in which the peer's layers compute in this test, whatever the processor: tests/support/peer_path.py."""
     with computing_on(bnb, getattr(request, "param", CANONICAL)) as path:
         yield path
+
+
+@pytest.fixture(scope="session")
+def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a libcuda.so.1 compiled from fake_cuda.c: a driver without a GPU."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("there is no C compiler for the driver that stands in for NVIDIA's: apt install gcc")
+    folder = tmp_path_factory.mktemp("driver")
+    source = Path(__file__).parent / "backends" / "cuda" / "fake_cuda.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", source], check=True)
+    return folder

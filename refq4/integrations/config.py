@@ -158,13 +158,14 @@ class Refq4Config(BitsAndBytesConfig):
                 f"this checkpoint was quantised by {method}{bits}; refq4 loads 4-bit checkpoints of refq4 and "
                 f"bitsandbytes, and quantises models in full precision"
             )
-        config = cls(**{key: value for key, value in stored.items() if key not in _EIGHT_BIT}, saved_for=method)
+        config = cls(**{key: value for key, value in stored.items() if key not in _EIGHT_BIT})
         if given is not None:
             differ = [name for name in _OF_THE_WEIGHTS if getattr(given, name) != getattr(config, name)]
             if differ and given.to_diff_dict().keys() & set(differ):
                 held = ", ".join(f"{name}={getattr(config, name)}" for name in differ)
                 warn_caller(f"the checkpoint is quantised already, and its own settings are used: {held}")
             config.skip_besides = given.llm_int8_skip_modules or []
+            config.saved_for = config._check_saved_for(given.saved_for)
             if given._compute_dtype_given:
                 config.bnb_4bit_compute_dtype = given.bnb_4bit_compute_dtype
         return config

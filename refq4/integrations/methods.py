@@ -38,7 +38,9 @@ def refq4_has_a_say(original: Callable[..., Any]) -> Callable[..., Any]:
             given, theirs = Refq4Config.of_bitsandbytes(given), False
         ours = stored.get("quant_method") == METHOD and not theirs
         in_4_bits = bool(stored.get("load_in_4bit")) and stored.get("quant_method") != METHOD
-        if ours or isinstance(given, Refq4Config) or (in_4_bits and later.served):
+        if in_4_bits and given is None and later.served:
+            given = Refq4Config(saved_for="bitsandbytes")
+        if ours or isinstance(given, Refq4Config):
             return Refq4Config.for_checkpoint(stored, given)
         if in_4_bits and given is None and not later.told:
             later.told = True

@@ -130,7 +130,7 @@ def all_steps(out: Path, wheels: Path | None, rehearse: bool) -> dict[str, Step]
     sanitized = [*verify, "--quick", *(depth[1:] if rehearse else [])]
     # Without torch's cache of memory, what lies beyond a tensor is nobody's; -lineinfo gives a report its line.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "REFQ4_CUDA_FLAGS": "-lineinfo"}
-    steps = {} if wheels is None else {"install": Step(install(wheels, out), 60, 0)}
+    steps = {} if wheels is None else {"install": Step(unpack(wheels, out), 60, 0)}
     steps["tests"] = Step(tests, 170, 1)
     for tool in SANITIZER_TOOLS[:2]:
         steps[tool] = Step([*sanitizer(tool), *sanitized], 110, 1, alone)
@@ -142,7 +142,7 @@ def all_steps(out: Path, wheels: Path | None, rehearse: bool) -> dict[str, Step]
     return steps
 
 
-def install(wheels: Path, out: Path) -> list[str]:
+def unpack(wheels: Path, out: Path) -> list[str]:
     """The command that unpacks all wheels into a folder, asking nobody."""
     found = sorted(map(str, wheels.glob("*.whl")))
     where = ["--target", str(out / "site"), "--upgrade"]

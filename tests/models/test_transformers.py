@@ -565,7 +565,7 @@ def test_an_older_library_is_refused_and_a_newer_one_warned_of(monkeypatch, libr
         monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == library else "0")
         versions.check(library)
 
-    for inside in (oldest, f"{oldest}.0", f"{first}.{second + 1}.7"):
+    for inside in (oldest, f"{oldest}.0", f"{oldest}.7"):
         found(inside)
     for older in (f"{first}.{second - 1}.99", f"{first - 1}.99" if first else "0.1.dev0", "0.1"):
         with pytest.raises(

@@ -191,7 +191,8 @@ def test_importing_refq4_loads_itself_and_almost_nothing_else():
     assert done.returncode == 0, done.stderr
     new = done.stdout.split()
     others = {name.partition(".")[0] for name in new} - {"refq4", "torch"}
-    assert others <= {"_decimal", "_statistics", "decimal", "fractions", "numbers", "statistics"}, others
+    by_torch = {"_decimal", "_statistics", "decimal", "fractions", "numbers", "statistics", "triton"}  # when ops come
+    assert others <= by_torch, others
     assert len([name for name in new if name.startswith("refq4")]) <= 30
     late = ("refq4.testing", "refq4.cli", "refq4.bench", "refq4.checkpoint", "refq4.models", "refq4.tools")
     assert not [name for name in new if name.startswith(late)]

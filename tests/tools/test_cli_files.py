@@ -271,11 +271,13 @@ def test_every_command_has_help_with_an_example_and_json_where_it_reports(capsys
         "inspect",
         "verify",
         "bench",
+        "tune",
+        "run",
         "complete",
     }
     for name, command in commands.items():
         text = command.format_help()
-        assert name == "complete" or "--json" in text
+        assert name in ("complete", "run", "tune") or "--json" in text
         assert "refq4 " + name in text
 
 

@@ -1,6 +1,6 @@
 """A layer on the CUDA backend: how many calls it takes, what it keeps, and how its counters are given out.
 
-The launches go through cuda-python to the driver of ``fake_cuda.c`` (``conftest.py``), or into the emulator.
+The launches go through cuda-python to the driver of ``fake_cuda.c`` (``tests/conftest.py``), or into the emulator.
 """
 
 from __future__ import annotations
