@@ -9,6 +9,7 @@ import os
 import runpy
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -26,7 +27,8 @@ def add(commands: Any) -> None:
         help="another program, with refq4 in transformers",
         description="Run a Python program in which transformers knows refq4's checkpoints and Refq4Config, as if the "
         "program imported refq4.integrations.transformers itself. The program is a file, a module, or a command that "
-        "a Python package installs; its exit code is the command's.",
+        "a Python package installs; its exit code is the command's. A process that the program starts for itself, "
+        "as torchrun does, knows the backend and nothing else of this: start refq4 run in it instead.",
         epilog=options.examples(
             "python -m refq4 run -- lm_eval --model hf --model_args pretrained=model-nf4 --tasks hellaswag",
             "python -m refq4 run --bitsandbytes --backend cpu -- train.py --load_in_4bit",
@@ -55,15 +57,14 @@ def _run(arguments: argparse.Namespace) -> int:
     connect("transformers")
     if arguments.bitsandbytes:
         serve_bitsandbytes()
+    connect("diffusers")
     sys.argv = [arguments.program, *arguments.arguments]
     try:
-        returned = program()
-    except SystemExit as ended:
-        returned = ended.code
-    if isinstance(returned, str):  # as sys.exit does
-        print(returned, file=sys.stderr)
+        program()  # how it exits is its own: SystemExit goes through
+    except Exception:  # an error of the program's is no word of refq4's
+        traceback.print_exc()
         return 1
-    return returned if isinstance(returned, int) else 0
+    return 0
 
 
 def _found(program: str) -> Callable[[], Any]:
@@ -76,7 +77,7 @@ def _found(program: str) -> Callable[[], Any]:
         return lambda: runpy.run_path(program, run_name="__main__")
     commands = {point.name: point for point in entry_points(group="console_scripts")}
     if program in commands:
-        return lambda: commands[program].load()()
+        return lambda: sys.exit(commands[program].load()())
     sys.path.insert(0, os.getcwd())
     if program.replace(".", "").isidentifier() and _is_module(program):
         return lambda: runpy.run_module(program, run_name="__main__", alter_sys=True)

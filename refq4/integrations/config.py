@@ -122,17 +122,18 @@ class Refq4Config(BitsAndBytesConfig):
 
     @classmethod
     def of_bitsandbytes(cls, config: BitsAndBytesConfig) -> Self:
-        """The same settings as a config of bitsandbytes, and files that it reads.
+        """The same settings as a config of bitsandbytes, and files that it reads; its 8-bit fields are dropped.
 
         Raises:
-            ValueError: an 8-bit field is in use.
+            ValueError: it is not for 4 bits.
 
         Example:
             >>> theirs = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
             >>> Refq4Config.of_bitsandbytes(theirs).to_dict()["quant_method"]
             'bitsandbytes'
         """
-        return cls(**config.to_diff_dict() | {"load_in_4bit": config.load_in_4bit, "saved_for": "bitsandbytes"})
+        own = {key: value for key, value in config.to_diff_dict().items() if key not in _EIGHT_BIT}
+        return cls(**own | {"load_in_4bit": config.load_in_4bit, "saved_for": "bitsandbytes"})
 
     @classmethod
     def for_checkpoint(cls, stored: dict[str, Any], given: Self | None = None) -> Self:
@@ -151,7 +152,8 @@ class Refq4Config(BitsAndBytesConfig):
         Warns:
             UserWarning: ``given`` asks for weights that the checkpoint doesn't hold.
         """
-        method = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method")))
+        named = stored.get("quant_method") or ("bitsandbytes" if stored.get("load_in_4bit") else None)
+        method = str(getattr(named, "value", named))
         if method not in (METHOD, "bitsandbytes") or not stored.get("load_in_4bit", method == METHOD):
             bits = " in 8 bits" if stored.get("load_in_8bit") else ""
             raise ValueError(
@@ -165,7 +167,10 @@ class Refq4Config(BitsAndBytesConfig):
                 held = ", ".join(f"{name}={getattr(config, name)}" for name in differ)
                 warn_caller(f"the checkpoint is quantised already, and its own settings are used: {held}")
             config.skip_besides = given.llm_int8_skip_modules or []
-            config.saved_for = config._check_saved_for(given.saved_for)
+            if given.saved_for != METHOD and (unknown := config._unknown_to_bitsandbytes()):
+                warn_caller(f"bitsandbytes does not know {unknown}, so the model will be saved as refq4's")
+            else:
+                config.saved_for = given.saved_for
             if given._compute_dtype_given:
                 config.bnb_4bit_compute_dtype = given.bnb_4bit_compute_dtype
         return config

@@ -29,6 +29,7 @@ except ImportError as error:
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
+from safetensors import safe_open
 
 from ..functional import dequantize_4bit
 from ..internals.checks import warn_caller
@@ -69,19 +70,28 @@ class Refq4DiffusersQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """The names of parameters alone; what stands beside a packed one belongs to it."""
-        self._packed = {key.removesuffix(".absmax") for key in loaded_keys if key.endswith("weight.absmax")}
-        return [key for key in loaded_keys if key.rpartition("weight.")[0] + "weight" not in self._packed] + sorted(
-            self._packed
-        )
+        packed = {key.removesuffix(".absmax") for key in loaded_keys if key.endswith("weight.absmax")}
+        owners = {key: f"{key.rpartition('weight.')[0]}weight" for key in loaded_keys}
+        self._beside = {name: {key for key in loaded_keys if owners[key] == name} for name in packed}
+        self._files = checkpoint_files
+        return [key for key in loaded_keys if owners[key] not in packed] + sorted(packed)
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Of one file: without what stands beside a packed weight, which is kept for when the weight comes."""
+        owned = set().union(*self._beside.values()) - self._beside.keys()
+        self._at_hand = {key: value for key, value in state_dict.items() if key in owned}
+        return {key: value for key, value in state_dict.items() if key not in owned}
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
+        if config.embeddings:
+            raise ValueError("embeddings=True is for transformers' models; a model of diffusers keeps its tables")
         self.modules_to_not_convert = [*(config.llm_int8_skip_modules or []), *(keep_in_fp32_modules or [])]
         names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         if self.pre_quantized:
-            names = [name for name in names if f"{name}.weight" in self._packed]
+            names = [name for name in names if f"{name}.weight" in self._beside]
         else:
             names = [name for name in names if not self._skipped(name)]
             check_used(config.formats, names)
@@ -126,7 +136,7 @@ class Refq4DiffusersQuantizer(DiffusersQuantizer):
         layer: Any = model.get_submodule(param_name.rpartition(".")[0])
         try:
             if self.pre_quantized:
-                beside = {key: value for key, value in state_dict.items() if key.startswith(f"{param_name}.")}
+                beside = self._read_beside(param_name)
                 layer.weight = Params4bit.from_prequantized(
                     state_dict[param_name], beside, device=target_device, module=layer
                 )  # param_value was cast to a dtype of numbers, and these are bytes
@@ -134,6 +144,15 @@ class Refq4DiffusersQuantizer(DiffusersQuantizer):
                 layer.weight = layer.weight._like(param_value, None).to(target_device)
         except ValueError as error:
             raise ValueError(f"{param_name}: {error}") from None
+
+    def _read_beside(self, param_name: str) -> dict[str, Any]:
+        """What belongs to a packed weight; the end of a file may have parted them."""
+        wanted = self._beside.get(param_name, set()) - {param_name}
+        found = {key: self._at_hand[key] for key in wanted & self._at_hand.keys()}
+        for file in self._files if len(found) < len(wanted) else ():
+            with safe_open(file, framework="pt") as opened:
+                found |= {key: opened.get_tensor(key) for key in (wanted - found.keys()) & set(opened.keys())}
+        return found
 
     # --- after loading, and back ------------------------------------------------------------------------------------
 

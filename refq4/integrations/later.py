@@ -90,28 +90,35 @@ def _integrate(library: str) -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Finds the library as ever, once, with a loader that integrates afterwards."""
+    """Finds the library as ever, with a loader that integrates afterwards; it goes when the library is imported.
+
+    To look for the library, as programs do to see whether it is there, imports nothing and ends nothing.
+    """
 
     def __init__(self, library: str) -> None:
         self.library = library
+        self._asking = False  # the others, for the library
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.library:
+        if fullname != self.library or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenIntegrate(spec.loader)
+            spec.loader = _ThenIntegrate(spec.loader, self)
         return spec
 
 
 class _ThenIntegrate(Loader):
     """The loader of a library, which leaves no trace in the module that it has loaded."""
 
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
+    def __init__(self, loader: Any, waiting: _Waiting) -> None:
+        self.loader, self.waiting = loader, waiting
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         created: ModuleType | None = self.loader.create_module(spec)
@@ -119,6 +126,8 @@ class _ThenIntegrate(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
+        if self.waiting in sys.meta_path:
+            sys.meta_path.remove(self.waiting)
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         _integrate(module.__name__)

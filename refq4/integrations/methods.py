@@ -33,13 +33,12 @@ def refq4_has_a_say(original: Callable[..., Any]) -> Callable[..., Any]:
         stored, given = quantization_config, quantization_config_from_args
         if not isinstance(stored, dict):
             stored = stored.to_dict()
-        theirs = isinstance(given, BitsAndBytesConfig) and not isinstance(given, Refq4Config)
-        if theirs and later.served and given.load_in_4bit:
-            given, theirs = Refq4Config.of_bitsandbytes(given), False
-        ours = stored.get("quant_method") == METHOD and not theirs
+        if later.served:
+            given = _served(given)
         in_4_bits = bool(stored.get("load_in_4bit")) and stored.get("quant_method") != METHOD
         if in_4_bits and given is None and later.served:
             given = Refq4Config(saved_for="bitsandbytes")
+        ours = stored.get("quant_method") == METHOD and given is None
         if ours or isinstance(given, Refq4Config):
             return Refq4Config.for_checkpoint(stored, given)
         if in_4_bits and given is None and not later.told:
@@ -58,12 +57,18 @@ def takes_bitsandbytes_place(original: Callable[..., Any]) -> Callable[..., Any]
 
     @functools.wraps(original)
     def from_config(quantization_config: Any, **kwargs: Any) -> Any:
-        config = quantization_config
-        if later.served and isinstance(config, BitsAndBytesConfig) and not isinstance(config, Refq4Config):
-            config = Refq4Config.of_bitsandbytes(config) if config.load_in_4bit else config
-        return original(config, **kwargs)
+        return original(_served(quantization_config) if later.served else quantization_config, **kwargs)
 
     return from_config
+
+
+def _served(config: Any) -> Any:
+    """A config of bitsandbytes in 4 bits as one of refq4; any other as it is."""
+    if isinstance(config, dict) and config.get("load_in_4bit") and config.get("quant_method") != METHOD:
+        config = BitsAndBytesConfig.from_dict(config)
+    if isinstance(config, BitsAndBytesConfig) and not isinstance(config, Refq4Config) and config.load_in_4bit:
+        return Refq4Config.of_bitsandbytes(config)
+    return config
 
 
 def counts_weights(original: Callable[..., int]) -> Callable[..., int]:

@@ -89,7 +89,7 @@ def _experts(model: nn.Module) -> list[Any]:
         if multiplied and not module.training and not getattr(module, "is_transposed", True):
             names: Any = module._modules.get("parametrizations") or {}
             held = [held_4bit(module, name) for name in names]
-            found += [each for each in held if each is not None and each.quant_state is not None]
+            found += [each for each in held if each is not None and isinstance(each.original, Preparable)]
     return found
 
 

@@ -70,6 +70,14 @@ def test_all_linear_layers_are_quantised_as_the_function_does_it_and_come_back_f
     assert_same_bits(sample(again), sample(ours))
 
 
+@pytest.mark.parametrize("shard", ["10KB", "30KB", "60KB"])
+def test_what_belongs_to_a_weight_may_lie_in_another_file(plain, tmp_path, shard):
+    ours = load(plain, quantization_config=Refq4Config(**NF4))
+    ours.save_pretrained(tmp_path, max_shard_size=shard)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert_same_bits(sample(load(tmp_path)), sample(ours))
+
+
 def test_what_is_skipped_stays_and_is_written_down(plain, tmp_path):
     ours = load(plain, quantization_config=Refq4Config(**NF4, llm_int8_skip_modules=["time_embedding", "to_k"]))
     assert {name.split(".")[-1] for name in linears(ours, nn.Linear)} == {"linear_1", "linear_2", "to_k"}

@@ -286,6 +286,11 @@ def test_packed_experts_can_be_laid_out_before_the_first_call(family):
         model.set_experts_implementation("eager")
         refq4.restore(model)
         assert refq4.prepare(model) == 0, "what decodes them would restore them at each call"
+        model.set_experts_implementation("refq4")
+        for layer in model.model.layers:  # as FSDP rebuilds parameters
+            for held in layer.mlp.experts.parametrizations.values():
+                held.original = nn.Parameter(held.original.stored(), requires_grad=False)
+        assert refq4.prepare(model) == 0, "what something else made stays as it is"
 
 
 def test_experts_of_a_model_of_no_library_are_decoded_when_they_are_read():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from patience import BUSY
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig, LlamaConfig, LlamaForCausalLM
 
 from refq4.integrations import later
 from refq4.integrations.transformers import Refq4Config
@@ -81,6 +81,7 @@ def test_a_program_that_loads_what_refq4_saved_needs_no_word_of_it(llama, tmp_pa
     [
         ("print('fine')", 0, ""),
         ("import sys; sys.exit('a reason')", 1, "a reason\n"),
+        ("import sys; sys.exit(ValueError('another'))", 1, "another\n"),
         ("import os; print(os.environ['REFQ4_BACKEND'])", 0, ""),
     ],
 )
@@ -88,6 +89,51 @@ def test_a_program_ends_as_it_would_alone(body, code, says, tmp_path):
     (tmp_path / "program.py").write_text(body)
     done = run("--backend", "reference", "--", "program.py", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (code, says)
+
+
+def test_an_error_of_the_programs_is_shown_with_its_own_lines(tmp_path):
+    (tmp_path / "program.py").write_text("def load():\n    open('no such file')\n\nload()\n")
+    done = run("--", "program.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "    open('no such file')" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("FileNotFoundError")
+
+
+@pytest.mark.parametrize("library", ["transformers", "peft"])
+def test_looking_for_a_library_is_not_importing_it(library):
+    code = f"""
+import importlib.util, sys
+from refq4.integrations.later import connect
+connect({library!r})
+assert importlib.util.find_spec({library!r}) and importlib.util.find_spec({library!r})
+assert "refq4.integrations.{library}" not in sys.modules
+import {library}
+assert "refq4.integrations.{library}" in sys.modules
+assert not [finder for finder in sys.meta_path if type(finder).__name__ == "_Waiting" and finder.library == {library!r}]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=10 * BUSY)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bitsandbytes_config_on_a_checkpoint_that_bitsandbytes_can_not_read_loads_it(llama, tmp_path, monkeypatch):
+    AutoModelForCausalLM.from_pretrained(
+        llama, quantization_config=Refq4Config(bnb_4bit_quant_type="af4")
+    ).save_pretrained(tmp_path)
+    monkeypatch.setattr(later, "served", True)
+    given = BitsAndBytesConfig(load_in_4bit=True, llm_int8_enable_fp32_cpu_offload=True)
+    with pytest.warns(
+        UserWarning, match="bitsandbytes does not know the type af4, so the model will be saved as refq4's"
+    ):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=given)
+    assert model.config.quantization_config.to_dict()["quant_method"] == "refq4"
+
+
+def test_a_config_of_another_way_to_quantise_is_refused_by_transformers_own_word(llama, tmp_path):
+    AutoModelForCausalLM.from_pretrained(
+        llama, quantization_config=Refq4Config(bnb_4bit_quant_type="af4")
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Refq4Config but you are passing a GPTQConfig"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=GPTQConfig(bits=4))
 
 
 def test_a_module_of_this_folder_and_an_installed_command_are_programs(tmp_path):

@@ -46,7 +46,7 @@ class Product(Protocol):
 
 def winner(winners: Winners, dtype: torch.dtype, m: int, layout: str) -> str | None:
     """The name of the kernel that was fastest for such a product, or None if there was no choice to measure."""
-    measured = max(tokens for tokens in MEASURED_M if tokens <= m)
+    measured = max(tokens for tokens in MEASURED_M if tokens <= max(m, 1))
     return winners.get(_row(dtype, layout), {}).get(str(measured))
 
 

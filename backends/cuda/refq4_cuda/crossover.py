@@ -19,7 +19,7 @@ from typing import Any
 
 from refq4.internals.buildcache import CacheError, cache_directory
 
-__all__ = ["FILE", "Row", "forget", "is_fused", "keep", "modelled", "tuned_file"]
+__all__ = ["FILE", "Row", "forget", "is_fused", "keep", "modelled", "modelled_turns", "tuned_file"]
 
 FILE = Path(__file__).with_name("crossovers.json")
 Row = tuple[int, int, Sequence[int]]
@@ -35,9 +35,13 @@ def is_fused(m: int, n: int, k: int, arch: int, multiprocessors: int) -> bool:
         >>> is_fused(16, 4096, 4096, 90, 132), is_fused(512, 4096, 4096, 90, 132)
         (True, False)
     """
-    rows = _tuned().get(_name(arch, multiprocessors)) or modelled(arch)
-    _, _, turns = min(rows, key=lambda row: abs(math.log2(row[0] / n)) + abs(math.log2(row[1] / k)))
-    return bisect_left(turns, m) % 2 == 0
+    rows = {tuple(row[:2]): row for row in [*modelled(arch), *_measured(arch, multiprocessors)]}
+    return bisect_left(_nearest(list(rows.values()), n, k), m) % 2 == 0
+
+
+def modelled_turns(n: int, k: int, arch: int) -> Sequence[int]:
+    """What the model says of a shape: the numbers of tokens after which the other way is faster, fused first."""
+    return _nearest(modelled(arch), n, k)
 
 
 def modelled(arch: int) -> list[Row]:
@@ -48,13 +52,14 @@ def modelled(arch: int) -> list[Row]:
 
 
 def keep(arch: int, multiprocessors: int, rows: Sequence[Row]) -> Path:
-    """Write what was measured on a GPU to the cache directory; that of other GPUs stays.
+    """Write what was measured on a GPU to the cache directory; that of other GPUs, and of other shapes, stays.
 
     Raises:
         CacheError: the directory can't be used.
     """
     path = tuned_file()
-    kept = _tuned() | {_name(arch, multiprocessors): [list(row) for row in rows]}
+    by_shape = {tuple(row[:2]): list(row) for row in [*_measured(arch, multiprocessors), *rows]}
+    kept = _tuned() | {_name(arch, multiprocessors): list(by_shape.values())}
     path.write_text(json.dumps(kept, indent=1) + "\n")
     forget()
     return path
@@ -68,6 +73,15 @@ def forget() -> None:
 def tuned_file() -> Path:
     """Where ``refq4 tune`` writes."""
     return cache_directory("cuda") / "crossovers.json"
+
+
+def _nearest(rows: Sequence[Row], n: int, k: int) -> Sequence[int]:
+    return min(rows, key=lambda row: abs(math.log2(row[0] / n)) + abs(math.log2(row[1] / k)))[2]
+
+
+def _measured(arch: int, multiprocessors: int) -> list[Row]:
+    rows = _tuned().get(_name(arch, multiprocessors), [])
+    return [tuple(row) for row in rows if isinstance(row, list) and len(row) == 3 and isinstance(row[2], list)]
 
 
 def _name(arch: int, multiprocessors: int) -> str:

@@ -61,6 +61,10 @@ def tune(
             if fused > decoded:
                 break
             last = m
+        else:  # it never lost: beyond what was measured, the model's figure is the better guess
+            last = max([last, *crossover.modelled_turns(n, k, processor.arch)[:1]])
+        if last == 0:  # it never won, which says nothing of fewer tokens than the fewest
+            last = min([tokens[0] - 1, *crossover.modelled_turns(n, k, processor.arch)[:1]])
         rows.append((n, k, (last,)))
         yield f"{n} x {k}: fused up to {last} tokens (µs fused/decoded at {', '.join(told)})"
     if not keeps:

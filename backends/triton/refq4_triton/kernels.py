@@ -182,7 +182,8 @@ def gemm(
         a = tl.load(x + token[:, None] * K + k[None, :], mask=(token < M)[:, None] & (k < K)[None, :], other=0.0)
         part = tl.dot(a, w.to(a.dtype), input_precision="ieee")
         total = sums + part
-        lost += part - (total - sums)
+        rounded = part - (total - sums)
+        lost += tl.where(tl.abs(rounded) < float("inf"), rounded, 0.0)  # of an infinity nothing is lost
         sums = total
     sums += lost
     if bias is not None:

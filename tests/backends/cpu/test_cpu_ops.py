@@ -402,6 +402,44 @@ def test_the_gradient_keeps_the_error_budget(
         assert error <= allowed, f"M={m}: error {error:.3e}, allowed {allowed:.3e}"
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_gradient_through_a_weight_that_bf16_can_not_hold_is_infinite_and_no_nan(cpu: CpuBackend, n: int) -> None:
+    W = torch.ones(n, 64)
+    W[-1, 5] = 3.4e38
+    packed, absmax = REFERENCE.quantize_4bit(W, get_codebook("nf4").on("cpu"), 64)
+    weight = PackedWeight(packed, absmax, get_codebook("nf4").on("cpu").values, 64, (n, 64), "nf4")
+    got = cpu.grad_input_4bit(torch.ones(1, n).bfloat16(), weight)
+    wanted = REFERENCE.dequantize_4bit(weight, torch.bfloat16).sum(0, keepdim=True)
+    assert torch.equal(got.isinf(), wanted.isinf())
+    assert not got.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_no_rows_is_empty(cpu: CpuBackend, dtype: torch.dtype) -> None:
+    assert cpu.grad_input_4bit(torch.zeros(0, 96, dtype=dtype), random_weight(96, 128)).shape == (0, 128)
+
+
+@pytest.mark.parametrize("scale", [2e5, 1.3e-7], ids=["large values", "small values"])
+def test_a_code_of_any_size_is_multiplied_within_the_budget(cpu: CpuBackend, scale: float) -> None:
+    values = scale * (torch.arange(16) - 7.5)
+    packed = torch.randint(0, 256, (16 * 64 // 2,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    weight = PackedWeight(packed, torch.ones(16), values, 64, (16, 64), "own")
+    for m in (1, 2, 19):
+        x = torch.randn(m, 64, generator=torch.Generator().manual_seed(m)).bfloat16()
+        assert_within_budget(cpu.gemm_4bit(x, weight, None), x, weight, None)
+
+
+def test_tiny_activations_keep_their_size_where_subnormals_are_flushed(cpu: CpuBackend) -> None:
+    weight = random_weight(16, 64)
+    x = (1e-35 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0))).bfloat16()
+    torch.set_flush_denormal(True)
+    try:
+        got = [cpu.gemm_4bit(each, weight, None) for each in (x, x[:1])]
+    finally:
+        torch.set_flush_denormal(False)
+    assert max(float(each.abs().max()) for each in got) < 1e-30
+
+
 def test_the_gradient_in_bf16_has_a_kernel_of_its_own_where_rows_are_whole_blocks() -> None:
     with_pairs, without = ("c", "avx2", "avx512", "avx512_bf16"), ("c", "avx2", "avx512")
     assert grad_input_kernel(with_pairs, torch.bfloat16, 128, 64) == "grad_input_4bit_2_avx512_bf16"

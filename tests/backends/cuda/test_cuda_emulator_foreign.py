@@ -10,12 +10,14 @@ import re
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
 from foreign import CASES, ptx_of, source_of, uniform
 from refq4_cuda import emulator
+from refq4_cuda.emulator import AccessError, LaunchError, run_ptx
 from refq4_cuda.nvrtc import compile_ptx
 
 from refq4.functional import quantize_4bit
@@ -221,3 +223,59 @@ def test_the_page_about_other_kernels_shows_what_it_prints(capsys):
         exec(compile(block, "your-cuda-kernel.md", "exec"), names)
     for line in capsys.readouterr().out.splitlines()[1:]:
         assert line in page, "the page shows another text"
+
+
+COUNTING = """
+.version 7.0
+.target sm_75
+.address_size 64
+.global .align 4 .u32 counter;
+.visible .entry count(.param .u64 out, .param .b32 factor) {
+    .reg .b32 %r<4>; .reg .b64 %rd<3>;
+    mov.u64 %rd1, counter; atom.global.add.u32 %r1, [%rd1], 1;
+    ld.param.u64 %rd2, [out]; ld.param.b32 %r2, [factor]; st.global.b32 [%rd2], %r2; ret;
+}"""
+
+
+def test_two_threads_that_run_one_program_have_its_arrays_one_after_the_other():
+    from concurrent.futures import ThreadPoolExecutor
+
+    adding = COUNTING.replace("st.global.b32 [%rd2], %r2", "add.u32 %r1, %r1, 1; atom.global.max.u32 %r3, [%rd2], %r1")
+
+    def counted(_: int) -> int:
+        out = torch.zeros(1, dtype=torch.int32)
+        run_ptx(adding, "count", (25, 1, 1), (32, 1, 1), [out, 0])
+        return int(out)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert set(pool.map(counted, range(8))) == {800}
+
+
+def test_a_number_of_numpys_is_packed_as_pythons():
+    out = torch.zeros(1)
+    run_ptx(COUNTING.replace(".b32 factor", ".f32 factor"), "count", (1, 1, 1), (1, 1, 1), [out, np.float32(2.5)])
+    assert out.item() == 2.5
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "shared"),
+    [
+        ((1, 70000, 1), (1, 1, 1), 0),
+        ((1, 1, 1), (1, 1, 128), 0),
+        ((1, 1, 1), (-4, -1, 1), 0),
+        ((1, 1, 1), (1, 1, 1), -16),
+        ((1, 1, 1), (1, 1, 1), 10 << 20),
+    ],
+    ids=["grid.y", "block.z", "negative", "negative shared memory", "too much shared memory"],
+)
+def test_a_launch_that_no_device_runs_is_refused(grid, block, shared):
+    with pytest.raises(LaunchError, match=r"no device runs|a block has 0 to"):
+        run_ptx(COUNTING, "count", grid, block, [torch.zeros(1, dtype=torch.int32), 0], shared=shared)
+
+
+def test_an_access_where_there_is_no_memory_at_all_is_named():
+    ptx = COUNTING.replace(".global .align 4 .u32 counter;", "").replace(
+        "mov.u64 %rd1, counter; atom.global.add.u32 %r1, [%rd1], 1;", ""
+    )
+    with pytest.raises(AccessError, match="outside every buffer"):
+        run_ptx(ptx, "count", (1, 1, 1), (1, 1, 1), [0, 1])

@@ -144,7 +144,28 @@ def test_what_was_measured_on_a_gpu_comes_before_the_model_and_holds_for_that_gp
     assert plan(shape(64, 4096, 4096), 90, 78) is not None, "another GPU"
 
 
-@pytest.mark.parametrize("damage", ["", "no json", "[]"])
+def test_measuring_one_shape_leaves_what_is_known_of_the_others(own_cache) -> None:
+    crossover.keep(90, 132, [(4096, 4096, (128,))])
+    crossover.keep(90, 132, [(28672, 8192, (16,))])
+    forget()
+    assert crossover.is_fused(100, 4096, 4096, 90, 132)
+    assert not crossover.is_fused(17, 28672, 8192, 90, 132)
+    assert crossover.is_fused(40, 1024, 4096, 90, 132) == (crossover.modelled_turns(1024, 4096, 90)[0] >= 40)
+
+
+@pytest.mark.parametrize(("tokens", "wins"), [((128, 256), False), ((16, 32), True)], ids=["never faster", "always"])
+def test_what_was_not_measured_is_the_models(own_cache, monkeypatch, tokens, wins) -> None:
+    monkeypatch.setattr(tune, "_both", lambda *others: (1e-6, 2e-6) if wins else (2e-6, 1e-6))
+    backend = CudaEmulatorBackend()
+    processor = backend.processor(torch.device("cpu"))
+    list(tune.tune(backend, torch.device("cpu"), [(4096, 4096)], tokens))
+    forget()
+    modelled = crossover.modelled_turns(4096, 4096, processor.arch)[0]
+    for m in (1, 33):
+        assert crossover.is_fused(m, 4096, 4096, processor.arch, processor.multiprocessors) == (m <= modelled)
+
+
+@pytest.mark.parametrize("damage", ["", "no json", "[]", '{"sm_90 with 132 multiprocessors": [[64, 256]]}'])
 def test_a_damaged_file_of_cross_overs_is_as_none(own_cache, damage: str) -> None:
     crossover.keep(90, 132, [(4096, 4096, (1,))])
     crossover.tuned_file().write_text(damage)

@@ -46,6 +46,23 @@ def test_it_agrees_with_the_reference(case):
 
 
 @needs_triton
+@pytest.mark.parametrize("value", [float("inf"), 3e38])
+def test_an_infinity_stays_one(value):
+    torch.manual_seed(0)
+    layer, x = refq4.nn.LinearNF4(64, 32, bias=False).to("cpu").eval(), torch.randn(2, 64)
+    x[0, 3] = value
+    x[0, 4] = value if value == 3e38 else x[0, 4]
+    results = {}
+    for name in ("reference", "triton-emulator"):
+        with refq4.use_backend(name), torch.no_grad():
+            results[name] = layer(4 * x)
+    wanted, got = results["reference"], results["triton-emulator"]
+    assert wanted[0].isinf().any()
+    assert torch.equal(got.isinf(), wanted.isinf())
+    assert torch.equal(got.isnan(), wanted.isnan())
+
+
+@needs_triton
 @pytest.mark.slow
 def test_it_passes_the_quick_verification():
     report = refq4.testing.verify("triton-emulator", depth="quick", progress=False)

@@ -46,15 +46,15 @@ static void decode_rows(const PairPlan *plan, int64_t n0, int64_t outputs, int64
     int64_t row_blocks = p->N / w->blocksize, row_bytes = p->N / 2;
     int64_t block = n0 / w->blocksize, next = (n0 + outputs - 32) / w->blocksize - block; /* 1: 32 columns are a block */
     for (int64_t k = k0; k < k0 + depth; k += 2, out += PAIR_REGISTERS) {
-        int64_t last = k + 1 == p->K; /* the last row has no partner: x is zero there */
+        int64_t last = k + 1 == p->K; /* the last row has no partner: x and the weight are 0 */
         const uint8_t *row = w->packed + k * row_bytes + n0 / 2, *row1 = last ? row : row + row_bytes;
         int64_t at = k * row_blocks + block, at1 = last ? at : at + row_blocks;
-        __m512i table = two_tables(code, pair_scale(plan, at), pair_scale(plan, at1));
+        __m512i table = two_tables(code, pair_scale(plan, at), last ? 0 : pair_scale(plan, at1));
         __builtin_prefetch(row + PAIR_DEPTH * row_bytes); /* rows are far apart in memory */
         __builtin_prefetch(row1 + PAIR_DEPTH * row_bytes);
         decode_two_rows(row, row1, table, out);
         if (outputs == 32) continue;
-        if (next) table = two_tables(code, pair_scale(plan, at + 1), pair_scale(plan, at1 + 1));
+        if (next) table = two_tables(code, pair_scale(plan, at + 1), last ? 0 : pair_scale(plan, at1 + 1));
         decode_two_rows(row + 16, row1 + 16, table, out + 2);
     }
 }

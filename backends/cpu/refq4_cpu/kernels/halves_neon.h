@@ -19,7 +19,7 @@ static inline float half_factor(const uint16_t *x, int64_t count) {
     for (int64_t i = 0; i < count; i++) most = (x[i] & 0x7FFF) > most ? x[i] & 0x7FFF : most;
     if (most >= 0x7F80) return 0;
     int64_t exponent = 127 + 14 - ((most >> 7) - 127);
-    return float_of((uint32_t)min64(exponent, 254) << 23);
+    return float_of((uint32_t)min64(exponent, 253) << 23); /* 254 has an inverse that is subnormal */
 }
 
 /* Whether all of x fits; out[i] = x[i] * factor. */

@@ -64,10 +64,15 @@ static float rounded_table(const float *code, void *table) {
     return 1 / c;
 }
 
-/* Rounded to fp16, in planes 2 and 3, where lookup_words finds it. */
+/* Rounded to fp16, in planes 2 and 3, where lookup_words finds it: times a power of two that brings the largest value
+ * to 1 .. 2, for a code may hold what fp16 can't. */
 static inline float half_table(const float *code, void *table) {
     uint32_t *t = table;
-    for (int i = 0; i < 16; i++) t[i] = (uint32_t)fp32_to_fp16(code[i]) << 16;
-    return 1;
+    uint32_t most = 0;
+    for (int i = 0; i < 16; i++) most = (bits_of(code[i]) & 0x7FFFFFFF) > most ? bits_of(code[i]) & 0x7FFFFFFF : most;
+    int64_t exponent = 254 - (most >> 23);
+    float c = float_of((uint32_t)(exponent > 253 ? 253 : exponent < 1 ? 1 : exponent) << 23); /* so 1 / c is normal */
+    for (int i = 0; i < 16; i++) t[i] = (uint32_t)fp32_to_fp16(code[i] * c) << 16;
+    return 1 / c;
 }
 #endif

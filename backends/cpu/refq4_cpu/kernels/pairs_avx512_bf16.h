@@ -138,6 +138,7 @@ static void pair_item(void *context, int64_t item, int thread) {
 }
 
 static int pair_product(PairPlan *plan, const Pairs *how, const Product *p) {
+    if (!p->M || !p->N) return 1;
     int64_t nested = p->weight.nested_blocksize, strips = ceil_div(p->N, PAIR_OUTPUTS), pieces = ceil_div(p->K, PAIR_DEPTH);
     plan->p = p;
     plan->how = how;

@@ -223,8 +223,22 @@ def _execute(
     With ``args``, global memory is what they and the module's arrays span, and the order of all accesses is checked.
     """
     _check_launch(program, launch)
-    for array, initial in program.arrays.values():
-        array[:] = np.frombuffer(initial, np.uint8)
+    if not program.arrays:
+        return _all_blocks(program, launch, seed, checks, watcher, args)
+    with program.running:  # another thread's launch has the same arrays
+        for array, initial in program.arrays.values():
+            array[:] = np.frombuffer(initial, np.uint8)
+        return _all_blocks(program, launch, seed, checks, watcher, args)
+
+
+def _all_blocks(
+    program: Program,
+    launch: Launch,
+    seed: int | None,
+    checks: bool,
+    watcher: Watcher | None,
+    args: Sequence[Argument] | None,
+) -> list[int]:
     regions = regions_of(program.kernel, args or (), program.arrays)
     sizes = int(np.prod(launch.grid)), int(np.prod(launch.block))
     if args is None:
@@ -240,6 +254,9 @@ def _execute(
     return counts
 
 
+MOST_SHARED = 227 * 1024  # of the largest GPU that the emulator knows, sm_90
+
+
 def _check_launch(program: Program, launch: Launch) -> None:
     kernel, threads = program.kernel, int(np.prod(launch.block))
     if len(launch.arguments) != kernel.argument_bytes:
@@ -247,7 +264,12 @@ def _check_launch(program: Program, launch: Launch) -> None:
             f"kernel {kernel.name} takes {kernel.argument_bytes} bytes of arguments, the launch has "
             f"{len(launch.arguments)}: the struct in C and the one in Python differ"
         )
-    if not 1 <= threads <= 1024 or min(launch.grid) < 1:
+    sizes = zip((*launch.grid, *launch.block), (2**31 - 1, 65535, 65535, 1024, 1024, 64), strict=True)
+    if not 1 <= threads <= 1024 or not all(1 <= size <= most for size, most in sizes):
         raise LaunchError(f"kernel {kernel.name}: no device runs grid {launch.grid} with blocks of {launch.block}")
+    if not 0 <= launch.shared <= MOST_SHARED:
+        raise LaunchError(
+            f"kernel {kernel.name}: shared={launch.shared}, and a block has 0 to {MOST_SHARED} bytes of it"
+        )
     if any(tensor.device.type != "cpu" for tensor in launch.buffers):
         raise LaunchError(f"kernel {kernel.name}: the emulator reads CPU tensors, and one is on another device")

@@ -230,10 +230,11 @@ class GlobalMemory:
         found: list[tuple[Buffer, Any, np.ndarray]] = []
         for k in np.unique(which):
             at = np.nonzero(which == k)[0]
-            buffer = self.buffers[max(k, 0)]
-            inside = address[at] - np.uint64(buffer.base) <= np.uint64(max(buffer.nbytes - size, 0))
-            outside = np.ones(len(at), bool) if k < 0 or size > buffer.nbytes else ~inside
-            if outside.any():
+            outside = np.ones(len(at), bool)
+            buffer = self.buffers[k] if k >= 0 else None  # below the first one, or there are none
+            if buffer is not None and size <= buffer.nbytes:
+                outside = address[at] - np.uint64(buffer.base) > np.uint64(buffer.nbytes - size)
+            if buffer is None or outside.any():
                 raise Fault(
                     AccessError,
                     lanes[at][outside],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,6 +39,7 @@ class Program:
         grain: the finest access to shared memory, in bytes.
         local: bytes of local memory per thread.
         arrays: the module's own arrays: their memory, and what is in it when a launch begins.
+        running: held by a launch, whose arrays they are until it ends.
     """
 
     kernel: Kernel
@@ -56,6 +58,7 @@ class Program:
     local: int = 0
     arrays: dict[str, tuple[np.ndarray, bytes]] = field(default_factory=dict)
     grain: int = 4
+    running: Any = field(default_factory=threading.RLock)
 
     @cached_property
     def owned(self) -> dict[int, list[int]]:

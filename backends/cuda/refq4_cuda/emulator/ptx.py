@@ -13,6 +13,7 @@ import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from .errors import LaunchError
@@ -71,17 +72,23 @@ def _packed(kernel: Kernel, i: int, parameter: Parameter, value: Argument) -> by
         if len(value) != parameter.size:
             raise LaunchError(f"{what} has {parameter.size} bytes, and {len(value)} are given")
         return value
+    number: Any = _plain(value)
     try:
-        if kind in FORMATS or (isinstance(value, float) and kind[0] == "b"):
-            return struct.pack(FORMATS.get(kind) or FORMATS[f"f{8 * parameter.size}"], value)
-        if isinstance(value, float) or kind == "b8":
-            raise LaunchError(f"{what}: {value!r} is no {'struct of bytes' if kind == 'b8' else 'whole number'}")
+        if kind in FORMATS or (isinstance(number, float) and kind[0] == "b"):
+            return struct.pack(FORMATS.get(kind) or FORMATS[f"f{8 * parameter.size}"], number)
+        if isinstance(number, float) or kind == "b8":
+            raise LaunchError(f"{what}: {number!r} is no {'struct of bytes' if kind == 'b8' else 'whole number'}")
         bits = 8 * parameter.size
-        if not -(1 << bits - 1) <= value < 1 << bits:
-            raise LaunchError(f"{what}: {value} does not fit into {bits} bits")
-        return (int(value) & (1 << bits) - 1).to_bytes(parameter.size, "little")
+        if not -(1 << bits - 1) <= number < 1 << bits:
+            raise LaunchError(f"{what}: {number} does not fit into {bits} bits")
+        return (int(number) & (1 << bits) - 1).to_bytes(parameter.size, "little")
     except (struct.error, OverflowError, TypeError, KeyError) as error:
-        raise LaunchError(f"{what}: {value!r} can't be passed: {error}") from None
+        raise LaunchError(f"{what}: {number!r} can't be passed: {error}") from None
+
+
+def _plain(number: Any) -> Any:
+    """A number of numpy's as one of Python's."""
+    return number.item() if isinstance(number, np.number) else number
 
 
 def regions_of(kernel: Kernel, args: Sequence[Argument], arrays: dict[str, Any]) -> list[Region]:
