@@ -17,7 +17,11 @@ import pytest
 import torch
 from peer_path import CANONICAL, computing_on
 
+from refq4.integrations import later
+
 PEER = "0.50.2"
+
+later.told = True  # once in a process, so in whichever test comes first; the test of it begins with False
 
 # The same examples on every run and machine; HYPOTHESIS_PROFILE=explore looks for new ones.
 hypothesis.settings.register_profile(

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from refq4.integrations import later
-
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "models"))
 
@@ -33,7 +31,6 @@ def test_a_door_that_fails_where_bitsandbytes_does_not_is_called_so(monkeypatch,
     def broken(*args: object, **settings: object) -> None:
         raise ValueError("on purpose")
 
-    monkeypatch.setattr(later, "told", True)  # that bitsandbytes' layers are loaded, which is what is wanted here
     monkeypatch.setattr(sweep, "quantize_checkpoint", broken)
     row = sweep.sweep("bert")
     assert row.fails == ["command: fails: ValueError: on purpose"]
