@@ -33,8 +33,7 @@ def refq4_has_a_say(original: Callable[..., Any]) -> Callable[..., Any]:
         stored, given = quantization_config, quantization_config_from_args
         if not isinstance(stored, dict):
             stored = stored.to_dict()
-        if later.served:
-            given = _served(given)
+        given = _served(given)
         in_4_bits = bool(stored.get("load_in_4bit")) and stored.get("quant_method") != METHOD
         if in_4_bits and given is None and later.served:
             given = Refq4Config(saved_for="bitsandbytes")
@@ -57,13 +56,15 @@ def takes_bitsandbytes_place(original: Callable[..., Any]) -> Callable[..., Any]
 
     @functools.wraps(original)
     def from_config(quantization_config: Any, **kwargs: Any) -> Any:
-        return original(_served(quantization_config) if later.served else quantization_config, **kwargs)
+        return original(_served(quantization_config), **kwargs)
 
     return from_config
 
 
 def _served(config: Any) -> Any:
-    """A config of bitsandbytes in 4 bits as one of refq4; any other as it is."""
+    """A config of bitsandbytes in 4 bits as one of refq4, if refq4 takes its place; any other as it is."""
+    if not later.served:
+        return config
     if isinstance(config, dict) and config.get("load_in_4bit") and config.get("quant_method") != METHOD:
         config = BitsAndBytesConfig.from_dict(config)
     if isinstance(config, BitsAndBytesConfig) and not isinstance(config, Refq4Config) and config.load_in_4bit:

@@ -132,7 +132,7 @@ class PlannedBackend(Backend):
         if type(weight) is StoredWeight:
             plan = stored.product(x, weight, bias, y, processor)
         else:
-            weight = stored.packed_again(weight) if isinstance(weight, PreparedWeight) else weight
+            weight = stored.packed_again(weight)
             arch, multiprocessors = processor.arch, processor.multiprocessors
             plan = launch.product(x, weight, bias, y, arch, multiprocessors, limits=processor.limits)
         if plan is None:
@@ -162,8 +162,7 @@ class PlannedBackend(Backend):
         The workspace is torch's to reuse. One kept here would be shared by streams that run at the same time, and
         would be freed or grown under a CUDA graph that remembers its address.
         """
-        packed = stored.packed_again(weight) if isinstance(weight, PreparedWeight) else weight
-        decoded = self.dequantize_4bit(packed, x.dtype)
+        decoded = self.dequantize_4bit(stored.packed_again(weight), x.dtype)
         factor = decoded if transposed else decoded.t()
         if bias is None:
             return torch.mm(x, factor, out=y)
@@ -181,7 +180,7 @@ class PlannedBackend(Backend):
     def grouped_gemm_4bit(
         self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, offsets: Tensor, transposed: bool
     ) -> Tensor:
-        weight = stored.packed_again(weight) if isinstance(weight, PreparedWeight) else weight
+        weight = stored.packed_again(weight)
         y = x.new_empty((x.shape[0], weight.shape[2 if transposed else 1]))
         processor = self.processor(x.device)
         plan = grouped_product(x, weight, bias, offsets, y, *_of(processor), transposed)

@@ -49,13 +49,15 @@ def stored(backend: str, weight: PackedWeight) -> StoredWeight:
     return made
 
 
-def packed_again(prepared: PreparedWeight) -> PackedWeight:
-    """The canonical weight; of one that came through an op, its tensors with what the layout's name says.
+def packed_again(prepared: PackedWeight | PreparedWeight) -> PackedWeight:
+    """Give the canonical weight, as it is or of a prepared one, which may have come through an op as bare tensors.
 
     Raises:
         BackendUnsupportedError: it is in the layout of another backend.
         ValueError: a tensor is not what the sizes want: the kernels read them by address.
     """
+    if isinstance(prepared, PackedWeight):
+        return prepared
     if isinstance(prepared, StoredWeight):
         return prepared.weight
     name, _, nested_blocksize = prepared.layout.partition(_NESTED)
