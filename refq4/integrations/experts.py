@@ -20,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from ..internals.grouped import grouped_gemm_4bit
 from ..models.experts import IMPLEMENTATION
 from ..nn.parametrize import held_4bit, packed_parameter
+from ..params import Params4bit
 
 __all__ = ["packed_experts_forward"]
 
@@ -124,7 +125,9 @@ def _computable(module: Any, name: str) -> bool:
 def _product(module: Any, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
     held, transposed = module.parametrizations[name], module.is_transposed
     bias = getattr(module, f"{name}_bias").to(rows.dtype) if module.has_bias else None
-    weight = held.original.readable() if module.training else held.original  # backward reads the stored bytes
+    weight = held.original
+    if module.training and isinstance(weight, Params4bit):  # backward reads the stored bytes; FSDP gathered these
+        weight = weight.readable()
     y = grouped_gemm_4bit(rows, weight, held.quant_state, offsets, bias, transposed=transposed)
     for delta in list(held)[1:]:
         y = y + delta.product(rows, offsets, transposed)

@@ -135,3 +135,25 @@ def test_a_sharded_layer_takes_bytes_and_state_of_its_shape_and_keeps_them_to_it
     narrow.pop("bias")
     with pytest.raises(ValueError, match=r"the checkpoint holds .*\[64, 32\].* this LinearNF4 wants .*\[64, 64\]"):
         model[0]._load_packed(narrow.pop("weight"), narrow, False)
+
+
+def test_sharded_experts_compute_in_training_mode_too_from_the_bytes_that_were_gathered(group_of_one):
+    from moe_models import made
+    from torch.distributed.fsdp import fully_shard
+
+    sharded, plain = (made("Qwen3Moe").requires_grad_(False).train() for _ in range(2))
+    for model in (sharded, plain):
+        refq4.quantize_model(model, quant_storage=torch.bfloat16)
+    for block in sharded.model.layers:
+        fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    assert hasattr(sharded.model.layers[0].mlp.experts.parametrizations.down_proj.original, "device_mesh")
+    x = torch.randn(1, 10, 128)
+    results = []
+    for model in (sharded, plain):
+        A = x.clone().requires_grad_()
+        y = model(inputs_embeds=A).logits
+        y.square().sum().backward()
+        results.append((y.detach(), A.grad, model.eval()(inputs_embeds=x).logits.detach()))
+    for mine, wanted in zip(*results, strict=True):
+        assert torch.equal(mine, wanted)
