@@ -637,6 +637,22 @@ def test_gemv_4bit_takes_the_stored_layout_on_a_cpu():
     assert_within_budget(F.gemv_4bit(x, packed, state=state), x, packed, state)
 
 
+@packed_path
+def test_long_products_in_fp32_are_closer_to_the_exact_one_than_torch_is(bnb, peer_path):
+    peer, layer = make_both(bnb, n=128, k=4096, compress_statistics=False)
+    peer.eval()
+    decoded, tokens = F.dequantize_4bit(layer.weight.data, layer.weight.quant_state), randn(8, 4096).split(1)
+
+    def error(multiply) -> float:
+        exact = [torch.nn.functional.linear(*map(Tensor.double, (x, decoded, layer.bias))) for x in tokens]
+        return sum(float((multiply(x).double() - y).abs().mean()) for x, y in zip(tokens, exact, strict=True)) / 8
+
+    with torch.no_grad(), refq4.use_backend("cpu"):
+        ours = error(layer)
+        assert ours < error(lambda x: torch.nn.functional.linear(x, decoded, layer.bias))
+        assert error(peer) > 1000 * ours
+
+
 # --- parameters and state dicts -------------------------------------------------------------------------------------
 
 
