@@ -3,16 +3,17 @@
 #
 # **What goes into a 4-bit layer, what is stored, and what comes out?**
 #
-# - You will be able to say what is stored for a 4-bit layer, how many bits that is per weight, and what comes out.
-# - It needs Python, and what a linear layer is. It takes 5 minutes.
+# - You will be able to say what is stored for a 4-bit layer, how many bits per weight that is, and what comes out.
+# - You need to know Python, and what a linear layer is. The notebook takes 5 minutes.
 # - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
 #
-# A linear layer multiplies its input by a matrix of weights. Most of a language model is such matrices, and running
-# one mostly means fetching them from memory. So: how much of each weight do we need? Here is a real layer, the first
-# one of a sentence encoder that many search engines use, and a real sentence on its way in.
+# A linear layer multiplies its input by a matrix of weights. Most of a language model consists of such matrices, and
+# most of the time of running the model is spent on reading them from memory. So how many bits of each weight do we
+# need? This notebook uses a real layer, the first one of a sentence encoder that many search engines use, and a real
+# sentence as its input.
 #
-# To read code first: [refq4/one_page.py](../refq4/one_page.py) is the whole layer in fewer than ninety lines. The last
-# cell shows that both store the same bytes.
+# If you want to read code first, [refq4/one_page.py](../refq4/one_page.py) is the whole layer in fewer than ninety
+# lines. The last cell of this notebook shows that it stores the same bytes.
 
 # %%
 import torch
@@ -32,7 +33,7 @@ print(*tokens)
 # %% [markdown]
 # ## What is stored
 #
-# One call turns the layer into a 4-bit one. NF4 is the name of the format; notebook 2 is about it.
+# One call makes a 4-bit layer of the layer. NF4 is the name of the format; notebook 2 explains it.
 
 # %%
 layer = refq4.nn.Linear4bit.from_linear(
@@ -68,8 +69,8 @@ picture.table(
 )
 
 # %% [markdown]
-# Divide by the number of weights, and you have the price of one in bits: four for its code, and half a bit for its
-# share of a scale (32 bits, shared by 64). Notebook 4 gets that half bit down to an eighth.
+# Divide the bits by the number of weights to get the bits per weight: four for the code, and half a bit for the
+# weight's share of a scale (32 bits, shared by 64 weights). Notebook 4 reduces this half bit to an eighth.
 
 # %%
 codes = 8 * layer.weight.nbytes / W.numel()
@@ -99,9 +100,9 @@ picture.show(
 # %% [markdown]
 # ## What a code means
 #
-# Look at the first block: 64 neighbouring weights of the first row. Its scale is the largest magnitude among them.
-# Each weight is divided by the scale, which puts it between -1 and 1, and replaced by the nearest of the sixteen
-# numbers.
+# Look at the first block: 64 neighbouring weights of the first row. The block's scale is the largest magnitude among
+# them. Each weight is divided by the scale, so that it is between -1 and 1, and then replaced by the nearest of the
+# sixteen numbers.
 
 # %%
 block = W.flatten()[:64]
@@ -114,8 +115,7 @@ for row in nearest.view(4, 16).tolist():
     print("codes", *(f"{code:3}" for code in row))
 
 # %% [markdown]
-# Decoding is one look-up and one product, `code[i] * scale`. Done by hand it gives, bit for bit, what the library
-# gives.
+# Decoding is one look-up and one product, `code[i] * scale`. Done by hand, it gives the same bits as the library.
 
 # %%
 decoded = state.code[nearest] * scale
@@ -149,13 +149,14 @@ picture.show(
 )
 
 # %% [markdown]
-# The lines lie close together around zero, where most weights are, and far apart where few are. That is all the
-# cleverness there is in the format.
+# The lines are close together around zero, where most weights are, and far apart where few weights are. This is the
+# whole idea of the format.
 #
 # ## What comes out
 #
-# The layer takes the same input and gives an output of the same shape and type. The weights are off by 9 %; the
-# outputs by a little less, as a sum of 384 products averages over errors that point both ways.
+# The 4-bit layer takes the same input as the original one, and gives an output of the same shape and type. The
+# weights are wrong by 9 %. The outputs are wrong by a little less, because an output is a sum of 384 products, in
+# which positive and negative errors partly cancel.
 
 # %%
 y, y4 = linear(x), layer(x)
@@ -197,13 +198,13 @@ picture.show(
 # %% [markdown]
 # ## What happened inside
 #
-# Every call of a layer goes through the same seven steps, and each step decides something. `refq4.trace` writes down
-# what was decided and why; notebook 6 takes the steps one at a time. (Times and the name of the engine are those of
+# Every call of a layer has the same seven steps, and each step decides something. `refq4.trace` records what was
+# decided and why; notebook 6 explains the steps one at a time. (The times and the name of the backend are those of
 # the machine that made this page.)
 #
-# Step 6 has two lines. The first is the *path*: `own layout` if the backend has rearranged the weight, else `gemv_4bit`
-# for one token or `MatMul4Bit` for several. The second is the *op* that ran: GEMV, matrix times vector, for one token;
-# GEMM, matrix times matrix, for the twelve that we have here.
+# Step 6 has two lines. The first line is the *path*: `own layout` if the backend has rearranged the weight, otherwise
+# `gemv_4bit` for one token or `MatMul4Bit` for several. The second line is the *op* that ran: GEMV, matrix times
+# vector, for one token; GEMM, matrix times matrix, for the twelve tokens of our sentence.
 
 # %% tags=["timing"]
 with refq4.trace() as steps:
@@ -215,8 +216,8 @@ steps
 # %% [markdown]
 # ## The same on one page
 #
-# `refq4/one_page.py` is a 4-bit layer, too: quantise, pack, decode, multiply, and nothing else. It also quantises the
-# scales, as notebook 4 explains. Both layers store the same bytes.
+# `refq4/one_page.py` is also a 4-bit layer. It quantises, packs, decodes and multiplies, and nothing else. It also
+# quantises the scales, as notebook 4 explains. Both layers store the same bytes.
 
 # %%
 from refq4 import one_page
@@ -237,8 +238,9 @@ print(
 )
 
 # %% [markdown]
-# **So:** a block of 64 weights becomes 64 codes of 4 bits and one scale; a code means one of sixteen numbers times
-# that scale. 4.5 bits instead of 32, and the output points almost exactly where it did.
+# **Summary:** a block of 64 weights becomes 64 codes of 4 bits and one scale. A code means one of
+# sixteen numbers, times this scale. A weight takes 4.5 bits instead of 32, and the output has almost the same
+# direction as before.
 
 # %% [markdown]
 # ## Exercises
@@ -263,8 +265,8 @@ exercises.check("1.1", answer)
 # </details>
 
 # %% [markdown]
-# **1.2** Decode by hand: from codes [n], one scale for each 64 of them, and the table of sixteen values, to n
-# weights.
+# **1.2** Decode by hand: compute n weights from codes [n], one scale for each 64 codes, and the table
+# of sixteen values.
 
 
 # %% tags=["exercise"]

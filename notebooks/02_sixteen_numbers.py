@@ -4,12 +4,12 @@
 # **Why are NF4's sixteen values where they are?**
 #
 # - You will be able to derive NF4's sixteen values, say which weight gets which, and try a format of your own.
-# - It needs notebook 1; the normal distribution. It takes 15 minutes.
+# - You need notebook 1, and to know the normal distribution. The notebook takes 15 minutes.
 # - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
 #
-# A code of 4 bits can name sixteen numbers, whichever we like: a look-up costs the same for any table. So we are free
-# to put them where weights are. Where are weights? Here are all 10.6 million of the linear layers of a real model,
-# each divided by the largest magnitude of its block of 64.
+# A code of 4 bits can stand for any sixteen numbers, because a look-up takes the same time for any table. So we can
+# choose numbers that are close to the weights. How are weights distributed? Here are all 10.6 million weights of the
+# linear layers of a real model, each divided by the largest magnitude of its block of 64.
 
 # %%
 from statistics import NormalDist
@@ -65,20 +65,21 @@ picture.show(
 )
 
 # %% [markdown]
-# A bell, and a spike at either end where each block's largest weight sits. (The normal curve has the standard
-# deviation of all of them, spikes included, so it is a little too wide for the bell alone.) NF4, "normal float", is
-# made for the bell.
+# The weights form a bell, with a spike at each end: the spikes are the largest weights of the blocks. (The normal
+# curve has the standard deviation of all weights, including the spikes, so it is a little too wide for the bell
+# alone.) NF4, "normal float", is made for the bell.
 #
 # ## The idea: every code equally often
 #
-# A code of four bits carries the most information if all sixteen are used equally often. For a bell curve that means:
-# cut it into slices of equal *probability*, not of equal width, and take a number from each. The function that turns
-# a probability into a number is the inverse of the normal distribution's cumulative curve, its *quantile*.
+# A code of four bits carries the most information if all sixteen codes are used equally often. So we cut the bell
+# curve into slices of equal *probability*, not of equal width, and take a number from each slice. The function that
+# gives the number for a probability is the *quantile* function, the inverse of the normal distribution's cumulative
+# curve.
 #
-# Two things keep it from being that plain. The curve's ends are at infinity, so the outermost numbers are taken half
-# a slice in from either end. And one number must be exactly 0, because zeros are common (padding, pruning) and should
-# stay zeros. So the two halves are spaced separately: eight steps above zero, seven below. Half a slice is then 1/32
-# above and 1/30 below; NF4 takes the mean of the two for both ends, so that they come out at 1 and -1.
+# Two problems remain. First, the curve's ends are at infinity, so the outermost numbers are taken half a slice away
+# from each end. Second, one number must be exactly 0, because zeros are common (padding, pruning) and must stay
+# zeros. So the two halves are spaced separately: eight steps above zero, seven below. Half a slice is then 1/32 above
+# and 1/30 below; NF4 uses the mean of the two for both ends, so that the ends become 1 and -1.
 
 # %%
 outermost = (
@@ -96,8 +97,9 @@ assert torch.allclose(nf4, create_normal_map(), rtol=0, atol=1e-6)
 assert get_codebook("nf4").values == tuple(create_normal_map().tolist())
 
 # %% [markdown]
-# These are the published NF4 values. In a picture: steps up the curve, equal above the middle and equal,
-# a little larger, below it; and under each the number it gives.
+# These are the published NF4 values. The picture shows the steps along the cumulative curve: all steps above the
+# middle are equal, and all steps below it are equal and a little larger. Each step gives the number below it on the
+# axis.
 
 # %%
 line = torch.linspace(-2.2, 2.2, 200)
@@ -128,8 +130,8 @@ picture.show(
 # %% [markdown]
 # ## Which weight gets which code
 #
-# The nearest value wins, so the border between two codes, the *threshold*, lies half way between their values. The
-# colours show the weights of each code.
+# A weight gets the code of the nearest value, so the border between two codes, the *threshold*, is half way between
+# their values. The colours show the weights of each code.
 
 # %%
 book = get_codebook("nf4")
@@ -164,7 +166,7 @@ picture.show(
 )
 
 # %% [markdown]
-# Are the slices equally full, then? Count.
+# Does each slice contain equally many weights? Let us count them.
 
 # %%
 FORMATS = {
@@ -204,9 +206,9 @@ picture.show(
 )
 
 # %% [markdown]
-# Not quite: the middle codes are used more often, the outer ones less. In NF4 the value 1 stands for the outermost
+# They do not: the codes in the middle are used more often, the outer ones less. In NF4 the value 1 is the outermost
 # quantile, which is 1.85 standard deviations from the middle. But a block is divided by its largest weight, and the
-# largest of 64 normal numbers lies further out:
+# largest of 64 normal numbers is further from the middle:
 
 # %%
 furthest = blocks.abs().amax(dim=1) / blocks.std(dim=1)
@@ -217,11 +219,11 @@ print(
 assert quantiles.max() < 1.85 < 2.5 < furthest.mean()
 
 # %% [markdown]
-# So the bell that NF4 meets is narrower than the one that it was made for. The QLoRA paper calls NF4
-# "information-theoretically optimal"; that holds for a bell of one width. And is equal use what we want? We want small
-# *errors*.
+# So the real bell is narrower than the bell for which NF4 was made. The QLoRA paper calls NF4
+# "information-theoretically optimal"; this is true only for a bell of one width. And we do not want equal use of the
+# codes, but small *errors*.
 #
-# To drag weights over thresholds yourself: the [playground](../docs/playground.md#normal).
+# In the [playground](../docs/playground.md#normal) you can drag weights over the thresholds.
 #
 # ## Five formats on the same weights
 #
@@ -270,9 +272,9 @@ picture.table(
 )
 
 # %% [markdown]
-# NF4 has the smallest error by either measure, though E2M1 uses its codes more evenly. On the weights of this model,
-# that is. For a single weight it depends on how large it is. Cut the magnitudes into ten classes and take the error
-# of each; the dot marks the format that is best there.
+# On the weights of this model, NF4 has the smallest error by both measures, although E2M1 uses its codes more evenly.
+# For a single weight, the best format depends on the weight's size. So we sort the weights by magnitude into ten
+# classes, and compute the error of each class; a dot marks the best format of the class.
 
 # %%
 magnitudes = torch.linspace(0, 1, 10 * 100 + 1)[:-1].add(0.0005).view(10, 100)
@@ -315,8 +317,9 @@ picture.show(
 )
 
 # %% [markdown]
-# No format wins everywhere: those that crowd around zero pay for it with the large weights, where int4, whose steps
-# never grow, is far ahead. So the best format is a matter of how many weights of each size there are:
+# No format is best in every class. Formats with many values around zero have larger errors on large weights; there
+# int4, whose steps are all equal, is much better. So the best format depends on how many weights of each size there
+# are:
 
 # %%
 torch.manual_seed(0)
@@ -357,9 +360,9 @@ picture.show(
 # %% [markdown]
 # ## Could it be better?
 #
-# Let us not argue but search. Take normal weights in blocks of 64, hold on to -1, 0 and 1, and move the other
-# thirteen values until no move makes the mean error smaller (each to the median of the weights it serves, again and
-# again).
+# We can search for better values. Take normal weights in blocks of 64, keep the values -1, 0 and 1, and move the
+# other thirteen values until the mean error does not become smaller any more. (Each value is moved to the median of
+# the weights that get its code, and this is repeated.)
 
 # %%
 normal = torch.randn(2048, 64)
@@ -409,11 +412,10 @@ picture.show(
 )
 
 # %% [markdown]
-# The search knows nothing of quantiles, and ends almost where NF4 is. So for blocks of 64 there is a better reason
-# for NF4's values than equal use: they make the mean error small.
+# The search does not use quantiles, but its values are almost those of NF4. So for blocks of 64 there is a better
+# reason for NF4's values than equal use: they make the mean error small.
 #
-# And since a format is nothing but sixteen numbers, yours can be one too: every function and every engine takes it by
-# its name.
+# A format is just sixteen numbers, so you can make your own: every function and every backend accepts it by its name.
 
 # %%
 refq4.register_codebook(
@@ -433,16 +435,17 @@ picture.table(
 )
 
 # %% [markdown]
-# **So:** NF4's values are quantiles of the normal distribution with a zero put in, scaled to end at ±1. They crowd
-# where weights do. For blocks of 64 normal weights hardly anything is better; for other shapes other formats are.
+# **Summary:** NF4's values are quantiles of the normal distribution, with a zero added, scaled so that
+# the ends are ±1. They are close together where most weights are. For blocks of 64 normal weights hardly any format
+# is better; for other distributions other formats are better.
 
 # %% [markdown]
 # ## Exercises
 #
 # Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
 #
-# **2.1** Find sixteen values from -1 to 1, with 0 among them, that err at least a tenth less than NF4 on *uniform*
-# weights.
+# **2.1** Find sixteen values from -1 to 1, including 0, whose error on *uniform* weights is at least a tenth smaller
+# than that of NF4.
 
 # %% tags=["exercise"]
 from support import exercises
@@ -461,8 +464,8 @@ exercises.check("2.1", values)
 # </details>
 
 # %% [markdown]
-# **2.2** From scaled weights [n] and the sorted values [16] to codes [n]: the nearest one, and of two that are
-# equally near the lower.
+# **2.2** Compute codes [n] from scaled weights [n] and the sorted values [16]: choose the nearest
+# value, or the lower one of two that are equally near.
 
 
 # %% tags=["exercise"]

@@ -1,15 +1,16 @@
 # %% [markdown]
 # # 3. Blocks and scales
 #
-# **What does a block's size cost, and what does it buy?**
+# **What does a smaller block cost, and what does it gain?**
 #
-# - You will be able to choose a blocksize, and say what it costs and what an outlier does.
-# - It needs notebook 1. It takes 10 minutes.
+# - You will be able to choose a blocksize, and say how many bits it costs and what damage an outlier does.
+# - You need notebook 1. The notebook takes 10 minutes.
 # - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
 #
-# A block of weights shares one scale, its largest magnitude (*absmax*), kept as a 32-bit number. Large blocks share
-# it among many and cost few bits; small blocks fit their weights better. How much of one for how much of the other?
-# Two layers of the same model, at all eight blocksizes, and for comparison with a single scale for the whole matrix.
+# The weights of a block share one scale: their largest magnitude (*absmax*), stored as a 32-bit number. In a large
+# block, many weights share this scale, so it costs few bits per weight. In a small block, the scale fits the weights
+# better. We compare bits and error for two layers of the same model, at all eight blocksizes, and with a single scale
+# for the whole matrix.
 
 # %%
 from itertools import pairwise
@@ -102,17 +103,17 @@ picture.show(
 )
 
 # %% [markdown]
-# From left to right: at first a smaller block costs few bits and takes away much of the error; later it costs many
-# bits and takes away little. 64 (circled) lies behind the bend, and double quantisation, the subject of notebook 4,
-# makes its scales cheap. For the layer with an outlier a single scale would be a disaster: nearly everything is lost.
+# Read the picture from left to right. At first, a smaller block costs few bits and removes much of the error; later
+# it costs many bits and removes little. 64 (circled) is behind the bend of the curve. Double quantisation, the
+# subject of notebook 4, reduces the cost of its scales. For the layer with an outlier, a single scale for the matrix
+# is useless: nearly all weights are lost.
 #
 # ## Why larger blocks are coarser
 #
-# Not because of the look-up: because the largest of many is larger than the largest of few. All other weights are
-# measured against it, so in a large block most weights are small beside the scale, and only the few values near 0 are
-# used for them. For normal numbers one can work out the largest of $n$: it exceeds $t$ unless all $n$ are below, so
-# its mean is
-# $\int_0^\infty 1 - P(|x| < t)^n \, dt$.
+# The reason is the scale: the largest of many weights is larger than the largest of few. All other weights are
+# divided by it. So in a large block most weights are small compared with the scale, and only the few values near 0
+# are used for them. For normal numbers we can compute the largest of $n$: it exceeds $t$ unless all $n$ are below
+# $t$, so its mean is $\int_0^\infty 1 - P(|x| < t)^n \, dt$.
 
 # %%
 W = layers["an ordinary layer"]
@@ -156,13 +157,14 @@ picture.show(
 )
 
 # %% [markdown]
-# Real scales grow faster: rows differ in size, and large weights come more often than in a bell.
+# Real scales grow faster, because the rows of a matrix have different sizes, and large weights are more frequent than
+# in a normal distribution.
 #
 # ## What an outlier does
 #
-# The other layer has a weight that is 175 standard deviations from zero: no accident, trained models have a few such.
-# Its block takes its scale from it. This is the block, and the one after it, before and after. (To drag an
-# outlier yourself: the [playground](../docs/playground.md#outlier).)
+# The other layer has a weight that is 175 standard deviations from zero. This is not an accident: trained models have
+# a few such weights. This weight becomes the scale of its block. The picture shows this block and the next one,
+# before and after quantising. (In the [playground](../docs/playground.md#outlier) you can drag an outlier.)
 
 # %%
 W = layers["one with an outlier"]
@@ -218,8 +220,8 @@ picture.show(
 )
 
 # %% [markdown]
-# All 63 neighbours are gone; the next block has not noticed. That is what blocks buy: an outlier spoils its own block
-# and no other. With one scale for the matrix it would have spoilt them all:
+# All 63 neighbours became 0; the next block did not change. This is the advantage of blocks: an outlier damages only
+# its own block. With one scale for the whole matrix it would damage all weights:
 
 # %%
 gone = (through_one_scale(W) == 0).float().mean().item()
@@ -233,8 +235,8 @@ assert gone > 0.99
 # %% [markdown]
 # ## A block of zeros
 #
-# Pruned or padded weights come as whole blocks of zeros. Their scale is 0, and a weight divided by its scale is 0/0.
-# A rule is needed: such a block stores the code of 0.0, which in NF4 is 7.
+# Pruned or padded weights may be whole blocks of zeros. The scale of such a block is 0, and a weight divided by its
+# scale is 0/0. So we need a rule: such a block stores the code of 0.0, which in NF4 is 7.
 
 # %%
 zeros = torch.zeros(64)
@@ -252,9 +254,9 @@ assert codes == [7]
 assert torch.equal(dequantize_4bit(packed, state), zeros)
 
 # %% [markdown]
-# Does the code matter, if it is multiplied by a scale of 0? Some builds of bitsandbytes store code 0 here, which
-# means -1, and -1 × 0 is 0 as well. But double quantisation stores scales in 8 bits, as the nearest of 256, and 0 is
-# not always among them:
+# Does the code matter, if it is multiplied by a scale of 0? Some builds of bitsandbytes (the CPU build of 0.49.1, and
+# the CUDA build) store code 0 here, which means -1, and -1 × 0 is also 0. But double quantisation stores a scale in 8
+# bits, as the nearest of 256 values, and 0 is not always one of them:
 
 # %%
 W = layers["an ordinary layer"].clone()
@@ -275,9 +277,9 @@ assert with_code_0.ne(0).all()
 # %% [markdown]
 # ## Where blocks begin and end
 #
-# Blocks are cut from the matrix as it lies in memory, row after row, and take no notice of where a row ends. If the
-# rows are a multiple of the blocksize long, rows are whole blocks. If not, blocks straddle rows, and the last one may
-# be short. Five rows of 100:
+# The matrix is cut into blocks in the order of memory, row after row, whether or not a row ends inside a block. If
+# the length of a row is a multiple of the blocksize, each row consists of whole blocks. If not, blocks straddle rows,
+# and the last block may be short. This is so for five rows of 100 weights:
 
 # %%
 _, state = quantize_4bit(torch.randn(5, 100), quant_type="nf4")
@@ -316,18 +318,18 @@ picture.show(
 )
 
 # %% [markdown]
-# A row that begins in the middle of a block is nothing wrong, but it keeps the fast kernel for single tokens away;
-# notebook 6 shows that decision and its warning.
+# It is no error if a row begins in the middle of a block. But then the fast kernel for single tokens can't be used;
+# notebook 6 shows this decision and its warning.
 #
-# **So:** a smaller block costs scale bits and buys a smaller largest weight, hence finer steps, and walls against
-# outliers. 64 is where most of the gain is had and little has been paid.
+# **Summary:** smaller blocks need more bits for scales. In return, the largest weight of a block is smaller, so the
+# steps are finer, and an outlier damages fewer weights. Blocks of 64 have most of the gain and cost few bits.
 
 # %% [markdown]
 # ## Exercises
 #
 # Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
 #
-# **3.1** The scale of each block of a weight, over the flattened tensor. The last block may be short.
+# **3.1** Compute the scale of each block of a weight, over the flattened tensor. The last block may be short.
 
 # %% tags=["exercise"]
 from support import exercises
@@ -353,7 +355,8 @@ exercises.check("3.1", scales)
 # </details>
 
 # %% [markdown]
-# **3.2** A block has one weight of 10 and 63 weights of 0.7. To what does NF4 decode the 0.7?
+# **3.2** A block has one weight of 10 and 63 weights of 0.7. What value does a weight of 0.7 have after
+# decoding NF4?
 
 # %% tags=["exercise"]
 answer = ...
@@ -369,4 +372,4 @@ exercises.check("3.2", answer)
 # </details>
 
 # %% [markdown]
-# **Next:** [getting the scales down from half a bit to an eighth](04_quantising_the_scales.ipynb)
+# **Next:** [reducing the scales from half a bit to an eighth](04_quantising_the_scales.ipynb)

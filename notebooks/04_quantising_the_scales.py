@@ -3,13 +3,13 @@
 #
 # **How do the scales get from half a bit per weight to an eighth?**
 #
-# - You will be able to take scales from half a bit to an eighth, and decode them by hand.
-# - It needs notebook 3. It takes 15 minutes.
+# - You will be able to reduce the scales from half a bit per weight to an eighth, and decode them by hand.
+# - You need notebook 3. The notebook takes 15 minutes.
 # - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
 #
-# One 32-bit scale for each block of 64 weights is half a bit per weight: a ninth of all that a 4-bit layer stores.
-# Scales are numbers like others, and numbers can be quantised. The QLoRA paper calls it *double quantisation*; the
-# parameter is `compress_statistics=True`. First, the scales of a real layer:
+# One 32-bit scale for each block of 64 weights is half a bit per weight, which is a ninth of everything that a 4-bit
+# layer stores. Scales are numbers, so they can be quantised as well. The QLoRA paper calls this *double
+# quantisation*; the parameter is `compress_statistics=True`. First, look at the scales of a real layer:
 
 # %%
 import torch
@@ -54,8 +54,8 @@ picture.show(
 # %% [markdown]
 # ## The recipe
 #
-# Three lines. Take the mean off and keep it (the *offset*). Put what is left in blocks of 256, each with a 32-bit
-# scale of its own. Store each as the nearest of 256 numbers, in one byte.
+# The recipe has three steps. Subtract the mean of the scales and keep it (the *offset*). Put the differences into
+# blocks of 256, each with its own 32-bit scale. Store each difference as the nearest of 256 numbers, in one byte.
 
 # %%
 offset = scales.mean()
@@ -82,8 +82,8 @@ picture.table(
 )
 
 # %% [markdown]
-# The assertions say that this is, bit for bit, what the library stores. How far off are the scales that come back? By
-# less than half a per cent, where weights are off by nine:
+# The assertions check that the library stores the same, bit for bit. How large is the error of the decoded scales? It
+# is less than half a per cent, compared with nine per cent for the weights:
 
 # %%
 error = ((decoded - scales).norm() / scales.norm()).item()
@@ -93,10 +93,10 @@ assert error < 0.005
 # %% [markdown]
 # ## 256 numbers
 #
-# Which 256? Not evenly spaced ones: the *dynamic map*. It works like a floating point number whose exponent has no
-# fixed length. A byte is a sign, then zeros, then a one, then a fraction: each further zero makes the number ten
-# times smaller and leaves one bit less for the fraction. So near 1 the steps are a hundredth, and near 0 there are
-# still numbers of a millionth.
+# The 256 numbers are not evenly spaced. They are called the *dynamic map*. It works like a floating point number
+# whose exponent has no fixed length. A byte has a sign, then zeros, then a one, then a fraction. Each further zero
+# makes the number ten times smaller, and leaves one bit less for the fraction. So near 1 the steps are about a
+# hundredth, and near 0 there are numbers as small as a millionth.
 
 #
 # ```text
@@ -108,7 +108,7 @@ assert error < 0.005
 #   s    0000001                           1 below a millionth
 # ```
 #
-# With 0 and 1 these are 256. They are sorted, and a code is a position among them.
+# Together with 0 and 1 these are 256 numbers. They are sorted, and a code is a position in this list.
 
 # %%
 dynamic = refq4.functional.create_dynamic_map()
@@ -134,12 +134,13 @@ picture.show(
 )
 
 # %% [markdown]
-# ## Why the mean goes first
+# ## Why the mean is subtracted first
 #
-# The map is symmetric, half of it below zero, and finest around zero. Scales are all positive, and none is near zero.
-# Left as they are, they would use its coarse part and none of its negative half. With the mean taken off they use
-# both halves and the fine middle; and what is left is smaller, which makes every step smaller too. Each dot is a
-# scale as the map sees it:
+# The map is symmetric: half of its numbers are below zero, and they are closest together around zero. But scales are
+# all positive, and none is near zero. Without subtracting the mean, they would use only the part of the map with
+# large steps, and none of the negative half. After subtracting the mean, they use both halves and the fine middle.
+# The differences are also smaller than the scales, so every step is smaller. Each dot is a scale, divided by the
+# scale of its block:
 
 
 # %%
@@ -190,9 +191,9 @@ picture.table(
 # %% [markdown]
 # ## Adding up the bits
 #
-# A scale is shared by 64 weights and now has 8 bits; the scale of a scale is shared by 64 × 256 and has 32. So the
-# half bit becomes $8/64 + 32/(64 \cdot 256) = 0.127$, as in the paper. The rest is the same for any size of matrix:
-# the offset, the sixteen values, the map.
+# A scale is shared by 64 weights and now has 8 bits. The scale of the scales is shared by 64 × 256 weights and has 32
+# bits. So the half bit becomes $8/64 + 32/(64 \cdot 256) = 0.127$ bits, as in the paper. The other parts have the
+# same size for every matrix: the offset, the sixteen values, the map.
 
 # %%
 n = W.numel()
@@ -252,8 +253,8 @@ picture.show(
 # %% [markdown]
 # ## Against real files
 #
-# Sums on paper are easily wrong, so save the layer both ways and look at the files. A `.safetensors` file is a header
-# in JSON that names the tensors, then their bytes.
+# Such a calculation is easily wrong, so we save the layer in both ways and look at the files. A `.safetensors` file
+# has a header in JSON, which names the tensors, and then their bytes.
 
 # %%
 import tempfile
@@ -302,7 +303,7 @@ picture.table(
 )
 
 # %% [markdown]
-# The same for all 36 layers of the encoder:
+# This is the same table for all 36 layers of the encoder:
 
 # %%
 numbers = sum(encoder_tensor(f"{name}.weight").numel() for name in encoder_linears())
@@ -329,12 +330,13 @@ picture.table(
 )
 
 # %% [markdown]
-# The layers of this encoder are small, so tables, headers and JSON still show: 4.17 bits instead of 4.127. In a layer
-# of 4096 × 4096 they are a thousandth of a bit.
+# The layers of this encoder are small, so tables, headers and JSON still matter: 4.17 bits instead of 4.127. In a
+# layer of 4096 × 4096 they are a thousandth of a bit per weight.
 #
-# ## What it costs
+# ## How much the error grows
 #
-# Nearly nothing: the error of each layer's weights, with plain scales and with quantised ones.
+# The error hardly grows. The picture shows the error of each layer's weights, with plain scales and with quantised
+# scales.
 
 
 # %%
@@ -374,10 +376,11 @@ picture.show(
 )
 
 # %% [markdown]
-# ## Where it bends
+# ## Where it goes wrong
 #
-# A scale comes back as `map[code] * scale + offset`, and nothing keeps that from falling below zero. It takes a block
-# that is tiny beside its neighbours. In this layer we make one, a thousandth of its size:
+# A scale is decoded as `map[code] * scale + offset`, and the result can be below zero. This happens to a block whose
+# weights are very small compared with those of other blocks. We make such a block in this layer, by dividing its
+# weights by a thousand:
 
 # %%
 W = encoder_tensor("encoder.layer.2.intermediate.dense.weight")
@@ -394,20 +397,22 @@ assert scale < 0
 assert (block * back <= 0).all()
 
 # %% [markdown]
-# All signs are turned round, on weights so small that it hardly matters beside the others. bitsandbytes decodes the
-# same way, and checkpoints exist, so refq4 follows to the bit.
+# All signs of the block are wrong. But its weights are so small that this hardly matters compared with the other
+# weights. bitsandbytes (0.49.1 and 0.50.2) decodes in the same way, and such checkpoints exist, so refq4 gives the
+# same bits.
 #
-# **So:** mean off, 8 bits, a scale for each 256: the scales cost 0.127 bits instead of 0.5, and the weights are off
-# by hardly more than before.
+# **Summary:** the mean is subtracted from the scales, and the differences are stored in 8 bits, with a scale for
+# each 256. The scales take 0.127 bits per weight instead of 0.5, and the error of the weights is hardly larger than
+# before.
 
 # %% [markdown]
 # ## Exercises
 #
 # Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
 #
-# **4.1** From a state with double quantisation to its fp32 scales: `state.absmax` are 8-bit codes, `state.state2` has
-# their table `code`, their scales `absmax` (one for each 256) and `state.offset` is the mean that was taken off. Try
-# it without the offset, too.
+# **4.1** Compute the fp32 scales of a state with double quantisation. `state.absmax` are 8-bit codes, `state.state2`
+# has their table `code` and their scales `absmax` (one for each 256), and `state.offset` is the mean that was
+# subtracted. Try it without the offset as well.
 
 # %% tags=["exercise"]
 from support import exercises
@@ -431,7 +436,7 @@ exercises.check("4.1", scales)
 # </details>
 
 # %% [markdown]
-# **4.2** How many bits per weight are that in blocks of 128?
+# **4.2** How many bits per weight does NF4 with double quantisation take in blocks of 128?
 
 # %% tags=["exercise"]
 answer = ...
@@ -447,4 +452,4 @@ exercises.check("4.2", answer)
 # </details>
 
 # %% [markdown]
-# **Next:** [what all this looks like in a file](05_bytes_on_disk.ipynb)
+# **Next:** [how all this is stored in a file](05_bytes_on_disk.ipynb)

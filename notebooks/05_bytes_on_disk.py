@@ -3,14 +3,14 @@
 #
 # **What is in a 4-bit checkpoint, byte by byte?**
 #
-# - You will be able to read a 4-bit checkpoint with `struct` and `json` alone.
-# - It needs notebook 4. It takes 10 minutes.
+# - You will be able to read a 4-bit checkpoint with only `struct` and `json`.
+# - You need notebook 4. The notebook takes 10 minutes.
 # - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
 #
 # ## Two codes in a byte
 #
-# Memory comes in bytes, codes have four bits: two go in one byte, *the first in the high half*. Eight weights, their
-# codes, the four bytes:
+# A code has four bits, so two codes are stored in one byte, *the first in the high half*. Here are eight weights,
+# their codes, and the four bytes:
 
 # %%
 import json
@@ -69,7 +69,7 @@ picture.show(
 )
 
 # %% [markdown]
-# An odd number of weights leaves half a byte over; it holds the code of 0.
+# If the number of weights is odd, half a byte is not used; it has the code of 0.
 
 # %%
 packed, _ = quantize_4bit(torch.tensor([1.0, 1.0, 1.0]), quant_type="nf4")
@@ -79,10 +79,10 @@ assert packed.flatten().tolist() == [0xFF, 0xF7]
 # %% [markdown]
 # ## The same bytes under another name
 #
-# A packed weight need not call itself `uint8`. Some tools that split a model over several machines (FSDP) want all
-# parameters of a model in one type, bfloat16 say; so the bytes can be *stored as* bfloat16, two bytes a number.
-# Nothing is converted: the bits are the same, only the label differs. As numbers they mean nothing, and a cast to
-# another type would destroy them.
+# The type of a packed weight need not be `uint8`. Some tools that split a model over several machines (for example
+# FSDP, fully sharded data parallel) need all parameters of a model in one type, for example bfloat16. So the bytes
+# can be *stored as* bfloat16, with two bytes in each number. Nothing is converted: the bits are the same, only the
+# type is different. Read as numbers they have no meaning, and a cast to another type would destroy them.
 
 # %%
 W = encoder_linear(FEED_FORWARD).weight.data
@@ -105,7 +105,8 @@ picture.table(["stored as", "shape", "bytes", "the first, read as a number"], ro
 # %% [markdown]
 # ## A checkpoint of bitsandbytes
 #
-# Now a real file, made by bitsandbytes itself: its layer, the weights of our encoder, double quantisation on.
+# Now we look at a real file that bitsandbytes wrote, with its own layer, the weights of our encoder, and double
+# quantisation.
 
 # %%
 bitsandbytes = quiet_bitsandbytes()
@@ -128,8 +129,8 @@ print(
 )
 
 # %% [markdown]
-# No library is needed to open it. Eight bytes say how long the header is; the header is JSON and says what lies
-# where; the rest is tensors.
+# You need no library to open it. The first eight bytes are the length of the header. The header is JSON, and says
+# where each tensor is. The rest of the file is the tensors.
 
 # %%
 raw = path.read_bytes()
@@ -171,12 +172,12 @@ picture.show(
 )
 
 # %% [markdown]
-# Key by key:
+# These are the keys:
 #
 # | key | what it is |
 # | --- | --- |
-# | `weight` | the packed codes, two a byte, as one column |
-# | `weight.absmax` | the scales; one byte each, since they are quantised too |
+# | `weight` | the packed codes, two in a byte, as one column |
+# | `weight.absmax` | the scales; one byte each, because they are also quantised |
 # | `weight.quant_map` | the sixteen values of the code |
 # | `weight.nested_absmax` | the scales of the scales |
 # | `weight.nested_quant_map` | the 256 values for the scales |
@@ -197,7 +198,8 @@ assert described["shape"] == [1536, 384]
 # %% [markdown]
 # ## One weight, by hand
 #
-# That is everything. Take weight number 1000 of the file: which byte, which half, which block, which value?
+# The file has nothing else. Now decode weight number 1000: in which byte is it, in which half, in which block, and
+# what is its value?
 
 # %%
 i = 1000
@@ -221,8 +223,8 @@ print(f"block {block}, scale code {q}, so scale {scale:.6f}")
 print(f"weight {value * scale:.6f}, before quantisation {W.flatten()[i].item():.6f}")
 
 # %% [markdown]
-# refq4 reads such a file as it is, into a layer or into a `QuantState`; every weight then decodes to the bits that
-# bitsandbytes gives, and the one above to what we got by hand.
+# refq4 reads such a file without conversion, into a layer or into a `QuantState`. Every weight then decodes to the
+# same bits as in bitsandbytes, and weight 1000 to the number that we computed by hand.
 
 # %%
 from safetensors.torch import load_file
@@ -238,7 +240,8 @@ assert abs(mine.flatten()[i].item() - value * scale) < 1e-7
 print("all", f"{mine.numel():,}", "weights are the same, to the bit")
 
 # %% [markdown]
-# The way back is the same: what refq4 saves has the same keys, types and shapes, and bitsandbytes reads it.
+# The other direction also works: a file that refq4 saves has the same keys, types and shapes, and bitsandbytes reads
+# it.
 
 # %%
 saved = layer.state_dict()
@@ -261,10 +264,10 @@ assert torch.equal(
 print(f"{len(saved)} entries, byte for byte those of the file")
 
 # %% [markdown]
-# ## A file that lies
+# ## A file with a wrong entry
 #
-# A checkpoint comes from somewhere. What it says is checked before it is used, and the error names the key, what was
-# found and what was wanted. Here someone has put the blocksize up:
+# A checkpoint may come from a source that you do not know. refq4 checks it before using it, and the error names the
+# key, what was found and what was expected. In this file the blocksize was changed from 64 to 128:
 
 # %%
 stats = {key: value for key, value in checkpoint.items() if key.startswith("weight.")}
@@ -287,15 +290,15 @@ else:
 folder.cleanup()
 
 # %% [markdown]
-# **So:** a 4-bit weight on disk is a column of bytes with two codes each, scales (here in 8 bits, with scales of
-# their own), two small tables, and a line of JSON. A few lines of Python read it without any library.
+# **Summary:** a 4-bit weight on disk is a column of bytes with two codes each, scales (here in 8 bits,
+# with their own scales), two small tables, and a line of JSON. A few lines of Python can read it without any library.
 
 # %% [markdown]
 # ## Exercises
 #
 # Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
 #
-# **5.1** The two codes in a byte, in the order of the weights.
+# **5.1** Return the two codes in a byte, in the order of the weights.
 
 # %% tags=["exercise"]
 from support import exercises

@@ -1,16 +1,16 @@
 # %% [markdown]
 # # 6. The forward pass, step by step
 #
-# **What are the seven steps of a 4-bit layer, and what makes each of them decide otherwise?**
+# **What are the seven steps of a 4-bit layer, and what changes the decision of each?**
 #
-# - You will be able to read the trace of a call, say why each of the seven steps is there, and turn its decision.
-# - It needs notebook 1. It takes 20 minutes.
+# - You will be able to read the trace of a call, say why each of the seven steps exists, and change its decision.
+# - You need notebook 1. The notebook takes 20 minutes.
 # - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
 #
-# Between `layer(x)` and its result lie seven steps, and each decides something: where the weight's scales are, in
-# which type to compute, which kernel to call. Most surprises with 4-bit layers (slow, less exact than hoped, a
-# warning) are one of these decisions. `refq4.trace()` records them. We take one tensor through all seven, and make
-# every step go the other way.
+# A call `layer(x)` has seven steps, and each step decides something: where the weight's scales are, in which type to
+# compute, which kernel to call. If a 4-bit layer surprises you (it is slow, less exact than expected, or warns), the
+# reason is usually one of these decisions. `refq4.trace()` records them. We follow one tensor through all seven
+# steps, and change the decision of every step.
 
 # %%
 import inspect
@@ -53,9 +53,9 @@ picture.table(
 )
 
 # %% [markdown]
-# That is the usual call, one token through a layer fresh from quantising. The function behind it is as long as the
-# table: each step takes values, and gives a value and a *decision* (what it chose, and why). `step` hands the value on,
-# and writes the decision down while somebody traces.
+# This is the usual call: one token, and a layer that was just quantised. The function that computes it is as long as
+# the table. Each step takes values, and returns a value and a *decision* (what it chose, and why). `step` returns the
+# value, and records the decision while a trace is active.
 
 # %%
 body = inspect.getsource(refq4.pipeline.linear_4bit).rpartition('"""')[2]
@@ -63,14 +63,14 @@ print(body.strip("\n"))
 assert body.count("step(") == 7
 
 # %% [markdown]
-# Now the steps one at a time.
+# Now we look at the steps one at a time.
 #
 # ## 1 · Recover the quant state
 #
 # The weight is bytes; scales, shape and code are in its *quant state*, an attribute of the parameter. An attribute is
-# easily lost: anything that builds a new parameter from the same bytes drops it. FSDP does: it splits a model over
-# several machines, and puts a weight together from its pieces when it is needed. So the layer keeps a second
-# reference.
+# easily lost, because code that makes a new parameter from the same bytes does not copy it. FSDP (fully sharded data
+# parallel) does this: it splits a model over several machines, and joins the pieces of a weight when it is needed. So
+# the layer keeps a second reference to the quant state.
 
 # %%
 layer = new_layer()
@@ -81,7 +81,7 @@ layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)
 assert step(1, layer, x) == "recovered"
 
 # %% [markdown]
-# With neither there is no way to go on, and the layer says what to do:
+# Without both references, the layer can't compute, and raises an error that says what to do:
 
 # %%
 try:
@@ -94,9 +94,9 @@ else:
 # %% [markdown]
 # ## 2 · Ask for the backend's layout
 #
-# Bytes in a checkpoint lie in the order of the matrix. A fast kernel may want another order, so that one instruction
-# fetches what belongs together. At inference the backend is asked whether it has one; the reference has none. In
-# training the stored bytes are used, as backward decodes them too.
+# Bytes in a checkpoint are in the order of the matrix. A fast kernel may need another order, so that one instruction
+# loads the bytes that it needs together. In inference, the backend may rearrange the weight into its own layout; the
+# reference has no such layout. In training the stored bytes are used, because the backward pass also decodes them.
 
 # %%
 layer = new_layer()
@@ -105,9 +105,9 @@ assert step(2, layer, x.clone().requires_grad_()) == "canonical"
 assert step(2, layer.train(), x) == "canonical"
 
 # %% [markdown]
-# Three times the same choice, for three reasons. The other choice needs a backend with a layout of its own. The CPU
-# backend has one, if this machine has AVX2 or AVX-512 (hence no assertion here; the answer is that of the machine
-# that made the page).
+# These three calls make the same choice, for three reasons. The other choice needs a backend with its own layout. The
+# CPU backend has one if the machine has AVX2 or AVX-512. (So there is no assertion here; the output is that of the
+# machine that made the page.)
 
 # %% tags=["timing"]
 with refq4.use_backend("auto"):
@@ -116,8 +116,9 @@ with refq4.use_backend("auto"):
 # %% [markdown]
 # ## 3 · Bias dtype
 #
-# The bias is not quantised. If it has another type than the input, a copy is cast. (bitsandbytes casts the parameter
-# itself, so that a single call in half precision coarsens the bias for good; here the parameter stays.)
+# The bias is not quantised. If it has another type than the input, a copy of it is cast. (bitsandbytes 0.49.1 and
+# 0.50.2 cast the parameter itself, so after a single call in half precision the stored bias stays rounded. In refq4
+# the parameter does not change.)
 
 # %%
 layer = new_layer(compute_dtype=torch.float32)
@@ -133,9 +134,9 @@ assert step(3, layer, x) == "none"
 # %% [markdown]
 # ## 4 · Compute dtype
 #
-# In which type are products formed? If you said so with `compute_dtype=`, in that. If not, the first input decides:
+# In which type are products computed? If you set `compute_dtype=`, in that type. If not, the first input decides:
 # float32 or bfloat16 become the layer's compute dtype. A float16 input is computed in float16, but the layer does not
-# remember it: its range is narrow (nothing above 65,504), and a layer should not be bound to it by accident.
+# remember this type: its largest number is 65,504, and a layer should not compute everything in it by accident.
 
 # %%
 assert step(4, new_layer(compute_dtype=torch.bfloat16), x) == "as set"
@@ -153,10 +154,10 @@ assert layer.compute_dtype is None
 print(f"\n{caught[0].category.__name__}: {caught[0].message}")
 
 # %% [markdown]
-# That is the first warning of three. It means: no precision was chosen for this layer, so it computes in the input's
-# float16. The remedy is to choose: `compute_dtype=torch.float16` if you mean it, `torch.bfloat16` for range,
-# `torch.float32` to be exact. Its second form comes if you chose float32 and send float16, which costs time on
-# machines where half precision is faster:
+# This is the first of three warnings. It means that no precision was chosen for this layer, so it computes in the
+# input's float16. To avoid the warning, choose a type: `compute_dtype=torch.float16` if you want float16,
+# `torch.bfloat16` for a larger range, `torch.float32` for exact results. The warning has a second form, if you chose
+# float32 and the input is float16. This costs time on machines where half precision is faster:
 
 # %%
 with warnings.catch_warnings(record=True) as caught:
@@ -166,8 +167,8 @@ print(f"{caught[0].category.__name__}: {caught[0].message}")
 assert "computes in float32" in str(caught[0].message)
 
 # %% [markdown]
-# What difference does the choice make? `refq4.explain` measures a call against the same product in 64-bit arithmetic,
-# with the same 4-bit weights. So this is the error of *computing* alone, which comes on top of that of the weights.
+# How much does the choice matter? `refq4.explain` compares a call with the same product in 64-bit arithmetic, with
+# the same 4-bit weights. So it measures only the error of *computing*, which is added to the error of the weights.
 
 # %%
 errors = {}
@@ -194,11 +195,11 @@ picture.show(
 )
 
 # %% [markdown]
-# Even bfloat16 loses much less than four bits do.
+# Even with bfloat16, the error of computing is much smaller than the error of 4-bit weights.
 #
 # ## 5 · Cast the operands
 #
-# Input and bias are brought into the compute dtype, if they are not in it already.
+# Input and bias are cast to the compute dtype, if they have another type.
 
 # %%
 layer = new_layer(compute_dtype=torch.bfloat16)
@@ -208,17 +209,19 @@ assert step(5, layer, x) == "cast"
 # %% [markdown]
 # ## 6 · Dispatch
 #
-# Two things are decided here. The *op* is what the backend runs, and it follows the number of tokens:
+# This step decides two things. The *op* is the function that the backend runs, and it depends on the number of
+# tokens:
 #
 # - one token: `gemv_4bit`. GEMV is matrix times vector. Every weight is read once and used once, so it is decoded in
-#   registers, right where it is multiplied.
+#   registers, immediately before it is multiplied.
 # - several tokens: `gemm_4bit`. GEMM is matrix times matrix. Every decoded weight is used for all tokens.
 #
-# The *path* has the names of bitsandbytes 0.49.1. Its `gemv_4bit` is a kernel for one token. For everything else it has
-# `MatMul4Bit`, which decodes the whole weight to memory and multiplies with the ordinary product. One token can't pay
-# for that (notebook 8 measures it): hence two paths. And only `MatMul4Bit` can go backward (notebook 7).
+# The *path* has the names of bitsandbytes 0.49.1. Its `gemv_4bit` is a kernel for one token. For everything else it
+# has `MatMul4Bit`, which decodes the whole weight to memory and then calls the ordinary product. For one token this
+# is too slow (notebook 8 measures it), so there are two paths. Only `MatMul4Bit` can compute gradients (notebook 7).
 #
-# One token takes `gemv_4bit`. Three things change that: more tokens, none at all, or a gradient that is wanted.
+# One token takes the path `gemv_4bit`. Three things change this: more than one token, no token at all, or a gradient
+# that is needed.
 
 # %%
 layer = new_layer()
@@ -229,9 +232,9 @@ assert step(6, layer, one.clone().requires_grad_()) == "MatMul4Bit"
 assert step(6, layer, x[:0]) == "MatMul4Bit"
 
 # %% [markdown]
-# A fourth is the shape. If K is not a multiple of the blocksize, a block straddles two rows (notebook 3 draws it), and
-# the kernel for one token can't be used. The second warning says so. It means: this layer will be slow for single
-# tokens; choose a blocksize that divides `in_features`.
+# The shape is a fourth reason. If K is not a multiple of the blocksize, a block straddles two rows (notebook 3 has a
+# picture), and the kernel for one token can't be used. The second warning says this. It means that the layer will be
+# slow for single tokens; choose a blocksize that divides `in_features`.
 
 # %%
 straddling = refq4.nn.LinearNF4(100, 64).to("cpu").eval()
@@ -242,11 +245,11 @@ print(f"\n{caught[0].category.__name__}: {caught[0].message}")
 assert "multiple of the blocksize" in str(caught[0].message)
 
 # %% [markdown]
-# And a weight in the backend's own layout (step 2) has a path of its own, `own layout`, for any number of tokens:
-# notebook 1 ended with twelve of them, and `gemm_4bit` behind it.
+# A weight in the backend's own layout (step 2) has its own path, `own layout`, for any number of tokens. You saw it
+# at the end of notebook 1, with twelve tokens and the op `gemm_4bit`.
 #
-# The third warning is about an old habit: a weight that was quantised as [in, out] instead of [out, in]. It still
-# works, by decoding the whole matrix first. It means: quantise `W.t().contiguous()` instead.
+# The third warning is about a weight that was quantised as [in, out] instead of [out, in]. This still works, by
+# decoding the whole matrix first. To avoid the warning, quantise `W.t().contiguous()` instead.
 
 # %%
 # [384, 1536]: in, out
@@ -264,8 +267,8 @@ assert taken.choice == "dequantize + linear"
 # %% [markdown]
 # ## 7 · Cast back
 #
-# Whatever it was computed in, the result comes in the type of the input: a layer can be swapped in without the rest
-# of the model noticing.
+# The result is cast to the type of the input, whatever the compute dtype is. So a 4-bit layer can replace another
+# layer, and the rest of the model need not change.
 
 # %%
 layer = new_layer(compute_dtype=torch.bfloat16)
@@ -276,8 +279,8 @@ assert layer(x).dtype == x.dtype
 # %% [markdown]
 # ## All at once
 #
-# Six calls, seven steps; what differs from the first call is coloured. The colours spread from the cause: an input in
-# another type changes steps 3, 4, 5 and 7 together.
+# The picture shows six calls with their seven steps; decisions that differ from the first call are coloured. One
+# cause can change several steps: an input of another type changes steps 3, 4, 5 and 7.
 
 # %%
 lost = new_layer()
@@ -334,8 +337,8 @@ picture.show(
 )
 
 # %% [markdown]
-# And when all is done: what did this call cost and how exact was it? `explain` puts the trace, the error against
-# 64-bit arithmetic and the bytes that had to be moved on one page. (The times are those of the machine that made it.)
+# How long did a call take, and how exact was it? `explain` shows the trace, the error compared with 64-bit
+# arithmetic, and the bytes that were moved. (The times are those of the machine that made this page.)
 
 # %% tags=["timing"]
 report = refq4.explain(new_layer(), one)
@@ -343,16 +346,17 @@ assert report.error <= report.allowed
 report
 
 # %% [markdown]
-# **So:** seven steps, each with a decision that you can see and turn. The three warnings are about step 4 (no
-# precision was chosen) and step 6 (K is not a multiple of the blocksize; a weight the wrong way round).
+# **Summary:** a call has seven steps, each with a decision that you can see and change. The three
+# warnings are about step 4 (no precision was chosen) and step 6 (K is not a multiple of the blocksize; the weight was
+# quantised as [in, out]).
 
 # %% [markdown]
 # ## Exercises
 #
 # Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
 #
-# **6.1** The paths of four calls on the reference, without a gradient: `x` of [1, 64], of [1, 1, 64] and of [2, 64]
-# through a layer of 64 in_features, and [1, 100] through one of 100.
+# **6.1** Name the paths of four calls on the reference, without a gradient: `x` of [1, 64], of [1, 1, 64] and of [2,
+# 64] with a layer of 64 in_features, and `x` of [1, 100] with a layer of 100.
 
 # %% tags=["exercise"]
 from support import exercises
@@ -391,4 +395,4 @@ exercises.check("6.2", (layer, given))
 # </details>
 
 # %% [markdown]
-# **Next:** [the way back](07_backward_through_frozen_weights.ipynb)
+# **Next:** [the backward pass](07_backward_through_frozen_weights.ipynb)

@@ -3,22 +3,24 @@
 #
 # **How can a model learn if its weights can't change?**
 #
-# - You will be able to send a gradient through frozen weights, check it, and train LoRA on top.
-# - It needs notebook 6; the chain rule. It takes 20 minutes.
+# - You will be able to compute a gradient through frozen weights, check it, and train LoRA adapters beside them.
+# - You need notebook 6, and to know the chain rule. The notebook takes 20 minutes.
 # - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
 #
-# A weight of 4 bits can't be trained: a step of gradient descent is far smaller than the distance from one of sixteen
-# values to the next. QLoRA trains something else. It freezes the 4-bit weights, puts small trainable matrices beside
-# them, and sends gradients *through* the frozen ones. This page does all of it.
+# A weight of 4 bits can't be trained: a step of gradient descent is far smaller than the distance from one of the
+# sixteen values to the next. QLoRA trains something else. It freezes the 4-bit weights, puts small trainable matrices
+# (LoRA, low-rank adaptation) beside them, and computes gradients *through* the frozen weights. This notebook does all
+# of this.
 #
 # ## What backward has to compute
 #
-# Forward is $y = x W^\top + b$. Given the gradient of the loss for $y$, the chain rule asks for three more:
+# The forward pass is $y = x W^\top + b$. From the gradient $g_y$ of the loss with respect to $y$, the chain rule
+# gives three more:
 #
 # $$g_x = g_y W, \qquad g_b = \textstyle\sum g_y, \qquad g_W = g_y^\top x.$$
 #
-# The first two are all that `MatMul4Bit` computes. The third is the expensive one, and training adapters does not
-# need it. For $g_x$ the weight is decoded a second time.
+# `MatMul4Bit` computes only the first two. The third one is expensive, and training adapters does not need it. For
+# $g_x$ the weight is decoded a second time.
 
 # %%
 import torch
@@ -47,8 +49,8 @@ assert not layer.weight.requires_grad
 print("gradient of x: that of the decoded weights. Gradient of the weights: none.")
 
 # %% [markdown]
-# So the gradient is exact *for the layer as it is*, with its 4-bit weights. Against the layer as it was, it errs like
-# the outputs in notebook 1 do, and points the same way:
+# So the gradient is exact *for the 4-bit layer*. Compared with the layer before quantising, it has an error like that
+# of the outputs in notebook 1, and nearly the same direction:
 
 # %%
 exact = g_y @ linear.weight
@@ -82,9 +84,9 @@ picture.show(
 # %% [markdown]
 # ## Is it the right derivative?
 #
-# `torch.autograd.gradcheck` doesn't take our formula's word. It moves each input a little up and down, looks at what
-# the output does, and compares with what backward says. In 64-bit arithmetic, as differences of nearly equal numbers
-# need digits to spare.
+# `torch.autograd.gradcheck` checks our formula. It moves each input a little up and down, observes how the output
+# changes, and compares this with the result of backward. It computes in 64 bits, because the difference of two nearly
+# equal numbers has few correct digits.
 
 # %%
 W = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
@@ -102,7 +104,7 @@ print(
 )
 
 # %% [markdown]
-# A check is worth something if it can fail. The same with a backward that is off by one per cent:
+# A check is only useful if it can fail. Here is the same check of a backward that is wrong by one per cent:
 
 
 # %%
@@ -124,11 +126,11 @@ else:
     raise AssertionError("gradcheck did not notice")
 
 # %% [markdown]
-# ## What is kept for the way back
+# ## What is kept for the backward pass
 #
-# Between forward and backward, autograd keeps what backward will need. For $g_x$ that is the weight: an ordinary
-# layer holds on to 32 bits of each, a 4-bit layer to the packed bytes and the scales that it has anyway. Nothing
-# decoded is kept. PyTorch lets us look:
+# Between forward and backward, autograd keeps the tensors that backward will need. For $g_x$ this is the weight. An
+# ordinary layer keeps 32 bits for each weight; a 4-bit layer keeps the packed bytes and the scales, which it has
+# anyway. No decoded weight is kept. PyTorch can show us what it keeps:
 
 
 # %%
@@ -169,9 +171,9 @@ picture.show(
 # %% [markdown]
 # ## Something to fine-tune
 #
-# A language model, as small as can be: it reads 24 bytes of text and says which byte comes next. It learns for a
-# moment on a real text that came with Python, the reference pages that `help()` shows. (What depends on the version
-# of Python, and so on the page's machine, is not held to the digits here.)
+# This is a very small language model: it reads 24 bytes of text and predicts the next byte. It is trained for some
+# seconds on a real text that comes with Python, the reference pages that `help()` shows. (The text depends on the
+# version of Python, so the tests do not compare the digits of these cells.)
 
 # %% tags=["timing"]
 import copy
@@ -240,8 +242,9 @@ assert losses[-1] < 3 < losses[0]
 # %% [markdown]
 # ## LoRA in six lines
 #
-# Beside each frozen matrix $W$ stand two thin ones, and the layer computes $x W^\top + x A^\top B^\top$. $A$ has 8
-# rows, $B$ 8 columns; $B$ begins as zeros, so at first nothing has changed. With `base` a 4-bit layer, this is QLoRA.
+# Beside each frozen matrix $W$ there are two thin matrices, and the layer computes $x W^\top + x A^\top B^\top$. $A$
+# has 8 rows and $B$ has 8 columns. $B$ begins with zeros, so at first the output does not change. If the frozen layer
+# has 4 bits, this is QLoRA.
 
 
 # %%
@@ -269,8 +272,8 @@ def with_adapters(model, four_bits):
 
 
 # %% [markdown]
-# The text to learn is one that everyone has: the Zen of Python, which `import this` prints. Once with the frozen
-# weights in 32 bits, once in 4.
+# The text to learn is the Zen of Python, which `import this` prints. We train twice: once with frozen weights of 32
+# bits, once with 4 bits.
 
 # %% tags=["timing"]
 import codecs
@@ -322,8 +325,8 @@ picture.show(
 )
 
 # %% [markdown]
-# The two curves lie on top of each other: the adapters learn the text beside 4-bit weights as they do beside 32-bit
-# ones, and the 4-bit weights have not changed by a bit. What do the models say, given three words?
+# The two curves are almost the same: the adapters learn the text beside 4-bit weights as well as beside 32-bit
+# weights, and no bit of the 4-bit weights has changed. How do the models continue three words?
 
 
 # %% tags=["timing"]
@@ -346,9 +349,9 @@ assert "Simple is better than complex." in go_on(
 # %% [markdown]
 # ## What it saves
 #
-# Training takes memory for more than weights: a gradient for each weight that learns, and two running means that Adam
-# keeps of it: with the weight itself four fp32 numbers, 16 bytes per weight. Frozen weights need none of that.
-# Counted for this model:
+# Training needs memory not only for weights. For each trained weight there are also a gradient and two running means
+# that Adam keeps: together with the weight, these are four fp32 numbers, or 16 bytes per weight. Frozen weights need
+# only their own bytes. We count the memory for this model:
 
 # %%
 learning = sum(
@@ -395,19 +398,19 @@ picture.show(
 )
 
 # %% [markdown]
-# In a model of this size the adapters, at rank 8, and what Adam keeps for them weigh more than the packed matrices.
-# Matrices grow with the square of the width, adapters only with the width: in a layer of 4096 × 4096, rank 8 is 0.4 %
-# of the weights.
+# In such a small model, the adapters of rank 8, with their gradients and means, take more memory than the packed
+# matrices. Matrices grow with the square of the width, adapters only with the width: in a layer of 4096 × 4096,
+# adapters of rank 8 have 0.4 % of the number of weights.
 #
-# **So:** the weights stay frozen, the gradient goes through them by one more decoding, and a few small matrices in
-# full precision do the learning.
+# **Summary:** the weights stay frozen, the gradient is computed through them by decoding them once more, and only a
+# few small matrices in full precision are trained.
 
 # %% [markdown]
 # ## Exercises
 #
 # Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
 #
-# **7.1** The gradient of the input, from that of the output [M, N] and the layer.
+# **7.1** Compute the gradient of the input from the gradient of the output [M, N] and the layer.
 
 # %% tags=["exercise"]
 from support import exercises

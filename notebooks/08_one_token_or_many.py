@@ -4,15 +4,17 @@
 # **When is a second token nearly free?**
 #
 # - You will be able to say when memory is the limit and when arithmetic is, and why a layer has two paths.
-# - It needs notebook 6. It takes 15 minutes.
+# - You need notebook 6. The notebook takes 15 minutes.
 # - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
 #
-# A language model that writes reads all its weights once for every word. Reading a prompt, it has many words at hand.
-# It is the same product, $y = x W^\top$, with one row in $x$ or with many. Yet there are machines on which two tokens
-# take hardly longer than one. But a hundred tokens take longer on every machine. Two numbers decide where that
-# changes. This notebook measures both, on the machine that it runs on.
+# When a language model generates text, it reads all its weights once for every token. When it reads a prompt, it
+# multiplies many tokens at once. Both are the same product, $y = x W^\top$, with one row in $x$ or with many. On some
+# machines two tokens take hardly longer than one, but a hundred tokens take much longer on every machine. Two
+# properties of the machine decide from how many tokens on the time grows. This notebook measures both, on the machine
+# that it runs on.
 #
-# M tokens, N out_features, K in_features, as everywhere. One thread, so that the machine's other work disturbs little.
+# M is the number of tokens, N of out_features, K of in_features, as on all pages. The notebook uses one thread, so
+# that other programs disturb the measurement as little as possible.
 
 # %% tags=["timing"]
 import copy
@@ -40,9 +42,9 @@ print(
 # %% [markdown]
 # ## Counting
 #
-# What must be moved, and what computed? Half a byte for each weight, four bytes of scale for each block of 64, two
-# bytes for each bf16 number that goes in or out. Two operations, a multiplication and an addition, for each weight and
-# token.
+# How many bytes must be moved, and how many operations computed? A weight takes half a byte, each block of 64 weights
+# takes four bytes for its scale, and each bf16 number of x and y takes two bytes. Each weight and token need two
+# operations, a multiplication and an addition.
 
 
 # %%
@@ -78,8 +80,8 @@ roofs.traffic(
 )
 
 # %% [markdown]
-# The weights are read once, however many tokens share them. Every further token brings operations and hardly any
-# bytes, so the *intensity*, operations for each byte, grows in step with M.
+# The weights are read once for all tokens. Every further token adds operations but hardly any bytes, so the
+# *intensity*, which is the number of operations per byte, grows in proportion to M.
 
 # %%
 for M in (1, 2, 256):
@@ -93,7 +95,8 @@ for M in (1, 2, 256):
 # ## Two limits
 #
 # How fast does this machine read its memory, and how fast does it multiply? The CPU backend measures both with the
-# loops in `kernels/limits.c`: a buffer of 256 MB, which fits no cache, and multiply-adds that wait for nothing.
+# loops in `kernels/limits.c`. One loop reads a buffer of 256 MB, which is larger than the caches. The other loop
+# computes multiply-adds that need not wait for other results.
 
 # %% tags=["timing"]
 if missing is None:
@@ -110,9 +113,9 @@ else:  # torch's own sum and product, in place of limits.c
 print(f"{read:.1f} GB/s of memory read, {peak:.0f} GFLOP/s of multiply-adds")
 
 # %% [markdown]
-# A call can't be over before the memory is read, nor before everything is multiplied. Memory takes about the same time
-# whatever M is; multiplying takes M times as long as for one token. The *cross-over* is the M at which both take the
-# same time: below it, another token is computed while the machine waits for memory anyway.
+# A call can't end before the memory is read, and not before everything is multiplied. Reading takes about the same
+# time for every M; multiplying takes M times as long as for one token. The *cross-over* is the M at which both take
+# the same time. Below it, a further token is computed while the machine waits for memory anyway.
 
 
 # %%
@@ -136,10 +139,11 @@ assert abs(memory - multipliers) < 1e-9
 # %% [markdown]
 # ## Measured
 #
-# Three ways to the same product, the shortest of several runs each. The 4-bit layer; the same weight, first dequantised
-# to fp32, then multiplied by torch; and an fp32 weight that was never quantised. A model goes from layer to layer, so
-# no weight waits in a cache for its turn: six of them take turns here. (Without the CPU kernels the reference serves,
-# which dequantises in each call, and the 4-bit dots show it.)
+# We measure three ways to compute the same product, each as the shortest of several runs: the 4-bit layer; the same
+# weight, first dequantised to fp32 and then multiplied by torch; and an fp32 weight that was never quantised. A model
+# calls one layer after the other, so its weights are not in a cache; here six weights are used in turn for the same
+# reason. (Without the CPU kernels the reference computes, and dequantises in each call, which you can see in the dots
+# for 4 bits.)
 
 # %% tags=["timing"]
 generator = torch.Generator().manual_seed(0)
@@ -192,11 +196,11 @@ for name, times in ms.items():
     print(f"{name:>25}", *(f"{t:6.2f}" for t in times))
 
 # %% [markdown]
-# ## What it looks like
+# ## The times in a picture
 #
-# Beside this machine stands one whose times are kept in `docs/benchmarks/cpu.json`: a Zen 4 processor, two threads,
-# 24 November 2026, on the same weight of 4096 × 4096. It has an instruction that multiplies pairs of bf16 numbers, so
-# that its multipliers are far ahead of its memory.
+# The picture compares this machine with another one, whose times are in `docs/benchmarks/cpu.json`: a Zen 4 processor
+# with two threads, measured on 24 November 2026 with a weight of the same shape, 4096 × 4096. It has an instruction
+# that multiplies pairs of bf16 numbers, so it multiplies much faster than it reads.
 
 # %%
 kept = json.loads(Path("../docs/benchmarks/cpu.json").read_text())
@@ -232,17 +236,19 @@ roofs.call_times(
 )
 
 # %% [markdown]
-# On the left the curve is flat at first. Two tokens take as long as one, and four take a quarter longer: the
-# multiplications are done while the machine waits for weights. From the cross-over on the curve rises in step with M.
+# The left picture is the Zen 4 processor. Its curve is flat at first: two tokens take as long as one, and four take a
+# quarter longer, because the machine multiplies while it waits for weights. From the cross-over on, the curve rises
+# in proportion to M.
 #
-# On the right the same three ways on the machine that made this page (or on yours, if you run it). If its blue curve
-# rises from the first token on and stays above both floors, then neither memory nor multipliers are its limit, but
-# taking codes apart: the third cost, below. The fp32 layer has seven times the bytes, so it waits longer, and shares
-# its longer wait among more tokens. Where multiplications are all
-# that counts, four bits save none: what difference is left is that of bf16 and fp32 products.
+# The right picture has the three ways on the machine that made this page (or on yours, if you run it). If its blue
+# curve rises from the first token on and stays above both limits, then neither memory nor multipliers are the limit,
+# but a third cost: decoding, see below. The fp32 layer has seven times as many bytes, so it waits longer for memory,
+# and more tokens fit into this time. If multiplying is the limit, four bits do not help: the remaining difference is
+# that between bf16 and fp32 products.
 #
-# *Dequantise, then multiply* is the line to remember for step 6. It decodes 8 MB of codes to 64 MB, writes
-# them to memory and reads them again, whatever M is. Many tokens repay that, one token can't.
+# Remember the line *dequantise, then multiply* for step 6. It decodes 8 MB of codes to 64 MB, writes them to memory
+# and reads them again, for every M. With many tokens this time does not matter; with one token it is most of the
+# time.
 
 # %% tags=["timing"]
 first, second, last = ms["4 bits"][0], ms["4 bits"][1], ms["4 bits"][-1]
@@ -255,8 +261,9 @@ print(f"and {plain_ms[-1] / last:.1f} times at M = {tokens[-1]}")
 # %% [markdown]
 # ## The roofline
 #
-# The same measurements with the axes turned: how many operations a second, over how many operations each byte allows.
-# The slope is the memory, the level the multipliers, and no dot can be above either.
+# The next picture shows the same measurements as a *roofline*: operations per second against operations per byte. The
+# sloping line is the limit of memory, the horizontal line is the limit of the multipliers, and no dot can be above
+# these lines.
 
 # %% tags=["timing"]
 moved = {"4 bits": [sum(bytes_moved(M, N, K).values()) for M in tokens]}
@@ -271,14 +278,15 @@ dots = {
 roofs.roofline(read, peak, dots)
 
 # %% [markdown]
-# Quantising moves a product to the right along the slope: seven times fewer bytes, seven times the speed that memory
-# allows. Once on the level there is nothing more to be had from it. Where dots stay well below both lines, a third
-# thing is the limit: a code must be taken apart and looked up before it can be multiplied. Notebook 9 is about that.
+# Quantising moves a product to the right along the slope: with seven times fewer bytes, memory allows seven times the
+# speed. On the horizontal part, quantising makes nothing faster. If dots are far below both lines, there is a third
+# limit: a code must be extracted from its byte and looked up before it can be multiplied. Notebook 9 is about this.
 #
 # ## Other machines
 #
-# The cross-over is a property of the machine. Two whose limits are kept in `docs/benchmarks`, beside this one. The
-# third is no measurement: what `refq4_cuda/roofline.py` assumes of an H200 GPU.
+# The cross-over is a property of the machine. The picture compares this machine with two others whose limits are in
+# `docs/benchmarks`, and with an H200 GPU. The limits of the H200 were not measured: they are assumptions in
+# `refq4_cuda/roofline.py`.
 
 # %% tags=["timing"]
 from refq4_cuda.roofline import GPUS
@@ -298,21 +306,22 @@ cross = {name: cross_over(4096, 4096, *both) for name, both in machines.items()}
 roofs.cross_overs(machines, cross)
 
 # %% [markdown]
-# On a GPU some forty tokens are as good as free, which is why servers wait to collect them. On the Zen 4 processor it
-# is a few; on the Zen 3, which has no instruction for bf16, hardly one.
+# On a GPU about forty tokens take hardly longer than one, so servers collect tokens before they compute. On the Zen 4
+# processor this is true for a few tokens; on the Zen 3, which has no instruction for bf16, hardly for two.
 #
-# ## Who decides
+# ## Which decisions depend on M
 #
-# Two decisions of a layer depend on M, both in step 6 (notebook 6). The *op* is what the backend runs:
+# Two decisions of a layer depend on M, both in step 6 (notebook 6). The *op* is the function that the backend runs:
 #
-# - `gemv_4bit` for one token. GEMV is matrix times vector: every weight is read once and used once, so it is decoded in
-#   registers, right where it is multiplied.
+# - `gemv_4bit` for one token. GEMV is matrix times vector: every weight is read once and used once, so it is decoded
+#   in registers, immediately before it is multiplied.
 # - `gemm_4bit` for several tokens. GEMM is matrix times matrix: every decoded weight is used for all tokens.
 #
-# The *path* says how the call gets there, and it has the names of bitsandbytes 0.49.1, which has no kernel for several
-# tokens. There `gemv_4bit` is the kernel for one token, and `MatMul4Bit` everything else: it decodes the whole weight
-# to memory and multiplies with the ordinary product, the red line above. One token can't pay for that: hence two paths.
-# In refq4 a backend has a kernel of its own behind either path. For a weight in its stored layout:
+# The *path* says how the call gets to the op. Paths have the names of bitsandbytes 0.49.1, which has no kernel for
+# several tokens. In that version `gemv_4bit` is the kernel for one token, and `MatMul4Bit` does everything else: it
+# decodes the whole weight to memory and then calls the ordinary product, like the red line above. For one token this
+# is too slow, so there are two paths. In refq4 a backend has its own kernel for each path. These are the decisions
+# for a weight in its stored layout:
 
 # %%
 _, state = quantize_4bit(torch.randn(512, 256), quant_type="nf4")
@@ -321,8 +330,8 @@ for M in (1, 2):
     print(f"M = {M}: {decision.choice}, because: {decision.why}")
 
 # %% [markdown]
-# And the CPU backend, once it is called, picks one of its kernels. Which one is fastest for how many tokens differs
-# from processor to processor, so it is not written down: the first call timed them all, and kept the fastest.
+# The CPU backend then chooses one of its kernels. Which kernel is fastest for a number of tokens depends on the
+# processor. So the choice is not fixed: the first call measures all kernels and remembers the fastest.
 
 # %% tags=["timing"]
 if missing is None:
@@ -333,9 +342,9 @@ else:
 shown
 
 # %% [markdown]
-# **So:** a second token is nearly free for as long as the machine waits for the weights anyway. Four bits make the
-# wait of the first token seven times shorter than fp32 does. Fewer further tokens fit into a shorter wait, and none
-# of them is slower than in fp32.
+# **Summary:** a second token is nearly free as long as the machine waits for the weights anyway. With
+# four bits, the first token waits seven times less than with fp32. Fewer further tokens fit into this shorter time,
+# but no number of tokens is slower than with fp32.
 
 # %% [markdown]
 # ## Exercises
@@ -363,8 +372,8 @@ exercises.check("8.1", answer)
 # </details>
 
 # %% [markdown]
-# **8.2** `MatMul4Bit` of bitsandbytes 0.49.1 reads the packed weight, writes it as bf16, and reads that again. How
-# many times the bytes is that of reading the packed weight alone?
+# **8.2** `MatMul4Bit` of bitsandbytes 0.49.1 reads the packed weight, writes it as bf16, and reads the
+# bf16 weight again. How many times as many bytes is this as reading only the packed weight?
 
 # %% tags=["exercise"]
 answer = ...

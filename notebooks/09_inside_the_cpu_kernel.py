@@ -1,18 +1,19 @@
 # %% [markdown]
 # # 9. Inside the CPU kernel
 #
-# **How does a processor get from a plain loop over the weights to dozens of times its speed?**
+# **How can a processor be dozens of times as fast as with a plain loop over the weights?**
 #
-# - You will be able to read a kernel of the CPU backend, and say what each rung buys.
-# - It needs notebook 8. It is for those who write kernels; others may go on to 11. It takes 25 minutes.
+# - You will be able to read a kernel of the CPU backend, and say what each rung gains.
+# - You need notebook 8. This notebook is for readers who write kernels; others may go on to 11. It takes 25 minutes.
 # - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
 #
-# Three ideas do it: put the bytes into the order in which they are needed, look up many codes with one instruction, and
-# keep everything else out of the loop. Each is tried here in numpy first, on numbers that can be seen, and held against
-# the bytes and results of the real kernel. At the end the kernels themselves run, from the first rung to the last.
+# There are three ideas: put the bytes into the order in which they are needed, look up many codes with one
+# instruction, and keep everything else out of the loop. We try each idea in numpy first, on numbers that we can
+# print, and compare it with the bytes and results of the real kernel. The kernels are called *rungs*: each adds one
+# idea to the one before. At the end all rungs run, from the first to the last.
 #
-# Source: [the kernels](../backends/cpu/refq4_cpu/kernels).
-# The story with all its figures: [CPU kernels](../docs/cpu-kernels.md).
+# The source is in [the kernels' folder](../backends/cpu/refq4_cpu/kernels). All figures are in [CPU
+# kernels](../docs/cpu-kernels.md).
 
 # %% tags=["timing"]
 import json
@@ -39,8 +40,8 @@ print(missing or f"{cpu.info()['processor']}: the best tier is {cpu.info()['tier
 # %% [markdown]
 # ## The plain loop
 #
-# One weight after the other: take its code out of the byte, look it up, multiply by the block's scale and by x. This is
-# `gemv_4bit_1_scalar.c`, in Python.
+# The plain loop handles one weight after the other: it extracts the code from the byte, looks it up, and multiplies
+# by the block's scale and by x. This is `gemv_4bit_1_scalar.c`, in Python.
 
 # %%
 N, K, blocksize = 16, 64, 64
@@ -66,27 +67,28 @@ assert np.allclose([plain_loop(n) for n in range(N)], exact, rtol=1e-6)
 print("the first three outputs:", *(f"{plain_loop(n):.4f}" for n in range(3)))
 
 # %% [markdown]
-# In C it is the same five lines:
+# The same five lines in C:
 
 # %%
 kernels.show("gemv_4bit_1_scalar.c")
 
 # %% [markdown]
-# Each step waits for the one before. A register of a modern processor holds eight or sixteen numbers, and wants them
-# all treated alike. But who shall be alike?
+# Each step waits for the one before. A register of a modern processor has eight or sixteen *lanes*, each with one
+# number, and an instruction does the same to all lanes. So which numbers should be in the lanes?
 #
 # ## Lanes are outputs
 #
-# Sixteen outputs, that is sixteen rows of the weight. At the same k all of them want the same x, and at the end no sum
-# must be put together across lanes. Only, their bytes lie K/2 apart. So the backend rearranges a weight once, before
-# its first use: the first four bytes of each of sixteen rows, then the next four of each.
+# Each lane computes one of sixteen outputs, which are sixteen rows of the weight. At one k all of them need the same
+# x, and at the end nothing must be summed across lanes. But in memory the bytes of neighbouring rows are K/2 bytes
+# apart. So the backend rearranges a weight once, before its first use: first the first four bytes of each of the
+# sixteen rows, then the next four bytes of each row, and so on.
 
 # %%
 registers.tiles(rows=16, groups=8, row=5, group=2)
 
 # %% [markdown]
-# The orange bytes are k = 16 to 23 of row 5, and their scale. In numpy the new order is one transposition, and the
-# kernel's own tiles are the same, byte for byte.
+# The orange bytes are k = 16 to 23 of row 5, and their scale. In numpy the new order is one transposition. The
+# kernel's own tiles have the same bytes.
 
 # %%
 # [row, group, byte] -> [group, row, byte]
@@ -104,9 +106,9 @@ print(f"{len(record)} bytes: {4 * 16} of scales, {8 * 64} of codes")
 # %% [markdown]
 # ## Sixteen look-ups with one instruction
 #
-# One group is 64 bytes: a register of AVX-512. Each of its sixteen lanes holds eight codes of one row. Shifting the
-# lanes by a multiple of four bits brings one code of each row into the lowest four bits, and those are what the
-# instruction `vpermps` takes for an index into another register. That other register is the whole NF4 table.
+# One group has 64 bytes, the size of a register of AVX-512. Each of its sixteen lanes has eight codes of one row. A
+# shift of the lanes by a multiple of four bits moves one code of each row into the lowest four bits. The instruction
+# `vpermps` uses these bits as an index into another register, which contains the whole NF4 table.
 
 # %%
 group = groups[2].copy().view("<u4").reshape(16)  # k = 16 .. 23 of all sixteen rows
@@ -130,8 +132,8 @@ registers.lanes(
 )
 
 # %% [markdown]
-# Bytes are stored lowest first and each has its first code in the *high* half, so shifts 0, 1, 2, 3, ... bring down k =
-# 1, 0, 3, 2, ... That is no trouble: x is put into the same order, once per call.
+# In a lane the first byte is the lowest one, and each byte has its first code in the *high* half. So shifts 0, 1, 2,
+# 3, ... give k = 1, 0, 3, 2, ... This is not a problem: x is put into the same order, once per call.
 
 # %%
 decoded = code[
@@ -148,8 +150,8 @@ for g in range(8):
 print("shift:", *range(8), "  brings down k =", *(s ^ 1 for s in range(8)))
 
 # %% [markdown]
-# This is the inner loop of the kernel. `vpermps` is `_mm512_permutexvar_ps`, s counts the shifts, m the tokens and p
-# the panels of sixteen rows:
+# This is the inner loop of the kernel. `vpermps` is written `_mm512_permutexvar_ps`; s counts the shifts, m the
+# tokens, and p the panels of sixteen rows:
 
 # %%
 kernels.show("gemm_4bit_3_avx512.c")
@@ -157,10 +159,10 @@ kernels.show("gemm_4bit_3_avx512.c")
 # %% [markdown]
 # ## The same with AVX2: two tables of bytes
 #
-# Most processors have registers half as long, and sixteen fp32 values don't fit one. Two registers and a choice between
-# them take five instructions for eight weights. But a table of sixteen *bytes* has an instruction of its own,
-# `vpshufb`, and a bf16 number is two bytes. So: look up the upper bytes, look up the lower bytes, put them side by
-# side.
+# Most processors have registers of half this length, and sixteen fp32 values don't fit into one. With two registers
+# and a choice between them, a look-up of eight weights takes five instructions. But there is an instruction for a
+# table of sixteen *bytes*, `vpshufb`, and a bf16 number has two bytes. So the kernel looks up the upper bytes, looks
+# up the lower bytes, and joins them.
 
 # %%
 bf16 = (
@@ -207,19 +209,20 @@ print(
 # %% [markdown]
 # ## Multiplying: fp32, or pairs of bf16
 #
-# `vfmadd` multiplies sixteen fp32 numbers and adds. `vdpbf16ps` takes thirty-two bf16 numbers and adds two products to
-# each of sixteen sums. Does one lose by it? Not in the multiplication: two numbers of 8 significant bits have a product
-# of 16, and fp32 holds 24.
+# `vfmadd` multiplies sixteen fp32 numbers and adds the products to sixteen sums. `vdpbf16ps` multiplies thirty-two
+# bf16 numbers, and adds two products to each of sixteen sums. Does it lose precision? The multiplication does not:
+# the product of two numbers of 8 significant bits has 16 bits, and fp32 has 24.
 
 # %%
 a, b = (torch.randn(100_000, generator=generator).bfloat16() for _ in range(2))
 assert torch.equal((a.float() * b.float()).double(), a.double() * b.double())
 
 # %% [markdown]
-# What is lost is lost before: the weights must be bf16. Rounding each scaled weight would err anew for each. The kernel
-# leaves the scale out of the loop, for a block's sum can be scaled as well as its 64 terms, and rounds only the sixteen
-# values of the table. And there it has a choice: any factor on the table can be taken out again at the end. So it tries
-# 1,536 factors and takes the one under which the sixteen round best.
+# The precision is lost before, because the weights must be rounded to bf16. Rounding each scaled weight would make a
+# new error for each. But the scale can be outside the loop, because multiplying a block's sum by the scale is the
+# same as multiplying its 64 terms. So the kernel rounds only the sixteen values of the table. It can also multiply
+# the table by any factor, and divide by it at the end. So it tries 1,536 factors and uses the one with which the
+# sixteen values round best.
 
 
 # %%
@@ -277,16 +280,17 @@ print(
 )
 
 # %% [markdown]
-# A factor that costs nothing, and an error that is smaller than rounding each weight would make.
+# The factor costs no time, and the error is smaller than with rounding each weight.
 #
-# Which of the two ways is faster depends on the processor: in the same time `vdpbf16ps` does twice the work of `vfmadd`
-# on some, half of it on others. The backend times both once, and keeps the winner (notebook 8).
+# Which of the two instructions is faster depends on the processor: in the same time, `vdpbf16ps` multiplies twice as
+# many numbers as `vfmadd` on some processors, and half as many on others. The backend measures both once, and uses
+# the faster one (notebook 8).
 #
-# ## The ladder
+# ## All rungs
 #
-# Every kernel that this machine can run, on one weight of 4096 x 4096, on one thread, from the plain loop to the last
-# one. `REFQ4_CPU_KERNEL` chooses a kernel, and each is held to the error budget before it is timed. What this machine
-# lacks is named.
+# We measure every kernel that this machine can run, from the plain loop to the last one, on one weight of 4096 x
+# 4096, with one thread. `REFQ4_CPU_KERNEL` chooses a kernel. Before a kernel is measured, its result is checked
+# against the error budget. The cell also names the kernels that this machine can't run, and why.
 
 # %% tags=["timing"]
 times, refused = {}, {}
@@ -324,8 +328,8 @@ if missing is None:
 print(missing or "\n".join(f"not here: {reason}" for reason in refused.values()))
 
 # %% [markdown]
-# Full bars were measured just now. The outlined one was not: it is the whole layer on a Zen 4 processor with
-# `vdpbf16ps`, two threads, as kept in `docs/benchmarks/cpu.json`.
+# The filled bars were measured by the cell above. The outlined bar is from another machine: it is the whole layer on
+# a Zen 4 processor with `vdpbf16ps` and two threads, from `docs/benchmarks/cpu.json`.
 
 # %% tags=["timing"]
 kept = json.loads(Path("../docs/benchmarks/cpu.json").read_text())
@@ -349,8 +353,8 @@ if times:
     print(f"sixteen tokens take {sixteen / last:.1f} times as long as one")
 
 # %% [markdown]
-# The same table of that other machine, next to what people use today (milliseconds of a call; `python -m refq4 bench`
-# prints one for yours):
+# This is the table of the other machine, with other libraries that people use today, in milliseconds per call.
+# `python -m refq4 bench` prints the same table for your machine.
 
 # %%
 peers = list(zen4[1])
@@ -360,16 +364,17 @@ picture.table(
 )
 
 # %% [markdown]
-# **So:** dozens of times the plain loop, and none of it by cleverer arithmetic. The bytes lie where they are needed,
-# one instruction looks up a register full of codes, and the scale waits outside.
+# **Summary:** the last kernel is dozens of times as fast as the plain loop, with the same arithmetic.
+# The bytes are in the order in which they are needed, one instruction looks up a register full of codes, and the
+# scale is outside the loop.
 
 # %% [markdown]
 # ## Exercises
 #
 # Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
 #
-# **9.1** A dword of four stored bytes, lowest byte first. Which shifts, in steps of four bits, bring down the codes
-# of k = 0, 1, ... 7?
+# **9.1** A dword has four stored bytes, the lowest byte first. Which shifts, in steps of four bits, move the codes of
+# k = 0, 1, ... 7 into the lowest four bits?
 
 # %% tags=["exercise"]
 from support import exercises
@@ -387,7 +392,7 @@ exercises.check("9.1", answer)
 # </details>
 
 # %% [markdown]
-# **9.2** Put a bf16 number together from its upper and its lower byte, as `vpunpck` and a shift by 16 do.
+# **9.2** Make a bf16 number from its upper and its lower byte, as `vpunpck` and a shift by 16 do.
 
 
 # %% tags=["exercise"]

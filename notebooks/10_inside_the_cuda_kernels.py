@@ -1,18 +1,18 @@
 # %% [markdown]
 # # 10. Inside the CUDA kernels
 #
-# **Among thousands of threads, who holds which number?**
+# **Among thousands of threads, which one holds which number?**
 #
 # - You will be able to say which lane holds which element of an `mma`, and find a race without a GPU.
-# - It needs notebook 8. It is for those who write kernels; others may go on to 11. It takes 25 minutes.
+# - You need notebook 8. This notebook is for readers who write kernels; others may go on to 11. It takes 25 minutes.
 # - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
 #
-# No GPU is needed. The project's emulator takes what NVRTC, NVIDIA's compiler, makes of a kernel (PTX, an assembly
-# language), executes it on CPU tensors, and shows any thread's registers. Where there is a GPU, the products below run
-# on it as well: the plan of a launch is the same, and so are the bytes of its arguments.
+# No GPU is needed. NVRTC, NVIDIA's compiler, translates a kernel to PTX, an assembly language. The project's emulator
+# executes this PTX on CPU tensors, and shows the registers of any thread. If there is a GPU, the products below also
+# run on it, with the same plan of each launch and the same bytes of its arguments.
 #
-# Source: [the kernels](../backends/cuda/refq4_cuda/kernels).
-# What each rung gains: [CUDA kernels](../docs/cuda-kernels.md).
+# The source is in [the kernels' folder](../backends/cuda/refq4_cuda/kernels). [CUDA kernels](../docs/cuda-kernels.md)
+# has the gain of each kernel.
 
 # %% tags=["timing"]
 import numpy as np
@@ -39,9 +39,9 @@ print(f"no GPU: {no_gpu}" if no_gpu else f"GPU: {torch.cuda.get_device_name()}")
 # %% [markdown]
 # ## A launch
 #
-# A kernel is started for a *grid* of blocks, each of 256 threads here; 32 neighbouring threads are a *warp*, whose
-# lanes do the same instruction at the same time. There are four kernels, four rungs of a ladder, for one and the same
-# product.
+# A kernel is started for a *grid* of blocks, here of 256 threads each. 32 neighbouring threads are a *warp*; its
+# threads, called *lanes*, execute the same instruction at the same time. There are four kernels for the same product.
+# They are called *rungs*: each adds one idea to the one before.
 
 # %%
 generator = torch.Generator().manual_seed(10)
@@ -84,8 +84,8 @@ picture.table(["rung", "file", "grid", "block", "bytes of shared memory"], rows)
 # %% [markdown]
 # ## Threads
 #
-# Who reads which bytes of a row? Not from the source: from the addresses in the registers, as they are when the first
-# warp executes the load.
+# Which thread reads which bytes of a row? We do not look into the source, but read the addresses from the registers
+# when the first warp executes the load.
 
 # %%
 loads = {}
@@ -105,11 +105,11 @@ assert loads["vectorised, load 1"][31] == [1]
 registers.threads(loads)
 
 # %% [markdown]
-# In the naive kernel two lanes share a byte, one for each of its codes, and a load brings 16 bytes for the whole warp.
-# In the vectorised one each *lane* brings 16, so that one load brings 512. Fewer and larger requests: that is
-# the second rung.
+# In the naive kernel two lanes read the same byte, one for each of its codes, so a load reads 16 bytes for the whole
+# warp. In the vectorised kernel each *lane* reads 16 bytes, so one load reads 512 bytes. The idea of the second rung
+# is to use fewer and larger loads.
 #
-# These are the lines with which they use what they have loaded:
+# These lines of the two kernels use the loaded bytes:
 
 # %%
 kernels.show("gemv_4bit_1_naive.cu")
@@ -120,9 +120,9 @@ kernels.show("gemv_4bit_2_vectorised.cu")
 # %% [markdown]
 # ## Shuffles
 #
-# Each lane of the naive kernel has a sum of its own, and the 32 sums must become one. Lanes can't read each other's
-# registers, but they can exchange them: `shfl.bfly` hands each lane the value of the lane whose number differs in one
-# bit. After five exchanges all have the whole.
+# Each lane of the naive kernel has its own sum, and the 32 sums must be added. Lanes can't read each other's
+# registers, but they can exchange values: `shfl.bfly` gives each lane the value of the lane whose number differs in
+# one bit. After five exchanges, all lanes have the total.
 
 # %%
 B1, state1, weight1 = quantised(N=8, K=64)
@@ -140,12 +140,14 @@ assert np.all(added == float(y1[0, 0]))  # and every lane ends with the output
 registers.shuffle([*sums, added], distances)
 
 # %% [markdown]
-# Orange: the way of all that lane 0 collects. Each sum doubles what it stands for: 1, 2, 4, 8, 16, 32 lanes.
+# The orange boxes show how the values of all lanes reach lane 0. After each exchange, a sum contains the values of
+# twice as many lanes: 1, 2, 4, 8, 16, 32.
 #
 # ## One thread, step by step
 #
-# Dequantising a weight, thread 5 of block 0: from its own number to its first value. The trace holds every instruction
-# that the thread executed; these are the ones of which the product came about, found by going backwards from it.
+# We dequantise a weight and follow thread 5 of block 0, from its own number to its first value. The trace has every
+# instruction that the thread executed. The cell shows only those that the product depends on; it finds them by going
+# backwards from the product.
 
 # %% tags=["timing"]
 out = torch.empty(weight1.shape, dtype=torch.bfloat16)
@@ -167,9 +169,9 @@ picture.table(
 )
 
 # %% [markdown]
-# An address shows as a tensor and a byte in it. Thread 5 takes its four bytes, one code out of them, its block's scale,
-# and looks the code up in shared memory, where the table stands 32 times, once for each lane, so that no two lanes want
-# the same memory bank: hence the code times 32 plus the lane.
+# An address is shown as a tensor and a byte in it. Thread 5 loads its four bytes, extracts one code, loads its
+# block's scale, and looks up the code in shared memory. Shared memory has 32 copies of the table, one for each lane,
+# so that no two lanes read the same memory bank at once. This is why the index is the code times 32 plus the lane.
 
 # %%
 decoded = state1.code[
@@ -184,8 +186,9 @@ assert abs(float(product.writes.split(" = ")[1]) - wanted).min() < 1e-5
 # %% [markdown]
 # ## A fragment
 #
-# Tensor cores multiply whole matrices: `mma.sync.m16n8k16` takes A of 16 x 16 and B of 16 x 8 and adds their product to
-# D. No thread has a matrix. Each has some registers, and which elements they are is fixed. Write lane = 4g + t:
+# Tensor cores multiply whole matrices: `mma.sync.m16n8k16` takes A of 16 x 16 and B of 16 x 8 and adds their product
+# to D. No thread has a whole matrix. Each thread has some elements in its registers, and the instruction defines
+# which ones. With lane = 4g + t, they are:
 #
 # | | registers | are |
 # | --- | --- | --- |
@@ -194,8 +197,8 @@ assert abs(float(product.writes.split(" = ")[1]) - wanted).min() < 1e-5
 # | B | b0, b1 | column g, rows 2t, 2t+1 and 2t+8, 2t+9 |
 # | D | d0, d1 and d2, d3 | row g and row g+8, columns 2t, 2t+1 |
 #
-# A box is a register, two bf16 numbers in A and B and one fp32 number in D. The number in it says whose; orange is lane
-# 6.
+# In the picture a box is a register: two bf16 numbers in A and B, one fp32 number in D. The number in the box is the
+# lane; lane 6 is orange.
 
 # %%
 A, Bm, D = (np.full(shape, -1) for shape in ((16, 16), (16, 8), (16, 8)))
@@ -217,8 +220,8 @@ titles = {
 registers.fragment(dict(zip(titles, (A, Bm, D), strict=True)), titles, lane=6)
 
 # %% [markdown]
-# Is the picture right? Take the registers of all 32 lanes from a real `mma`, put them where the picture says, multiply
-# the matrices in numpy, and compare with the registers that the instruction wrote.
+# Is the picture right? We take the registers of all 32 lanes from a real `mma`, put them where the picture says,
+# multiply the matrices in numpy, and compare the result with the registers that the instruction wrote.
 
 # %%
 x8 = torch.randn(8, 1024, generator=generator).bfloat16()
@@ -266,9 +269,9 @@ assert abs(exchanged - wrote).max() > 0.1
 # %% [markdown]
 # ## A byte is a fragment register
 #
-# In A, a register is two neighbours in k. A stored byte is two neighbours in k. So a table of 256 *pairs* turns a byte
-# into a fragment register with one look-up, and the codes are never taken apart. Lane 4g + t takes byte 4t of row g;
-# which k stands in which column is free, as long as x is put in the same order.
+# In A, a register has two neighbours in k. A stored byte also has two neighbours in k. So a table of 256 *pairs*
+# turns a byte into a fragment register with one look-up, without separating the two codes. Lane 4g + t uses byte 4t
+# of row g. The order of k in the columns is free, as long as x has the same order.
 
 # %%
 packed = weight.packed.view(128, 512)
@@ -286,23 +289,23 @@ print(
 )
 
 # %% [markdown]
-# In the kernel, a0 to a3 of two `mma`s:
+# These lines of the kernel make a0 to a3 of two `mma`s:
 
 # %%
 kernels.show("gemm_4bit_3_tensor_core.cu")
 
 # %% [markdown]
-# And in the next rung, which keeps one copy of the table's entry per bank at a distance of 256 bytes, the address of an
+# The next rung has one copy of each entry for each bank, and its entries are 256 bytes apart. So the address of an
 # entry is one byte permutation:
 
 # %%
 kernels.show("gemm_4bit_4_ring.cu")
 
 # %% [markdown]
-# ## The ladder
+# ## All rungs
 #
-# All rungs, each held to the error budget. How many instructions does a weight take? Counted per lane, by the emulator,
-# with everything around the loop.
+# The cell runs all rungs, and checks each result against the error budget. How many instructions does a weight take?
+# The emulator counts them per lane, including everything outside the loop.
 
 # %% tags=["timing"]
 B4, state4, weight4 = quantised(N=128, K=2048)
@@ -324,11 +327,12 @@ picture.show(
 )
 
 # %% [markdown]
-# To keep up with its memory, an H200 has four instructions per weight ([CUDA kernels](../docs/cuda-kernels.md)). The
-# loop of the ring takes 2.1 in machine code; here it shares the count with the filling of tables, which so small a
-# weight does not repay.
+# To be as fast as its memory, an H200 may use four instructions per weight ([CUDA kernels](../docs/cuda-kernels.md)).
+# The loop of the ring takes 2.1 in machine code. Here the count also includes filling the tables, which is a large
+# part for such a small weight.
 #
-# And eight tokens? The vectorised kernel multiplies again for each. The tensor cores' B has eight columns anyhow.
+# How many instructions do eight tokens take? The vectorised kernel multiplies again for each token. With tensor
+# cores, B has eight columns anyway.
 
 # %%
 eight = {}
@@ -344,9 +348,10 @@ for rung in ("vectorised", "tensor_core"):
 assert eight["tensor_core"] < 1.1 < 2 < eight["vectorised"]
 
 # %% [markdown]
-# ## On the processor that is there
+# ## On this machine's processor
 #
-# The same launches, planned for the processor of the first cell: the GPU if there is one, else the emulator once more.
+# These are the same launches, planned for the processor of the first cell: the GPU if there is one, otherwise the
+# emulator again.
 
 # %% tags=["timing"]
 x_there = x4.to(device)
@@ -376,8 +381,9 @@ for rung in reversed(RUNGS):
 print(f"all four rungs are within the budget on {backend.name}")
 
 # %% [markdown]
-# **So:** a number's place is a rule of lane and register, written in no variable, and a wrong rule shows only in the
-# result. That is why the emulator checks every access, and why every kernel is held to the reference: notebook 11.
+# **Summary:** the lane and the register define which number a thread has. No variable in the source
+# says this, and a mistake is visible only in the result. This is why the emulator checks every access, and why every
+# kernel is compared with the reference (notebook 11).
 
 # %% [markdown]
 # ## Exercises
@@ -406,8 +412,8 @@ exercises.check("10.1", lane)
 # </details>
 
 # %% [markdown]
-# **10.2** In a copy of `gemm_4bit_3_tensor_core.cu`, the `__syncthreads()` between filling the table and reading it
-# is taken out. Which error will the emulator raise? The names are in [CUDA without a
+# **10.2** In a copy of `gemm_4bit_3_tensor_core.cu`, the `__syncthreads()` between filling the table
+# and reading it was removed. Which error will the emulator raise? The names are in [CUDA without a
 # GPU](../docs/cuda-without-a-gpu.md).
 
 # %% tags=["exercise"]
@@ -424,4 +430,4 @@ exercises.check("10.2", answer)
 # </details>
 
 # %% [markdown]
-# **Next:** [two engines give different numbers: is one wrong?](11_do_they_agree.ipynb)
+# **Next:** [two backends give different numbers: is one wrong?](11_do_they_agree.ipynb)

@@ -1,15 +1,15 @@
 # %% [markdown]
 # # 11. Do they agree?
 #
-# **Two engines give different numbers. Is one of them wrong?**
+# **Two backends give different numbers. Is one of them wrong?**
 #
-# - You will be able to tell a rounding difference from a bug, and get a failing input down to its smallest form.
-# - It needs notebook 6. It takes 15 minutes.
+# - You will be able to distinguish a rounding difference from a bug, and find the smallest input that fails.
+# - You need notebook 6. The notebook takes 15 minutes.
 # - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
 #
-# A plain reference, C kernels, CUDA kernels, bitsandbytes: they all multiply by the same 4-bit weight, and hardly two
-# give the same bits. Some of that is as it must be, some of it would be a bug. This notebook tells one from the other,
-# and then plants a bug to see it found.
+# The plain reference, the C kernels, the CUDA kernels and bitsandbytes all multiply by the same 4-bit weight, and
+# hardly two of them give the same bits. Some differences are necessary; others would be bugs. This notebook shows how
+# to distinguish them, and then plants a bug and finds it.
 
 # %% tags=["timing"]
 import numpy as np
@@ -43,8 +43,8 @@ picture.table(
 # %% [markdown]
 # ## What must be the same, bit for bit
 #
-# Codes, packed bytes, scales, and decoded weights: `code * absmax` is one multiplication and one rounding, and nobody
-# has an excuse to get another number.
+# Codes, packed bytes, scales and decoded weights must have the same bits on every backend. `code * absmax` is one
+# multiplication and one rounding, so every backend must get the same number.
 
 # %%
 generator = torch.Generator().manual_seed(11)
@@ -65,10 +65,10 @@ for name in engines:
 print(f"{decoded.numel():,} weights: the same bits from every engine")
 
 # %% [markdown]
-# ## What can't be
+# ## What can't be the same
 #
-# A product is a sum of 1,024 terms, and every addition rounds. Another order, another result. Here is one output, its
-# terms added up in 400 orders, and where the engines' results lie.
+# A product is a sum of 1,024 terms, and every addition is rounded. So another order of the terms gives another
+# result. The picture shows one output, with its terms added in 400 different orders, and the results of the backends.
 
 # %% tags=["timing"]
 x = torch.randn(4, 1024, generator=generator)
@@ -89,12 +89,12 @@ errors.many_orders(
 )
 
 # %% [markdown]
-# None is exact, and none is wrong. So a product can't be held to bits. What else?
+# No result is exact, and none is wrong. So we can't compare the bits of products. What can we compare?
 #
 # ## Units in the last place
 #
-# The distance between neighbouring numbers is one unit in the last place. Rounding the exact result once costs at most
-# half of one. How far off is each engine, in three dtypes?
+# The distance between neighbouring numbers of a dtype is one unit in the last place (ulp). If the exact result is
+# rounded once, the error is at most half a unit. How large is the error of each backend, in three dtypes?
 
 # %% tags=["timing"]
 units = {}
@@ -110,10 +110,11 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 errors.ulp_histograms(units)
 
 # %% [markdown]
-# In bf16 and fp16 one rounding at the end is most of the error; kernels that keep their weights in fp32 until then are
-# closer than the reference, which rounds each weight. In fp32 it is all additions.
+# In bf16 and fp16, most of the error comes from the rounding at the end; kernels that keep their weights in fp32 are
+# closer to the exact result than the reference, which rounds each weight. In fp32, the error comes from the
+# additions.
 #
-# It would be tempting to draw a line: eight units, say. But look at who crosses it.
+# We could allow a fixed number of units, for example eight. But look at the results that exceed this limit.
 
 # %% tags=["timing"]
 budget = error_budget(x, B, state)
@@ -128,9 +129,9 @@ print(
 errors.against_size(budget.oracle, distance, in_units, budget.allowed)
 
 # %% [markdown]
-# Where large terms cancel, a small output carries the rounding errors of large numbers, and its own unit is tiny. The
-# error itself knows nothing of that. So the budget allows twice the largest error that the *reference* makes in the
-# same call, plus one unit for the rounding at the end.
+# If large terms cancel, the output is small, but it has the rounding errors of large numbers, and its own unit is
+# very small. So an error that is normal for this call can be many units. Therefore the error budget allows twice the
+# largest error that the *reference* makes in the same call, plus one unit for the rounding at the end.
 
 # %%
 allowed = 2 * distance.max() + ulp(budget.oracle, torch.float32)
@@ -142,8 +143,8 @@ print("every engine is within the budget")
 # %% [markdown]
 # ## A test that can't fail
 #
-# How a comparison is written matters as much as its limit. A kernel that writes nothing, not even zeros, may leave NaN
-# behind:
+# It matters how a comparison is written, not only which limit it has. If a kernel writes nothing, the result may
+# contain NaN:
 
 # %%
 broken = products["reference"].clone()
@@ -160,13 +161,13 @@ except AssertionError as error:
     print(error)
 
 # %% [markdown]
-# Every comparison with NaN is false, so the first question, the usual one, finds nothing. The second is the same limit,
-# asked the other way round.
+# Every comparison with NaN is false, so the first comparison, which is the usual one, finds no error. The second
+# comparison has the same limit, but checks that every difference is within it.
 #
-# ## 400 questions
+# ## 400 test cases
 #
-# `verify` asks an engine about sizes at which kernels break: one and its neighbours, the edges of tiles and vectors,
-# blocks that straddle rows. And how much of their budget do engines use?
+# `verify` tests a backend with sizes at which kernels often fail: one and its neighbours, the edges of tiles and
+# vectors, blocks that straddle rows. The picture shows how much of its budget each backend uses.
 
 # %% tags=["timing"]
 asked = "cpu" if "cpu" in engines else "reference"
@@ -185,8 +186,8 @@ errors.shares(used)
 # %% [markdown]
 # ## A bug
 #
-# A kernel takes eight elements at a time. It has a path of its own for short rows, but in long ones it forgets what is
-# left over at the end.
+# This kernel computes eight elements at a time. It has a separate path for short rows, but in long rows it forgets
+# the remaining elements at the end.
 
 
 # %%
@@ -207,7 +208,8 @@ refq4.register_backend(Tailless())
 budget.check(matmul_4bit(x, B, state, backend="tailless"), what="tailless")
 
 # %% [markdown]
-# The test above finds nothing: 1,024 is a multiple of eight, as all sizes are that come to mind. `verify` tries others.
+# The test above does not find the bug: 1,024 is a multiple of eight, like most sizes that people try. `verify` tries
+# other sizes.
 
 # %%
 found = verify("tailless", depth="quick", checks=("gemm_4bit",), progress=False)
@@ -219,11 +221,11 @@ print(failure.message)
 print(failure.hint)
 
 # %% [markdown]
-# From the case in which the bug was met it went on to smaller ones, field by field, for as long as they failed: one
-# token, one output, nine elements, weights that are a ramp and activations that are ones. And because the wrong numbers
-# are just what comes out if the tail of each row is missing, the report says so. What it prints at last is a program
-# that shows it again. (On so small an input another bug would give the same numbers, and is named, too; the report
-# above looked at the larger one.)
+# `verify` found the bug in one case, and then tried smaller cases, field by field, as long as they
+# failed. The smallest case has one token, one output, nine elements, weights that are a ramp, and activations that
+# are ones. The wrong numbers are the same as without the tail of each row, so the report names this bug. At the end
+# it prints a program that shows the failure again. (With such a small input, another bug would give the same numbers,
+# so the program's output names it as well; the report above used the larger case.)
 
 # %%
 print(failure.snippet())
@@ -231,15 +233,16 @@ print("---")
 exec(failure.snippet())
 
 # %% [markdown]
-# **So:** bits where nothing can differ, a budget that is measured where something must, questions at the edges, and an
-# answer that says what to look for. Your own engine is asked in the same way: notebook 12.
+# **Summary:** compare bits where all backends must agree. For products, compare with a budget that is
+# measured with the reference. Test sizes at the edges, and let the report say what to look for. Notebook 12 tests
+# your own backend in the same way.
 
 # %% [markdown]
 # ## Exercises
 #
 # Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
 #
-# **11.1** Compare two tensors: True if they differ nowhere by more than `allowed`. A NaN must not pass.
+# **11.1** Compare two tensors: return True if no element differs by more than `allowed`. A NaN must not pass.
 
 # %% tags=["exercise"]
 from support import exercises

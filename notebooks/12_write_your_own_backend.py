@@ -1,18 +1,18 @@
 # %% [markdown]
 # # 12. Write your own backend
 #
-# **How little is enough for an engine of your own?**
+# **How little code is enough for a backend of your own?**
 #
-# - You will be able to write a backend in fifty lines, and have it checked.
-# - It needs notebook 11. It takes 20 minutes.
+# - You will be able to write a backend in fifty lines, and check it with `verify`.
+# - You need notebook 11. The notebook takes 20 minutes.
 # - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
 #
-# Three things, in numpy: quantise, decode, multiply. After each, `verify` checks it. The first attempts are those that
-# most people would make, and they fail. At the end stands the backend of
-# `docs/numpy_backend.py`; the last cell holds the two together.
+# We write three functions in numpy: quantise, decode and multiply. After each one, `verify` checks it. The first
+# attempts are those that most people would make, and they fail. The result is the backend of `docs/numpy_backend.py`;
+# the last cell compares the two.
 #
-# What each op owes is said in `refq4/backend.py`. The core checks all arguments and takes all decisions; a backend gets
-# plain tensors, and computes.
+# `refq4/backend.py` describes what each op must return. The core checks all arguments and makes all decisions; a
+# backend gets plain tensors, and computes.
 
 # %%
 import ast
@@ -41,8 +41,8 @@ def ask(backend, step):
 # %% [markdown]
 # ## Nothing
 #
-# A name is a backend already. It can do nothing yet and says so: the base class looks which ops a subclass has, and
-# refuses the others by name.
+# A class with only a name is already a backend. It can't compute anything yet, and says so: the base class finds out
+# which ops a subclass has, and refuses the others by name.
 
 
 # %%
@@ -61,7 +61,7 @@ for check in report.checks[:3]:
 # %% [markdown]
 # ## Quantise: the obvious way
 #
-# Divide each block by its largest magnitude, take the nearest of the sixteen values, put two codes into a byte.
+# Divide each block by its largest magnitude, choose the nearest of the sixteen values, and put two codes into a byte.
 
 
 # %%
@@ -95,8 +95,8 @@ def complaint(report, check):
 complaint(ask(Obvious(), "quantise, obviously"), "quantize_4bit")
 
 # %% [markdown]
-# The report shows the smallest input it found. Two lessons: how long the result must be, and, once that is mended, in
-# which half of the byte the first code belongs. It is worth mending one thing at a time.
+# The report shows the smallest input that fails. There are two mistakes: the length of the result and, when this is
+# fixed, the half of the byte in which the first code is stored. Fix one thing at a time.
 
 
 # %%
@@ -112,10 +112,10 @@ complaint(report, "quantize_4bit")
 # %% [markdown]
 # ## Quantise: the rule
 #
-# "Nearest" leaves open what happens on a border, in a block of zeros, and with a NaN; and dividing rounds differently
-# from multiplying with the reciprocal. The rule of `refq4.codebooks` leaves nothing open: multiply by 1/absmax in fp32,
-# clamp, and count the *thresholds* below the value. They come with the code, so that FP4, whose borders are CUDA's own,
-# needs no case of its own.
+# "Nearest" does not say what happens on a border, in a block of zeros, or with a NaN. And dividing rounds differently
+# from multiplying by the reciprocal. The rule of `refq4.codebooks` defines all of this: multiply by 1/absmax in fp32,
+# clamp, and count the *thresholds* below the value. The thresholds are passed together with the code, so FP4, whose
+# borders come from CUDA's source, needs no special case.
 
 
 # %%
@@ -155,11 +155,11 @@ for name in ("quantize_4bit", "quantize_blockwise"):
     assert done[name].same == done[name].cases
 
 # %% [markdown]
-# The 8-bit codes of double quantisation came for free: they follow the same rule, with another code.
+# The 8-bit codes of double quantisation need no further function: they follow the same rule, with another code.
 #
 # ## Decode: the obvious way
 #
-# Take the codes apart, look them up, multiply by the block's scale.
+# Unpack the codes, look them up, and multiply by the block's scale.
 
 
 # %%
@@ -178,8 +178,8 @@ class DecodesPlain(Quantises):
 complaint(ask(DecodesPlain(), "decode, obviously"), "dequantize_4bit")
 
 # %% [markdown]
-# The smallest input says it: `nested=True`. With double quantisation the scales are themselves 8-bit codes, with scales
-# of their own and an offset (notebook 4).
+# The smallest input shows the reason: `nested=True`. With double quantisation the scales are also 8-bit codes, with
+# their own scales and an offset (notebook 4).
 
 
 # %%
@@ -218,8 +218,9 @@ for name in ("dequantize_4bit", "dequantize_blockwise", "embedding"):
 # %% [markdown]
 # ## Multiply
 #
-# A product need not have the reference's bits; it has an error budget (notebook 11). Decoding to fp32, summing in fp32
-# and rounding once stays well inside. One token is no special case for numpy, so both ops are one function.
+# A product need not have the reference's bits; it must be within the error budget (notebook 11). If you decode to
+# fp32, sum in fp32 and round once, the error is well within it. One token is not a special case for numpy, so both
+# ops are one function.
 
 
 # %%
@@ -240,8 +241,8 @@ assert not any(check.refused for check in report.checks)
 errors.scoreboard(history)
 
 # %% [markdown]
-# *forward*, *backward* and *state dict*, which ask a whole layer, were never written: the core does all that, with
-# three things to compute. Only a layout of its own this backend does not have, and need not.
+# The checks *forward*, *backward* and *state dict* test a whole layer. We wrote no code for them: the core does
+# everything with our three functions. This backend has no layout of its own, and does not need one.
 
 # %% tags=["timing"]
 report
@@ -249,8 +250,8 @@ report
 # %% [markdown]
 # ## In use
 #
-# The name works like any other from now on. `compare` runs a layer on several backends and shows the first step that
-# differs in bits.
+# From now on the name works like that of any other backend. `compare` runs a layer on several backends and shows the
+# first step with different bits.
 
 # %%
 layer = refq4.nn.LinearNF4(256, 64).to("cpu").eval()
@@ -265,8 +266,8 @@ assert comparison.largest_difference("mine") < 1e-5
 # %% [markdown]
 # ## One backend, not two
 #
-# `docs/numpy_backend.py` is the same in one piece, to copy yours from. The same: this cell reads both, and compares
-# them as programs.
+# `docs/numpy_backend.py` is the same backend in one file; copy it to start your own. This cell reads both, and checks
+# that they are the same program.
 
 
 # %%
@@ -300,17 +301,17 @@ print(
 assert len(source.splitlines()) < 100
 
 # %% [markdown]
-# **So:** three things, some fifty lines, and no test to write. From here, replace one function at a time by your
-# kernel, and ask again. What you can't do, say in `can_run`; `docs/write-a-backend.md` goes on to packages, layouts
-# of your own and your CI.
+# **Summary:** a backend is three functions in about fifty lines, and you need not write tests. Now
+# replace one function at a time by your own kernel, and run `verify` again. If your backend can't run some calls, say
+# so in `can_run`. `docs/write-a-backend.md` continues with packages, your own layouts and your CI.
 
 # %% [markdown]
 # ## Exercises
 #
 # Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
 #
-# **12.1** Write `gemv_4bit`: x [1, K], a weight with plain scales, a bias [N] or None. `verify` asks it forty
-# questions.
+# **12.1** Write `gemv_4bit` for x [1, K], a weight with plain scales, and a bias [N] or None. `verify` tests it with
+# forty cases.
 
 # %% tags=["exercise"]
 from support import exercises
@@ -340,8 +341,8 @@ exercises.check("12.1", gemv)
 # </details>
 
 # %% [markdown]
-# **12.2** A backend has a bug, and `verify` names it. Give any wrong answer first, read what it says, and answer with
-# the word that names the cause: "offset", "nibbles", "bias" or "scale".
+# **12.2** A backend has a bug, and `verify` names it. First give any wrong answer and read the message.
+# Then answer with the word that names the cause: "offset", "nibbles", "bias" or "scale".
 
 # %% tags=["exercise"]
 answer = ...

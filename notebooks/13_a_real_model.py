@@ -1,14 +1,15 @@
 # %% [markdown]
 # # 13. A real model
 #
-# **Every weight is nearly a tenth off. Why does the model still work?**
+# **Every weight is wrong by nearly a tenth. Why does the model still work?**
 #
-# - You will be able to measure what 4 bits do to a whole model, and load one through transformers.
-# - It needs notebook 1. It takes 15 minutes.
+# - You will be able to measure how much worse a whole model becomes in 4 bits, and load one with transformers.
+# - You need notebook 1. The notebook takes 15 minutes.
 # - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
 #
-# First a pretrained sentence encoder, `all-MiniLM-L6-v2`, whose 36 linear layers become 4 bits wide; then a small
-# language model that is trained here, so that it has something to say, and then loaded through transformers in 4 bits.
+# This notebook has two models. The first is a pretrained sentence encoder, `all-MiniLM-L6-v2`, whose 36 linear layers
+# are quantised to 4 bits. The second is a small language model that we train here, and then load in 4 bits with
+# transformers.
 
 # %%
 import copy
@@ -62,8 +63,8 @@ print(f"{sentences[0]} ... {exact[0, :3].numpy().round(3)}")
 # %% [markdown]
 # ## Three formats
 #
-# NF4, FP4, and NF4 with double quantisation. `quantize_model` changes a model in place; `copy.deepcopy` keeps the
-# original.
+# The formats are NF4, FP4, and NF4 with double quantisation. `quantize_model` changes a model in place;
+# `copy.deepcopy` keeps the original.
 
 # %%
 linears = {
@@ -132,14 +133,15 @@ picture.table(
 # %% [markdown]
 # ## Layer by layer
 #
-# The error of the weights, $|W - W_4| / |W|$, for each of the six matrices of each of the six layers.
+# The picture shows the error of the weights, $|W - W_4| / |W|$, for each of the six matrices of each of the six
+# layers.
 
 # %%
 errors.by_layer(weights, ["query", "key", "value", "attention out", "widen", "narrow"])
 
 # %% [markdown]
-# All alike: the error is set by the format and by the shape of a bell curve, hardly by what a layer does. And the dots
-# of NF4 with and without double quantisation lie on each other.
+# All layers have nearly the same error: it depends on the format and on the normal distribution of the weights, and
+# hardly on what a layer does. The dots of NF4 with and without double quantisation are at the same place.
 #
 # ## What double quantisation costs
 
@@ -159,12 +161,13 @@ print(f"{(sum(weights['FP4']) - sum(weights['NF4'])) / 36:.4f}")
 assert sum(gained) / 36 < 0.001
 
 # %% [markdown]
-# A thirteenth of the bits for next to nothing: hence the default of `quantize_model`.
+# Double quantisation saves a thirteenth of the bits, and the error hardly grows. So it is the default of
+# `quantize_model`.
 #
 # ## Does the error grow?
 #
-# Six layers, one after the other, and each takes the errors of the one before for its input. The activations after
-# each:
+# The model has six layers, one after the other, so each layer gets an input that already has the errors of the layers
+# before. The picture shows the error of the activations after each layer:
 
 # %%
 figure, axes = picture.canvas(height=3.0)
@@ -185,13 +188,14 @@ picture.show(
 )
 
 # %% [markdown]
-# It grows, but six layers bring nothing like six times what one brings: with NF4 two and a half times, about the square
-# root of six. So grows a sum of errors that know nothing of each other. The rounding of each weight is as good as
-# random, and most of it cancels in sums of hundreds of terms.
+# The error grows, but after six layers it is not six times as large as after one. With NF4 it is two and a half times
+# as large, which is about the square root of six. A sum of independent random errors grows in this way. The rounding
+# errors of the weights are practically random, and most of them cancel in sums of hundreds of terms.
 #
-# ## Who is like whom?
+# ## Which sentences are similar?
 #
-# What the encoder is for: sentences near each other mean similar things. All pairs, before and after.
+# The purpose of the encoder is to find similar sentences: their embeddings are close to each other. The picture
+# compares the similarity of all pairs of sentences, before and after quantising.
 
 # %%
 pairs = torch.triu_indices(64, 64, offset=1)
@@ -224,15 +228,15 @@ print(
 assert correlation > 0.95
 
 # %% [markdown]
-# The cloud lies a little above the diagonal: the errors have a part in common that makes all sentences somewhat more
-# alike. What search needs is the order, and that holds for most, though three of four, not all, keep their nearest
-# neighbour.
+# The cloud is a little above the diagonal: the errors of all sentences have a common part, which makes all sentences
+# a little more similar. A search needs only the order of the similarities. Most of the order is kept: three of four
+# sentences, but not all, keep their nearest neighbour.
 
 # %% [markdown]
 # ## A model that writes
 #
-# A Llama of two layers, made on the spot, learns the first lines of the Zen of Python by heart, letter by letter. That
-# takes some seconds.
+# We train a Llama of two layers on the first lines of the Zen of Python, letter by letter, until it can repeat them.
+# This takes some seconds.
 
 # %% tags=["timing"]
 import codecs
@@ -275,8 +279,8 @@ print(
 print(f"guessing would give {torch.tensor(len(letters)).log():.2f}")
 
 # %% [markdown]
-# Saved as it is, and loaded in 4 bits. `Refq4Config` has the names and defaults of `BitsAndBytesConfig`; importing the
-# integration is all that transformers needs.
+# We save the model in full precision, and load it in 4 bits. `Refq4Config` has the names and defaults of
+# `BitsAndBytesConfig`; transformers needs only the import of the integration.
 
 # %% tags=["timing"]
 from refq4.integrations.transformers import Refq4Config
@@ -334,16 +338,16 @@ picture.show(
 )
 
 # %% [markdown]
-# **So:** a weight that is off by a tenth is off in a random direction. Over hundreds of terms most of that cancels, and
-# what a model does depends on sums, not on single weights.
+# **Summary:** a weight is wrong by a tenth, but in a random direction. In sums of hundreds of terms
+# most of these errors cancel, and a model computes with such sums, not with single weights.
 
 # %% [markdown]
 # ## Exercises
 #
 # Put your answer in place of each `...`, run the cell, and read what it says. The solutions are folded.
 #
-# **13.1** Llama 2 7B has 6.476 billion weights in linear layers and 0.262 billion others. How many GB are that with
-# NF4 and double quantisation, the others in bf16?
+# **13.1** Llama 2 7B has 6.476 billion weights in linear layers and 0.262 billion others. How many GB does it take
+# with NF4 and double quantisation, if the others are in bf16?
 
 # %% tags=["exercise"]
 from support import exercises
