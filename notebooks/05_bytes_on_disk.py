@@ -105,8 +105,8 @@ picture.table(["stored as", "shape", "bytes", "the first, read as a number"], ro
 # %% [markdown]
 # ## A checkpoint of bitsandbytes
 #
-# Now we look at a real file that bitsandbytes wrote, with its own layer, the weights of our encoder, and double
-# quantisation.
+# Now we look at a real file that bitsandbytes 0.50.2 wrote, with its own layer, the weights of our encoder, and
+# double quantisation.
 
 # %%
 bitsandbytes = quiet_bitsandbytes()
@@ -240,8 +240,8 @@ assert abs(mine.flatten()[i].item() - value * scale) < 1e-7
 print("all", f"{mine.numel():,}", "weights are the same, to the bit")
 
 # %% [markdown]
-# The other direction also works: a file that refq4 saves has the same keys, types and shapes, and bitsandbytes reads
-# it.
+# The other direction also works: a file that refq4 saves has the same keys, types and shapes, and bitsandbytes 0.50.2
+# reads it.
 
 # %%
 saved = layer.state_dict()

@@ -1,7 +1,7 @@
 """Where the sixteen possible codes of a weight sit in memory.
 
 Everything is *flat*: a weight of any shape is read in row-major order, and element i has a place that depends on i
-alone. That is why blocks may straddle rows when the row length is no multiple of the blocksize.
+alone. That is why blocks may straddle rows when the row length is not a multiple of the blocksize.
 
     element        0     1     2     3     4     5    ...   n-1
                  +-----------+-----------+-----------+     +-----------+

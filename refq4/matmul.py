@@ -34,7 +34,7 @@ OWN_LAYOUT = Decision(
 ONE_TOKEN = Decision("gemv_4bit", "a single token, no gradient of it wanted, and K is a multiple of the blocksize")
 SEVERAL_TOKENS = Decision("MatMul4Bit", "more than one token")
 WANTS_GRADIENT = Decision("MatMul4Bit", "a single token, but its gradient is wanted")
-STRADDLING = Decision("MatMul4Bit", "a single token, but K is no multiple of the blocksize: blocks straddle rows")
+STRADDLING = Decision("MatMul4Bit", "a single token, but K is not a multiple of the blocksize: blocks straddle rows")
 NOTHING = Decision("MatMul4Bit", "nothing to multiply: no tokens, or K = 0")
 FROM_K_BY_N = Decision("dequantize + linear", "deprecated: the weight was quantised as [K, N], not as [N, K]")
 
@@ -128,7 +128,7 @@ def multiply(A: Tensor, weight: BoundWeight, bias: Tensor | None) -> tuple[Tenso
     stored, (path, op, by_autograd), engine = weight
     if path is STRADDLING and not torch.compiler.is_compiling():
         warn_caller(
-            f"in_features {A.shape[-1]} is no multiple of the blocksize {stored.blocksize}, so a single token takes "
+            f"in_features {A.shape[-1]} is not a multiple of the blocksize {stored.blocksize}, so a single token takes "
             f"the slower MatMul4Bit path instead of gemv_4bit"
         )
     if by_autograd and isinstance(stored, PackedWeight):
@@ -289,7 +289,7 @@ def _check_matmul(A: Tensor, state: QuantState) -> torch.Size:
         raise TypeError(f"quant_state must be the QuantState that quantize_4bit returned, got {state!r}")
     shape, _ = state.geometry()
     if len(shape) != 2:
-        raise ValueError(f"a product wants a weight of two dimensions [N, K], this one has shape {list(shape)}")
+        raise ValueError(f"a product needs a weight of two dimensions [N, K], this one has shape {list(shape)}")
     check_floats("A", A, ACTIVATION_DTYPES)
     if A.device != state.absmax.device:
         raise ValueError(

@@ -154,7 +154,7 @@ class Params4bit(Preparable, nn.Parameter):
         if wanted is not None and state.shape != wanted:
             raise ValueError(
                 f"{min(quantized_stats, key=len).rpartition('.')[0] or 'weight'}: the checkpoint holds {state}, this "
-                f"{type(module).__name__} wants shape {list(wanted)}"
+                f"{type(module).__name__} needs shape {list(wanted)}"
             )
         device = torch.device(device) if device is not None else data.device
         state = state.to(device)

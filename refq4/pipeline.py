@@ -130,8 +130,8 @@ def recover_quant_state(layer: Linear4bit | Embedding4bit) -> tuple[QuantState, 
 LAYOUT_OWN = Decision("own layout", "inference, and the backend has a layout that suits it better")
 LAYOUT_TRAINING = Decision("canonical", "the layer is in training mode")
 LAYOUT_GRADIENT = Decision("canonical", "a gradient is wanted")
-LAYOUT_OFFLOADED = Decision("canonical", "accelerate brings the weight for each call and takes it away again")
-LAYOUT_REBUILT = Decision("canonical", "something else owns the weight's memory: it is no Params4bit any more")
+LAYOUT_OFFLOADED = Decision("canonical", "accelerate loads the weight for each call and removes it again")
+LAYOUT_REBUILT = Decision("canonical", "something else owns the weight's memory: it is not a Params4bit any more")
 LAYOUT_IN_USE = Decision(
     "canonical",
     f"others need the stored bytes: a look-up, or they were restored {MOST_RESTORES} times; refq4.prepare(model) tries "

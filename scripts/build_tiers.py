@@ -73,7 +73,7 @@ def module_of(name: str, path: Path) -> ModuleType:
     """A file as a module, without the package around it."""
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
+        raise ImportError(f"{path} is not a Python file")
     module = sys.modules[name] = module_from_spec(spec)  # a dataclass looks its module up
     spec.loader.exec_module(module)
     return module

@@ -116,9 +116,9 @@ def what_is_amiss(directory: Path) -> dict[str, str] | None:
         info, _ = convert_and_load_state_dict_in_model(model, state, settings)
     model._adjust_missing_and_unexpected_keys(info)
     amiss = dict.fromkeys(info.unexpected_keys, UNKNOWN)
-    amiss |= dict.fromkeys(info.missing_keys - _tied(model), "missing: the model wants a parameter of this name")
+    amiss |= dict.fromkeys(info.missing_keys - _tied(model), "missing: the model needs a parameter of this name")
     amiss |= {
-        name: f"has the shape {list(held)}, and the model wants {list(wanted)}"
+        name: f"has the shape {list(held)}, and the model needs {list(wanted)}"
         for name, held, wanted in info.mismatched_keys
     }
     if quantizer is not None:

@@ -230,7 +230,7 @@ def _check_share(selection: Selection, source: Path) -> None:
     raise ValueError(
         f"{source}: only {chosen / selection.could:.0%} of the {selection.could:,} weights in linear layers and "
         f"experts would be in 4 bits; the rest would stay as it is ({name}: {why}). Name the layers that you want with "
-        f"include (--include '*' for all that can be) to quantise them all the same"
+        f"include (--include '*' for all that can be) to quantise them anyway"
     )
 
 

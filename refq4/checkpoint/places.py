@@ -66,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
@@ -84,7 +84,7 @@ def check_places(source: Path, target: Path, force: bool) -> None:
     if not force:
         raise FileExistsError(f"{target} exists: choose another name, or --force (force=True) to replace it")
     if not target.is_dir() or target.is_symlink():
-        raise FileExistsError(f"{target} is no directory: remove it, or choose another name")
+        raise FileExistsError(f"{target} is not a directory: remove it, or choose another name")
     if any(target.iterdir()) and not (any(target.glob("*.safetensors")) or (target / "config.json").is_file()):
         raise FileExistsError(f"{target} is not empty and holds no model: it is not replaced, even with --force")
 

@@ -32,22 +32,22 @@ __all__ = ["begin", "main", "parser"]
 EPILOG = """\
 examples:
   python -m refq4 tour                        the packaged sentence encoder in NF4, FP4 and double-quantised NF4
-  python -m refq4 info --json                 for scripts
-  python -m refq4 explain 4096x11008          the steps of one call, and why each was taken
-  python -m refq4 quantize model model-nf4    a model on disk in 4 bits
-  python -m refq4 dequantize model-nf4 plain  and back into floats, for tools that read plain safetensors
-  python -m refq4 eval model-nf4 --text book.txt --against model     what did it cost?
-  python -m refq4 inspect model-nf4           what is in it, and whether it is sound
+  python -m refq4 info --json                 the backends of this machine, for scripts
+  python -m refq4 explain 4096x11008          the steps of one call, and the reason for each decision
+  python -m refq4 quantize model model-nf4    write a model on disk in 4 bits
+  python -m refq4 dequantize model-nf4 plain  decode it into floats, for tools that read plain safetensors
+  python -m refq4 eval model-nf4 --text book.txt --against model     how much worse is it in 4 bits?
+  python -m refq4 inspect model-nf4           what is in it, and is something wrong with it?
   python -m refq4 verify --backend cpu        does this backend compute the 4-bit layer?
-  python -m refq4 bench --quick               how fast is it, next to bitsandbytes and torch?
-  python -m refq4 tune                        up to how many tokens is the GPU's fused kernel the faster one?
-  python -m refq4 run -- lm_eval --help       a program that knows nothing of refq4, with Refq4Config made known
+  python -m refq4 bench --quick               how fast is it, compared with bitsandbytes and torch?
+  python -m refq4 tune                        up to how many tokens is the GPU's fused kernel faster?
+  python -m refq4 run -- lm_eval --help       run a program that does not import refq4 on 4-bit checkpoints
 
 exit codes:
-  0    done, and nothing found
-  1    it could not be done (one line on stderr says why), or a difference or a damaged tensor was found
+  0    success
+  1    the command failed (one line on stderr says why), or it found a difference or a damaged tensor
   2    the command line is wrong
-  130  interrupted with Ctrl-C; nothing half-written is left
+  130  interrupted with Ctrl-C; no incomplete output is left
 """
 INTERRUPTED = 130
 _BROKEN_PIPE = 141

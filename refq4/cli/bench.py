@@ -31,27 +31,32 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 
 def add(commands: Any) -> None:
     """The subcommand."""
-    command = commands.add_parser("bench", help="a backend against what people use today, and the machine's limits")
+    command = commands.add_parser(
+        "bench", help="measure a backend, compared with other libraries and the machine's limits"
+    )
     command.add_argument("--device", choices=DEVICES, default="cpu", help="where the tensors are (%(default)s)")
-    command.add_argument("--backend", help="the backend to time (default: the one named like the device)")
+    command.add_argument("--backend", help="the backend to measure (default: the one named like the device)")
     imports.add(command)
     command.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help="e.g. 4096x11008")
     command.add_argument("--m", nargs="+", type=int, default=TOKENS, help="tokens per call")
-    command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the activations (%(default)s)")
-    command.add_argument("--threads", type=int, default=_cores(), help="(default: all cores)")
+    command.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the activations (%(default)s)")
+    command.add_argument("--threads", type=int, default=_cores(), help="number of threads (default: all cores)")
     command.add_argument(
         "--rounds", type=int, default=30, help="passes over the layers at small M; never fewer than 15"
     )
-    command.add_argument("--layers", type=int, default=8, help="weights to rotate through, at least (%(default)s)")
+    command.add_argument("--layers", type=int, default=8, help="least number of weights to use in turn (%(default)s)")
     command.add_argument(
         "--peers",
         nargs="+",
         choices=sorted({*PEERS, *GPU_PEERS}),
         metavar="NAME",
-        help=f"who is measured: {', '.join(PEERS)}; on a GPU {', '.join(GPU_PEERS)}",
+        help=f"what is measured: {', '.join(PEERS)}; on a GPU {', '.join(GPU_PEERS)}",
     )
     command.add_argument(
-        "--ops", action=argparse.BooleanOptionalAction, default=True, help="the other ops as well, on the first shape"
+        "--ops",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also measure the other ops, on the first shape",
     )
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here ('-': standard output)")
     command.add_argument("--png", type=Path, metavar="FILE", help="draw the picture here (needs matplotlib)")

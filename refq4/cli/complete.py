@@ -15,7 +15,7 @@ def add(commands: Any, parser: argparse.ArgumentParser) -> None:
     """The subcommand; ``parser`` is the whole command line."""
     command = commands.add_parser(
         "complete",
-        help="a script for the shell that completes commands, options and files",
+        help="print a shell script that completes commands, options and files",
         description="Print a completion script for the installed command, refq4.",
         epilog=options.examples(
             'eval "$(refq4 complete bash)"                       in ~/.bashrc',

@@ -12,10 +12,10 @@ from .quantize import terminating_as_interrupting
 __all__ = ["add"]
 
 _DESCRIPTION = """\
-Decode the 4-bit weights of a safetensors checkpoint that refq4 or bitsandbytes quantised, piece by piece: for merging
-adapters, and for tools that read plain safetensors. OUT_DIR gets the same files with matrices of floats, and a
-config.json without a quantization_config. What was lost by quantising does not come back. OUT_DIR appears when all of
-it is written; Ctrl-C leaves nothing behind.
+Decode the 4-bit weights of a safetensors checkpoint that refq4 or bitsandbytes quantised, piece by piece. Use it to
+merge adapters, or for tools that read plain safetensors. OUT_DIR gets the same files with matrices of floats, and a
+config.json without a quantization_config. The floats are those that the 4-bit layers compute with; the original
+weights are not restored. OUT_DIR appears when all of it is written; Ctrl-C leaves nothing behind.
 """
 
 
@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     """The subcommand."""
     command = commands.add_parser(
         "dequantize",
-        help="a 4-bit model directory in, a plain safetensors one out, in bounded memory",
+        help="decode a 4-bit model directory into plain safetensors, in bounded memory",
         description=_DESCRIPTION,
         epilog=options.examples(
             "python -m refq4 dequantize model-nf4 model-plain",
@@ -31,12 +31,16 @@ def add(commands: Any) -> None:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    options.files(command.add_argument("model_dir", metavar="MODEL_DIR", help="has 4-bit *.safetensors"), True)
-    options.files(command.add_argument("out_dir", metavar="OUT_DIR", help="is made; its parent exists"), True)
+    options.files(
+        command.add_argument("model_dir", metavar="MODEL_DIR", help="a directory with 4-bit *.safetensors"), True
+    )
+    options.files(
+        command.add_argument("out_dir", metavar="OUT_DIR", help="the directory to make; its parent must exist"), True
+    )
     command.add_argument(
         "--dtype",
         choices=options.SHORT_DTYPES,
-        help="of all floats (default: what each weight had before it was quantised)",
+        help="dtype of all floats (default: that of each weight before it was quantised)",
     )
     command.add_argument("--force", action="store_true", help="replace OUT_DIR, if it is a model directory")
     options.add_backend(command)

@@ -12,9 +12,10 @@ from .console import show
 __all__ = ["add"]
 
 _DESCRIPTION = """\
-Run a text through a causal language model on disk, 4-bit or not: loss (nats a token) and perplexity. With --against,
-the same model in full precision: KL divergence and agreement of the two, and for each 4-bit layer how large the error
-of its output is and how much the predictions would move if it alone were in 4 bits. One model is in memory at a time.
+Run a text through a causal language model on disk, 4-bit or not, and print loss (in nats per token) and perplexity.
+--against names the same model in full precision: then print also the KL divergence and the agreement of the two models
+and, for each 4-bit layer, how large the error of its output is and how much the predictions would change if only this
+layer were in 4 bits. Only one model is in memory at a time.
 """
 
 
@@ -22,7 +23,7 @@ def add(commands: Any) -> None:
     """The subcommand."""
     command = commands.add_parser(
         "eval",
-        help="loss, perplexity, KL, and the damage of each layer, on a text",
+        help="measure loss, perplexity, KL, and the damage of each layer, on a text",
         description=_DESCRIPTION,
         epilog=options.examples(
             "python -m refq4 eval model-nf4 --text book.txt",
@@ -36,10 +37,10 @@ def add(commands: Any) -> None:
         command.add_argument("--against", metavar="DIR", help="the same model in full precision"), directories=True
     )
     given = command.add_mutually_exclusive_group(required=True)
-    options.files(given.add_argument("--text", metavar="FILE", help="a text, cut up by the tokenizer in DIR"))
-    options.files(given.add_argument("--tokens", metavar="FILE", help="token ids as text, a sequence a line"))
+    options.files(given.add_argument("--text", metavar="FILE", help="a text, split by the tokenizer in DIR"))
+    options.files(given.add_argument("--tokens", metavar="FILE", help="token ids as text, one sequence in each line"))
     command.add_argument(
-        "--context", type=int, default=512, metavar="N", help="tokens of a sequence of --text (%(default)s)"
+        "--context", type=int, default=512, metavar="N", help="tokens in a sequence of --text (%(default)s)"
     )
     command.add_argument("--sequences", type=int, metavar="N", help="only the first N sequences")
     command.add_argument(
@@ -47,7 +48,7 @@ def add(commands: Any) -> None:
         type=int,
         default=4,
         metavar="N",
-        help="backward passes a sequence, to estimate what each layer costs; 0: none (%(default)s)",
+        help="backward passes for each sequence, to estimate the cost of each layer; 0: none (%(default)s)",
     )
     options.files(command.add_argument("--picture", metavar="FILE", help="also draw the layers (needs matplotlib)"))
     options.add_backend(command)
@@ -61,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     model, against = Path(arguments.model_dir), arguments.against
     if arguments.draws < 0 or (arguments.sequences is not None and arguments.sequences < 1):
-        raise ValueError("--draws wants 0 or more, --sequences 1 or more")
+        raise ValueError("--draws must be 0 or more, --sequences 1 or more")
     if arguments.tokens is not None:
         sequences = read_tokens(Path(arguments.tokens))
     else:

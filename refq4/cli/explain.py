@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
     """The subcommand."""
     command = commands.add_parser(
         "explain",
-        help="the seven steps of one call, for a shape, a dtype and a backend",
+        help="show the seven steps of one call, for a shape, a dtype and a backend",
         description="Make a random layer of weight [N, K], run M tokens through it, and show each step with its "
         "decision and its reason, the error against fp64, and the bytes moved.",
         epilog=options.examples(
@@ -28,9 +28,11 @@ def add(commands: Any) -> None:
     )
     command.add_argument("shape", metavar="NxK", type=_shape, help="out_features x in_features, e.g. 4096x11008")
     command.add_argument("--tokens", type=int, default=1, metavar="M", help="tokens in the call (%(default)s)")
-    command.add_argument("--dtype", choices=options.DTYPES, default="float32", help="of the activations (%(default)s)")
+    command.add_argument(
+        "--dtype", choices=options.DTYPES, default="float32", help="dtype of the activations (%(default)s)"
+    )
     command.add_argument("--bias", action="store_true", help="the layer has a bias")
-    command.add_argument("--seed", type=int, default=0, help="of the random weight and tokens (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the random weight and tokens (%(default)s)")
     options.add_format(command)
     options.add_backend(command)
     options.add_json(command)

@@ -16,9 +16,7 @@ __all__ = ["add"]
 
 def add(commands: Any) -> None:
     """The subcommand."""
-    command = commands.add_parser(
-        "info", help="what this machine offers, each backend and why it is or isn't available"
-    )
+    command = commands.add_parser("info", help="list the backends of this machine, and why each is or isn't available")
     options.add_json(command)
     command.set_defaults(run=_info)
 

@@ -11,8 +11,8 @@ from .console import show
 __all__ = ["add"]
 
 _DESCRIPTION = """\
-Look into a .safetensors file, a model directory, or a file of torch.save (.pt, .pth, .bin; no code in it is run).
-Each 4-bit weight goes through the checks that loading makes. Exits with 1 if something is wrong.
+List the contents of a .safetensors file, a model directory, or a file of torch.save (.pt, .pth, .bin; no code in it is
+run). Check each 4-bit weight as loading does. Exit with 1 if something is wrong.
 """
 
 
@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
     """The subcommand."""
     command = commands.add_parser(
         "inspect",
-        help="what a weight file holds: keys, bits, histograms, and what is wrong with it",
+        help="list the keys, bits and histograms of a weight file, and what is wrong with it",
         description=_DESCRIPTION,
         epilog=options.examples(
             "python -m refq4 inspect model-nf4",

@@ -31,7 +31,7 @@ def dtype(name: str) -> torch.dtype:
 
 def add_backend(command: argparse.ArgumentParser) -> None:
     """``--backend``."""
-    command.add_argument("--backend", help="run on this backend, strictly (default: the one in effect)")
+    command.add_argument("--backend", help="use only this backend (default: the one in effect)")
 
 
 def add_json(command: argparse.ArgumentParser) -> None:
@@ -43,16 +43,23 @@ def add_format(command: argparse.ArgumentParser) -> None:
     """How weights are quantised: ``--quant-type``, ``--blocksize``, ``--nested``, ``--storage``, and for what dtype."""
     command.add_argument("--quant-type", choices=CODEBOOKS, default="nf4", help="the codebook (%(default)s)")
     command.add_argument(
-        "--blocksize", type=int, choices=BLOCKSIZES, default=DEFAULT_BLOCKSIZE, help="weights to a scale (%(default)s)"
+        "--blocksize",
+        type=int,
+        choices=BLOCKSIZES,
+        default=DEFAULT_BLOCKSIZE,
+        help="weights that share a scale (%(default)s)",
     )
     command.add_argument(
         "--nested",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="double quantisation: the scales in 8 bits (on)",
+        help="double quantisation: store the scales in 8 bits (on)",
     )
     command.add_argument(
-        "--storage", choices=STORAGE, default="uint8", help="dtype the packed bytes are stored under (%(default)s)"
+        "--storage",
+        choices=STORAGE,
+        default="uint8",
+        help="dtype under which the packed bytes are stored (%(default)s)",
     )
     command.add_argument("--compute-dtype", choices=DTYPES, help="dtype of the products (default: that of the weights)")
 

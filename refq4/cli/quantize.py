@@ -15,13 +15,13 @@ from .console import show
 __all__ = ["add", "terminating_as_interrupting"]
 
 _DESCRIPTION = """\
-Quantise the linear layers of a safetensors checkpoint, tensor by tensor: a model larger than memory is no problem.
-OUT_DIR gets the same files in bitsandbytes' 4-bit format, which transformers loads by itself (with bitsandbytes, or
-with refq4.integrations.transformers). It appears when all of it is written; Ctrl-C leaves nothing behind.
+Quantise the linear layers of a safetensors checkpoint, tensor by tensor; the model may be larger than the memory.
+OUT_DIR gets the same files in bitsandbytes' 4-bit format, which transformers loads (with bitsandbytes, or with
+refq4.integrations.transformers). OUT_DIR appears when all of it is written; Ctrl-C leaves nothing behind.
 
-Which layers: where transformers is installed and knows the architecture, those that it would quantise itself; else all
-matrices named *.weight but embeddings and output layers. PATTERN is a glob over a run of parts of the dotted name:
-'mlp', 'layers.[0-3].*_proj'.
+If transformers is installed and knows the architecture, the command quantises the layers that transformers would
+quantise. Otherwise it quantises all matrices named *.weight, except embeddings and output layers. PATTERN is a glob for
+one or more parts of the dotted name: 'mlp', 'layers.[0-3].*_proj'.
 """
 
 
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     """The subcommand."""
     command = commands.add_parser(
         "quantize",
-        help="a safetensors model directory in, a 4-bit one out, in bounded memory",
+        help="quantise a safetensors model directory, in bounded memory",
         description=_DESCRIPTION,
         epilog=options.examples(
             "python -m refq4 quantize Llama-3-8B Llama-3-8B-nf4",
@@ -42,29 +42,40 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.files(
-        command.add_argument("model_dir", metavar="MODEL_DIR", help="has *.safetensors and config.json"), True
+        command.add_argument("model_dir", metavar="MODEL_DIR", help="a directory with *.safetensors and config.json"),
+        True,
     )
-    options.files(command.add_argument("out_dir", metavar="OUT_DIR", help="is made; its parent exists"), True)
+    options.files(
+        command.add_argument("out_dir", metavar="OUT_DIR", help="the directory to make; its parent must exist"), True
+    )
     options.add_format(command)
     command.add_argument(
         "--scales",
         choices=options.SCALES,
         default="absmax",
-        help="search: each block's scale with the smallest error; slower, the same format (%(default)s)",
+        help="search: use the scale with the smallest error for each block; slower, same format (%(default)s)",
     )
     command.add_argument(
         "--include",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="only these layers, output layers too (repeatable)",
+        help="quantise only these layers, also output layers (repeatable)",
     )
     command.add_argument(
-        "--skip", action="append", default=[], metavar="PATTERN", help="leave these layers alone (repeatable)"
+        "--skip",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="keep these layers in full precision (repeatable)",
     )
-    command.add_argument("--embeddings", action="store_true", help="also the tables; only refq4 loads such a file")
-    command.add_argument("--head", action="store_true", help="also the output layers, unless they share their weight")
-    command.add_argument("--dtype", choices=options.SHORT_DTYPES, help="of all other floats (default: as they are)")
+    command.add_argument(
+        "--embeddings", action="store_true", help="also quantise the tables; only refq4 loads such a file"
+    )
+    command.add_argument(
+        "--head", action="store_true", help="also quantise the output layers, unless they share their weight"
+    )
+    command.add_argument("--dtype", choices=options.SHORT_DTYPES, help="dtype of all other floats (default: unchanged)")
     command.add_argument(
         "--set",
         action="append",
@@ -72,10 +83,10 @@ def add(commands: Any) -> None:
         metavar="PATTERN=SETTING:VALUE",
         help="another format for these layers: 'mlp=blocksize:128,scales:search' (repeatable)",
     )
-    command.add_argument("--no-errors", action="store_true", help="don't measure each layer's error: quicker")
+    command.add_argument("--no-errors", action="store_true", help="don't measure each layer's error: faster")
     command.add_argument("--force", action="store_true", help="replace OUT_DIR, if it is a model directory")
-    command.add_argument("--dry-run", action="store_true", help="say what would be done, with sizes; write nothing")
-    command.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors (and --json)")
+    command.add_argument("--dry-run", action="store_true", help="write nothing; print what would be done, with sizes")
+    command.add_argument("-q", "--quiet", action="store_true", help="print only errors (and --json)")
     options.add_backend(command)
     options.add_json(command)
     command.set_defaults(run=_run)

@@ -24,11 +24,11 @@ def add(commands: Any) -> None:
     """The subcommand."""
     command = commands.add_parser(
         "run",
-        help="another program, with refq4 in transformers",
+        help="run another program in which transformers knows refq4",
         description="Run a Python program in which transformers knows refq4's checkpoints and Refq4Config, as if the "
         "program imported refq4.integrations.transformers itself. The program is a file, a module, or a command that "
-        "a Python package installs; its exit code is the command's. A process that the program starts for itself, "
-        "as torchrun does, knows the backend and nothing else of this: start refq4 run in it instead.",
+        "a Python package installs; its exit code is the command's. A process that the program starts itself, as "
+        "torchrun does, gets only the backend: run refq4 run in that process instead.",
         epilog=options.examples(
             "python -m refq4 run -- lm_eval --model hf --model_args pretrained=model-nf4 --tasks hellaswag",
             "python -m refq4 run --bitsandbytes --backend cpu -- train.py --load_in_4bit",
@@ -39,10 +39,10 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--bitsandbytes",
         action="store_true",
-        help="serve BitsAndBytesConfig(load_in_4bit=True) and 4-bit checkpoints of bitsandbytes with refq4, too",
+        help="also use refq4 for BitsAndBytesConfig(load_in_4bit=True) and for 4-bit checkpoints of bitsandbytes",
     )
     command.add_argument("program", metavar="-- PROGRAM", help="a file, a module or an installed command")
-    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="of the program")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="arguments of the program")
     command.set_defaults(run=_run)
 
 
@@ -84,7 +84,7 @@ def _found(program: str) -> Callable[[], Any]:
     near = difflib.get_close_matches(program, [*commands, *sys.stdlib_module_names], n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(
-        f"{shlex.quote(program)} is no file, no module and no command that a Python package installs here{hint}"
+        f"{shlex.quote(program)} is not a file, a module or a command that a Python package installs here{hint}"
     )
 
 

@@ -22,13 +22,13 @@ def add(commands: Any) -> None:
     """The subcommand."""
     command = commands.add_parser(
         "tour",
-        help="real pretrained weights through every step of the 4-bit layer",
+        help="run real pretrained weights through every step of the 4-bit layer",
         description="Quantise a model in three formats and show the error of each layer, the effect on the model, and "
         "one call step by step.",
         epilog=options.examples(
             "python -m refq4 tour                       the packaged sentence encoder",
-            "python -m refq4 tour model.safetensors     the matrices of a file of yours",
-            "python -m refq4 tour --backend reference   on one backend, strictly",
+            "python -m refq4 tour model.safetensors     the matrices of your own file",
+            "python -m refq4 tour --backend reference   on one backend only",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

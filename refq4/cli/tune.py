@@ -12,14 +12,16 @@ __all__ = ["add"]
 
 def add(commands: Any) -> None:
     """The subcommand."""
-    command = commands.add_parser("tune", help="let a backend measure on this machine what it chooses by, and keep it")
+    command = commands.add_parser(
+        "tune", help="let a backend measure on this machine which kernel to use, and store the result"
+    )
     command.add_argument("--backend", default="cuda", help="the backend (%(default)s)")
     command.add_argument(
         "--shapes",
         nargs="+",
         type=shape,
         metavar="NxK",
-        help="weights to measure, e.g. those of your model: 4096x11008",
+        help="shapes of weights to measure, e.g. those of your model: 4096x11008",
     )
     command.add_argument("--m", nargs="+", type=int, metavar="M", help="numbers of tokens to measure at")
     command.set_defaults(run=_run)

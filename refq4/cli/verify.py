@@ -15,8 +15,8 @@ def add(commands: Any) -> None:
     """The subcommand."""
     command = commands.add_parser(
         "verify",
-        help="one backend against another: where they differ, on which smallest input, by how much",
-        description="Ask a backend about 1,700 cases of the 4-bit layer and compare. Exits with 1 on a difference.",
+        help="compare a backend with another one: where they differ, by how much, on which smallest input",
+        description="Run 1,700 test cases on a backend and compare the results. Exit with 1 on a difference.",
         epilog=options.examples(
             "python -m refq4 verify --backend cpu",
             "python -m refq4 verify --backend cpu --quick --check gemv_4bit",
@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--backend", required=True, help="the backend to verify")
-    command.add_argument("--against", default="reference", help="the one whose answers count as right (%(default)s)")
+    command.add_argument("--against", default="reference", help="the backend to compare with (%(default)s)")
     depth = command.add_mutually_exclusive_group()
     depth.add_argument("--quick", dest="depth", action="store_const", const="quick", help="about 400 cases")
     depth.add_argument("--deep", dest="depth", action="store_const", const="deep", help="about 7,000 cases")

@@ -23,7 +23,7 @@ def check_skipped(model: PreTrainedModel, names: Iterable[str], way: Route | Non
     for name in names:
         if all(should_convert_module(other, [name]) for other in there):
             hint = nearest(name, there)
-            warn_caller(f"llm_int8_skip_modules: {name!r} is no module of this {type(model).__name__}{hint}")
+            warn_caller(f"llm_int8_skip_modules: {name!r} is not a module of this {type(model).__name__}{hint}")
 
 
 def check_described(name: str, packed: Tensor, parts: Mapping[str, Tensor], numel: int) -> None:

@@ -101,7 +101,7 @@ class Refq4Config(BitsAndBytesConfig):
     ) -> None:
         _check_others(others)
         if load_in_4bit is not True:
-            raise ValueError(f"load_in_4bit={load_in_4bit!r}: refq4 has 4-bit layers only; leave the config away")
+            raise ValueError(f"load_in_4bit={load_in_4bit!r}: refq4 has 4-bit layers only; leave the config out")
         super().__init__(
             load_in_4bit=True,
             bnb_4bit_quant_type=bnb_4bit_quant_type,
@@ -225,7 +225,7 @@ class Refq4Config(BitsAndBytesConfig):
         if library not in (METHOD, "bitsandbytes"):
             raise ValueError(f'saved_for={library!r}: it must be "refq4" or "bitsandbytes"')
         if library != METHOD and (unknown := self._unknown_to_bitsandbytes()):
-            raise ValueError(f"saved_for={library!r}: bitsandbytes does not know {unknown}; leave saved_for away")
+            raise ValueError(f"saved_for={library!r}: bitsandbytes does not know {unknown}; leave saved_for out")
         return library
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def _check_others(others: dict[str, Any]) -> None:
     for name, value in others.items():
         if name in _EIGHT_BIT:
             if value != _EIGHT_BIT[name]:
-                raise ValueError(f"{name}={value!r} is about 8-bit layers, and refq4 has 4-bit ones; leave it away")
+                raise ValueError(f"{name}={value!r} is about 8-bit layers, and refq4 has 4-bit ones; leave it out")
         elif name not in _ONLY_IN_FILES:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
@@ -253,7 +253,7 @@ def _check_others(others: dict[str, Any]) -> None:
 def _dtype(name: str, given: torch.dtype | str | None) -> torch.dtype | str | None:
     """What BitsAndBytesConfig parses; it would take any attribute of torch for a dtype."""
     if isinstance(given, str) and not isinstance(getattr(torch, given.removeprefix("torch."), None), torch.dtype):
-        raise ValueError(f"{name}={given!r} is no dtype of torch; 'bfloat16' or torch.bfloat16, for example")
+        raise ValueError(f"{name}={given!r} is not a dtype of torch; 'bfloat16' or torch.bfloat16, for example")
     return given.removeprefix("torch.") if isinstance(given, str) else given
 
 

@@ -71,7 +71,7 @@ class Restore(ConversionOps):
             if len(input_dict) > 1:
                 raise ValueError(
                     f"{full_layer_name}: quantised in the checkpoint, but llm_int8_skip_modules, given or in its "
-                    f"config, names this {type(layer).__name__}: leave it away, or quantise from full precision again"
+                    f"config, names this {type(layer).__name__}: leave it out, or quantise from full precision again"
                 )
             return input_dict
         own = full_layer_name.removesuffix("weight")

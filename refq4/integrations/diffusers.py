@@ -66,7 +66,7 @@ class Refq4DiffusersQuantizer(DiffusersQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Asked of the device map that was given, and of the one that "auto" came to."""
         if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError("part of the model is to stay on disk, where packed weights can't: leave device_map away")
+            raise ValueError("part of the model is to stay on disk, where packed weights can't: leave device_map out")
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """The names of parameters alone; what stands beside a packed one belongs to it."""

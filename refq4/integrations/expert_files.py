@@ -249,7 +249,7 @@ def _restored(values: Tensor, beside: dict[str, Tensor], model: PreTrainedModel,
     weight = Params4bit.from_prequantized(values, parts)
     assert weight.quant_state is not None
     if weight.quant_state.shape != parameter.shape:
-        raise ValueError(f"{name}: the checkpoint holds {weight.quant_state}, the model wants {list(parameter.shape)}")
+        raise ValueError(f"{name}: the checkpoint holds {weight.quant_state}, the model needs {list(parameter.shape)}")
     return weight
 
 

@@ -76,7 +76,7 @@ class LoraLinear4bit(Linear):
             adapter_names: the active ones if None.
 
         Raises:
-            ValueError: the merged weight holds NaN or infinity; or an adapter that is no plain LoRA (DoRA, ...) meets
+            ValueError: the merged weight holds NaN or infinity; or an adapter that is not plain LoRA (DoRA, ...) meets
                 another one.
 
         Warns:
@@ -93,7 +93,7 @@ class LoraLinear4bit(Linear):
         special = [name for name in merged if name in self.lora_variant]
         if special and len(merged) > 1:
             raise ValueError(
-                f"adapter {special[0]!r} is no plain LoRA, and is merged alone or not at all; got {merged}"
+                f"adapter {special[0]!r} is not plain LoRA, and is merged alone or not at all; got {merged}"
             )
         weight, bias = self._unmerged or (layer.weight, layer.bias)
         target = self._merged_weight(weight, names if special else merged)

@@ -115,7 +115,7 @@ class Refq4Quantizer(HfQuantizer):
             self._way = fates.route(model, self._shapes, weight_conversions)
             if not self._way.groups:
                 raise ValueError(
-                    f"the checkpoint holds no parameter of a {type(model).__name__}, which wants "
+                    f"the checkpoint holds no parameter of a {type(model).__name__}, which needs "
                     f"{next(iter(model.state_dict()))}, for example; the file has {min(self._shapes or ['nothing'])}. "
                     f"Load it with another class, or pass key_mapping={{...}} with the names that differ"
                 )

@@ -55,7 +55,7 @@ def check_layers_shape(weight: Tensor, layer: object) -> None:
     wanted = getattr(layer, "weight_shape", weight.shape)
     if weight.shape != wanted:
         raise ValueError(
-            f"this {type(layer).__name__} wants a weight of shape {list(wanted)}, got {list(weight.shape)}; packed "
+            f"this {type(layer).__name__} needs a weight of shape {list(wanted)}, got {list(weight.shape)}; packed "
             f"bytes are loaded together with what stands beside them: load_state_dict, refq4.integrations.transformers"
         )
 
@@ -74,7 +74,7 @@ def check_bias(bias: Tensor, n: int, shape: tuple[int, ...]) -> Tensor:
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
         raise TypeError(f"bias must be a tensor of floats, got {show(bias)}")
     if bias.shape != (n,):
-        raise ValueError(f"bias has shape {list(bias.shape)}, the weight [N, K] = {list(shape)} wants [{n}]")
+        raise ValueError(f"bias has shape {list(bias.shape)}, the weight [N, K] = {list(shape)} needs [{n}]")
     return bias
 
 
@@ -86,7 +86,7 @@ def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device
     if fits and (bias is None or (bias.shape == shape[:1] and bias.dtype == dtype and bias.device == device)):
         return  # all is well, as a rule: what follows says what is not
     if len(shape) != 2:
-        raise ValueError(f"a product wants a weight of two dimensions [N, K], this one has shape {list(shape)}")
+        raise ValueError(f"a product needs a weight of two dimensions [N, K], this one has shape {list(shape)}")
     check_floats("A", A, ACTIVATION_DTYPES)
     check_features(A, shape)
     if A.device != device:

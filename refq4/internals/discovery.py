@@ -171,7 +171,7 @@ def register_backend(backend: Backend, *, replace: bool = False) -> Backend:
     """
     global _ordered
     if not isinstance(backend, Backend):
-        raise TypeError(f"register_backend wants an instance of refq4.backend.Backend, got {backend!r}")
+        raise TypeError(f"register_backend needs an instance of refq4.backend.Backend, got {backend!r}")
     if not backend.name or backend.name == AUTO:
         raise ValueError(f"a backend needs a name other than {AUTO!r}, got {backend.name!r}")
     with lock:

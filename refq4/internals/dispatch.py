@@ -220,7 +220,7 @@ def _op_of_restore(*args: Any) -> Tensor:
     *flat, name = args
     prepared, backend = unflatten_prepared(*flat, name), registry.check_usable(name)
     if backend is None:
-        raise ValueError('restore_weight wants the name of the backend that prepared the weight, not "auto"')
+        raise ValueError('restore_weight needs the name of the backend that prepared the weight, not "auto"')
     return backend.restore_weight(prepared).packed
 
 

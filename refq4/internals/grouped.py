@@ -210,13 +210,13 @@ def _check(x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None
     """N, if the operands fit; they must, for a backend reads them by address."""
     shape = list(weight.shape)
     if len(shape) != 3:
-        raise ValueError(f"a grouped product wants the weight of all experts [E, N, K], this one has shape {shape}")
+        raise ValueError(f"a grouped product needs the weight of all experts [E, N, K], this one has shape {shape}")
     n, k = shape[:0:-1] if transposed else shape[1:]
     device = (weight.packed if isinstance(weight, PackedWeight) else weight.tensors[0]).device
     check_floats("x", x, ACTIVATION_DTYPES)
     if x.ndim != 2 or x.shape[1] != k:
         stored = "[E, K, N]" if transposed else "[E, N, K]"
-        raise ValueError(f"x has shape {list(x.shape)}, the weight {stored} = {shape} wants [T, {k}]")
+        raise ValueError(f"x has shape {list(x.shape)}, the weight {stored} = {shape} needs [T, {k}]")
     if x.device != device:
         raise ValueError(f"x is on {x.device}, the weight on {device}: move one")
     if bias is not None and (bias.shape != (shape[0], n) or bias.dtype != x.dtype or bias.device != device):

@@ -202,7 +202,7 @@ class Holds4bitWeight(nn.Module):
         """Each process takes its part of the bytes, and all of the quant state."""
         state = QuantState.from_dict(stats, packed=packed)
         if state.shape != self.weight_shape:
-            raise ValueError(f"the checkpoint holds {state}, this {type(self).__name__} wants {self.weight_shape}")
+            raise ValueError(f"the checkpoint holds {state}, this {type(self).__name__} needs {self.weight_shape}")
         with torch.no_grad():
             self._weight.copy_(packed)
         self.quant_state = copy.deepcopy(state)

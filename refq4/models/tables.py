@@ -72,7 +72,7 @@ def _why_not(model: nn.Module, module: nn.Embedding, others: list[str], head: bo
     if module.max_norm is not None:
         return CHANGES
     if any(type(model.get_submodule(other)) is not nn.Linear for other in others):
-        return f"shares its weight with {others[0]}, which is no linear layer"
+        return f"shares its weight with {others[0]}, which is not a linear layer"
     if others and not head:
         return f"shares its weight with {others[0]}, the output head: head=True takes both"
     return None

@@ -157,12 +157,12 @@ class Embedding4bit(Holds4bitWeight, nn.Embedding):
 
     Args:
         num_embeddings: V.
-        embedding_dim: D; where it is no multiple of the blocksize, each call decodes the whole table.
+        embedding_dim: D; where it is not a multiple of the blocksize, each call decodes the whole table.
         dtype: of the result.
         quant_type, quant_storage, device: as in :class:`Linear4bit`.
 
     Warns:
-        UserWarning: D is no multiple of the blocksize.
+        UserWarning: D is not a multiple of the blocksize.
 
     Example:
         >>> table = Embedding4bit(100, 64, quant_type="nf4").to("cpu")
@@ -184,7 +184,7 @@ class Embedding4bit(Holds4bitWeight, nn.Embedding):
         self._hold(compress_statistics=False, quant_type=quant_type, quant_storage=quant_storage)
         if embedding_dim % DEFAULT_BLOCKSIZE:
             warn_caller(
-                f"embedding_dim {embedding_dim} is no multiple of the blocksize {DEFAULT_BLOCKSIZE}: each call will "
+                f"embedding_dim {embedding_dim} is not a multiple of the blocksize {DEFAULT_BLOCKSIZE}: each call will "
                 f"decode the whole table"
             )
 

@@ -227,7 +227,7 @@ def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:
     logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (1, len(ids)):
         got = list(logits.shape) if isinstance(logits, Tensor) else type(out).__name__
-        raise TypeError(f"evaluate wants a language model: ids [1, {len(ids)}] gave {got}, not logits [1, T, V]")
+        raise TypeError(f"evaluate needs a language model: ids [1, {len(ids)}] gave {got}, not logits [1, T, V]")
     return logits[0, :-1].float().log_softmax(-1)
 
 

@@ -25,7 +25,7 @@ def draw_layers(report: dict[str, Any], path: Path) -> None:
     """
     layers = report["layers"][:MOST]
     if not layers:
-        raise ValueError("there are no layers to draw: --picture wants --against, and a model with 4-bit layers")
+        raise ValueError("there are no layers to draw: --picture needs --against, and a model with 4-bit layers")
     plt = pyplot()
     columns = [("damage", "|(W - W4)x|² / |Wx|²")]
     if layers[0]["kl"] is not None:

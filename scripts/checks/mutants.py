@@ -202,7 +202,7 @@ MUTANTS = [
         "    bias.data = bias.data.to(dtype)\n    return bias, BIAS_CAST",
     ),
     Mutant(
-        "fp32 computed in bf16, as bitsandbytes' CPU path does",
+        "fp32 computed in bf16, as bitsandbytes 0.50.2 does on a CPU",
         "refq4/pipeline.py",
         "    return (x.to(dtype), None if bias is None else bias.to(dtype)), CAST_INPUT",
         "    dtype = torch.bfloat16\n    return (x.to(dtype), None if bias is None else bias.to(dtype)), CAST_INPUT",

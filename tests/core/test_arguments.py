@@ -311,7 +311,7 @@ def test_a_single_number_and_no_number_are_products_too(recorder, own_layout):
     recorder.own_layout = own_layout
     layer = refq4.nn.LinearNF4(1, 4).to("cpu").eval()
     with torch.no_grad(), refq4.use_backend("recorder"):
-        with nullcontext() if own_layout else pytest.warns(UserWarning, match="in_features 1 is no multiple"):
+        with nullcontext() if own_layout else pytest.warns(UserWarning, match="in_features 1 is not a multiple"):
             y = layer(torch.full((1, 1), 3.0))
         assert layer(torch.empty(0, 1)).shape == (0, 4)
     weight = F.dequantize_4bit(layer.weight.stored(), layer.weight.quant_state)

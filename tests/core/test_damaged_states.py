@@ -365,7 +365,7 @@ def test_a_layer_refuses_a_damaged_state_by_key_and_stays_as_it_was(damage):
 
 def test_a_transposed_shape_is_refused_by_the_layer_which_stays_as_it_was():
     entries = {f"weight.{key}": value for key, value in with_json({"shape": [100, 10]}).items()}
-    says = r"weight: the checkpoint holds QuantState\(nf4 \[100, 10\].*this LinearNF4 wants shape \[10, 100\]"
+    says = r"weight: the checkpoint holds QuantState\(nf4 \[100, 10\].*this LinearNF4 needs shape \[10, 100\]"
     assert_refused({"weight": quantised()[0]} | entries, says)
     layer = LinearNF4(100, 10, bias=False).to("cpu")
     with pytest.raises(ValueError, match=says):

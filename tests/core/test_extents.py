@@ -164,7 +164,7 @@ def test_a_bias_of_another_size_is_refused(tokens, size, backend):
     x, bias = torch.randn(tokens, K), torch.randn(size)
     layer = layer_of()
     layer.bias = torch.nn.Parameter(bias)
-    wanted = rf"bias has shape \[{size}\], the weight \[N, K\] = \[{N}, {K}\] wants \[{N}\]"
+    wanted = rf"bias has shape \[{size}\], the weight \[N, K\] = \[{N}, {K}\] needs \[{N}\]"
     with pytest.raises(ValueError, match=wanted):
         F.matmul_4bit(x, B, state, bias=bias)
     with pytest.raises(ValueError, match=wanted):

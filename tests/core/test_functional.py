@@ -218,7 +218,7 @@ def test_a_missing_state_or_scale_is_named():
         F.gemv_4bit(torch.randn(1, 64), B)
     with pytest.raises(TypeError, match="quant_state must be the QuantState"):
         F.matmul_4bit(torch.randn(1, 64), B, None)
-    with pytest.raises(ValueError, match="wants a weight of two dimensions"):
+    with pytest.raises(ValueError, match="needs a weight of two dimensions"):
         F.matmul_4bit(torch.randn(1, 64), *F.quantize_4bit(torch.randn(2, 2, 64)))
     with pytest.raises(ValueError, match="packs into 256 uint8 elements"):
         F.matmul_4bit(torch.randn(1, 64), B[:-1], state)

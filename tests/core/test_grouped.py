@@ -189,12 +189,12 @@ WRONG = {
     "offsets that don't begin at 0": ({"offsets": [1, 3, 3, 4, 9]}, "rise from 0 to the 9 rows"),
     "offsets that fall": ({"offsets": [0, 5, 3, 4, 9]}, "rise from 0 to the 9 rows"),
     "one offset an expert": ({"offsets": [3, 3, 4, 9]}, r"offsets must be int64 \[E \+ 1\] = \[5\]"),
-    "N features instead of K": ({"k": N}, r"wants \[T, 192\]"),
-    "K + 1 features": ({"k": K + 1}, r"wants \[T, 192\]"),
+    "N features instead of K": ({"k": N}, r"needs \[T, 192\]"),
+    "K + 1 features": ({"k": K + 1}, r"needs \[T, 192\]"),
     "a bias of K": ({"bias": torch.ones(E, K)}, r"\[E, N\] = \[4, 48\]"),
     "a bias of one expert": ({"bias": torch.ones(N)}, r"\[E, N\] = \[4, 48\]"),
     "a bias of another dtype": ({"bias": torch.ones(E, N).half()}, "bias must be float32"),
-    "K features for experts stored as [E, K, N]": ({"transposed": True}, r"wants \[T, 48\]"),
+    "K features for experts stored as [E, K, N]": ({"transposed": True}, r"needs \[T, 48\]"),
 }
 
 

@@ -570,7 +570,7 @@ def test_full_precision_weights_load_before_and_after_quantising():
 
 
 def test_a_checkpoint_of_another_shape_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"fc\.weight: the checkpoint holds .*\[8, 64\].*wants shape \[8, 128\]"):
+    with pytest.raises(ValueError, match=r"fc\.weight: the checkpoint holds .*\[8, 64\].*needs shape \[8, 128\]"):
         nn.ModuleDict({"fc": LinearNF4(128, 8)}).load_state_dict(nn.ModuleDict({"fc": layer_of()}).state_dict())
 
 

@@ -107,7 +107,7 @@ def test_what_is_missing_or_wrong_is_told_under_the_parameter_s_own_name():
     larger.up_proj = nn.Parameter(torch.randn(E + 1, N, K))
     replace_parameter_4bit(larger, "up_proj")
     theirs = {f"0.{key}": value for key, value in larger.state_dict().items()}
-    with pytest.raises(ValueError, match=r"0\.up_proj: the checkpoint holds .*wants shape \[4, 48, 32\]"):
+    with pytest.raises(ValueError, match=r"0\.up_proj: the checkpoint holds .*needs shape \[4, 48, 32\]"):
         model.load_state_dict(theirs)
 
 

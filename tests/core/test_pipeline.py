@@ -316,7 +316,7 @@ def test_step_6_takes_gemv_for_one_token_and_matmul4bit_for_the_rest():
 
 def test_step_6_warns_when_blocks_straddle_rows_and_takes_the_slower_path():
     layer = layer_of(k=96)
-    with pytest.warns(UserWarning, match="in_features 96 is no multiple of the blocksize 64"):
+    with pytest.warns(UserWarning, match="in_features 96 is not a multiple of the blocksize 64"):
         assert steps_of(layer, torch.randn(1, 96))[6] == "MatMul4Bit"
 
 
@@ -388,7 +388,7 @@ def test_an_embedding_decodes_the_rows_it_is_asked_for(storage):
 
 
 def test_an_embedding_whose_rows_are_not_whole_blocks_decodes_the_table_and_warned_of_it():
-    with pytest.warns(UserWarning, match="embedding_dim 96 is no multiple of the blocksize 64"):
+    with pytest.warns(UserWarning, match="embedding_dim 96 is not a multiple of the blocksize 64"):
         table = refq4.nn.EmbeddingFP4(50, 96)
     table.to("cpu")
     ids = torch.tensor([3, 49])

@@ -26,10 +26,13 @@ sys.path.insert(0, str(ROOT / "scripts" / "docs"))
 import drawing  # noqa: E402 (how the site is built is no package)
 import glossary  # noqa: E402
 import kernels_code  # noqa: E402
+import places  # noqa: E402
 import sizes  # noqa: E402
 import steps  # noqa: E402
 import tables  # noqa: E402
 import wrapping  # noqa: E402
+
+import notebooks  # noqa: E402
 
 pytestmark = pytest.mark.reference_only("it is about the documentation")
 
@@ -165,13 +168,54 @@ def test_what_a_cell_shows_as_html_it_shows_once_and_as_text_too(path):
         assert all("".join(data["text/plain"]).strip() for data in shown), "".join(cell["source"])
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.rglob("*.md")), ids=lambda path: path.stem)
+READ_FIRST = [*(ROOT / name for name in ("README.md", *places.READMES)), *notebooks.sources()]
+# What bitsandbytes does, in the present: "bitsandbytes casts", "bitsandbytes' own class never reads".
+DOES = re.compile(
+    r"\bbitsandbytes(?:'(?: [\w-]+){1,3})?,? (?:\w+ly |also |never |then |itself )?(?:can't|does|doesn't|has|"
+    "(?:call|cast|check|choose|comput|decod|dequantis|divid|give|ignor|keep|lack|leav|load|multipli|need|overwrit|"
+    "quantis|rais|read|refus|remov|return|rewrit|round|run|sav|stor|take|use|warn|writ)e?s)\\b"
+)
+
+
+def prose(path: Path) -> str:
+    """The text of a page, or of a notebook's cells of text, without its listings."""
+    if path.suffix == ".py":
+        cells = notebooks.read_source(path).cells
+        text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    else:
+        text = path.read_text()
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def unversioned(text: str) -> list[str]:
+    """The headings of the sections that say what bitsandbytes does, and not in which version."""
+    parts = re.split(r"^(#+ .*)$", text, flags=re.MULTILINE)
+    sections = zip(parts[1::2], (" ".join(part.split()) for part in parts[2::2]), strict=True)
+    about = {title: body for title, body in sections if "bitsandbytes" in title or DOES.search(body)}
+    return [title for title, body in about.items() if not re.search(r"\b0\.(49|50)\b", title + body)]
+
+
+PAGES = [path for path in sorted(DOCS.rglob("*.md")) + READ_FIRST if path.name != "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_a_section_about_bitsandbytes_names_the_version(path):
     """Its versions and builds compute differently, so "what bitsandbytes does" is a statement about one of them."""
-    parts = re.split(r"^(#+ .*)$", path.read_text(), flags=re.MULTILINE)
-    about = {title: text for title, text in zip(parts[1::2], parts[2::2], strict=True) if "bitsandbytes" in title}
-    unnamed = [title for title, text in about.items() if not re.search(r"\b0\.(49|50)\b", title + text)]
-    assert not unnamed, "say of which version that is so: 0.49.1, 0.50.2, or both"
+    assert not unversioned(prose(path)), "say of which version that is so: 0.49.1, 0.50.2, or both"
+
+
+@pytest.mark.parametrize(
+    ("section", "found"),
+    [
+        ("# What bitsandbytes does\n\nIt casts the bias.", True),
+        ("# Bias\n\nThere bitsandbytes casts the\nparameter.", True),
+        ("# Bias\n\nbitsandbytes' packed kernel rounds it.", True),
+        ("# Bias\n\nbitsandbytes 0.49.1 casts the parameter.", False),
+        ("# Names\n\nThe names are those of bitsandbytes.", False),
+    ],
+)
+def test_a_statement_without_a_version_is_found(section, found):
+    assert bool(unversioned(section)) == found
 
 
 def test_the_first_of_a_glossary_s_words_has_its_entry_as_a_tooltip():
@@ -185,7 +229,7 @@ def test_the_first_of_a_glossary_s_words_has_its_entry_as_a_tooltip():
 
 
 # What a reader is taken to know: processors, makers, and the words of the trade that everybody uses.
-KNOWN = {"AMD", "API", "ARM", "BF16", "CPU", "CUDA", "EPYC", "GPU", "LLVM", "NVIDIA"}
+KNOWN = {"AMD", "API", "ARM", "BF16", "CPU", "CUDA", "EPYC", "GPU", "LLVM", "MIT", "NVIDIA", "README"}
 
 
 def first_pages(section: list | str | dict) -> list[str]:
@@ -200,17 +244,14 @@ def first_pages(section: list | str | dict) -> list[str]:
 
 def test_no_first_page_of_a_section_has_an_abbreviation_that_is_not_explained():
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    pages = [page for page in first_pages(nav) if (DOCS / page).exists()]
-    assert len(pages) >= 6
+    files = {page: ROOT / path for path, page in places.READMES.items()}  # pages that are made of these
+    pages = [files.get(page, DOCS / page) for page in first_pages(nav)]
+    pages += [ROOT / "README.md", notebooks.sources()[0]]
+    assert len(pages) >= 10
     unexplained = {}
     for page in pages:
-        text = re.sub(
-            r"^---\n.*?\n---\n|```.*?```|`[^`]*`|\]\([^)]*\)|<[^>]*>|\$[^$]*\$",
-            "",
-            (DOCS / page).read_text(),
-            flags=re.S,
-        )
-        words = set(re.findall(r"(?<![\w-])[A-Z][A-Z0-9]{2,}(?:-\d+)?(?!\w)", text)) - KNOWN - set(glossary.MARKED)
+        text = re.sub(r"^---\n.*?\n---\n|`[^`]*`|\]\([^)]*\)|<[^>]*>|\$[^$]*\$", "", prose(page), flags=re.DOTALL)
+        words = set(re.findall(r"(?<![\w-])[A-Z][A-Z0-9]{2,}(?:-\d+)?(?!\w|\.md)", text)) - KNOWN - set(glossary.MARKED)
         if words:
             unexplained[page] = words
     assert not unexplained, "put them into the glossary, and into MARKED in scripts/docs/glossary.py"

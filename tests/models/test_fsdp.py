@@ -133,7 +133,7 @@ def test_a_sharded_layer_takes_bytes_and_state_of_its_shape_and_keeps_them_to_it
         model[0]._load_packed(torch.zeros(3, 1, dtype=torch.uint8), stats, False)
     narrow = refq4.nn.LinearNF4(32, 64).to("cpu").state_dict()
     narrow.pop("bias")
-    with pytest.raises(ValueError, match=r"the checkpoint holds .*\[64, 32\].* this LinearNF4 wants .*\[64, 64\]"):
+    with pytest.raises(ValueError, match=r"the checkpoint holds .*\[64, 32\].* this LinearNF4 needs .*\[64, 64\]"):
         model[0]._load_packed(narrow.pop("weight"), narrow, False)
 
 

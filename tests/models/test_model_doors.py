@@ -229,7 +229,7 @@ def test_replacing_no_layer_at_all_is_said(tmp_path):
 
 def test_a_name_to_skip_that_matches_nothing_is_said_with_the_nearest(tmp_path):
     made("llama").save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="'lm_haed' is no module of this LlamaForCausalLM; did you mean lm_head"):
+    with pytest.warns(UserWarning, match="'lm_haed' is not a module of this LlamaForCausalLM; did you mean lm_head"):
         load(tmp_path, quantization_config=Refq4Config(llm_int8_skip_modules=["lm_haed", "lm_head"]))
     with pytest.warns(UserWarning, match="skip: 'q_prog' matches no module of this LlamaForCausalLM; did you mean q_p"):
         refq4.quantize_model(made("llama"), skip=["q_prog", "lm_head"], progress=False)
@@ -319,7 +319,7 @@ def test_accelerate_loads_packed_files_whole_and_says_so_where_it_would_load_the
         empty = MAKE["llama"]()
     refq4.quantize_model(empty, progress=False)
     with pytest.raises(
-        ValueError, match=r"this Linear4bit wants a weight of shape \[64, 128\], got \[4096, 1\]; packed"
+        ValueError, match=r"this Linear4bit needs a weight of shape \[64, 128\], got \[4096, 1\]; packed"
     ):
         load_checkpoint_and_dispatch(empty, tmp_path, device_map={"": "cpu"})
     assert not hasattr(nn.Parameter(torch.ones(1)), "_parameters")

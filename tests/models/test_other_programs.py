@@ -145,7 +145,7 @@ def test_a_module_of_this_folder_and_an_installed_command_are_programs(tmp_path)
 
 @pytest.mark.parametrize(
     ("program", "says"),
-    [("missing.py", "there is no file missing.py"), ("refq5", "refq5 is no file, no module and no command")],
+    [("missing.py", "there is no file missing.py"), ("refq5", "refq5 is not a file, a module or a command")],
 )
 def test_what_is_no_program_is_one_sentence(program, says):
     done = run("--", program)

@@ -268,7 +268,7 @@ def test_force_replaces_models_only(model, tmp_path):
     (tmp_path / "documents").mkdir()
     (tmp_path / "documents" / "thesis.tex").write_text("")
     (tmp_path / "file").write_text("")
-    for name, says in {"documents": "holds no model", "file": "is no directory"}.items():
+    for name, says in {"documents": "holds no model", "file": "is not a directory"}.items():
         with pytest.raises(FileExistsError, match=says):
             quantize_checkpoint(model, tmp_path / name, force=True, progress=False)
     (tmp_path / "empty").mkdir()
@@ -340,7 +340,7 @@ def leave_only_an_index(model: Path, weight_map: object) -> None:
     ("spoil", "error", "says"),
     [
         (lambda m: (m / "model.safetensors").write_bytes(b"abc"), ValueError, "can't be read as safetensors"),
-        (lambda m: (m / "config.json").write_text("{"), ValueError, "config.json is no JSON"),
+        (lambda m: (m / "config.json").write_text("{"), ValueError, "config.json is not JSON"),
         (lambda m: (m / "config.json").write_text("[]"), ValueError, "holds a JSON list"),
         (
             lambda m: (m / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}'),

@@ -592,7 +592,7 @@ def test_no_grad_counts_when_the_path_is_chosen():
 def test_a_single_token_warns_of_straddling_blocks_on_every_device(bnb):
     packed, state = F.quantize_4bit(randn(8, 100), quant_type="nf4")
     x = randn(1, 100)
-    with pytest.warns(UserWarning, match="100 is no multiple of the blocksize 64"):
+    with pytest.warns(UserWarning, match="100 is not a multiple of the blocksize 64"):
         y = refq4.matmul_4bit(x, packed, state)
     assert_within_budget(y, x, packed, state)
     _, theirs = bnb.functional.quantize_4bit(randn(8, 100), quant_type="nf4")

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
 
 from refq4.internals import remedies
 
@@ -68,6 +69,23 @@ def test_every_extra_that_a_page_or_a_message_names_exists():
     assert {"cuda", "transformers", "tour", "test"} <= {extra for _, extra in named}
     wrong = [f"{where}: {extra}" for where, extra in named if extra not in EXTRAS]
     assert not wrong, "\n".join(wrong)
+
+
+def test_another_package_that_a_page_installs_is_one_that_the_project_is_tested_with():
+    known = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
+    by_name = {requirement.name: requirement for requirement in map(Requirement, known)}
+    found = 0
+    for path in (path for path in PAGES if path.suffix == ".md"):
+        for command in re.findall(r"pip install ([^`|#\n]*?)(?=$|`| &&| ?[#|])", path.read_text(), re.MULTILINE):
+            words = [word for word in shlex.split(command) if not word.startswith("-")]
+            for word in words:
+                if word.startswith((".", "/")) or BY_NAME.search(f"pip install {word}") or " @ " in word:
+                    continue  # refq4 itself: the tests above
+                wanted, found = Requirement(word), found + 1
+                assert wanted.name in by_name, f"{path.name}: no test installs {word}"
+                pins = {pin.version for pin in wanted.specifier}
+                assert all(by_name[wanted.name].specifier.contains(pin) for pin in pins), f"{path.name}: {word}"
+    assert found >= 4
 
 
 def test_every_extra_that_the_code_asks_a_remedy_for_exists():

@@ -47,7 +47,7 @@ def with_torch_like(tmp_path: Path, body: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["--help"], 0, "a safetensors model directory in"),
+        (["--help"], 0, "quantise a safetensors model directory"),
         (["--version"], 0, "refq4 "),
         (["quantize", "--help"], 0, "--quant-type"),
         (["bench", "--help"], 0, "onnxruntime"),

@@ -231,7 +231,7 @@ def test_wrong_tokens_are_named(tokens, error, says):
 
 
 def test_what_is_no_language_model_and_models_that_do_not_belong_together_are_refused(full, monkeypatch):
-    with pytest.raises(TypeError, match=r"wants a language model: ids \[1, 3\] gave \[1, 3\]"):
+    with pytest.raises(TypeError, match=r"needs a language model: ids \[1, 3\] gave \[1, 3\]"):
         refq4.evaluate(nn.Identity(), [[1, 2, 3]], progress=False)
     with pytest.raises(ValueError, match="vocabulary of 9 is not the full-precision model's"):
         refq4.evaluate(Tables(nn.Embedding(9, 64)), [[1, 2, 3]], against=full, progress=False)
@@ -311,7 +311,7 @@ def test_a_text_is_cut_by_the_models_tokenizer_and_the_layers_are_drawn(director
         (["--text", "words.txt"], "no tokenizer could be loaded"),
         (["--tokens", "ids.txt", "--against", "nf4"], "this one is quantised, too"),
         (["--tokens", "ids.txt", "--against", "nowhere"], "no config.json in"),
-        (["--tokens", "ids.txt", "--draws", "-1"], "--draws wants 0 or more"),
+        (["--tokens", "ids.txt", "--draws", "-1"], "--draws must be 0 or more"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

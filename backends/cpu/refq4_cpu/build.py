@@ -134,7 +134,7 @@ def chosen_tier() -> Tier:
     if not asked:
         return Tier(possible[0])
     if asked not in TIERS:
-        raise BuildError(f"the environment variable {TIER_VARIABLE}={asked!r} is no tier; known: {', '.join(TIERS)}")
+        raise BuildError(f"the environment variable {TIER_VARIABLE}={asked!r} is not a tier; known: {', '.join(TIERS)}")
     if asked in possible:
         return Tier(asked)
     if not emulate:

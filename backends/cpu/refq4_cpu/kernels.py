@@ -173,7 +173,7 @@ def forced() -> ProductKernel | None:
         if kernel.name == asked:
             return kernel
     known = ", ".join(kernel.name for kernel in PRODUCT_KERNELS)
-    raise ValueError(f"the environment variable {KERNEL_VARIABLE}={asked!r} is no kernel; known: {known}")
+    raise ValueError(f"the environment variable {KERNEL_VARIABLE}={asked!r} is not a kernel; known: {known}")
 
 
 def candidates(

@@ -118,5 +118,5 @@ def packer(kind: type[Structure]) -> Callable[..., bytes]:
     # "@" aligns each field as C does; "0q" at the end fills the struct up to a multiple of eight.
     made = struct.Struct("@" + "".join(_LETTERS[field_type] for _, _, field_type in flat_fields(kind)) + "0q")
     if made.size != sizeof(kind):
-        raise TypeError(f"{kind.__name__} packs to {made.size} bytes, and C wants {sizeof(kind)}")
+        raise TypeError(f"{kind.__name__} packs to {made.size} bytes, and C expects {sizeof(kind)}")
     return made.pack

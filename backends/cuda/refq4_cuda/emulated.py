@@ -32,7 +32,7 @@ def processor() -> Emulated:
     asked = os.environ.get(ARCH_VARIABLE, "") or str(_DEFAULT)
     if asked not in map(str, ARCHITECTURES):
         known = ", ".join(map(str, ARCHITECTURES))
-        raise ValueError(f"the environment variable {ARCH_VARIABLE}={asked!r} is no architecture; known: {known}")
+        raise ValueError(f"the environment variable {ARCH_VARIABLE}={asked!r} is not an architecture; known: {known}")
     return _emulated(int(asked))
 
 

@@ -129,11 +129,11 @@ def refuses(rung: str, shape: Shape, arch: int, limits: Limits) -> str | None:
         return None
     smallest = 64 if rung == "ring" else 32
     if not (shape.aligned and log2(shape.blocksize) >= 0 and shape.k > 0 and shape.k % shape.blocksize == 0):
-        return "wants a blocksize that is a power of two and divides K, and 16-byte aligned tensors"
+        return "needs a blocksize that is a power of two and divides K, and 16-byte aligned tensors"
     if shape.blocksize < smallest:
-        return f"wants blocks of {smallest} or more, not {shape.blocksize}"
+        return f"needs blocks of {smallest} or more, not {shape.blocksize}"
     if shape.nested and log2(shape.nested) < 0:
-        return f"wants a nested blocksize that is a power of two, not {shape.nested}"
+        return f"needs a nested blocksize that is a power of two, not {shape.nested}"
     if rung != "vectorised" and (shape.dtype == "FP32" or (shape.dtype == "BF16" and arch < 80)):
         return f"has no tensor cores for {shape.dtype} on sm_{arch}"
     if rung == "ring" and arch < 80:

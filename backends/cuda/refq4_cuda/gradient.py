@@ -73,9 +73,9 @@ def refuses(rung: str, shape: Shape, arch: int, limits: Limits) -> str | None:
     if shape.dtype == "FP32" or (shape.dtype == "BF16" and arch < 80):
         return f"has no tensor cores for {shape.dtype} on sm_{arch}"
     if not shape.aligned or log2(shape.blocksize) < 4 or (shape.nested and log2(shape.nested) < 0):
-        return "wants blocksizes that are powers of two, 16 or more, and 16-byte aligned tensors"
+        return "needs blocksizes that are powers of two, 16 or more, and 16-byte aligned tensors"
     if shape.n % 16 or shape.k % 8 or not 0 < shape.k < 1 << 26:
-        return f"wants N a multiple of 16 and K of 8, below {1 << 26}, not {shape.n} and {shape.k}"
+        return f"needs N to be a multiple of 16 and K of 8, below {1 << 26}, not {shape.n} and {shape.k}"
     if limits.cta < _SHARED or limits.registers < THREADS * _REGISTERS:
         return f"needs {_SHARED} bytes of shared memory and {THREADS * _REGISTERS} registers in a CTA"
     return None

@@ -311,10 +311,10 @@ def test_an_emulated_tier_gives_the_bits_of_the_processor(
 @_needs_compiler
 def test_unknown_tiers_kernels_and_pools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFQ4_CPU_TIER", "avx1024")
-    assert "REFQ4_CPU_TIER='avx1024' is no tier; known: avx512_bf16" in (CpuBackend().available() or "")
+    assert "REFQ4_CPU_TIER='avx1024' is not a tier; known: avx512_bf16" in (CpuBackend().available() or "")
     monkeypatch.setenv("REFQ4_CPU_TIER", "c")
     monkeypatch.setenv("REFQ4_CPU_KERNEL", "gemm_9")
-    assert "REFQ4_CPU_KERNEL='gemm_9' is no kernel; known: gemv_4bit_1_scalar" in (CpuBackend().available() or "")
+    assert "REFQ4_CPU_KERNEL='gemm_9' is not a kernel; known: gemv_4bit_1_scalar" in (CpuBackend().available() or "")
     monkeypatch.delenv("REFQ4_CPU_KERNEL")
     monkeypatch.setenv("REFQ4_CPU_THREADS", "many")
     with pytest.raises(RuntimeError, match="REFQ4_CPU_THREADS='many'"):

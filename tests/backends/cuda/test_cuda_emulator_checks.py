@@ -90,7 +90,7 @@ REFUSED = {
         "cvt.u32.u64 %r2, %at0; cvt.u64.u32 %rd1, %r2; ld.global.u32 %r2, [%rd1];",
     ),
     "a vector at an odd address": (
-        emulator.AccessError, "no multiple of 16",
+        emulator.AccessError, "not a multiple of 16",
         "ld.global.v4.u32 {%r2, %r3, %r4, %r5}, [%at0+4];",
     ),
     "a shared address past the end": (
@@ -98,7 +98,7 @@ REFUSED = {
         TO_ROOM + "ld.shared.u32 %r2, [%rd1+1024];",
     ),
     "a shared vector at an odd address": (
-        emulator.AccessError, "no multiple of 8", TO_ROOM + "ld.shared.v2.u32 {%r2, %r3}, [%rd1+4];",
+        emulator.AccessError, "not a multiple of 8", TO_ROOM + "ld.shared.v2.u32 {%r2, %r3}, [%rd1+4];",
     ),
     "a shared word that nobody wrote": (
         emulator.UninitialisedError, "reads shared byte 0, which nobody has written",

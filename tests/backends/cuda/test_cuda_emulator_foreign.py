@@ -72,7 +72,7 @@ FAULTS = {
         "matmul_tensor", "wait_group 0", "wait_group 1", emulator.UninitialisedError, "cp.async is still filling",
     ),
     "a copy of 16 bytes from an odd place": (
-        "matmul_tensor", "+ lane % 2 * 8)", "+ lane % 2 * 7)", emulator.AccessError, "no multiple of 16",
+        "matmul_tensor", "+ lane % 2 * 8)", "+ lane % 2 * 7)", emulator.AccessError, "not a multiple of 16",
     ),
     "a vote that half of the warp misses": (
         "compact", "unsigned keep = __ballot_sync(~0u, v > 0);",
@@ -128,9 +128,9 @@ def test_arguments_are_packed_as_the_kernel_declares_them():
     ("args", "message"),
     [
         ([torch.zeros(4), 1], r"takes 3 arguments \(.u64, .u64, .u32\), and 2 are given.*Triton adds two pointers"),
-        ([torch.zeros(4), 1.5, 1], r"argument 1 \(.u64\): 1.5 is no whole number"),
+        ([torch.zeros(4), 1.5, 1], r"argument 1 \(.u64\): 1.5 is not a whole number"),
         ([torch.zeros(4), torch.zeros(4), 2**40], r"argument 2 \(.u32\): .* does not fit into 32 bits"),
-        ([torch.zeros(4), torch.zeros(4), torch.zeros(4)], r"argument 2 \(.u32\) is no pointer"),
+        ([torch.zeros(4), torch.zeros(4), torch.zeros(4)], r"argument 2 \(.u32\) is not a pointer"),
         ([torch.zeros(4, device="meta"), torch.zeros(4), 4], r"reads CPU tensors, and this one is on meta"),
     ],
     ids=["too few", "a float for a pointer", "too large a number", "a tensor for a number", "not on the CPU"],

@@ -150,7 +150,7 @@ def test_a_plan_covers_all_columns_and_tokens_with_a_kernel_that_is_compiled(arc
 def test_a_rung_that_does_not_serve_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="no rung is called 'ring'; there are tensor_core, tiled"):
         plan(shape(), 90, 132, "ring")
-    with pytest.raises(ValueError, match=r"'tensor_core' does not serve .* wants N a multiple of 16 and K of 8"):
+    with pytest.raises(ValueError, match=r"'tensor_core' does not serve .* needs N to be a multiple of 16 and K of 8"):
         plan(shape(n=40), 90, 132, "tensor_core")
 
 

@@ -160,7 +160,7 @@ def test_a_small_weight_is_cut_up_until_three_quarters_of_the_multiprocessors_ha
 def test_an_unknown_rung_and_one_that_does_not_serve_are_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="no rung is called 'best'; there are ring, tensor_core, vectorised, naive"):
         plan(shape(), 90, H200, "best")
-    with pytest.raises(ValueError, match="'ring' does not serve this product: it wants blocks of 64 or more, not 32"):
+    with pytest.raises(ValueError, match="'ring' does not serve this product: it needs blocks of 64 or more, not 32"):
         plan(shape(blocksize=32), 90, H200, "ring")
     with pytest.raises(ValueError, match="has no tensor cores for FP32 on sm_90"):
         plan(shape(dtype="FP32"), 90, H200, "tensor_core")
@@ -228,7 +228,7 @@ def test_a_code_of_no_registered_name_is_rounded_as_it_is() -> None:
 
 
 class Allocator(TorchDispatchMode):
-    """Lists what was allocated while it is on: as the pool of a CUDA graph does, which wants all of it back."""
+    """Lists what was allocated while it is on: as the pool of a CUDA graph does, which needs all of it back."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -246,7 +246,7 @@ def test_an_architecture_that_is_none_is_refused_by_the_name_of_the_variable(mon
     monkeypatch.setenv(emulated.ARCH_VARIABLE, "sm_80")
     told = str(CudaEmulatorBackend().available())
     assert told.startswith(
-        "the environment variable REFQ4_CUDA_EMULATOR_ARCH='sm_80' is no architecture; known: 75, 80"
+        "the environment variable REFQ4_CUDA_EMULATOR_ARCH='sm_80' is not an architecture; known: 75, 80"
     )
     monkeypatch.setenv(emulated.ARCH_VARIABLE, "90")
     assert CudaEmulatorBackend().info()["architecture"] == "sm_90"

@@ -120,7 +120,7 @@ class Decoder:
         """Where to write: bank and slot. Into a wider register numpy extends by the bank's sign."""
         name = str(operand)
         if name not in self.program.names:
-            raise self.unknown(instruction, f"{name} is no register")
+            raise self.unknown(instruction, f"{name} is not a register")
         return _BANK[type_name[0]], self.program.names[name]
 
     def predicate(self, operand: Operand | str, instruction: Instruction) -> Any:
@@ -134,7 +134,7 @@ class Decoder:
     def address(self, operand: Operand, instruction: Instruction) -> tuple[int, int, int]:
         """Slot and width of the base, and the offset."""
         if not isinstance(operand, Address):
-            raise self.unknown(instruction, f"{operand} is no address")
+            raise self.unknown(instruction, f"{operand} is not an address")
         slot = self._slot(operand.base, 8, instruction)
         return slot, self.program.slots[slot], operand.offset
 
@@ -167,7 +167,7 @@ class Decoder:
             return self._constant(int(name[2:], 16), width)
         if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", name):
             return self._constant(self.integer(name) & ((1 << 8 * width) - 1 if width else 1), width)
-        raise self.unknown(instruction, f"{name} is no register, number or array that is known")
+        raise self.unknown(instruction, f"{name} is not a register, number or array that is known")
 
     def _constant(self, value: int, width: int) -> int:
         key = (value, width)

@@ -54,7 +54,7 @@ class Local:
             raise Fault(
                 AccessError,
                 self.lane[s][wrong],
-                f"{does} {size} local bytes at {where}, outside its {self.size} bytes or no multiple of {size}",
+                f"{does} {size} local bytes at {where}, outside its {self.size} bytes or not a multiple of {size}",
                 "look at the index into an array of the thread's own",
             )
         cells: np.ndarray = (self.lane[s] * self.stride + address)[:, None] + np.arange(size)

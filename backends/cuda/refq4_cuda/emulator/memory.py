@@ -252,7 +252,7 @@ class GlobalMemory:
             raise Fault(
                 AccessError,
                 lanes[misaligned],
-                f"{does} {size} bytes at {self._name(at)}: address {at:#x} is no multiple of {size}",
+                f"{does} {size} bytes at {self._name(at)}: address {at:#x} is not a multiple of {size}",
                 "look for a vector access on a row whose start is not aligned, or a missing check at launch",
             )
 

@@ -251,7 +251,9 @@ class _Reader:
     def _read_instruction(self, text: str, line: int, source: str) -> None:
         found = _INSTRUCTION.fullmatch(text)
         if found is None:
-            raise UnknownInstructionError(f"{self.kernel.name}, PTX line {line}: {text!r} is no instruction known here")
+            raise UnknownInstructionError(
+                f"{self.kernel.name}, PTX line {line}: {text!r} is not an instruction known here"
+            )
         guard, negated = (self._named(found[2]) if found[2] else None), found[1] == "!"
         opcode, rest = found[3], found[4]
         tidy = re.sub(r"\{ | (?=[},])", lambda space: space[0].strip(), re.sub(r",(?=\S)", ", ", text))

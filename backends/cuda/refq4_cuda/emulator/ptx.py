@@ -66,7 +66,7 @@ def _packed(kernel: Kernel, i: int, parameter: Parameter, value: Argument) -> by
                 f"{what}: the emulator reads CPU tensors, and this one is on {value.device}; pass x.cpu()"
             )
         if parameter.size != 8 or kind in FORMATS:
-            raise LaunchError(f"{what} is no pointer, and a tensor is given: pass a number")
+            raise LaunchError(f"{what} is not a pointer, and a tensor is given: pass a number")
         return value.data_ptr().to_bytes(8, "little")
     if isinstance(value, bytes):
         if len(value) != parameter.size:
@@ -77,7 +77,7 @@ def _packed(kernel: Kernel, i: int, parameter: Parameter, value: Argument) -> by
         if kind in FORMATS or (isinstance(number, float) and kind[0] == "b"):
             return struct.pack(FORMATS.get(kind) or FORMATS[f"f{8 * parameter.size}"], number)
         if isinstance(number, float) or kind == "b8":
-            raise LaunchError(f"{what}: {number!r} is no {'struct of bytes' if kind == 'b8' else 'whole number'}")
+            raise LaunchError(f"{what}: {number!r} is not a {'struct of bytes' if kind == 'b8' else 'whole number'}")
         bits = 8 * parameter.size
         if not -(1 << bits - 1) <= number < 1 << bits:
             raise LaunchError(f"{what}: {number} does not fit into {bits} bits")

@@ -182,8 +182,8 @@ class Shared:
         """Addresses as indices into ``bytes``, in bounds and aligned."""
         wrong = None
         if int(np.bitwise_or.reduce(address)) & (size - 1):
-            wrong, what = address & (size - 1) != 0, f"which is no multiple of {size}"
-            look = "look for a vector access to a row whose stride is no multiple of the vector"
+            wrong, what = address & (size - 1) != 0, f"which is not a multiple of {size}"
+            look = "look for a vector access to a row whose stride is not a multiple of the vector"
         elif int(address.min()) < 0 or int(address.max()) > self.size - size:
             wrong, what = (address < 0) | (address > self.size - size), f"outside its {self.size} bytes"
             look = "look at the size given at launch, and at the index"

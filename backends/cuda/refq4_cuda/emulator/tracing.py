@@ -118,7 +118,7 @@ def watch(
 
 def _whom(launch: Launch, thread: tuple[int, int] | None, warp: tuple[int, int] | None) -> tuple[int, slice]:
     if (thread is None) == (warp is None):
-        raise ValueError("trace wants either thread=(block, thread) or warp=(block, warp)")
+        raise ValueError("trace needs either thread=(block, thread) or warp=(block, warp)")
     block, number = thread or warp or (0, 0)
     blocks, threads = int(np.prod(launch.grid)), int(np.prod(launch.block))
     lanes = slice(number, number + 1) if thread else slice(number * WARP, min(number * WARP + WARP, threads))
