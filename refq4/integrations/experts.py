@@ -11,7 +11,7 @@ DBRX) go on reading, and decode.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ..internals.grouped import grouped_gemm_4bit
 from ..models.experts import IMPLEMENTATION
 from ..nn.parametrize import held_4bit, packed_parameter
 from ..params import Params4bit
+from ..state import QuantState
 
 __all__ = ["packed_experts_forward"]
 
@@ -54,8 +55,8 @@ def packed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         >>> experts(torch.randn(3, 64), torch.tensor([[0, 1], [1, 3], [2, 0]]), torch.full((3, 2), 0.5)).shape
         torch.Size([3, 64])
     """
-    up_name = "gate_up_proj" if self.has_gate else "up_proj"
-    if not (_computable(self, up_name) and _computable(self, "down_proj")):
+    up, down = _operands(self, "gate_up_proj" if self.has_gate else "up_proj"), _operands(self, "down_proj")
+    if up is None or down is None:
         decoding: Tensor = ALL_EXPERTS_FUNCTIONS[_OTHERWISE](self, hidden_states, top_k_index, top_k_weights)
         return decoding
     top_k, experts, weights = top_k_index.shape[-1], top_k_index.reshape(-1), top_k_weights.reshape(-1)
@@ -64,12 +65,15 @@ def packed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         experts = experts.clamp(max=self.num_experts - 1)
     by_expert, order = torch.sort(experts, stable=True)
     offsets = torch.searchsorted(by_expert, torch.arange(self.num_experts + 1, device=by_expert.device))
-    rows = _product(self, up_name, hidden_states[order // top_k], offsets)
+    alone = hidden_states.shape[0] == 1  # a token that is generated: all rows are it, and each small operation counts
+    rows = _product(self, up, hidden_states.expand(top_k, -1) if alone else hidden_states[order // top_k], offsets)
     rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
-    rows = _product(self, "down_proj", rows, offsets)
+    rows = _product(self, down, rows, offsets)
     if self.has_post_expert_norm:
         rows = self.post_expert_norm(rows)
-    weighted: Tensor = (rows * weights[order].unsqueeze(-1))[torch.argsort(order)]
+    weighted: Tensor = rows * weights[order].unsqueeze(-1)
+    if not alone:
+        weighted = weighted[torch.argsort(order)]
     return weighted.view(-1, top_k, weighted.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
 
@@ -116,20 +120,34 @@ class LowRank(nn.Module):
         return self.scaling * torch.cat(low)
 
 
-def _computable(module: Any, name: str) -> bool:
-    """Whether a parameter is packed bytes, and nothing but adapters behind them."""
-    held = held_4bit(module, name)
-    return held is not None and held.quant_state is not None and all(isinstance(top, LowRank) for top in list(held)[1:])
+class _Operands(NamedTuple):
+    """A parameter in 4 bits: its name, its packed bytes and their state, and the adapters behind them."""
+
+    name: str
+    weight: Tensor  # a Params4bit, until something rebuilds it as a plain parameter
+    state: QuantState
+    deltas: list[LowRank]
 
 
-def _product(module: Any, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
-    held, transposed = module.parametrizations[name], module.is_transposed
+def _operands(module: Any, name: str) -> _Operands | None:
+    """None unless a parameter is packed bytes, and nothing but adapters behind them."""
+    held: Any = held_4bit(module, name)
+    if held is None:
+        return None
+    decoding, *deltas = held
+    if decoding.quant_state is None or not all(isinstance(top, LowRank) for top in deltas):
+        return None
+    return _Operands(name, held.original, decoding.quant_state, deltas)
+
+
+def _product(module: Any, operands: _Operands, rows: Tensor, offsets: Tensor) -> Tensor:
+    name, weight, state, deltas = operands
     bias = getattr(module, f"{name}_bias").to(rows.dtype) if module.has_bias else None
-    weight = held.original
     if module.training and isinstance(weight, Params4bit):  # backward reads the stored bytes; FSDP gathered these
         weight = weight.readable()
-    y = grouped_gemm_4bit(rows, weight, held.quant_state, offsets, bias, transposed=transposed)
-    for delta in list(held)[1:]:
+    transposed: bool = module.is_transposed
+    y = grouped_gemm_4bit(rows, weight, state, offsets, bias, transposed=transposed)
+    for delta in deltas:
         y = y + delta.product(rows, offsets, transposed)
     return y
 

@@ -82,32 +82,36 @@ def grouped_gemm_4bit(
         rows = bias[expert.to(bias.device)]
         return grouped_gemm_4bit(x, weight, state, offsets, transposed=transposed, backend=backend) + rows
     if isinstance(weight, Preparable) and not transposed and not wants_grad(x) and weight._restores < MOST_RESTORES:
-        prepared = own_layout(weight, state, x, choice)
-        if prepared is not None and is_deferred():
+        bound = own_layout(weight, state, x, choice)
+        if bound is not None:
+            prepared, engine = bound
+            if isinstance(engine, Resolved):
+                return _grouped(x, prepared, bias, offsets, False, engine)
             flat = flatten_prepared(prepared)
-            traced: Tensor = torch.ops.refq4.grouped_prepared.default(x, *flat, bias, offsets, prepared.backend)
+            traced: Tensor = torch.ops.refq4.grouped_prepared.default(x, *flat, bias, offsets, engine)
             return traced
-        if prepared is not None:
-            return _grouped(x, prepared, bias, offsets, False, prepared.backend)
     packed = state.packed_weight(weight)
     out: Tensor = torch.ops.refq4.grouped_gemm_4bit.default(x, *flatten(packed), bias, offsets, transposed, choice)
     return out
 
 
-def own_layout(weight: Any, state: QuantState, x: Tensor, choice: str) -> PreparedWeight | None:
-    """Give the experts in the backend's own layout, made now if there is none; as for a layer (pipeline.py, step 2)."""
-    form = weight.form(state, deferred=is_deferred())
-    if is_deferred():
-        return form.prepared if form is not None and form.choice == choice else None
-    (experts, n, k), blocksize = state.geometry()
-    call = _call(x, (experts, n, k), blocksize, state.quant_type or "custom", state.state2 is not None)
-    engine = registry.resolve(call, choice).backend
-    if not engine.has(OP):
-        return None
-    if form is None or form.backend is not engine:
-        form = weight.prepare(state, engine, choice)
-    prepared: PreparedWeight | None = form.prepared
-    return prepared
+def own_layout(weight: Any, state: QuantState, x: Tensor, choice: str) -> tuple[PreparedWeight, Resolved | str] | None:
+    """Give the experts in the backend's own layout, made now if there is none; as for a layer (pipeline.py, step 2).
+
+    With them comes the backend that was found, or its name where the call is traced: the op resolves it then.
+    """
+    deferred = is_deferred()
+    form = weight.form(state, deferred)
+    if deferred:
+        prepared = form.prepared if form is not None and form.choice == choice else None
+        return None if prepared is None else (prepared, prepared.backend)
+    # what a form was made of has been checked
+    geometry: Any = state.geometry() if form is None else (state.shape, state.blocksize)
+    (shape, blocksize), nested = geometry, state.state2 is not None
+    engine = registry.resolve(_call(x, shape, blocksize, state.quant_type or "custom", nested), choice)
+    if form is None or form.backend is not engine.backend:
+        form = weight.prepare(state, engine.backend, choice) if engine.backend.has(OP) else None
+    return None if form is None or form.prepared is None else (form.prepared, engine)
 
 
 # --- the kernel of the op ---------------------------------------------------------------------------------------------
@@ -119,7 +123,7 @@ def _grouped(
     bias: Tensor | None,
     offsets: Tensor,
     transposed: bool,
-    backend: str,
+    backend: str | Resolved,
 ) -> Tensor:
     n = _check(x, weight, bias, transposed)
     x, offsets = x.contiguous(), _checked_offsets(offsets, weight.shape[0], x.shape[0])
@@ -135,10 +139,13 @@ def _grouped(
     nested, kind = (
         (weight.nested is not None, "canonical") if isinstance(weight, PackedWeight) else (False, weight.layout)
     )
-    call = _call(x, weight.shape, weight.blocksize, weight.quant_type, nested, kind, transposed)
-    engine = registry.resolve(call, backend)
+
+    def call() -> Call:
+        return _call(x, weight.shape, weight.blocksize, weight.quant_type, nested, kind, transposed)
+
+    engine = registry.resolve(call(), backend) if isinstance(backend, str) else backend
     if isinstance(weight, PreparedWeight) or (engine.backend.has(OP) and one_expert(weight, 0) is not None):
-        result: Tensor = run_op(lambda: call, engine, OP, x, weight, bias, offsets, transposed)
+        result: Tensor = run_op(call, engine, OP, x, weight, bias, offsets, transposed)
         return result
     return _expert_by_expert(x, weight, bias, offsets, transposed, engine)
 
@@ -234,9 +241,9 @@ def _checked_offsets(offsets: Tensor, experts: int, rows: int) -> Tensor:
             f"offsets must be int64 [E + 1] = [{experts + 1}], got {dtype_name(offsets.dtype)} {list(offsets.shape)}"
         )
     offsets = offsets.to("cpu", torch.int64).contiguous()
-    first, last = int(offsets[0]), int(offsets[-1])
-    if first != 0 or last != rows or bool((offsets.diff() < 0).any()):
-        raise ValueError(f"offsets must rise from 0 to the {rows} rows of x, got {offsets.tolist()}")
+    bounds = offsets.tolist()  # in Python: the same with tensors takes five operations
+    if bounds[0] != 0 or bounds[-1] != rows or bounds != sorted(bounds):
+        raise ValueError(f"offsets must rise from 0 to the {rows} rows of x, got {bounds}")
     return offsets
 
 

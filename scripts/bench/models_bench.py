@@ -23,11 +23,12 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -48,6 +49,7 @@ SHAPES = {
 SHAPES["qlora-deep"] = SHAPES["qlora"] | {"num_hidden_layers": 8, "vocab_size": 8000}
 HUB = "bitsandbytes' kernel from the hub"
 HEAD = "its head in 4 bits, too"
+READING = "reading refq4's 4-bit layers once takes, ms"
 TRAINING = {"qlora": (2, 64), "qlora-deep": (2, 256)}  # sequences, tokens
 # What a profile calls it -> whose time it is. What has no line here is "the rest".
 SHARES = {
@@ -99,12 +101,13 @@ def generate(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
         load("refq4", path).eval(), head=True, compute_dtype=torch.bfloat16, progress=False
     )
     ids = torch.randint(0, 1000, (1, asked.prompt), generator=torch.Generator().manual_seed(0))
-    prompt: dict[str, list[float]] = {name: [] for name in models}
-    token: dict[str, list[float]] = {name: [] for name in models}
+    within = {name: InLayers(model) for name, model in models.items()}
+    times: list[dict[str, list[float]]] = [{name: [] for name in models} for _ in range(4)]
+    prompt, token, in_prompt, in_token = times
     said = {}
     for turn in range(asked.rounds + 1):
         for name, model in models.items():
-            clock = Clock()
+            clock = Clock(within[name])
             said[name] = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -116,25 +119,54 @@ def generate(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
             if turn:  # the first one is where layouts are made and caches filled
                 prompt[name].append(clock.ms[0])
                 token[name] += clock.ms[1:]
+                in_prompt[name].append(clock.within[0])
+                in_token[name] += clock.within[1:]
     both, report = [said[name] for name in ENGINES], {}
-    for what, ms in ((f"prompt of {asked.prompt} tokens", medians(prompt)), ("a token after it", medians(token))):
+    for what, spans in ((f"prompt of {asked.prompt} tokens", prompt), ("a token after it", token)):
+        ms = medians(spans)
         report[f"{what}, ms"] = {name: ms[name] for name in ENGINES}
         report[f"{what}, refq4 with {HEAD}, ms"] = report[f"{what}, ms"] | {"refq4": ms[HEAD]}
+    for what, spans in ((f"prompt of {asked.prompt}", in_prompt), ("a token", in_token)):
+        report[f"{what}, within 4-bit layers, ms"] = medians({name: spans[name] for name in ENGINES})
     same = sum(a == b for a, b in zip(*both, strict=True)) / asked.tokens
-    return report | {"tokens that are the same": same}
+    reading = within["refq4"].bytes / CpuBackend().limits()["read_gb_s"] / 1e6
+    return report | {READING: reading, "tokens that are the same": same}
+
+
+class InLayers:
+    """The seconds that a model spends in its 4-bit layers (without the head), called in turn as it calls them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.seconds, self.bytes = 0.0, 0
+        for name, layer in model.named_modules():
+            if isinstance(layer, (refq4.nn.Linear4bit, bitsandbytes.nn.Linear4bit)) and "head" not in name:
+                layer.forward = self.timed(layer.forward)  # type: ignore[method-assign]
+                self.bytes += layer.in_features * layer.out_features * 9 // 16  # a code of 4 bits, 4 bytes for 64
+
+    def timed(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            start = time.perf_counter()
+            y = forward(x)
+            self.seconds += time.perf_counter() - start
+            return y
+
+        return run
 
 
 class Clock(StoppingCriteria):
-    """Never stops; notes the milliseconds between the tokens."""
+    """Never stops; notes the milliseconds between the tokens, and those of them in 4-bit layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: InLayers) -> None:
         self.ms: list[float] = []
-        self._last = time.perf_counter()
+        self.within: list[float] = []
+        self._layers = layers
+        self._last, layers.seconds = time.perf_counter(), 0.0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         now = time.perf_counter()
         self.ms.append(1e3 * (now - self._last))
-        self._last = now
+        self.within.append(1e3 * self._layers.seconds)
+        self._last, self._layers.seconds = now, 0.0
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
@@ -277,7 +309,7 @@ def table(report: dict[str, Any]) -> Table:
         if isinstance(value, dict) and set(value) == set(ENGINES) and name != "losses":
             ours, theirs = (value[engine] for engine in ENGINES)
             shown.add_row(name, f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}")
-    for name in ("tokens that are the same", "largest relative distance of the losses"):
+    for name in (READING, "tokens that are the same", "largest relative distance of the losses"):
         if name in report:
             shown.add_row(name, f"{report[name]:.2g}", "", "")
     for name, ms in report.get("a step of refq4, ms of each", {}).items():

@@ -53,7 +53,8 @@ def declare(functions: CDLL) -> None:
     f.refq4_kernel.restype = pointer
     f.refq4_product.argtypes = [*[pointer] * 4, c_int, *[c_int64] * 3, pointer, weight, c_int]
     f.refq4_product.restype = c_int
-    f.refq4_grouped.argtypes = [c_char_p, c_int64, *[pointer] * 3, c_int, *[c_int64] * 2, pointer, weight, c_int]
+    f.refq4_grouped.argtypes = [c_char_p, c_int64, pointer, c_int64, *[pointer] * 3, c_int, *[c_int64] * 2, pointer,
+                                weight, c_int]  # fmt: skip
     f.refq4_grouped.restype = c_int
     f.refq4_quantize.argtypes = [pointer, c_int, c_int64, c_int64, pointer, pointer, c_int, c_int, *[pointer] * 3,
                                  c_int, c_int]  # fmt: skip

@@ -30,18 +30,16 @@ from refq4.layout import block_count, packed_bytes
 
 from . import build
 from .arguments import declare, weight_struct
-from .calibrate import MEASURED_M, Winners, calibrated, winner
-from .experts import groups
+from .calibrate import LARGEST_M, Winners, calibrated, winner
+from .experts import NO_KERNEL, kernels_by_rows
 from .kernels import DTYPES, TILES, ProductKernel, addresses, candidates, forced, grad_input_kernel
 from .threads import borrow_torch_threads
-from .tiles import Tiles, addressed, struct_of, tiled, untiled
+from .tiles import Tiles, addressed, as_arguments, struct_of, tiled, untiled
 
 __all__ = ["CpuBackend"]
 
 # What finding, compiling and loading the kernels can end with.
 _UNUSABLE = (build.BuildError, CacheError, OSError, ValueError)
-
-_LARGEST_M = MEASURED_M[-1]
 
 
 class CpuBackend(Backend):
@@ -59,6 +57,7 @@ class CpuBackend(Backend):
         self._forced: ProductKernel | None = None  # by the environment, when the library was loaded
         self._winners: Winners | None = None
         self._chosen: dict[tuple[Any, ...], ProductKernel] = {}
+        self._by_rows: dict[tuple[Any, ...], bytes] = {}
 
     # --- what it can do ---------------------------------------------------------------------------------------
 
@@ -230,23 +229,24 @@ class CpuBackend(Backend):
         self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, offsets: Tensor, transposed: bool
     ) -> Tensor:
         n, k = weight.shape[:0:-1] if transposed else weight.shape[1:]
-        y = torch.empty((x.shape[0], n), dtype=x.dtype)
-        if type(weight) is PackedWeight:
-            layout, tiles, as_struct = "canonical", None, struct_of(weight)
-        else:
-            known = weight if type(weight) is Tiles else addressed(weight)
-            layout, tiles, as_struct = TILES, known.tiles, known.code
+        functions, y = self.library().functions, torch.empty(x.shape[0], n, dtype=x.dtype)
+        layout, tiles, as_struct = as_arguments(weight)
 
         def address(rows: int) -> int:
             if transposed:
-                return self._addresses[grad_input_kernel(library.tier.features, x.dtype, n, weight.blocksize)]
+                return self._addresses[grad_input_kernel(self.library().tier.features, x.dtype, n, weight.blocksize)]
             return self._addresses[self._kernel_for(x.dtype, rows, k, weight.blocksize, layout).name]
 
-        library = self.library()
-        status = library.functions.refq4_grouped(
-            *groups(offsets, address), x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
-            DTYPES[x.dtype], n, k, tiles, as_struct, torch.get_num_threads(),
+        key = (x.dtype, n if transposed else k, weight.blocksize, layout, transposed)
+        if key not in self._by_rows:
+            self._by_rows[key] = kernels_by_rows(address)
+        status = functions.refq4_grouped(
+            self._by_rows[key], LARGEST_M, offsets.data_ptr(), weight.shape[0], x.data_ptr(),
+            None if bias is None else bias.data_ptr(), y.data_ptr(), DTYPES[x.dtype], n, k, tiles, as_struct,
+            torch.get_num_threads(),
         )  # fmt: skip
+        if status == NO_KERNEL:
+            address(int(offsets.diff().max()))  # raises, and says why
         if status != 0:
             raise MemoryError(f"refq4's CPU kernels found no scratch memory for {x.shape[0]} rows, N={n}, K={k}")
         return y
@@ -285,7 +285,7 @@ class CpuBackend(Backend):
         return y
 
     def _kernel_for(self, dtype: torch.dtype, m: int, k: int, blocksize: int, layout: str) -> ProductKernel:
-        key = (dtype, m if m < _LARGEST_M else _LARGEST_M, k, blocksize, layout)
+        key = (dtype, m if m < LARGEST_M else LARGEST_M, k, blocksize, layout)
         if key not in self._chosen:
             self._chosen[key] = self._choose(dtype, m, k, blocksize, layout)
         return self._chosen[key]

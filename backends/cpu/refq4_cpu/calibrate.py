@@ -23,9 +23,10 @@ from refq4.internals.buildcache import CacheError, cache_directory, cache_key, c
 from . import build
 from .kernels import TILES, ProductKernel, candidates
 
-__all__ = ["MEASURED_M", "Winners", "calibrated", "winner"]
+__all__ = ["LARGEST_M", "MEASURED_M", "Winners", "calibrated", "winner"]
 
 MEASURED_M = (1, 2, 4, 8, 16, 32, 64)
+LARGEST_M = MEASURED_M[-1]  # its winner serves all M above
 N, K, BLOCKSIZE = 512, 4096, 64
 REPEATS = 5
 

@@ -1,30 +1,30 @@
-"""A grouped product in one C call: which kernel serves the rows of each expert, and where they are.
-
-offsets   0 3 3 4 9            groups   (kernel for 3 rows, expert 0, first row 0, 3 rows)
-experts    e0 e1 e2 e3                  (kernel for 1 row,  expert 2, first row 3, 1 row)
-                                        (kernel for 5 rows, expert 3, first row 4, 5 rows)
-"""
+"""A grouped product in one C call: the kernel for each number of rows that an expert can have."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from itertools import pairwise
 
-from torch import Tensor
+from refq4.backend import BackendUnsupportedError
 
-__all__ = ["groups"]
+from .calibrate import LARGEST_M
+
+__all__ = ["NO_KERNEL", "kernels_by_rows"]
+
+NO_KERNEL = -2  # what refq4_grouped returns where an expert has more rows than the kernel asked for takes
 
 
-def groups(offsets: Tensor, kernel_for: Callable[[int], int]) -> tuple[bytes, int]:
-    """The ``Group`` structs of ``kernels/library.c`` for the experts that have rows, and how many there are.
+def kernels_by_rows(address: Callable[[int], int]) -> bytes:
+    """Give ``refq4_grouped`` of ``kernels/library.c`` the kernels' addresses for 0, 1, 2 ... rows.
 
     Args:
-        offsets: int64 [E + 1].
-        kernel_for: the address of the kernel for a number of rows.
+        address: of the kernel for so many rows; it raises where none can serve, and the table has a zero there.
     """
-    words = array("q")
-    for expert, (first, stop) in enumerate(pairwise(offsets.tolist())):
-        if first < stop:
-            words.extend((kernel_for(stop - first), expert, first, stop - first))
-    return words.tobytes(), len(words) // 4
+
+    def known(rows: int) -> int:
+        try:
+            return address(rows)
+        except BackendUnsupportedError:
+            return 0
+
+    return array("q", [known(rows) for rows in range(LARGEST_M + 1)]).tobytes()

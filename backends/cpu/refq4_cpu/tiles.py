@@ -18,7 +18,7 @@ from refq4.layout import block_count, packed_bytes
 from .arguments import code_struct, weight_struct
 from .kernels import TILES, can_tile, checked_tiles, tile_bytes
 
-__all__ = ["Tiles", "addressed", "struct_of", "tiled", "untiled"]
+__all__ = ["Tiles", "addressed", "as_arguments", "struct_of", "tiled", "untiled"]
 
 PANEL = 16  # rows
 
@@ -69,6 +69,14 @@ def addressed(weight: PreparedWeight) -> Tiles:
 def struct_of(weight: PackedWeight) -> bytes:
     """The ``Weight`` of a canonical one."""
     return weight_struct(weight.packed, weight.code, weight.blocksize, weight.absmax, weight.nested)
+
+
+def as_arguments(weight: PackedWeight | PreparedWeight) -> tuple[str, int | None, bytes]:
+    """The layout of a weight, the address of its tiles if it has any, and its ``Weight``."""
+    if type(weight) is PackedWeight:
+        return "canonical", None, struct_of(weight)
+    known = weight if type(weight) is Tiles else addressed(weight)  # type: ignore[arg-type]
+    return TILES, known.tiles, known.code
 
 
 def _with_addresses(weight: PreparedWeight, tiles: Tensor, code: Tensor) -> Tiles:

@@ -347,6 +347,20 @@ def test_every_rung_serves_when_it_is_named_and_keeps_the_budget(
     assert ran > 0
 
 
+def test_a_kernel_of_one_token_serves_experts_of_one_row_and_is_refused_for_more(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = next(kernel for kernel in PRODUCT_KERNELS if kernel.most_tokens == 1)
+    monkeypatch.setenv("REFQ4_CPU_KERNEL", kernel.name)
+    backend, weight = backend_of(tier_with(kernel), request, monkeypatch), random_weight(48, 512)
+    experts, x = weight._replace(shape=(3, 16, 512)), torch.randn(2, 512).to(torch.bfloat16)
+    y = backend.grouped_gemm_4bit(x, experts, None, torch.tensor([0, 1, 1, 2]), False)
+    whole = torch.cat([backend.gemv_4bit(row[None], weight, None) for row in x])
+    assert torch.equal(y, torch.stack([whole[0, :16], whole[1, 32:]]))
+    with pytest.raises(BackendUnsupportedError, match=f"{kernel.name} takes at most 1 token\\(s\\), not 2"):
+        backend.grouped_gemm_4bit(x, experts, None, torch.tensor([0, 0, 2, 2]), False)
+
+
 @pytest.mark.parametrize("kernel", PRODUCT_KERNELS, ids=lambda kernel: kernel.name)
 def test_one_kernel_gives_a_token_the_same_bits_alone_and_in_a_batch(
     kernel: ProductKernel, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

@@ -66,7 +66,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { OK = 0, OUT_OF_MEMORY = -1 };
+enum { OK = 0, OUT_OF_MEMORY = -1, NO_KERNEL = -2 };
 
 EXPORT void refq4_use_torch_threads(void *gomp_parallel) {
     if (pool.forked) return; /* its helpers stayed behind in the parent */
@@ -133,12 +133,11 @@ EXPORT int refq4_product(ProductFn kernel, const void *x, const void *bias, void
     return kernel(&p) ? OK : OUT_OF_MEMORY;
 }
 
-/* The rows of one expert, and the kernel that serves so many. Python packs these four words (refq4_cpu/experts.py). */
+/* The rows of one expert, and the kernel that serves so many. */
 typedef struct {
     ProductFn kernel;
     int64_t expert, first, rows;
 } Group;
-_Static_assert(sizeof(Group) == 32, "four words of eight bytes");
 
 /* `weight` of all experts -> that of one: `numel` elements each, of whole blocks and whole nested blocks. */
 static Weight weight_of(const Weight *weight, int64_t expert, int64_t numel) {
@@ -176,15 +175,36 @@ static void multiply_group(void *context, int64_t i, int thread) {
     if (!g->kernel(&p)) atomic_store(&all->failed, 1);
 }
 
-/* A product for each group. tiles: of [E * N, K], N whole panels. Where there are groups enough, each thread takes whole
- * ones: no thread then waits for another before the end. Else all threads share one group after the other. */
-EXPORT int refq4_grouped(const Group *groups, int64_t count, const char *x, const char *bias, char *y, int dtype,
-                         int64_t N, int64_t K, const uint8_t *tiles, const Weight *weight, int threads) {
-    int64_t stride = tiles ? N / PANEL * panel_bytes(K, weight->blocksize) : 0;
-    int apart = count >= 2 * threads;
-    Grouped all = {groups, x, bias, y, (enum dtype)dtype, N, K, stride, tiles, weight, apart ? 1 : threads, 0};
-    run_parallel(multiply_group, &all, count, apart ? threads : 1);
-    return atomic_load(&all.failed) ? OUT_OF_MEMORY : OK;
+/* A product for each expert that has rows.
+ *
+ *     offsets   0 3 3 4 9     groups   (kernel for 3 rows, expert 0, first row 0, 3 rows)
+ *     experts    0 1 2 3               (kernel for 1 row,  expert 2, first row 3, 1 row)
+ *                                      (kernel for 5 rows, expert 3, first row 4, 5 rows)
+ *
+ * kernels: for 0, 1, 2 ... `most` rows, and the last one for all numbers above; NULL where none can serve.
+ * tiles: of [E * N, K], N whole panels. Where there are groups enough, each thread takes whole ones: no thread then
+ * waits for another before the end. Else all threads share one group after the other. */
+EXPORT int refq4_grouped(const ProductFn *kernels, int64_t most, const int64_t *offsets, int64_t experts, const char *x,
+                         const char *bias, char *y, int dtype, int64_t N, int64_t K, const uint8_t *tiles,
+                         const Weight *weight, int threads) {
+    int64_t stride = tiles ? N / PANEL * panel_bytes(K, weight->blocksize) : 0, count = 0;
+    Group *groups = scratch((size_t)experts * sizeof(Group));
+    if (!groups) return OUT_OF_MEMORY;
+    int status = OK;
+    for (int64_t e = 0; e < experts; e++) {
+        int64_t rows = offsets[e + 1] - offsets[e];
+        if (rows == 0) continue;
+        groups[count] = (Group){kernels[min64(rows, most)], e, offsets[e], rows};
+        if (!groups[count++].kernel) status = NO_KERNEL;
+    }
+    if (status == OK) {
+        int apart = count >= 2 * threads;
+        Grouped all = {groups, x, bias, y, (enum dtype)dtype, N, K, stride, tiles, weight, apart ? 1 : threads, 0};
+        run_parallel(multiply_group, &all, count, apart ? threads : 1);
+        if (atomic_load(&all.failed)) status = OUT_OF_MEMORY;
+    }
+    free(groups);
+    return status;
 }
 
 EXPORT void refq4_quantize(const void *x, int dtype, int64_t numel, int64_t blocksize, const float *thresholds,
