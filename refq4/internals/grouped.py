@@ -161,16 +161,15 @@ def _expert_by_expert(
             continue
         rows, of_expert, out = x[start:stop], None if bias is None else bias[e], y[start:stop]
         part = one_expert(weight, e)
-        if part is None:
+        if part is None:  # bias and product are rounded together, as in every product
             assert whole is not None
-            torch.matmul(rows, whole[e] if transposed else whole[e].T, out=out)
+            out.copy_(torch.nn.functional.linear(rows, whole[e].T if transposed else whole[e], of_expert))
         elif transposed:
             out.copy_(grad_input(rows, part, engine))
+            if of_expert is not None:
+                out += of_expert
         else:
             out.copy_(product("gemv_4bit" if stop - start == 1 else "gemm_4bit", rows, part, of_expert, engine))
-            continue
-        if of_expert is not None:
-            out += of_expert
     return y
 
 

@@ -5,8 +5,13 @@
     allowed     2 * max |reference - oracle| + ulp(oracle, output dtype), per element
 
 Twice, because an engine rounds its scales elsewhere; a unit in the last place, because the result is rounded to the
-output dtype once whatever happens before. The maximum is over all outputs and, where those are few, over eight orders
-of the sum: one output may be nearly exact by chance, so the budget takes the largest error over eight summation orders.
+output dtype once whatever happens before. The maximum is over all outputs and, where few of them differ, over eight
+draws: one output may be nearly exact by chance, so the same product is rounded anew, and the largest error counts.
+A draw takes another order of the sum and, in 16 bits, other roundings of the weight, which no order changes:
+
+    another order    sum over k of x[k] * w[k], k shuffled
+    other roundings  sum of x[k] * (s * w[k] in 16 bits), divided by s, for an s between 1 and 2
+
 Where the reference itself gives NaN or an infinity (fp16 overflow, say), the engine must give the same.
 """
 
@@ -23,7 +28,7 @@ from ..internals import codec, dispatch
 from ..internals.grouped import one_expert
 from ..state import QuantState
 
-FEW, ORDERS = 1024, 8
+FEW, DRAWS = 1024, 8
 
 __all__ = ["Budget", "assert_same_bits", "assert_within_budget", "error_budget", "grouped_budget", "oracle", "ulp"]
 
@@ -92,10 +97,15 @@ def oracle(x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None, 
         >>> oracle(torch.ones(32), B, state)
         tensor([1., 1.], dtype=torch.float64)
     """
+    weight = _decoded(B, state, backend).double()
+    return torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
+
+
+def _decoded(B: Tensor, state: QuantState, backend: str) -> Tensor:
+    """The weight in fp32, whatever dtype it had before it was quantised."""
     plain = state.copy()
     plain.dtype = torch.float32
-    weight = codec.dequantize_4bit(plain.packed_weight(B), torch.float32, backend).double()
-    return torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
+    return codec.dequantize_4bit(plain.packed_weight(B), torch.float32, backend)
 
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,8 +137,7 @@ def error_budget(
         exact = oracle(x, B, state, bias, backend)
         cast = None if bias is None else bias.to(x.dtype)
         reference = dispatch.product("gemm_4bit", x, state.packed_weight(B), cast, backend)
-        weight = codec.dequantize_4bit(state.packed_weight(B), x.dtype, backend)
-        return _loosest(exact, reference, x, weight, cast)
+        return _loosest(exact, reference, x, _decoded(B, state, backend), cast)
 
 
 def grouped_budget(
@@ -168,26 +177,33 @@ def grouped_budget(
         rows, weight = x[start:stop], weights[e].t() if transposed else weights[e]
         added = None if bias is None else bias[e]
         exact = torch.nn.functional.linear(rows.double(), weight.double(), None if added is None else added.double())
-        rounded = weight.to(x.dtype)
-        reference = torch.nn.functional.linear(rows, rounded, added)
-        parts.append(_loosest(exact, reference, rows, rounded, added))
+        reference = torch.nn.functional.linear(rows, weight.to(x.dtype), added)
+        parts.append(_loosest(exact, reference, rows, weight, added))
     return Budget(*(torch.cat([getattr(part, name) for part in parts]) for name in ("oracle", "reference", "allowed")))
 
 
 def _loosest(exact: Tensor, reference: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Budget:
-    """The budget of a product, or where it has few outputs the largest over several orders of its terms."""
+    """The budget of a product with the fp32 weight, or where few outputs differ the largest of several draws."""
     budget = Budget.of(exact, reference, x.dtype)
-    if 0 < reference.numel() < FEW:
-        budget = max([budget, *_other_orders(x, weight, bias, exact)], key=lambda b: float(b.allowed.max()))
+    alike = bool((x == x.reshape(-1, x.shape[-1])[:1]).all())  # rows that are all the same have the same outputs
+    if 0 < (weight.shape[0] if alike else reference.numel()) < FEW and reference.numel():
+        budget = max([budget, *_other_draws(x, weight, bias, exact)], key=lambda b: float(b.allowed.max()))
     return Budget(exact, reference, budget.allowed)
 
 
-def _other_orders(x: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) -> Iterator[Budget]:
-    """The same product with its terms in another order: the same number, other roundings."""
+def _other_draws(x: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) -> Iterator[Budget]:
+    """The same product with its terms in another order, of weights rounded elsewhere: other roundings alone."""
     generator = torch.Generator().manual_seed(0)
-    for _ in range(ORDERS - 1):
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    for draw in range(1, DRAWS):
         order = torch.randperm(x.shape[-1], generator=generator).to(x.device)
-        again = torch.nn.functional.linear(x[..., order], weight[:, order], bias)
+        scale = 1 + draw / DRAWS if half else 1.0
+        rounded = (weight[:, order] * scale).to(x.dtype)
+        if half:  # as an engine does: sums and bias in fp32, and one rounding of the result
+            again = torch.nn.functional.linear(x[..., order].float(), rounded.float()) / scale
+            again = (again if bias is None else again + bias.float()).to(x.dtype)
+        else:
+            again = torch.nn.functional.linear(x[..., order], rounded, bias)
         yield Budget.of(exact, again, x.dtype)
 
 

@@ -177,6 +177,16 @@ def test_experts_of_which_one_begins_in_the_middle_of_a_byte_are_decoded_as_one(
     assert_close(y, plain(rows(65), dequantize_4bit(packed, state), None, False))
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["stored [E, N, K]", "stored [E, K, N]"])
+def test_a_bias_is_rounded_together_with_the_product_where_blocks_straddle_experts(transposed: bool) -> None:
+    packed, state = experts((E, 5, 5))
+    x, decoded = rows(5, torch.bfloat16), dequantize_4bit(packed, state).bfloat16()
+    bias = -plain(x, decoded, None, transposed)[[0, 0, 3, 4]].bfloat16()  # of a row of each expert
+    got = grouped_gemm_4bit(x, packed, state, torch.tensor(OFFSETS), bias, transposed=transposed, backend="reference")
+    exact = plain(x, decoded, bias, transposed)
+    assert float(((got.double() - exact).abs() / exact.abs()).max()) < 2**-7
+
+
 def test_no_rows_give_no_rows() -> None:
     packed, state = experts()
     y = grouped_gemm_4bit(torch.empty(0, K), packed, state, torch.zeros(E + 1, dtype=torch.int64), torch.ones(E, N))

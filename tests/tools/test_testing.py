@@ -13,10 +13,11 @@ import torch
 from loopback import Loopback
 
 import refq4
+import refq4.functional as F
 from refq4 import cli, layout
 from refq4.backend import PackedWeight
 from refq4.reference import ReferenceBackend
-from refq4.testing import CHECKS, Case, catalogue, check, shrink, verify
+from refq4.testing import CHECKS, Case, catalogue, check, error_budget, oracle, shrink, verify
 from refq4.testing.cases import ACTIVATIONS, DEPTHS, WEIGHTS, simpler
 from refq4.testing.diagnose import diagnose_quantised
 from refq4.testing.verification import Failure
@@ -128,6 +129,20 @@ def test_a_planted_bug_is_found_shrunk_and_explained(bug):
     scope: dict[str, object] = {}
     exec(failure.snippet().replace("print(", "seen = (", 1), scope)  # the snippet shows the same difference
     assert scope["seen"].message == failure.message
+
+
+def test_the_budget_of_a_single_output_does_not_hang_on_how_its_weight_happens_to_round():
+    """Constant activations, and a bias that leaves next to nothing: the reference errs by rounding its weight."""
+    errors, allowed = [], []
+    for seed in range(30):
+        B, state = F.quantize_4bit(torch.randn(1, 256, generator=torch.Generator().manual_seed(seed)), quant_type="nf4")
+        x = torch.ones(2, 256, dtype=torch.bfloat16)
+        budget = error_budget(x, B, state, -oracle(x, B, state)[0].bfloat16())
+        errors.append(float((budget.reference.double() - budget.oracle)[0, 0]))
+        allowed.append(float(budget.allowed.min()))
+    typical = torch.tensor(errors).square().mean().sqrt()
+    assert min(map(abs, errors)) < typical / 10  # one is nearly exact, by chance
+    assert min(allowed) > typical
 
 
 def test_a_block_whose_reciprocal_overflows_is_shown_as_the_rule_scales_it():

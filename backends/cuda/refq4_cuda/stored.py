@@ -28,13 +28,14 @@ __all__ = ["LAYOUT", "StoredWeight", "packed_again", "product", "stored"]
 LAYOUT = "stored"  # with nested scales, their blocksize follows: "stored, scales in blocks of 256"
 _NESTED = ", scales in blocks of "
 _MOST_PRODUCTS = 256
+_address = Tensor.data_ptr
 
 
 class StoredWeight(PreparedWeight):
-    """A weight as the kernels read it; ``address`` is where its packed bytes were when ``products`` were made."""
+    """A weight as the kernels read it; ``addresses`` is where its tensors were when ``products`` were made."""
 
     weight: PackedWeight
-    address: int
+    addresses: tuple[int, ...]
     products: dict[Any, Product | None]
 
 
@@ -45,7 +46,7 @@ def stored(backend: str, weight: PackedWeight) -> StoredWeight:
     if nested is not None:
         tensors, layout = (*tensors, nested.absmax, nested.code, nested.offset), f"{layout}{_NESTED}{nested.blocksize}"
     made = StoredWeight(backend, layout, tensors, weight.shape, weight.blocksize, weight.quant_type)
-    made.weight, made.address, made.products = weight, weight.packed.data_ptr(), {}
+    made.weight, made.addresses, made.products = weight, tuple(map(_address, tensors)), {}
     return made
 
 
@@ -86,13 +87,14 @@ def product(x: Tensor, weight: StoredWeight, bias: Tensor | None, y: Tensor, pro
     """As ``launch.product``, from what was made at the first call with as many tokens.
 
     Raises:
-        ValueError: the packed bytes have no memory any more.
+        ValueError: a tensor of the weight has no memory any more, or not as much as the weight needs.
     """
-    address = weight.tensors[0].data_ptr()
-    if address != weight.address:  # its storage was freed, and perhaps allocated again
-        if address == 0:
+    addresses = tuple(map(_address, weight.tensors))
+    if addresses != weight.addresses:  # a storage was freed, and perhaps allocated again, or ``.data`` was set
+        if addresses[0] == 0:
             raise ValueError("the packed weight has no memory: its storage was freed")
-        weight.products, weight.address = {}, address
+        packed_again(PreparedWeight(*weight))  # as bare tensors: their sizes are checked
+        weight.products, weight.addresses = {}, addresses
     x_address, products = x.data_ptr(), weight.products
     key = (x.shape[0], x.dtype, x_address % 16, processor)
     try:

@@ -194,6 +194,26 @@ def test_a_weight_whose_storage_was_freed_is_an_error_and_one_allocated_again_is
         assert torch.equal(layer(x), wanted)
 
 
+@pytest.mark.parametrize("which", ["absmax", "code", "nested absmax", "nested code", "offset"])
+def test_scales_and_tables_that_were_given_other_memory_are_read_there(which):
+    layer, x = layer_on_the_emulator(nested=which != "absmax"), torch.randn(1, 256).bfloat16()
+    state = layer.weight.quant_state
+    owner = state.state2 if which.startswith("nested") else state
+    tensor = getattr(owner, which.removeprefix("nested "))
+    with refq4.use_backend("cuda-emulator"), torch.no_grad():
+        before = layer(x)
+        old = tensor.data
+        tensor.data = (2 * tensor.data).clone()
+        wanted = refq4.matmul_4bit(x, layer.weight.stored(), state, backend="reference")
+        assert not torch.equal(wanted, before)
+        torch.testing.assert_close(layer(x), wanted, rtol=2e-2, atol=2e-2)
+        tensor.data = tensor.data.new_empty(0)
+        with pytest.raises(ValueError, match="has tensors of"):
+            layer(x)
+        tensor.data = old
+        assert torch.equal(layer(x), before)
+
+
 def test_a_layout_of_another_backend_is_refused():
     weight = PreparedWeight("cuda-emulator", "tiles", (torch.zeros(2),), (8, 64), 64, "nf4")
     with pytest.raises(refq4.BackendUnsupportedError, match="reads the layouts canonical and stored, not 'tiles'"):
