@@ -1,13 +1,13 @@
 """The error budget, in one place: oracle, unit in the last place, and comparisons that raise.
 
-    oracle      x @ W.t() + bias in fp64, W the fp32 dequantised weight: what an exact engine would give
-    reference   the pure-PyTorch backend in the caller's dtypes: what a plain engine gives
+    oracle      x @ W.t() + bias in fp64, W the fp32 dequantised weight: what an exact backend would give
+    reference   the pure-PyTorch backend in the caller's dtypes: what a plain backend gives
     allowed     2 * max |reference - oracle| + ulp(oracle, output dtype), per element
 
-Twice, because an engine rounds its scales elsewhere; a unit in the last place, because the result is rounded to the
-output dtype once whatever happens before. The maximum is over all outputs and, where those are few, over eight orders
+Twice, because a backend may round its scales elsewhere; a unit in the last place, because every result is rounded to
+the output dtype once. The maximum is over all outputs and, where those are few, over eight orders
 of the sum: one output may be nearly exact by chance, so the budget takes the largest error over eight summation orders.
-Where the reference itself gives NaN or an infinity (fp16 overflow, say), the engine must give the same.
+Where the reference itself gives NaN or an infinity (fp16 overflow, say), the backend must give the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Budget", "assert_same_bits", "assert_within_budget", "error_budget",
 
 @dataclass(frozen=True)
 class Budget:
-    """What a product should be and how far off it may be.
+    """The right value of a product, and the error that it may have.
 
     Attributes:
         oracle: fp64 [..., N].
@@ -66,7 +66,7 @@ class Budget:
         """Raise an AssertionError unless ``got`` has the reference's dtype and shape, and errs no more than allowed."""
         like = self.reference
         if got.shape != like.shape or got.dtype != like.dtype:
-            raise AssertionError(f"{what}: wanted {like.dtype} {list(like.shape)}, got {got.dtype} {list(got.shape)}")
+            raise AssertionError(f"{what}: expected {like.dtype} {list(like.shape)}, got {got.dtype} {list(got.shape)}")
         wrong = self._strange(got) | (like.isfinite() & ~((got.double() - self.oracle).abs() <= self.allowed))
         if bool(wrong.any()):
             at = tuple(wrong.nonzero()[0].tolist())
@@ -115,7 +115,7 @@ def error_budget(
 ) -> Budget:
     """The budget for one product of x [..., K] with the packed weight B of shape [N, K]; see the top of the file.
 
-    ``backend`` names the engine that decodes the weight for the oracle, and whose error sets the allowance.
+    ``backend`` names the backend that decodes the weight for the oracle, and whose error gives the allowance.
 
     Example:
         >>> from refq4.functional import quantize_4bit
@@ -216,15 +216,15 @@ def assert_same_bits(got: Tensor, wanted: Tensor, what: str = "tensor") -> None:
         >>> assert_same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
         Traceback (most recent call last):
             ...
-        AssertionError: tensor: 1 of 1 elements differ; at [0]: got 0.0, wanted -0.0
+        AssertionError: tensor: 1 of 1 elements differ; at [0]: got 0.0, expected -0.0
     """
     if got.dtype != wanted.dtype or got.shape != wanted.shape:
-        raise AssertionError(f"{what}: wanted {wanted.dtype} {list(wanted.shape)}, got {got.dtype} {list(got.shape)}")
+        raise AssertionError(f"{what}: expected {wanted.dtype} {list(wanted.shape)}, got {got.dtype} {list(got.shape)}")
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.itemsize]
     differs = got.contiguous().view(integer) != wanted.contiguous().view(integer)
     if bool(differs.any()):
         at = tuple(differs.nonzero()[0].tolist())
         raise AssertionError(
             f"{what}: {int(differs.sum())} of {got.numel()} elements differ; at {list(at)}: got {got[at].item()!r}, "
-            f"wanted {wanted[at].item()!r}"
+            f"expected {wanted[at].item()!r}"
         )
