@@ -3,7 +3,7 @@
 run it      layer = refq4.nn.LinearNF4(4096, 4096).to("cpu");  layer(x)
 watch it    with refq4.trace() as t: layer(x);  print(t)
 swap it     refq4.set_backend("cpu");  refq4.compare(layer, x)
-read it     in this order; what is in the folders can wait
+read it     in this order; the folders can wait
 
     one_page                     the whole layer
     codebooks layout state       what is stored
@@ -11,7 +11,7 @@ read it     in this order; what is in the folders can wait
     backend reference            the contract, and its plainest body
     pipeline matmul autograd     one call: seven steps, one dispatch, one gradient
     params nn                    the parameter, the layers
-    trace registry               what happened; who computes
+    trace registry               what happened in a call; which backend computes
 """
 
 import importlib

@@ -6,7 +6,7 @@
                 grad_W    : none. The weight is frozen; QLoRA trains adapters beside it
 
 Both are linear, so each is the other's gradient: forward's input gets its gradient by ``grad_input_4bit``, and the
-gradient of that is a product again. That is all there is to derivatives of any order, in reverse and forward mode.
+gradient of that is a product again. This gives derivatives of any order, in reverse and forward mode.
 
 In PyTorch's eager mode a call goes through a ``torch.autograd.Function``. The ops of ``torch.ops.refq4``, which
 compiled graphs are made of, get the same gradient and the same rule for vmap at the end of this file.
@@ -40,7 +40,7 @@ class MatMul4Bit:
     Args (to ``apply``):
         A: [..., K], fp32, fp16, bf16, or fp64 (the exact path).
         B: the packed weight in any storage dtype and orientation, of a tensor [N, K].
-        out: must be None: a result that autograd tracks can't be written into given memory.
+        out: must be None: a result that autograd tracks can't be written into an existing tensor.
         bias: [N] in A's dtype, or None.
         quant_state: the QuantState of B.
         backend: the choice of backend; by default the one in effect. Backward keeps it.

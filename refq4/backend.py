@@ -1,8 +1,8 @@
-"""What a backend is: the contract between the core, which decides, and an engine, which computes.
+"""What a backend is: the contract between the core, which decides, and the backend, which computes.
 
 A backend gets tensors and numbers. It never sees a module or a QuantState, never chooses a path, never casts an
-output back: those are steps of the pipeline, written once for all backends. What it promises is in the docstring of
-each method below, and ``refq4.reference`` is the same list with plain bodies: read the two side by side.
+output back: those are steps of the pipeline, written once for all backends. The docstring of each method below says
+what it must return, and ``refq4.reference`` has the same methods with plain bodies: read the two side by side.
 
     the core                                    a backend
     ------------------------------------        ---------------------------------------------
@@ -10,8 +10,8 @@ each method below, and ``refq4.reference`` is the same list with plain bodies: r
     checked, contiguous tensors           --->  quantize_4bit, dequantize_4bit, gemv_4bit, ...
     may the weight be rearranged?         --->  prepare_weight / restore_weight   (optional)
 
-To write one: subclass :class:`Backend`, fill in the ops you have, say in ``can_run`` what you can't, and register it
-(``refq4.register_backend`` or an entry point in the group ``refq4.backends``).
+To write a backend, subclass :class:`Backend`, write the ops that you have, say in ``can_run`` which calls you can't
+run, and register it (``refq4.register_backend`` or an entry point in the group ``refq4.backends``).
 """
 
 from __future__ import annotations
@@ -91,13 +91,13 @@ class BackendUnsupportedError(BackendError):
 
 
 class Call(NamedTuple):
-    """What is about to be computed, without the tensors: enough to say yes or no.
+    """Describe a call without its tensors, so that a backend can say whether it can run it.
 
     ``m`` tokens, ``n`` out_features, ``k`` in_features (for an op without a product, ``n`` is 1 and ``k`` the number
     of elements). ``dtype`` is the input's for quantising, the output's for dequantising, the activations' for products.
     ``codebook`` is its name (in the contract of 0.1.0 ``code``, which still reads it); ``layout`` is "canonical" or the
     name of a prepared layout; ``grad`` says that the gradient of a product's input is wanted, for which the same
-    backend will be asked to decode the weight; ``experts`` is E, and ``transposed`` says that they are stored as
+    backend will have to decode the weight; ``experts`` is E, and ``transposed`` says that they are stored as
     [E, K, N].
 
     Example:
@@ -137,7 +137,7 @@ class Call(NamedTuple):
 class Nested(NamedTuple):
     """Double quantisation's second level: absmax[i] = code[q[i]] * absmax[i // blocksize] + offset, in fp32.
 
-    ``absmax`` fp32 [ceil(blocks / blocksize)]; ``code`` fp32 [256]; ``offset`` fp32 []; ``blocksize`` as a rule 256.
+    ``absmax`` fp32 [ceil(blocks / blocksize)]; ``code`` fp32 [256]; ``offset`` fp32 []; ``blocksize`` usually 256.
 
     Example:
         >>> from refq4.functional import quantize_nf4
@@ -195,11 +195,11 @@ class PreparedWeight(NamedTuple):
 
 
 class Backend:
-    """The base class: every op raises until a subclass has it, and :meth:`can_run` says no to what is missing.
+    """The base class: every op raises an error until a subclass has it, and :meth:`can_run` refuses the missing ops.
 
     Class attributes a subclass sets:
         name: what users pass to ``set_backend``.
-        priority: the larger is tried first by "auto"; the reference has 0. A negative one is taken by name only.
+        priority: "auto" tries the largest first; the reference has 0. "auto" never uses a negative one.
         devices: device types it computes on.
         description: one line for ``info``.
 
@@ -218,19 +218,19 @@ class Backend:
     description: str = ""
 
     def available(self) -> str | None:
-        """None if it can work on this machine, else one sentence: the reason and the remedy."""
+        """Return None if the backend can work on this machine, else one sentence: the reason and the remedy."""
         return None
 
     def can_run(self, call: Call) -> str | None:
-        """None if it can run this call, else the reason. Called often: cheap, and free of tensors."""
+        """Return None if the backend can run this call, else the reason. It is called often and must be cheap."""
         return self.missing_op(call) or self.wrong_device(call)
 
     def kernel(self, call: Call) -> str:
-        """The kernel that would serve this call, for the trace."""
+        """Return the name of the kernel that would run this call, for the trace."""
         return f"{self.name}.{call.op}"
 
     def info(self) -> dict[str, Any]:
-        """Anything worth showing in ``backend_info`` (tiers, versions, cache)."""
+        """Return details for ``backend_info`` (tiers, versions, cache)."""
         return {}
 
     # --- ops: all tensors contiguous and on one device; outputs freshly allocated -----------------------------------
@@ -243,7 +243,7 @@ class Backend:
         ``code`` is a Code here, with thresholds and order; decoding needs its values only, and gets them as a tensor.
         Per block: absmax is the largest magnitude (NaN if there is one); a value's code is the rule of
         ``refq4.codebooks`` applied to clamp(x * (1/absmax), -1, 1) in fp32; where 1/absmax is not finite, to 0 * x.
-        An absmax that is given is taken instead. A backend may leave that argument out: the reference then stands in.
+        If absmax is given, it is used instead. A backend may omit this argument: then the reference computes.
         """
         raise self._has_no("quantize_4bit")
 
@@ -287,11 +287,11 @@ class Backend:
     # --- own layout (optional) --------------------------------------------------------------------------------------
 
     def prepare_weight(self, weight: PackedWeight) -> PreparedWeight | None:
-        """The weight in this backend's layout, or None where the canonical one serves. Exact: see restore_weight."""
+        """Return the weight in this backend's layout, or None to use the canonical one. Exact: see restore_weight."""
         return None
 
     def restore_weight(self, prepared: PreparedWeight) -> PackedWeight:
-        """The canonical weight back, bit for bit what prepare_weight was given."""
+        """Return the canonical weight, with the same bits that prepare_weight was given."""
         raise self._has_no("restore_weight")
 
     # --- helpers for can_run ----------------------------------------------------------------------------------------

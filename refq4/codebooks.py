@@ -1,11 +1,11 @@
-"""The numbers a 4-bit weight can be, and the rule that picks one of them.
+"""The values that a 4-bit weight can have, and the rule that chooses one of them.
 
 A *codebook* is sixteen fp32 values. Quantising scales a block of weights into [-1, 1] and replaces each
 weight by the index (the *code*) of one of the sixteen; dequantising looks the value up again. Nothing else in
 refq4 knows what NF4 or FP4 is: a codebook is data, and every backend takes any codebook.
 
-Each format here is derived from its definition, because the definition is what a reader wants to see; the
-tests hold the results to the published tables, to the last bit.
+Each format here is computed from its definition, so that a reader can see the definition. The tests compare the
+results with the published tables, to the last bit.
 
     name    sixteen values                                   picked by
     ------  -----------------------------------------------  ------------------------------------------
@@ -16,13 +16,14 @@ tests hold the results to the published tables, to the last bit.
     af4     Yoshida's AbnormalFloat for blocks of 64         nearest value
     iq4nl   the non-linear table of llama.cpp's IQ4_NL       nearest value
 
-The picking rule is the same for all of them, so that a kernel needs one loop and no format names:
+The rule is the same for all of them, so that a kernel needs one loop and no format names:
 
     values sorted       v0      v1      v2   ...      v14     v15
     thresholds              t0      t1       ...          t14
     rank = how many thresholds lie below x (x > t);   code = order[rank]
 
-A NaN is greater than nothing, so its rank is 0. A rule that needs ``x >= t`` writes the fp32 number just below t.
+A NaN is not greater than any threshold, so its rank is 0. A rule that needs ``x >= t``
+writes the fp32 number just below t.
 
 The 8-bit *dynamic map* is the same idea with 256 values; double quantisation stores the blocks' scales with it. It has
 a file of its own, ``refq4/internals/dynamic_map.py``, and is imported from here.
@@ -75,7 +76,7 @@ class Code(NamedTuple):
     order: Tensor
 
     def zero_code(self) -> int:
-        """The code that 0.0 gets: what an all-zero block and the padding nibble store."""
+        """The code of 0.0, which an all-zero block and the padding nibble store."""
         rank = int((self.thresholds < 0).sum())
         return int(self.order[rank])
 
@@ -93,7 +94,7 @@ class Codebook:
         description: one line for ``info`` and the docs.
 
     Raises:
-        ValueError: the name is no identifier, or values or thresholds are not what is asked for above.
+        ValueError: the name is not an identifier, or values or thresholds are not as described above.
 
     Example:
         >>> from refq4.codebooks import Codebook
@@ -132,11 +133,11 @@ class Codebook:
         return tuple(sorted(range(16), key=lambda code: (self.values[code], -code)))
 
     def encode(self, scaled: Iterable[float]) -> list[int]:
-        """The codes of numbers already scaled into [-1, 1]: the rule, one number at a time."""
+        """Return the codes of numbers that are scaled into [-1, 1]: the rule, one number at a time."""
         return [self.order[sum(fp32(x) > t for t in self.thresholds)] for x in scaled]
 
     def on(self, device: torch.device | str) -> Code:
-        """The codebook as tensors on ``device`` (cached: treat them as read-only)."""
+        """Return the codebook as tensors on ``device`` (they are cached: do not change them)."""
         return _code_on(self, torch.device(device))
 
 
@@ -250,7 +251,7 @@ _BOOKS: dict[str, Codebook] = {}
 
 
 def register_codebook(book: Codebook, *, replace: bool = False) -> Codebook:
-    """Put a codebook on the shelf, so that ``quant_type=book.name`` works everywhere.
+    """Register a codebook, so that ``quant_type=book.name`` works in every function and layer.
 
     Raises:
         ValueError: the name is taken by other values and ``replace`` is not set.
@@ -269,10 +270,10 @@ def register_codebook(book: Codebook, *, replace: bool = False) -> Codebook:
 
 
 def get_codebook(name: str) -> Codebook:
-    """The codebook of that name.
+    """Return the codebook of that name.
 
     Raises:
-        ValueError: no such codebook; the message lists the nearest names.
+        ValueError: there is no such codebook; the message lists the nearest names.
 
     Example:
         >>> get_codebook("nf4").values[7]
@@ -287,7 +288,7 @@ def get_codebook(name: str) -> Codebook:
 
 
 def codebook_names() -> list[str]:
-    """The names on the shelf, sorted.
+    """Return the names of all registered codebooks, sorted.
 
     Example:
         >>> {"fp4", "nf4"} <= set(codebook_names())

@@ -7,8 +7,8 @@
     tables    refq4/codebooks.py               create_normal_map, create_fp4_map, create_dynamic_map
     state     refq4/state.py                   QuantState
 
-Each keeps the parameters, defaults and errors that it has there. Each checks what it is given (once, here: backends
-trust their arguments), then calls an op (``refq4/internals/codec.py``).
+Each has the same parameters, defaults and errors as there. Each checks its arguments (once, here: backends don't check
+them), then calls an op (``refq4/internals/codec.py``).
 """
 
 from __future__ import annotations
@@ -71,17 +71,17 @@ def quantize_4bit(
         absmax: fp32 [blocks] (uint8 [blocks] with ``compress_statistics``) to be filled and used in the state.
         out: the packed result is written here instead of into a new tensor.
         blocksize: elements per block: 32, 64, ..., 4096; 64 if None. The last block may be short.
-        compress_statistics: quantise the scales too: their mean is taken off and kept as ``offset``, the rest goes to
-            8 bits in blocks of 256. The scales then cost 0.127 bits a weight instead of 0.5 (at blocksize 64).
+        compress_statistics: also quantise the scales: their mean is subtracted and kept as ``offset``, the rest is
+            stored in 8 bits in blocks of 256. The scales then take 0.127 bits per weight instead of 0.5 (blocksize 64).
         quant_type: a codebook's name: "nf4", "fp4", or any registered one.
         quant_storage: dtype the packed bytes are stored under: uint8, bf16, fp16 or fp32.
         backend: overrides the backend in effect for this call.
-        allow_nonfinite: quantise a tensor with NaN or infinities all the same: their block decodes to NaN, and with
-            ``compress_statistics`` everything does (a warning says so).
-        scales: "absmax" takes each block's largest magnitude, as bitsandbytes does; "search" takes the scale with the
+        allow_nonfinite: quantise a tensor even if it has NaN or infinities: their block decodes to NaN, and with
+            ``compress_statistics`` the whole tensor does (a warning says so).
+        scales: "absmax" uses each block's largest magnitude, as bitsandbytes does; "search" uses the scale with the
             smallest squared error (``refq4/internals/scale_search.py``). The format is the same: any reader decodes it.
-        importance: [K], for ``scales="search"`` and A [..., K]: what an error in each column counts, such as the mean
-            square of the activation that the column meets. All count the same if None.
+        importance: [K], for ``scales="search"`` and A [..., K]: the weight of an error in each column, such as the mean
+            square of the activation that the column is multiplied by. All columns have the same weight if None.
 
     Returns:
         (packed, state): packed [ceil(numel/2 / itemsize), 1] in ``quant_storage``.
@@ -89,7 +89,7 @@ def quantize_4bit(
     Raises:
         ValueError: unknown quant_type, blocksize, storage dtype or scales; NaN or infinity in A; ``out``, ``absmax`` or
             ``importance`` that don't fit.
-        TypeError: A is no fp32, fp16 or bf16 tensor.
+        TypeError: A is not an fp32, fp16 or bf16 tensor.
 
     Example:
         >>> packed, state = quantize_4bit(torch.linspace(-1, 1, 64).view(1, 64), quant_type="nf4")
@@ -130,8 +130,8 @@ def dequantize_4bit(
 ) -> Tensor:
     """Decode a packed tensor: ``code[i] * absmax`` in fp32, rounded once to the target dtype.
 
-    Mirrors ``bitsandbytes.functional.dequantize_4bit``, with its habit that a packed *row* ([1, b], the transpose of
-    the column that ``quantize_4bit`` gives) comes back transposed.
+    Mirrors ``bitsandbytes.functional.dequantize_4bit``: as there, a packed *row* ([1, b], the transpose of the
+    column that ``quantize_4bit`` returns) is decoded to the transposed tensor.
 
     Args:
         A: the packed tensor, any storage dtype.
@@ -243,7 +243,7 @@ def dequantize_fp4(
 def get_4bit_type(
     typename: str, device: torch.device | str | None = None, blocksize: int = DEFAULT_BLOCKSIZE
 ) -> Tensor:
-    """The 16 values of a codebook as a new fp32 tensor. Mirrors ``bitsandbytes.functional.get_4bit_type``.
+    """Return the 16 values of a codebook as a new fp32 tensor. Mirrors ``bitsandbytes.functional.get_4bit_type``.
 
     Args:
         typename: a codebook's name.

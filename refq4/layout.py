@@ -1,4 +1,4 @@
-"""Where the sixteen possible codes of a weight sit in memory.
+"""Where the codes of a weight are in memory.
 
 Everything is *flat*: a weight of any shape is read in row-major order, and element i has a place that depends on i
 alone. That is why blocks may straddle rows when the row length is not a multiple of the blocksize.
@@ -11,10 +11,10 @@ alone. That is why blocks may straddle rows when the row length is not a multipl
                  |<------------ blocksize elements ------------>|<---- next block ...
     absmax       |                   0                          |   1   ...   fp32 [ceil(n/blocksize)]
 
-An odd n leaves one low nibble over; it holds the code of 0.0.
+If n is odd, the last low nibble holds the code of 0.0.
 
-The bytes may be stored under another dtype (``quant_storage``), which changes no bit: FSDP wants all parameters of
-a model to share a dtype, so it sees the bytes of two or four pairs as one bf16, fp16 or fp32 number.
+The bytes may be stored under another dtype (``quant_storage``), which changes no bit: FSDP needs one dtype for all
+parameters of a model, so it sees the bytes of two or four pairs as one bf16, fp16 or fp32 number.
 
     uint8  [ceil(n/2), 1]         bf16, fp16  [ceil(n/4), 1]         fp32  [ceil(n/8), 1]      zero bytes fill up
 """
@@ -36,7 +36,7 @@ Example:
 
 
 def packed_bytes(numel: int) -> int:
-    """Bytes that ``numel`` codes take.
+    """Return the number of bytes that ``numel`` codes take.
 
     Example:
         >>> packed_bytes(64), packed_bytes(65)
@@ -46,7 +46,7 @@ def packed_bytes(numel: int) -> int:
 
 
 def block_count(numel: int, blocksize: int) -> int:
-    """Blocks of ``blocksize`` elements, the last one possibly short.
+    """Return the number of blocks of ``blocksize`` elements; the last one may be short.
 
     Example:
         >>> block_count(128, 64), block_count(129, 64)
@@ -56,11 +56,11 @@ def block_count(numel: int, blocksize: int) -> int:
 
 
 def pack(codes: Tensor, pad_code: int) -> Tensor:
-    """Two codes a byte, the first in the high nibble.
+    """Pack two codes into each byte, the first in the high nibble.
 
     Args:
         codes: uint8 [n], each below 16.
-        pad_code: what fills the last low nibble when n is odd.
+        pad_code: the code for the last low nibble if n is odd.
 
     Returns:
         uint8 [(n+1)//2].
@@ -75,7 +75,7 @@ def pack(codes: Tensor, pad_code: int) -> Tensor:
 
 
 def unpack(packed: Tensor, numel: int) -> Tensor:
-    """The codes back from the bytes.
+    """Return the codes in the bytes.
 
     Args:
         packed: uint8 [(numel+1)//2].
@@ -91,7 +91,7 @@ def unpack(packed: Tensor, numel: int) -> Tensor:
 
 
 def to_storage(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes under a storage dtype, as the column that a state dict holds.
+    """Return the bytes under a storage dtype, as the column that a state dict holds.
 
     Args:
         packed: uint8 [n].
@@ -111,7 +111,7 @@ def to_storage(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def from_storage(stored: Tensor, numel: int) -> Tensor:
-    """The flat bytes of ``numel`` codes, whatever dtype and orientation they are stored in.
+    """Return the flat bytes of ``numel`` codes, stored in any dtype and orientation.
 
     Args:
         stored: any storage dtype, [b, 1], its transpose [1, b], or any other shape; contiguous or not.

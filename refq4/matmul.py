@@ -1,12 +1,12 @@
-"""Activations times a 4-bit weight: by which path, with which op, on which backend; and then done.
+"""Activations times a 4-bit weight: the choice of path, op and backend, and the product.
 
     route ---+-- own layout     the weight is in a layout of the backend's own                  (inference only)
              +-- gemv_4bit      one token, no gradient of it wanted, whole blocks in a row
              '-- MatMul4Bit     everything else; differentiable (refq4/autograd.py)
 
-The *path* follows the conditions of bitsandbytes, which calls the first of these gemv_4bit, too. The *op* that a
-backend runs follows the number of tokens: gemv_4bit for one, gemm_4bit for more. :func:`route` decides both, and
-nothing else does.
+The *path* follows the conditions of bitsandbytes 0.49.1, which calls the first of these gemv_4bit as well. The *op*
+that a backend runs depends on the number of tokens: gemv_4bit for one, gemm_4bit for more. Only :func:`route` decides
+both.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def route(tokens: int, k: int, blocksize: int, gradient: bool, own_layout: bool)
         tokens: M.
         k: in_features.
         blocksize: of the weight.
-        gradient: whether one of the input is wanted.
+        gradient: whether the gradient of the input is wanted.
         own_layout: whether the weight is in a layout of the backend's own.
 
     Example:
@@ -143,7 +143,7 @@ def multiply(A: Tensor, weight: BoundWeight, bias: Tensor | None) -> tuple[Tenso
 
 
 def choose_path(A: Tensor, quant_state: QuantState, prepared: bool = False) -> Decision:
-    """The path that :func:`matmul_4bit` takes for these operands, and why.
+    """Return the path that :func:`matmul_4bit` takes for these operands, and why.
 
     Args:
         A: [..., K].
@@ -175,10 +175,10 @@ def matmul_4bit(
 
     Args:
         A: [..., K], fp32, fp16, bf16; or fp64, which takes the exact path of the reference backend.
-        B: the packed weight of a tensor [N, K], as ``quantize_4bit`` gave it or its ``.t()``: what is [N, K] is said
-            by ``quant_state.shape``, not by B.
+        B: the packed weight of a tensor [N, K], as ``quantize_4bit`` returned it or its ``.t()``: [N, K] comes from
+            ``quant_state.shape``, not from B.
         quant_state: the QuantState of B.
-        out: [..., N], written instead of a new tensor; not together with a wanted gradient.
+        out: [..., N], written instead of a new tensor; not together with a gradient.
         bias: [N], any float dtype; cast to A's.
         backend: overrides the backend in effect for this call.
 
@@ -186,8 +186,8 @@ def matmul_4bit(
         [..., N] in A's dtype (under autocast: in autocast's dtype, as ``torch.nn.functional.linear``).
 
     Raises:
-        ValueError: K does not fit the weight, or another size is off.
-        TypeError: A is no float tensor.
+        ValueError: K does not fit the weight, or another size is wrong.
+        TypeError: A is not a float tensor.
 
     Warns:
         DeprecationWarning: the weight was quantised as [K, N].
@@ -259,7 +259,7 @@ def gemv_4bit(
     """A [..., K] times a packed weight [N, K], without autograd. Mirrors ``bitsandbytes.functional.gemv_4bit``.
 
     Args:
-        A: one token is what it is made for; more run as a GEMM.
+        A: meant for one token; several tokens run as a GEMM.
         B: the packed weight.
         out: [..., N] in A's dtype, written instead of a new tensor.
         transposed_A, transposed_B: have no effect (kept for the signature).

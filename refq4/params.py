@@ -46,11 +46,11 @@ class Params4bit(Preparable, nn.Parameter):
         compress_statistics: double quantisation of the scales.
         quant_type: a codebook's name.
         quant_storage: dtype of the packed column.
-        module: the layer that holds it; it is told the quant state, so that it can give it back (step 1).
+        module: the layer that holds it; it gets a reference to the quant state, for step 1.
         bnb_quantized: ``data`` is packed.
         scales: "absmax" or "search", as in ``quantize_4bit``.
-        others: what else the ``__dict__`` of a weight holds; ``Params4bit(data, **weight.__dict__)`` is how accelerate
-            takes a weight's settings over.
+        others: other entries of a weight's ``__dict__``; accelerate copies a weight's settings with
+            ``Params4bit(data, **weight.__dict__)``.
 
     Example:
         >>> weight = Params4bit(torch.randn(8, 64), quant_type="nf4")
@@ -121,13 +121,13 @@ class Params4bit(Preparable, nn.Parameter):
         allow_other_code: bool = False,
         allow_other_nested_blocksize: bool = False,
     ) -> Params4bit:
-        """A parameter from packed bytes and the ``weight.*`` entries of a state dict (which are only read).
+        """Make a parameter from packed bytes and the ``weight.*`` entries of a state dict (which are only read).
 
         Args:
             data: the packed weight.
             quantized_stats: what :meth:`QuantState.from_dict` takes.
-            device: where it goes; by default it stays where ``data`` is (bitsandbytes: "cuda").
-            module: the layer that it is for; its shape must be the state's, and its quant state becomes this one.
+            device: the parameter's device; by default that of ``data`` (bitsandbytes: "cuda").
+            module: the parameter's layer; its shape must be the state's, and its quant state becomes this one.
             allow_other_code, allow_other_nested_blocksize: as in :meth:`QuantState.from_dict`.
 
         Raises:
@@ -168,7 +168,7 @@ class Params4bit(Preparable, nn.Parameter):
     # --- moving: the moment of quantisation -------------------------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> Params4bit:
-        """As ``Tensor.to``; a device quantises, a dtype only casts what is not quantised yet."""
+        """As ``Tensor.to``: a device quantises the weight; a dtype casts it only if it is not quantised yet."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if self.bnb_quantized:
             return self._moved(device, non_blocking)

@@ -7,16 +7,16 @@ in bitsandbytes 0.49.1.
     bias ----> 3 bias dtype ---------------.                                        v
     x -------> 4 compute dtype -----------> 5 cast the operands ------------> 6 multiply --> 7 cast back --> y
 
-A step takes values and gives back a value and a :class:`~refq4.trace.Decision`: what it chose and why. The decisions
-are constants beside each step, so all that can happen is in plain sight. Three things are needed in more than one step,
-and each has one function that decides it:
+A step takes values and returns a value and a :class:`~refq4.trace.Decision`: what it chose and why. The decisions are
+constants beside each step, so a reader can see all of them. Three things are needed in more than one step, and each has
+one function that decides it:
 
-    the backend     step 2 resolves it, and it travels with the weight to step 6
-    path and op     :func:`refq4.matmul.route`; step 2 must know the op to ask a backend, step 6 runs it. The path is
+    the backend     step 2 resolves it, and passes it with the weight to step 6
+    path and op     :func:`refq4.matmul.route`; step 2 needs the op to ask a backend, step 6 runs it. The path is
                     gemv_4bit, MatMul4Bit (it carries a gradient) or own layout; the op gemv_4bit or gemm_4bit
     the dtype       :func:`choose_compute_dtype`; step 2 must know it to ask a backend, step 4 gives it to step 5
 
-Two things outlive a forward. The first input may settle the layer's compute dtype: :func:`remember_first_input` alone
+Two things remain after a forward. The first input may set the layer's compute dtype: :func:`remember_first_input` alone
 writes that to the layer. And a weight may stay in the backend's layout: ``refq4/internals/prepared.py`` keeps that with
 the parameter. *Canonical* is the layout of a file, in which a parameter stores its bytes unless they are prepared.
 """
@@ -57,7 +57,7 @@ __all__ = [
 
 
 def linear_4bit(layer: Linear4bit, x: Tensor) -> Tensor:
-    """Checks x, then all seven steps: what ``Linear4bit.forward`` does.
+    """Check x, then run all seven steps: what ``Linear4bit.forward`` does.
 
     Args:
         layer: a quantised layer of weight [N, K].
@@ -67,7 +67,7 @@ def linear_4bit(layer: Linear4bit, x: Tensor) -> Tensor:
         [..., N] in x's dtype.
 
     Raises:
-        TypeError: x is no float tensor.
+        TypeError: x is not a float tensor.
         ValueError: x's last dimension is not K.
         RuntimeError: the layer has not been quantised.
 
@@ -101,11 +101,11 @@ STATE_FROM_MODULE = Decision(
 def recover_quant_state(layer: Linear4bit | Embedding4bit) -> tuple[QuantState, Decision]:
     """Step 1: find the quant state, on the weight or else on the module.
 
-    A Params4bit carries its state as an attribute, which is gone once something rebuilds the parameter from its bytes
-    (FSDP gathers shards that way). Mirrors ``fix_4bit_weight_quant_state_from_module``.
+    A Params4bit has its state as an attribute, which is lost when other code rebuilds the parameter from its bytes
+    (FSDP gathers shards in this way). Mirrors ``fix_4bit_weight_quant_state_from_module``.
 
     Raises:
-        RuntimeError: neither has one: the layer has not been quantised.
+        RuntimeError: neither has a state: the layer has not been quantised.
 
     Example:
         >>> import refq4
@@ -143,14 +143,14 @@ LAYOUT_STORED = Decision("canonical", "the backend computes on the stored layout
 
 
 def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[BoundWeight, Decision]:
-    """Step 2: ask the backend whether it wants the weight in a layout of its own (a CPU backend repacks it, say).
+    """Step 2: ask the backend whether it needs the weight in its own layout (a CPU backend may rearrange it).
 
     Only for inference, as in bitsandbytes: training decodes the canonical bytes in backward anyway. The weight keeps
-    what the backend made of it instead of the stored bytes (``refq4/internals/prepared.py``): there is one copy, and
-    state dicts stay canonical.
+    the backend's layout instead of the stored bytes (``refq4/internals/prepared.py``): there is one copy, and state
+    dicts stay canonical.
 
-    The backend is resolved here, and nothing below asks again. Where a call is traced or transformed before it runs,
-    or has nothing to multiply, the choice of backend goes on to the op instead, which resolves it if it runs.
+    The backend is resolved here, and nowhere later in the call. If a call is traced or transformed before it runs, or
+    has nothing to multiply, the choice of backend is passed to the op instead, which resolves it if it runs.
 
     Returns:
         The weight bound to its path, op and backend; and whether its layout is the backend's own.
@@ -218,8 +218,8 @@ BIAS_CAST = Decision("cast", "the bias has another dtype than the input: a cast 
 def align_bias(bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Decision]:
     """Step 3: the bias in the input's dtype.
 
-    bitsandbytes rewrites the parameter at this point (``bias.data = bias.data.to(x.dtype)``), so that one call in a
-    lower precision coarsens the stored bias for good. Here the rounding is the same and the parameter is not touched.
+    bitsandbytes 0.49.1 rewrites the parameter here (``bias.data = bias.data.to(x.dtype)``), so that after one call in a
+    lower precision the stored bias stays rounded. Here the rounding is the same and the parameter does not change.
 
     Example:
         >>> bias, decision = align_bias(torch.ones(8), torch.bfloat16)
@@ -266,7 +266,7 @@ def choose_compute_dtype(layer: Linear4bit, x: Tensor) -> tuple[torch.dtype, Dec
 
 
 def remember_first_input(layer: Linear4bit, x: Tensor) -> None:
-    """Settle the layer's compute dtype by its first input; a forward writes nothing else to the layer.
+    """Set the layer's compute dtype from its first input; a forward writes nothing else to the layer.
 
     A layer waits for its first input whether or not the user set a compute dtype: fp16 input on a layer that computes
     in fp32, or whose compute dtype nobody set, gets a warning once. Only where none was set, it is inferred.
@@ -330,7 +330,7 @@ BACK_CAST = Decision("cast", "the result goes back to the input's dtype")
 
 
 def cast_back(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Decision]:
-    """Step 7: the result in the dtype the caller came with.
+    """Step 7: cast the result to the dtype of the caller's input.
 
     Example:
         >>> y, decision = cast_back(torch.ones(1, 8, dtype=torch.bfloat16), torch.float32)

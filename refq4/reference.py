@@ -1,7 +1,7 @@
-"""The reference backend: each op as a plain PyTorch function. Slow, plain, and the judge of all others.
+"""The reference backend: each op as a plain PyTorch function. It is slow, and the baseline for all others.
 
-Nothing here is clever except that long tensors are worked through in chunks, so that quantising a large matrix
-never holds more than a few megabytes of intermediates. It runs on any device and in any dtype PyTorch computes in;
+All code is simple, except that long tensors are processed in chunks, so that quantising a large matrix never needs
+more than a few megabytes of intermediates. It runs on any device and in any dtype PyTorch computes in;
 fp64 activations take the *exact path* (weights decoded in fp32, products in fp64), which gradient checks use.
 
 It is registered the way a third party's backend would be: by an entry point in ``pyproject.toml``.
@@ -26,7 +26,7 @@ class ReferenceBackend(Backend):
 
     name = "reference"
     priority = 0
-    description = "pure PyTorch: slow, plain, the judge of all others"
+    description = "pure PyTorch: slow and plain, the baseline for all others"
 
     def wrong_device(self, call: Call) -> str | None:
         return None if call.device != "meta" else "meta tensors hold no values"
@@ -80,10 +80,10 @@ class ReferenceBackend(Backend):
 
 
 def nested_absmax(q: Tensor, nested: Nested) -> Tensor:
-    """Double quantisation undone: code[q[i]] * absmax[i // blocksize] + offset, each operation rounded to fp32.
+    """Undo double quantisation: code[q[i]] * absmax[i // blocksize] + offset, each operation rounded to fp32.
 
-    The offset moves all scales, so a block much smaller than the mean can come out slightly negative. That is what
-    such a checkpoint says, and it is followed.
+    The offset is added to all scales, so the scale of a block much smaller than the mean can be slightly negative.
+    bitsandbytes decodes such a checkpoint in the same way.
 
     Args:
         q: uint8 [blocks].

@@ -1,16 +1,16 @@
-"""Choosing a backend, finding the one that runs a call, saying why.
+"""Choose a backend, find the one that runs a call, and say why.
 
-The choice goes through five places; the first that says something wins:
+A backend can be chosen in five places; the first that is set is used:
 
     backend="cpu" on the call  >  with use_backend("cpu")  >  set_backend("cpu")  >  REFQ4_BACKEND=cpu  >  "auto"
 
-A backend chosen by name is strict: what it can't do raises. "auto" asks each available backend in order of priority
-whether it can run the call and takes the first that can; the reference stands last and can run everything. "auto"
-never asks a backend of negative priority, which is chosen by name only. Availability is checked when it is needed and
-not before: listing backends, or a call on the CPU, starts no driver of another device.
+A backend chosen by name is strict: a call that it can't run raises an error. "auto" asks each available backend in
+order of priority whether it can run the call, and uses the first that can; the reference is last and can run every
+call. "auto" never uses a backend of negative priority. Availability is checked only when it is needed: listing
+backends, or a call on the CPU, starts no driver of another device.
 
 Backends are found through the entry-point group ``refq4.backends`` (and :func:`register_backend`). One that fails
-to import is listed with its error and disturbs nothing else. That part is in ``refq4/internals/discovery.py``; its
+to import is listed with its error, and the others work. That part is in ``refq4/internals/discovery.py``; its
 public names are imported from here.
 """
 
@@ -101,8 +101,8 @@ def set_backend(name: str) -> None:
 class use_backend(ContextDecorator):  # noqa: N801  (reads as a verb: with use_backend("cpu"), @use_backend("cpu"))
     """Choose the backend for a ``with`` block or a decorated function.
 
-    It holds for this thread or asyncio task only: a new thread starts without it. The choice can be nested. One limit:
-    a graph that another thread compiles during the block may be compiled for this choice (``backend=`` is exact).
+    The choice is valid for this thread or asyncio task only: a new thread starts without it. It can be nested.
+    One limit: a graph that another thread compiles in the block may get this choice (``backend=`` is exact).
 
     Args:
         name: as for :func:`set_backend`, and the same errors.
@@ -133,7 +133,7 @@ class use_backend(ContextDecorator):  # noqa: N801  (reads as a verb: with use_b
 
 
 def get_backend() -> str:
-    """The name of the choice in effect here: a backend's name or "auto".
+    """Return the choice in effect here: a backend's name or "auto".
 
     Raises:
         UnknownBackendError, BackendUnavailableError: ``REFQ4_BACKEND`` is in effect and names one that can't be used.

@@ -1,7 +1,7 @@
-"""QuantState: everything besides the packed bytes that a quantised tensor needs to become numbers again.
+"""QuantState: everything that is needed, besides the packed bytes, to decode a quantised tensor.
 
 In memory it is an object; in a state dict it is a handful of tensors beside the weight, under bitsandbytes' keys. That
-form, and how a file's claims are checked before they are believed, is ``refq4/internals/statedict.py``.
+form, and the checks of a file before it is used, are in ``refq4/internals/statedict.py``.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class QuantState:
         code: fp32 [16] (4-bit) or [256] (8-bit), indexed by code.
         blocksize: elements per block.
         quant_type: the codebook's name; None for an 8-bit blockwise state.
-        dtype: what dequantising gives back.
-        offset: fp32 [], the mean that was taken off the scales before they were quantised.
+        dtype: the dtype of the decoded tensor.
+        offset: fp32 [], the mean that was subtracted from the scales before they were quantised.
         state2: the 8-bit state of the scales (double quantisation), with fp32 ``absmax``.
 
     Example:
@@ -77,10 +77,10 @@ class QuantState:
     # --- to and from a state dict -----------------------------------------------------------------------------------
 
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
-        """The state as a dict, key for key and byte for byte as bitsandbytes writes it.
+        """Return the state as a dict, key for key and byte for byte as bitsandbytes writes it.
 
         Args:
-            packed: put what is no tensor into one uint8 tensor of JSON (what a state dict wants).
+            packed: put the values that are not tensors into one uint8 tensor of JSON, as a state dict needs them.
 
         Example:
             >>> import torch, refq4.functional as F
@@ -125,7 +125,7 @@ class QuantState:
         allow_other_code: bool = False,
         allow_other_nested_blocksize: bool = False,
     ) -> QuantState:
-        """The state back from :meth:`as_dict` or from the ``weight.*`` entries of a state dict; both forms work.
+        """Make a state from :meth:`as_dict` or from the ``weight.*`` entries of a state dict; both forms work.
 
         Args:
             qs_dict: keys may carry a prefix, the same for all (``model.layer.weight.absmax``). It is only read.
@@ -133,12 +133,12 @@ class QuantState:
             packed: the packed weight, to check its size against the claimed shape.
             allow_other_code: accept a ``quant_map`` whose values are not those of the named codebook, and a
                 ``nested_quant_map`` that is not the dynamic map (the values in the file are then used).
-            allow_other_nested_blocksize: accept scales that were quantised in blocks of other than 256, which no
-                layer of bitsandbytes or refq4 writes, but a state put together by hand can hold.
+            allow_other_nested_blocksize: accept scales that were quantised in blocks of another size than 256, which no
+                layer of bitsandbytes or refq4 writes, but a state made by hand can have.
 
         Raises:
-            ValueError: something is missing, unknown or contradicts something else; the message names the key, what
-                was found and what was wanted.
+            ValueError: an entry is missing, unknown or contradicts another one; the message names the key, what was
+                found and what was expected.
 
         Example:
             >>> import torch, refq4.functional as F
@@ -157,7 +157,7 @@ class QuantState:
     # --- use --------------------------------------------------------------------------------------------------------
 
     def packed_weight(self, stored: Tensor) -> PackedWeight:
-        """The canonical weight as a backend wants it.
+        """Return the canonical weight in the form that a backend needs.
 
         Args:
             stored: the packed tensor in any storage dtype and orientation.
@@ -220,7 +220,7 @@ class QuantState:
         )
 
     def nbytes(self) -> int:
-        """Bytes of scales, codes and offset: what a quantised tensor costs besides its packed bytes."""
+        """Return the bytes of scales, codes and offset: the size of a quantised tensor besides its packed bytes."""
         tensors = [t for t in (self.absmax, self.code, self.offset) if t is not None]
         return sum(t.numel() * t.itemsize for t in tensors) + (self.state2.nbytes() if self.state2 is not None else 0)
 

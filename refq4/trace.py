@@ -4,9 +4,9 @@
         layer(x)
     print(t)                          a table; in Jupyter, the last line of a cell shows it as HTML
 
-A call asks :func:`recorder` for its ``step(number, value, decision)``, which gives the value back, and while somebody
-listens records it. Code under ``torch.compile`` is not traced (the graph has no steps left to watch); run the same
-layer eagerly to see them.
+A call asks :func:`recorder` for its ``step(number, value, decision)``, which returns the value, and records it while a
+trace is active. Code under ``torch.compile`` is not traced (its graph has no steps); run the same layer eagerly to see
+them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Decision(NamedTuple):
 
 @dataclass
 class OpRecord:
-    """One op that a backend ran: which, on what, by whom, and who was passed over for it.
+    """One op that a backend ran: its name, its call, the backend, and the backends that were not used, and why.
 
     Example:
         >>> import torch, refq4
@@ -120,7 +120,7 @@ class CallRecord:
 
 
 class Trace(Shown):
-    """The calls recorded inside a ``with trace():`` block. Prints as a table, shows as HTML in Jupyter.
+    """The calls recorded inside a ``with trace():`` block. Prints as a table, and is shown as HTML in Jupyter.
 
     Attributes:
         calls: the calls in order.
@@ -248,7 +248,7 @@ _lock = threading.Lock()
 
 
 def current() -> Trace | None:
-    """The trace that is listening here, or None. While nobody listens this is one comparison.
+    """Return the active trace of this thread, or None. Without a trace this is one comparison.
 
     Example:
         >>> current() is None
@@ -269,7 +269,7 @@ class Step(Protocol):
 
 
 def recorder(call: object, x: Tensor) -> Step:
-    """What records the steps of one call, or while nobody listens only hands their values on.
+    """Return the function that records the steps of one call; without a trace it only returns their values.
 
     Args:
         call: the layer that is called, or the name of the function.

@@ -1,4 +1,4 @@
-"""refq4 under the libraries people load and fine-tune models with. The core imports none of this.
+"""refq4 in the libraries with which people load and fine-tune models. The core imports none of these files.
 
     transformers.py   from_pretrained(..., quantization_config=Refq4Config(...)), save_pretrained, bitsandbytes' files
     methods.py        two methods of its models
@@ -10,5 +10,5 @@
     later.py          peft.py by itself, for a model that refq4 has quantised
     in_memory.py      save_pretrained for a model that refq4.quantize_model has quantised
 
-Importing one of the first two is all it takes; each imports the library it is named after.
+Import transformers.py or peft.py to use it; each imports the library of its name.
 """

@@ -57,21 +57,21 @@ class Refq4Config(BitsAndBytesConfig):
     """4-bit layers of refq4 in a transformers model; every field and default is that of ``BitsAndBytesConfig``.
 
     Args:
-        load_in_4bit: True, or there is nothing to configure (the one default that differs from bitsandbytes).
+        load_in_4bit: must be True (the only default that differs from bitsandbytes).
         bnb_4bit_quant_type: a codebook's name ("fp4", "nf4", ...).
         bnb_4bit_compute_dtype: dtype of the products, or its name; float32 if None.
         bnb_4bit_use_double_quant: double quantisation of the scales.
         bnb_4bit_quant_storage: dtype the packed bytes are stored under, or its name; uint8 if None.
-        llm_int8_skip_modules: names of modules that stay as they are; if None, the output head and what is tied.
+        llm_int8_skip_modules: names of modules that stay as they are; if None, the output head and tied weights.
         blocksize: elements per block; 64 if None (not in bitsandbytes).
         scales: "absmax", or "search" for a smaller error in the same format (not in bitsandbytes).
-        embeddings: also the tables, as Embedding4bit with plain scales; one that shares its weight stays (likewise).
-        head: also the output head, unless it shares its weight (likewise); ``llm_int8_skip_modules`` goes before it.
-        formats: what is different for some layers, by patterns of their names: ``{"mlp": {"blocksize": 128}}``
+        embeddings: also quantise the tables, as Embedding4bit with plain scales; not if they share a weight (likewise).
+        head: also quantise the output head, unless it shares its weight (likewise) or is in ``llm_int8_skip_modules``.
+        formats: different settings for some layers, by patterns of their names: ``{"mlp": {"blocksize": 128}}``
             (likewise); see :func:`refq4.quantize_model`.
-        saved_for: whose checkpoint ``save_pretrained`` writes, "refq4" or "bitsandbytes"; a program that knows only
+        saved_for: "refq4" or "bitsandbytes", the method that ``save_pretrained`` writes; a program that knows only
             bitsandbytes loads the latter. refq4 loads both.
-        others: fields for 8-bit layers, accepted at their defaults: they stand in every checkpoint of bitsandbytes.
+        others: fields for 8-bit layers, accepted with their defaults: every checkpoint of bitsandbytes has them.
 
     Raises:
         ValueError: an unknown field, an 8-bit field in use, or a value that no 4-bit layer can have.

@@ -6,8 +6,8 @@
     full precision     file -> one tensor at a time -> Params4bit                    -> Linear4bit
     quantised          file -> weight, weight.absmax, ... -> from_prequantized       -> Linear4bit
 
-diffusers' own quantiser for bitsandbytes refuses to work without a GPU; the files are the same. Its loader asks a
-quantiser, found by name, which modules to replace and what to do with each tensor.
+The quantiser for bitsandbytes in diffusers 0.42 does not work without a GPU; the files are the same. The loader of
+diffusers asks a quantiser, found by name, which modules to replace and what to do with each tensor.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ __all__ = ["Refq4Config", "Refq4DiffusersQuantizer"]
 
 
 class Refq4DiffusersQuantizer(DiffusersQuantizer):
-    """What diffusers asks while it loads, saves and dequantises a model; users meet :class:`Refq4Config` only.
+    """The class that diffusers uses to load, save and dequantise a model; users only need :class:`Refq4Config`.
 
-    All linear layers become 4-bit ones but those that ``llm_int8_skip_modules`` or the model's class itself name; in a
-    quantised checkpoint, those that it holds packed.
+    All linear layers become 4-bit layers, except those that ``llm_int8_skip_modules`` or the model's class names. In a
+    quantised checkpoint, the packed ones do.
 
     Args:
         quantization_config: how the layers are to be, or how they are in the checkpoint.

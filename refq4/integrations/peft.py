@@ -1,4 +1,4 @@
-"""peft on refq4's layers, as on bitsandbytes': import this module, or let refq4 load the model; then use peft as ever.
+"""peft on refq4's layers, as on bitsandbytes': import this module, or let refq4 load the model; then use peft as usual.
 
     prepare_model_for_kbit_training(model); model = get_peft_model(model, LoraConfig(...))
     forward          y = base(x) + B(A(x)) * scaling       the base layer's 4-bit weight is frozen
@@ -107,7 +107,7 @@ class LoraLinear4bit(Linear):
         warn_caller(ROUNDED)
 
     def unmerge(self) -> None:
-        """Take all merged adapters out again: weight and bias are what they were, bit for bit."""
+        """Remove all merged adapters: weight and bias are as before, bit for bit."""
         if self._unmerged is None:
             super().unmerge()
             return
@@ -139,7 +139,7 @@ class LoraLinear4bit(Linear):
 
 
 def merge_errors(model: nn.Module) -> dict[str, float]:
-    """By layer, how far 4 bits are off the merged weight: |W4 - W| / |W|; empty where nothing is merged.
+    """Return the error of 4 bits for each merged layer, |W4 - W| / |W|; empty if nothing is merged.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model

@@ -1,4 +1,4 @@
-"""transformers on refq4's layers: import this module, then use ``from_pretrained`` and ``save_pretrained`` as ever.
+"""transformers on refq4's layers: import this module, then use ``from_pretrained`` and ``save_pretrained`` as usual.
 
     from refq4.integrations.transformers import Refq4Config
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=Refq4Config(bnb_4bit_quant_type="nf4"))
@@ -55,7 +55,7 @@ Layer = TypeVar("Layer", Linear4bit, Embedding4bit)
 
 
 class Refq4Quantizer(HfQuantizer):
-    """What transformers asks while it loads, saves and dequantises a model; users meet :class:`Refq4Config` only.
+    """The class that transformers uses to load, save and dequantise a model; users only need :class:`Refq4Config`.
 
     Args:
         quantization_config: how the layers are to be, or how they are in the checkpoint.

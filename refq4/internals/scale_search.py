@@ -111,7 +111,7 @@ def _of_elements(importance: Tensor, start: int, x: Tensor) -> Tensor:
 def check_way(scales: str) -> str:
     """``scales``, or a ValueError if there is no such way to find them."""
     if scales not in SCALES:
-        raise ValueError(f"scales={scales!r}: wanted {' or '.join(map(repr, SCALES))}")
+        raise ValueError(f"scales={scales!r}: expected {' or '.join(map(repr, SCALES))}")
     return scales
 
 

@@ -79,7 +79,7 @@ class Reader:
 
     def __init__(self, source: Mapping[str, Any], allow_other_code: bool, allow_other_nested_blocksize: bool) -> None:
         if not isinstance(source, Mapping):
-            raise ValueError(f"wanted a dict of the weight's entries, got {describe(source)}")
+            raise ValueError(f"expected a dict of the weight's entries, got {describe(source)}")
         self.allow_other_code = allow_other_code
         self.nested_blocksizes = BLOCKSIZES if allow_other_nested_blocksize else (NESTED_BLOCKSIZE,)
         self.keys: dict[str, str] = {}  # field -> the caller's key, for messages
@@ -176,9 +176,9 @@ class Reader:
     # --- one thing at a time ----------------------------------------------------------------------------------------
 
     def _fail(self, name: str, wanted: str) -> ValueError:
-        value = self.items[name]
+        item = self.items[name]
         return ValueError(
-            f"{self.keys[name]}: wanted {wanted}, got {describe(value) if isinstance(value, Tensor) else shown(value)}"
+            f"{self.keys[name]}: expected {wanted}, got {describe(item) if isinstance(item, Tensor) else shown(item)}"
         )
 
     def _quant_type(self) -> str:
@@ -250,7 +250,7 @@ class Reader:
     def _check_packed(self, packed: Any, shape: torch.Size) -> None:
         key = self.prefix or "weight"
         if not isinstance(packed, Tensor) or packed.layout != torch.strided:
-            raise ValueError(f"{key}: wanted the packed weight as a dense tensor, got {describe(packed)}")
+            raise ValueError(f"{key}: expected the packed weight as a dense tensor, got {describe(packed)}")
         check_packed(packed, shape, key)
         if not isinstance(packed, Preparable):  # which may be a placeholder
             self._check_holds(key, packed)
@@ -280,15 +280,15 @@ def json_to_tensor(items: dict[str, Any]) -> Tensor:
 
 def _tensor_to_json(value: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, Tensor) or not _is_row(value, torch.uint8, value.numel()) or value.is_meta:
-        raise ValueError(f"{key}: wanted JSON in a uint8 tensor of one dimension, got {describe(value)}")
+        raise ValueError(f"{key}: expected JSON in a uint8 tensor of one dimension, got {describe(value)}")
     if value.numel() > MAX_JSON:
-        raise ValueError(f"{key}: wanted JSON of at most {MAX_JSON} bytes, got {value.numel()}")
+        raise ValueError(f"{key}: expected JSON of at most {MAX_JSON} bytes, got {value.numel()}")
     try:
         items = json.loads(value.cpu().numpy().tobytes().decode(), object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{key}: wanted UTF-8 JSON, got {type(error).__name__}: {str(error)[:80]}") from None
+        raise ValueError(f"{key}: expected UTF-8 JSON, got {type(error).__name__}: {str(error)[:80]}") from None
     if not isinstance(items, dict):
-        raise ValueError(f"{key}: wanted a JSON object, got {type(items).__name__}")
+        raise ValueError(f"{key}: expected a JSON object, got {type(items).__name__}")
     return items
 
 

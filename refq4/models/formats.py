@@ -81,7 +81,7 @@ def parse_formats(given: Iterable[str]) -> dict[str, dict[str, Any]]:
         pattern, _, settings = text.partition("=")
         pairs = [pair.partition(":") for pair in settings.split(",")]
         if not pattern or not all(name and value for name, _, value in pairs):
-            raise ValueError(f"--set {text}: wanted PATTERN=SETTING:VALUE,..., such as mlp=blocksize:128")
+            raise ValueError(f"--set {text}: expected PATTERN=SETTING:VALUE,..., such as mlp=blocksize:128")
         formats.setdefault(pattern, {}).update((name.strip(), _parsed(value.strip())) for name, _, value in pairs)
     return check_formats(formats)
 

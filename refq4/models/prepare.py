@@ -1,10 +1,10 @@
-"""Lay out the weights of a whole model for inference before its first call, and back.
+"""Prepare the weights of a whole model for inference before its first call, and restore them.
 
     refq4.prepare(model)     each 4-bit layer's weight in the layout that the backend in effect reads fastest
     refq4.restore(model)     the stored bytes again
 
-Nobody needs to call these: the first inference of a layer prepares it, and whatever reads its weight restores it.
-They are for when that should happen: before a model is compiled or measured, or before another program reads it.
+You need not call these: the first inference of a layer prepares it, and code that reads its weight restores it. Call
+them to choose the moment: before a model is compiled or measured, or before another program reads it.
 """
 
 from __future__ import annotations

@@ -60,38 +60,39 @@ def quantize_model(
     The fused experts of a mixture-of-experts model, parameters [E, N, K] that no linear layer holds, are packed as
     well (:func:`refq4.nn.parametrize.replace_parameter_4bit`).
 
-    Layer by layer: at no time does the model exist twice, and an interrupt (Ctrl-C) leaves a model that works, with
-    the layers done so far in 4 bits; call it again to go on. ``copy.deepcopy`` it first to keep the original.
+    It goes layer by layer: the model never exists twice, and an interrupt (Ctrl-C) leaves a model that works, with the
+    layers done so far in 4 bits; call it again to continue. ``copy.deepcopy`` the model first to keep the original.
 
-    Left alone, whatever the rules say: subclasses of ``nn.Linear``, whose owners use them in other ways (the output of
-    ``nn.MultiheadAttention``; Falcon's own class is taken), layers whose weight the module around them reads as a
+    These are never quantised: subclasses of ``nn.Linear``, whose owners use them in other ways (the output of
+    ``nn.MultiheadAttention``; Falcon's own class is quantised), layers whose weight the module around them reads as a
     matrix (Mamba's ``dt_proj``) or keeps in fp32, layers that share their weight with another module (tied to an
     embedding, say), and the routers that choose experts.
 
-    A model of transformers gets the config of what was done: ``save_pretrained`` writes it, and ``from_pretrained``
-    loads the model back.
+    The settings are written into the config of a model of transformers: ``save_pretrained`` writes it, and
+    ``from_pretrained`` loads the model.
 
     Args:
         model: any module; it is changed. A bare ``nn.Linear`` is returned converted.
         quant_type, compress_statistics, compute_dtype, quant_storage, blocksize, scales: as in ``Linear4bit``.
-        include: the layers meant. A pattern, several, or a function of (name, layer) that returns a bool. A pattern is
-            a glob over a run of parts of the dotted name: ``"mlp"``, ``"layers.[0-3].*_proj"``. The name of a fused
+        include: the layers to quantise. A pattern, several, or a function of (name, layer) that returns a bool. A
+            pattern is a glob for parts of the dotted name: ``"mlp"``, ``"layers.[0-3].*_proj"``. The name of a fused
             expert weight is the parameter's (``"layers.0.mlp.experts.down_proj"``), its layer the parameter's owner.
-        skip: of those, the layers to leave alone; as ``include``. ``"lm_head"`` by default, and nothing with ``head``.
-        embeddings: also the tables, as :class:`~refq4.nn.Embedding4bit` with plain scales (``skip`` holds for them).
-        head: also the output head. One that shares a table's weight needs ``embeddings``, too: they go on sharing it.
-        dtype: cast the parameters that stay as they are: norms, biases, what was skipped. Buffers are left alone.
+        skip: of those, the layers to keep in full precision; as ``include``. ``"lm_head"`` by default, or nothing
+            with ``head``.
+        embeddings: also the tables, as :class:`~refq4.nn.Embedding4bit` with plain scales (``skip`` applies to them).
+        head: also quantise the output head. If it shares a table's weight, ``embeddings`` is needed as well.
+        dtype: cast the parameters that stay as they are: norms, biases, skipped layers. Buffers do not change.
         formats: patterns of names -> what of quant_type, compress_statistics, blocksize and scales is different there:
             ``{"mlp": {"blocksize": 128}}``. Where two patterns match, the later one holds.
         progress: show a progress bar (on a terminal).
-        report: filled with bits and error of each layer, and with what was left alone and why. It costs a decoding of
-            each layer.
+        report: is filled with bits and error of each layer, and with the skipped layers and why. Each layer is decoded
+            once for it.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: nothing was converted; the message says what the model holds instead. Or a weight holds NaN or
+        ValueError: nothing was quantised; the message says what the model has instead. Or a weight holds NaN or
             infinity; the message names the layer.
 
     Warns:

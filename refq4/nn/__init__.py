@@ -75,7 +75,7 @@ class Linear4bit(Holds4bitWeight, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **settings: Any) -> Linear4bit:
-        """A quantised layer from a full-precision one, on the same device; the bias is shared, not copied.
+        """Make a quantised layer from a full-precision one, on the same device; the bias is shared, not copied.
 
         Args:
             linear: left as it is.
@@ -157,7 +157,7 @@ class Embedding4bit(Holds4bitWeight, nn.Embedding):
 
     Args:
         num_embeddings: V.
-        embedding_dim: D; where it is not a multiple of the blocksize, each call decodes the whole table.
+        embedding_dim: D; if it is not a multiple of the blocksize, each call decodes the whole table.
         dtype: of the result.
         quant_type, quant_storage, device: as in :class:`Linear4bit`.
 

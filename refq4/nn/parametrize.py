@@ -5,9 +5,9 @@
     module.parametrizations.gate_up_proj.original    the packed bytes, a Params4bit
     module.state_dict()                              "gate_up_proj", "gate_up_proj.absmax", ...: a layer's keys
 
-For weights that no ``nn.Linear`` holds, the fused experts [E, N, K] of a mixture-of-experts model above all. The names
-are those of ``bitsandbytes.nn.parametrize``, and so is the file format. What multiplies by the packed bytes without
-decoding them here is ``refq4/internals/grouped.py``.
+It is for weights that no ``nn.Linear`` holds, such as the fused experts [E, N, K] of a mixture-of-experts model. The
+names and the file format are those of ``bitsandbytes.nn.parametrize``. ``refq4/internals/grouped.py`` multiplies by the
+packed bytes without decoding them here.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def replace_parameter_4bit(
 
     Raises:
         AttributeError: the module has no such parameter.
-        TypeError: what has this name is no ``nn.Parameter``.
-        ValueError: the parameter holds NaN or infinity, or the settings are none that a 4-bit weight can have.
+        TypeError: the attribute of this name is not an ``nn.Parameter``.
+        ValueError: the parameter holds NaN or infinity, or a setting is wrong.
 
     Example:
         >>> experts = nn.Module()

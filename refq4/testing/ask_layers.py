@@ -45,7 +45,7 @@ def _same_decisions(got: Trace, expected: Trace) -> None:
     """Steps 2 (the layout) and 6 (the path, which follows from the layout) are the backend's; the others are not."""
     for mine, theirs in zip(got.calls[0].steps, expected.calls[0].steps, strict=True):
         if mine.number not in (2, 6) and mine.choice != theirs.choice:
-            raise AssertionError(f"step {mine.number} ({mine.name}) chose {mine.choice!r}, wanted {theirs.choice!r}")
+            raise AssertionError(f"step {mine.number} ({mine.name}) chose {mine.choice!r}, expected {theirs.choice!r}")
 
 
 def ask_backward(asked: Asked) -> None:

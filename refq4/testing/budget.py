@@ -1,18 +1,18 @@
 """The error budget, in one place: oracle, unit in the last place, and comparisons that raise.
 
-    oracle      x @ W.t() + bias in fp64, W the fp32 dequantised weight: what an exact engine would give
-    reference   the pure-PyTorch backend in the caller's dtypes: what a plain engine gives
+    oracle      x @ W.t() + bias in fp64, W the fp32 dequantised weight: what an exact backend would give
+    reference   the pure-PyTorch backend in the caller's dtypes: what a plain backend gives
     allowed     2 * max |reference - oracle| + ulp(oracle, output dtype), per element
 
-Twice, because an engine rounds its scales elsewhere; a unit in the last place, because the result is rounded to the
-output dtype once whatever happens before. The maximum is over all outputs and, where few of them differ, over eight
-draws: one output may be nearly exact by chance, so the same product is rounded anew, and the largest error counts.
-A draw takes another order of the sum and, in 16 bits, other roundings of the weight, which no order changes:
+Twice, because a backend may round its scales elsewhere; a unit in the last place, because every result is rounded to
+the output dtype once. The maximum is over all outputs and, where few of them differ, over eight draws: one output may
+be nearly exact by chance, so the same product is rounded anew, and the largest error counts. A draw takes another order
+of the sum and, in 16 bits, other roundings of the weight, which no order changes:
 
     another order    sum over k of x[k] * w[k], k shuffled
     other roundings  sum of x[k] * (s * w[k] in 16 bits), divided by s, for an s between 1 and 2
 
-Where the reference itself gives NaN or an infinity (fp16 overflow, say), the engine must give the same.
+Where the reference itself gives NaN or an infinity (fp16 overflow, say), the backend must give the same.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["Budget", "assert_same_bits", "assert_within_budget", "error_budget",
 
 @dataclass(frozen=True)
 class Budget:
-    """What a product should be and how far off it may be.
+    """The right value of a product, and the error that it may have.
 
     Attributes:
         oracle: fp64 [..., N].
@@ -71,7 +71,7 @@ class Budget:
         """Raise an AssertionError unless ``got`` has the reference's dtype and shape, and errs no more than allowed."""
         like = self.reference
         if got.shape != like.shape or got.dtype != like.dtype:
-            raise AssertionError(f"{what}: wanted {like.dtype} {list(like.shape)}, got {got.dtype} {list(got.shape)}")
+            raise AssertionError(f"{what}: expected {like.dtype} {list(like.shape)}, got {got.dtype} {list(got.shape)}")
         wrong = self._strange(got) | (like.isfinite() & ~((got.double() - self.oracle).abs() <= self.allowed))
         if bool(wrong.any()):
             at = tuple(wrong.nonzero()[0].tolist())
@@ -125,7 +125,7 @@ def error_budget(
 ) -> Budget:
     """The budget for one product of x [..., K] with the packed weight B of shape [N, K]; see the top of the file.
 
-    ``backend`` names the engine that decodes the weight for the oracle, and whose error sets the allowance.
+    ``backend`` names the backend that decodes the weight for the oracle, and whose error gives the allowance.
 
     Example:
         >>> from refq4.functional import quantize_4bit
@@ -199,7 +199,7 @@ def _other_draws(x: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) 
         order = torch.randperm(x.shape[-1], generator=generator).to(x.device)
         scale = 1 + draw / DRAWS if half else 1.0
         rounded = (weight[:, order] * scale).to(x.dtype)
-        if half:  # as an engine does: sums and bias in fp32, and one rounding of the result
+        if half:  # as a backend does: sums and bias in fp32, and one rounding of the result
             again = torch.nn.functional.linear(x[..., order].float(), rounded.float()) / scale
             again = (again if bias is None else again + bias.float()).to(x.dtype)
         else:
@@ -232,15 +232,15 @@ def assert_same_bits(got: Tensor, wanted: Tensor, what: str = "tensor") -> None:
         >>> assert_same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
         Traceback (most recent call last):
             ...
-        AssertionError: tensor: 1 of 1 elements differ; at [0]: got 0.0, wanted -0.0
+        AssertionError: tensor: 1 of 1 elements differ; at [0]: got 0.0, expected -0.0
     """
     if got.dtype != wanted.dtype or got.shape != wanted.shape:
-        raise AssertionError(f"{what}: wanted {wanted.dtype} {list(wanted.shape)}, got {got.dtype} {list(got.shape)}")
+        raise AssertionError(f"{what}: expected {wanted.dtype} {list(wanted.shape)}, got {got.dtype} {list(got.shape)}")
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.itemsize]
     differs = got.contiguous().view(integer) != wanted.contiguous().view(integer)
     if bool(differs.any()):
         at = tuple(differs.nonzero()[0].tolist())
         raise AssertionError(
             f"{what}: {int(differs.sum())} of {got.numel()} elements differ; at {list(at)}: got {got[at].item()!r}, "
-            f"wanted {wanted[at].item()!r}"
+            f"expected {wanted[at].item()!r}"
         )

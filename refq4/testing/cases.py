@@ -1,4 +1,4 @@
-"""The catalogue: what a backend is asked, as data.
+"""The catalogue: the test cases for a backend, as data.
 
 A *case* names a check (``refq4/testing/conformance.py``), sizes, dtypes and a recipe for the numbers. It holds no
 tensors: it prints as one line of Python that makes the same tensors again anywhere, which is how a failure is
@@ -52,7 +52,7 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to ask of a backend.
+    """One test case for a backend.
 
     Args:
         check: what is asked: a name in ``refq4.testing.CHECKS``.

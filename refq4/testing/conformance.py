@@ -43,12 +43,12 @@ __all__ = ["CHECKS", "Check", "Outcome", "check"]
 
 
 def check(case: Case, backend: str, against: str = "reference") -> Outcome:
-    """Ask one question of one backend. Never raises for a wrong answer: the outcome says what was wrong.
+    """Run one case on one backend. A wrong result raises no error: the outcome says what was wrong.
 
     Args:
         case: from :func:`refq4.testing.catalogue`, or your own.
         backend: a registered name.
-        against: the backend whose answer counts as right, and whose error gives the budget.
+        against: the backend to compare with, whose error gives the budget.
 
     Raises:
         UnknownBackendError, BackendUnavailableError: either name can't be used here.

@@ -47,7 +47,7 @@ def diagnose_quantised(got: Tensor, wanted: Tensor, W: Tensor, absmax: Tensor, c
     where = (
         f"\nthe first of {len(differ)} wrong codes is element {i}, in block {i // case.blocksize}: x = {x!r}, "
         f"absmax = {scale!r}, {scaled}; got code {int(mine[i])} "
-        f"({book.values[int(mine[i])]:.6g}), wanted {int(right[i])} ({book.values[int(right[i])]:.6g})"
+        f"({book.values[int(mine[i])]:.6g}), expected {int(right[i])} ({book.values[int(right[i])]:.6g})"
     )
     return where, _likely(_wrong_bytes(wanted, W, absmax, case), lambda bytes_: torch.equal(bytes_, got))
 

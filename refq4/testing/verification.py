@@ -1,4 +1,4 @@
-"""Ask a backend the whole catalogue, and report: what agrees, what doesn't, on which smallest input, by how much."""
+"""Run the whole catalogue of test cases on a backend, and report where it differs, by how much, on which input."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SHRINK_TRIES = 400
 
 @dataclass
 class Failure:
-    """A difference: the case in which it was met, the smallest one like it, and what is wrong there.
+    """A difference: the case in which it was found, the smallest case that still fails, and what is wrong there.
 
-    ``hint`` names the bug that would give what was met (on the smallest input, many would give the same).
+    ``hint`` names a bug that would give the same numbers (on the smallest input, many bugs would).
 
     Example:
         >>> case = Case("gemv_4bit", k=1)
@@ -111,7 +111,7 @@ class CheckReport:
 
 @dataclass
 class Report(Shown):
-    """What :func:`verify` found; prints as a table, shows as HTML in Jupyter.
+    """What :func:`verify` found; prints as a table, and is shown as HTML in Jupyter.
 
     Attributes:
         backend, against, depth: what was asked.
@@ -231,14 +231,14 @@ def verify(
     checks: tuple[str, ...] | None = None,
     progress: bool | None = None,
 ) -> Report:
-    """Ask a backend the catalogue and compare each answer with another backend's.
+    """Run the catalogue of test cases on a backend and compare each result with that of another backend.
 
-    A backend may say which differences are meant: ``known_difference(case) -> str | None`` names one. Such cases are
-    counted under that name and are no failure.
+    A backend may differ on purpose: ``known_difference(case) -> str | None`` names such a difference. These cases are
+    counted under that name and are not failures.
 
     Args:
         backend: a registered name.
-        against: the backend whose answers count as right.
+        against: the backend to compare with.
         depth: "quick" (about 400 cases), "normal" (about 1,700) or "deep" (about 7,000).
         checks: names in ``CHECKS``; all if None.
         progress: a progress bar; None shows one in a terminal only.

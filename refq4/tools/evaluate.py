@@ -116,13 +116,13 @@ def evaluate(
     draws: int = DRAWS,
     progress: bool = True,
 ) -> Evaluation:
-    """Measure a causal language model on a text, and what 4 bits cost it.
+    """Measure a causal language model on a text, and how much worse it is in 4 bits.
 
-    Both models are put into evaluation mode meanwhile, and left as they were.
+    Both models are put into evaluation mode for the measurement, and then left as they were.
 
     Args:
         model: takes ids [1, T] and returns logits [1, T, V], or an object with them as ``logits``.
-        tokens: sequences of token ids, or int64 [B, T]. Each is run by itself; all but its first token are predicted.
+        tokens: sequences of token ids, or int64 [B, T]. Each is run separately; all but its first token are predicted.
         against: the same model in full precision, with layers of the same names.
         draws: how often next tokens are drawn, for each sequence, to estimate what each layer costs; 0: not at all. A
             draw is a backward pass through ``against``.
@@ -265,10 +265,10 @@ def _checked(tokens: Tensor | Iterable[Sequence[int] | Tensor]) -> list[Tensor]:
     """The sequences as int64 [T] on the CPU, each of two tokens or more."""
     sequences = [torch.as_tensor(sequence) for sequence in tokens]
     if not sequences:
-        raise ValueError("no tokens to evaluate on: wanted sequences of token ids")
+        raise ValueError("no tokens to evaluate on: expected sequences of token ids")
     for at, ids in enumerate(sequences, 1):
         if ids.dim() != 1 or ids.is_floating_point() or len(ids) < 2 or int(ids.min()) < 0:
-            raise ValueError(f"sequence {at}: wanted two or more token ids, got {ids.dtype} {list(ids.shape)}")
+            raise ValueError(f"sequence {at}: expected two or more token ids, got {ids.dtype} {list(ids.shape)}")
     return [ids.long().cpu() for ids in sequences]
 
 

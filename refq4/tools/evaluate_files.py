@@ -48,9 +48,9 @@ def evaluate_directories(
     """
     for directory in (model, against):
         if directory is not None and not (directory / "config.json").is_file():
-            raise FileNotFoundError(f"no config.json in {directory}: wanted a model directory of transformers")
+            raise FileNotFoundError(f"no config.json in {directory}: expected a model directory of transformers")
     if against is not None and _is_quantised(against):
-        raise ValueError(f"--against {against}: this one is quantised, too; wanted the model in full precision")
+        raise ValueError(f"--against {against}: this one is quantised, too; expected the model in full precision")
     with ExitStack() as stack:
         decoded: Decoded = {}
         if against is not None:
@@ -67,9 +67,9 @@ def read_tokens(path: Path) -> list[Tensor]:
         try:
             ids = [int(word) for word in line.replace(",", " ").split()]
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: wanted token ids, {error}") from None
+            raise ValueError(f"{path}, line {number}: expected token ids, {error}") from None
         if len(ids) == 1:
-            raise ValueError(f"{path}, line {number}: one token alone predicts none; wanted two or more")
+            raise ValueError(f"{path}, line {number}: one token alone predicts none; expected two or more")
         if ids:
             sequences.append(torch.tensor(ids))
     if not sequences:

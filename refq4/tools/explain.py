@@ -1,4 +1,4 @@
-"""Two questions about one call: how exact is it and what does it move (explain); do the backends agree (compare)."""
+"""Two tools for one call: explain shows how exact it is and how many bytes it moves, compare whether backends agree."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["Comparison", "Explanation", "compare", "explain"]
 
 @dataclass
 class Explanation(Shown):
-    """One call of a layer: its trace, its error against the fp64 oracle, and the bytes it has to move.
+    """One call of a layer: its trace, its error against the fp64 oracle, and the bytes that it must move.
 
     Attributes:
         trace: the seven steps.
@@ -78,7 +78,7 @@ class Explanation(Shown):
 
 
 def explain(layer: Linear4bit, x: Tensor) -> Explanation:
-    """Run a layer once and report its steps, its error against the fp64 oracle and the bytes it moves.
+    """Run a layer once and report its steps, its error against the fp64 oracle and the bytes that it moves.
 
     Args:
         layer: a quantised layer of weight [N, K].
@@ -124,7 +124,7 @@ class Comparison(Shown):
     """The same call on several backends, step by step.
 
     Attributes:
-        backends: in the order compared; the first is the one the others are held against.
+        backends: in the order of the comparison; the others are compared with the first.
         traces: backend -> its trace, with each step's tensor.
         results: backend -> the call's result.
         errors: backend -> why it could not run the call.
@@ -210,8 +210,8 @@ def compare(fn: Callable[..., Any], *args: Any, backends: Iterable[str] | None =
 
     Args:
         fn: a layer, a model, or any function that ends in refq4 calls; called as ``fn(*args)`` under each backend.
-        backends: names; by default "reference" and every available one that "auto" may take. The first is what others
-            are held to.
+        backends: names; by default "reference" and every available one that "auto" may use. The others are compared
+            with the first.
 
     Returns:
         A :class:`Comparison`; a backend that can't run the call is listed with its reason.

@@ -282,15 +282,15 @@ def page(rows: list[Row]) -> str:
         f"Written by `scripts/models/sweep.py`: transformers {version('transformers')}, torch {version('torch')}.",
         f"Of {len(rows)} model types in transformers, {len(taken)} build below 5 M parameters with a shrunk config and",
         f"random weights, and run on inputs that the script makes: {counts}.",
-        "Each goes through all doors:",
+        "Each model is quantised and loaded in every way. The columns are:",
         "",
         *([f"({missing} types are not in the table: they were not run.)", ""] if missing else []),
-        "- *Share* in 4 bits: of the weights of linear layers and experts in the source file, output layers apart.",
+        "- *Share*: the part of the file's weights in linear layers and experts (without heads) that is in 4 bits.",
         "- *Cosine*: between the outputs in full precision and in NF4. Random weights lose more than trained ones.",
         "- *Command*: `refq4 quantize` writes the tensors that the model of `from_pretrained` saves, bit for bit.",
-        "- *quantize_model*: the same bytes in the same layers.",
-        "- *Reload*: what `save_pretrained` wrote has the same bytes and output when it is loaded again.",
-        "- *Generate*: four tokens, the same ones after reloading; – where the model generates none from tokens.",
+        "- *quantize_model*: it gives the same bytes in the same layers.",
+        "- *Reload*: a model saved with `save_pretrained` has the same bytes and output when it is loaded again.",
+        "- *Generate*: the model generates the same four tokens after reloading; – if it can't generate from tokens.",
         "",
         "| type | model | kind | share | cosine | command | quantize_model | reload | generate |",
         "| --- | --- | --- | ---: | ---: | --- | --- | --- | --- |",
@@ -300,7 +300,7 @@ def page(rows: list[Row]) -> str:
         figures = [f"{row.share:.0%}", f"{row.cosine:.3f}"]
         cells = [_shown(cell) for cell in (*cells, row.cells.get("generate", "–"))]
         lines.append(f"| {' | '.join([f'`{row.type}`', f'`{row.model}`', row.kind, *figures, *cells])} |")
-    lines += ["", "## What takes no part", "", "| type | reason |", "| --- | --- |"]
+    lines += ["", "## Model types that were not run", "", "| type | reason |", "| --- | --- |"]
     lines += [f"| `{row.type}` | {row.excluded} |" for row in excluded]
     return "\n".join(lines) + "\n"
 

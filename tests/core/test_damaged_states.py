@@ -80,23 +80,23 @@ DAMAGE = {
     ),
     "an entry twice": (saved() | {"a.absmax": saved()["absmax"]}, "a.absmax: 'absmax' is there twice, also as absmax"),
     "json twice": (saved() | {"blocksize": 64}, "'blocksize' is there twice, also as blocksize"),
-    "json that is no tensor": (replaced(JSON, "{}"), f"{JSON}: wanted JSON in a uint8 tensor .*got str"),
+    "json that is no tensor": (replaced(JSON, "{}"), f"{JSON}: expected JSON in a uint8 tensor .*got str"),
     "json of another dtype": (replaced(JSON, torch.zeros(3)), r"got float32 \[3\]"),
     "json that is none": (
         replaced(JSON, torch.tensor([1, 2], dtype=torch.uint8)),
-        "wanted UTF-8 JSON, got JSONDecodeError",
+        "expected UTF-8 JSON, got JSONDecodeError",
     ),
     "json that is no utf-8": (replaced(JSON, torch.tensor([255], dtype=torch.uint8)), "got UnicodeDecodeError"),
     "json nested to the ground": (with_text("[" * 60_000), "got RecursionError"),
-    "json without end": (with_text("[" * 100_000), "wanted JSON of at most 65536 bytes, got 100000"),
-    "json that stops": (with_text(json_text()[:-1]), "wanted UTF-8 JSON, got JSONDecodeError"),
+    "json without end": (with_text("[" * 100_000), "expected JSON of at most 65536 bytes, got 100000"),
+    "json that stops": (with_text(json_text()[:-1]), "expected UTF-8 JSON, got JSONDecodeError"),
     "a json key twice": (
         with_text(json_text().replace('"dtype"', '"blocksize": 64, "dtype"')),
         "got ValueError: a key is there twice",
     ),
     "a json number of ten thousand digits": (
         with_text(json_text().replace("64,", "6" * 10_000 + ",")),
-        "wanted UTF-8 JSON, got ValueError: Exceeds the limit",
+        "expected UTF-8 JSON, got ValueError: Exceeds the limit",
     ),
     "json of strided bytes, cut short": (replaced(JSON, saved()[JSON][::2]), "got JSONDecodeError"),
     "json that is sparse": (replaced(JSON, saved()[JSON].to_sparse()), "got sparse_coo uint8"),
@@ -107,12 +107,12 @@ DAMAGE = {
     ),
     "json that is a list": (
         replaced(JSON, torch.tensor(list(b"[]"), dtype=torch.uint8)),
-        "wanted a JSON object, got list",
+        "expected a JSON object, got list",
     ),
     "another type than the key": (with_json({"quant_type": "fp4"}), "the key says 'nf4', the quant_type in it 'fp4'"),
     "an unknown type": (
         {k.replace("nf4", "nf5"): v for k, v in with_json({"quant_type": "nf5"}).items()},
-        r"quant_type: wanted one of \[.*'nf4'.*\] .*got 'nf5'",
+        r"quant_type: expected one of \[.*'nf4'.*\] .*got 'nf5'",
     ),
     "a type beside the json": ({"quant_type": 4, **saved()}, "'quant_type' is there twice"),
     "a type that is a list": (
@@ -128,72 +128,75 @@ DAMAGE = {
         "belongs to 'a.weight', entries before it to 'b.weight'",
     ),
     "a key that is no text": (saved() | {7: torch.ones(1)}, "7: keys are text, this one is an int"),
-    "a list": (list(saved()), "wanted a dict of the weight's entries, got list"),
+    "a list": (list(saved()), "expected a dict of the weight's entries, got list"),
     "no blocksize": (with_json({"blocksize": DROP}), "blocksize: missing"),
-    "a blocksize that is no power of two": (with_json({"blocksize": 65}), r"blocksize: wanted one of \[32, .*got 65"),
-    "a blocksize that is no number": (with_json({"blocksize": "64"}), "blocksize: wanted one of .*got '64'"),
+    "a blocksize that is no power of two": (with_json({"blocksize": 65}), r"blocksize: expected one of \[32, .*got 65"),
+    "a blocksize that is no number": (with_json({"blocksize": "64"}), "blocksize: expected one of .*got '64'"),
     "a blocksize that is a truth value": (with_json({"blocksize": True}), "got True"),
     "another blocksize": (
         with_json({"blocksize": 128}),
-        r"absmax: wanted a uint8 tensor of 8 for shape \[10, 100\] .*128, got uint8 \[16\]",
+        r"absmax: expected a uint8 tensor of 8 for shape \[10, 100\] .*128, got uint8 \[16\]",
     ),
-    "a blocksize of zero": (with_json({"blocksize": 0}), "blocksize: wanted one of .*got 0"),
-    "a blocksize that is a fraction": (with_json({"blocksize": 64.0}), "blocksize: wanted one of .*got 64.0"),
-    "a blocksize that is negative": (with_json({"blocksize": -64}), "blocksize: wanted one of .*got -64"),
+    "a blocksize of zero": (with_json({"blocksize": 0}), "blocksize: expected one of .*got 0"),
+    "a blocksize that is a fraction": (with_json({"blocksize": 64.0}), "blocksize: expected one of .*got 64.0"),
+    "a blocksize that is negative": (with_json({"blocksize": -64}), "blocksize: expected one of .*got -64"),
     "a blocksize too long to print": (
         quantised()[1].as_dict() | {"blocksize": 10**5000},
-        "blocksize: wanted one of .*got an int too long to show",
+        "blocksize: expected one of .*got an int too long to show",
     ),
-    "a wrong nested blocksize": (with_json({"nested_blocksize": 100}), r"nested_blocksize: wanted one of \[256\]"),
+    "a wrong nested blocksize": (with_json({"nested_blocksize": 100}), r"nested_blocksize: expected one of \[256\]"),
     "a nested blocksize that gives as many nested blocks": (
         with_json({"nested_blocksize": 512}),
-        r"nested_blocksize: wanted one of \[256\]; allow_other_nested_blocksize=True .*got 512",
+        r"nested_blocksize: expected one of \[256\]; allow_other_nested_blocksize=True .*got 512",
     ),
     "a dtype that is none": (
         with_json({"dtype": "float8"}),
-        r"dtype: wanted one of \['float32', 'float16', 'bfloat16'\], got 'float8'",
+        r"dtype: expected one of \['float32', 'float16', 'bfloat16'\], got 'float8'",
     ),
-    "a dtype that is an attribute of torch": (with_json({"dtype": "nn"}), "dtype: wanted one of .*got 'nn'"),
-    "a nested dtype that is none": (with_json({"nested_dtype": None}), "nested_dtype: wanted one of .*got None"),
+    "a dtype that is an attribute of torch": (with_json({"dtype": "nn"}), "dtype: expected one of .*got 'nn'"),
+    "a nested dtype that is none": (with_json({"nested_dtype": None}), "nested_dtype: expected one of .*got None"),
     "a nested dtype that scales never have": (
         with_json({"nested_dtype": "bfloat16"}),
-        r"nested_dtype: wanted one of \['float32'\], got 'bfloat16'",
+        r"nested_dtype: expected one of \['float32'\], got 'bfloat16'",
     ),
     "a negative shape": (
         with_json({"shape": [-10, -100]}),
-        r"shape: wanted a list of at most 8 whole numbers .*got \[-10, -100\]",
+        r"shape: expected a list of at most 8 whole numbers .*got \[-10, -100\]",
     ),
-    "a fractional shape": (with_json({"shape": [10.0, 100]}), "shape: wanted a list of at most 8 whole numbers"),
-    "a shape that is a number": (with_json({"shape": 1000}), "shape: wanted a list of at most 8 whole numbers"),
+    "a fractional shape": (with_json({"shape": [10.0, 100]}), "shape: expected a list of at most 8 whole numbers"),
+    "a shape that is a number": (with_json({"shape": 1000}), "shape: expected a list of at most 8 whole numbers"),
     "a shape that is nothing": (
         with_json({"shape": None}),
-        "shape: wanted a list of at most 8 whole numbers .*got None",
+        "shape: expected a list of at most 8 whole numbers .*got None",
     ),
-    "a shape of truth values": (with_json({"shape": [True, True]}), r"shape: wanted .*got \[True, True\]"),
-    "a shape beyond 64 bits": (with_json({"shape": [0, 2**63]}), "shape: wanted a list of at most 8 whole numbers"),
+    "a shape of truth values": (with_json({"shape": [True, True]}), r"shape: expected .*got \[True, True\]"),
+    "a shape beyond 64 bits": (with_json({"shape": [0, 2**63]}), "shape: expected a list of at most 8 whole numbers"),
     "a shape that overflows to nothing": (with_json({"shape": [2**32, 2**32]}), "product of at most"),
     "a shape of nine dimensions": (with_json({"shape": [1] * 8 + [1000]}), "at most 8 whole numbers"),
     "a shape inside shapes": (with_json({"shape": [[[[[[[[10, 100]]]]]]]]}), r"got \[\[\[\[\[\[\[\.\.\.\]"),
     "an enormous shape": (with_json({"shape": [2**40, 2**40]}), "product of at most"),
-    "another shape": (with_json({"shape": [10, 1000]}), r"absmax: wanted a uint8 tensor of 157 for shape \[10, 1000\]"),
+    "another shape": (
+        with_json({"shape": [10, 1000]}),
+        r"absmax: expected a uint8 tensor of 157 for shape \[10, 1000\]",
+    ),
     "an infinite offset": (
         with_json({"nested_offset": float("inf")}),
-        "nested_offset: wanted a finite fp32 number that is not negative, got inf",
+        "nested_offset: expected a finite fp32 number that is not negative, got inf",
     ),
     "a NaN offset": (
         with_json({"nested_offset": float("nan")}),
-        "nested_offset: wanted a finite fp32 number that is not negative, got nan",
+        "nested_offset: expected a finite fp32 number that is not negative, got nan",
     ),
-    "an offset out of fp32": (with_json({"nested_offset": 1e39}), "nested_offset: wanted a finite fp32 number"),
+    "an offset out of fp32": (with_json({"nested_offset": 1e39}), "nested_offset: expected a finite fp32 number"),
     "a negative offset": (with_json({"nested_offset": -0.5}), "that is not negative, got -0.5"),
-    "an offset that is a truth value": (with_json({"nested_offset": True}), "nested_offset: wanted .*got True"),
+    "an offset that is a truth value": (with_json({"nested_offset": True}), "nested_offset: expected .*got True"),
     "an offset that is text": (
         with_json({"nested_offset": "1"}),
-        "nested_offset: wanted a finite fp32 number that is not negative, got '1'",
+        "nested_offset: expected a finite fp32 number that is not negative, got '1'",
     ),
     "scales of another dtype": (
         replaced("absmax", torch.zeros(16)),
-        r"absmax: wanted a uint8 tensor of 16 .*got float32 \[16\]",
+        r"absmax: expected a uint8 tensor of 16 .*got float32 \[16\]",
     ),
     "scales in two dimensions": (replaced("absmax", torch.zeros(4, 4, dtype=torch.uint8)), r"got uint8 \[4, 4\]"),
     "scales that are complex": (replaced("absmax", torch.zeros(16).cfloat(), False), r"got complex64 \[16\]"),
@@ -203,7 +206,7 @@ DAMAGE = {
         r"absmax: float32 \[1099511627776\] claims 4398046511104 bytes, and there are 4",
     ),
     "scales on meta, the rest not": (replaced("absmax", torch.zeros(16, device="meta"), False), "absmax: is on meta"),
-    "scales that are a list": (replaced("absmax", [1.0]), r"absmax: wanted a uint8 tensor of 16 .*got \[1.0\]"),
+    "scales that are a list": (replaced("absmax", [1.0]), r"absmax: expected a uint8 tensor of 16 .*got \[1.0\]"),
     "a NaN scale": (
         changed("absmax", 3, float("nan"), False),
         "absmax: scales are finite and not negative, got nan at 3",
@@ -213,11 +216,11 @@ DAMAGE = {
     "a NaN in the scales' scales": (changed("nested_absmax", 0, float("nan")), "nested_absmax: scales are finite"),
     "too many of the scales' scales": (
         replaced("nested_absmax", torch.ones(2)),
-        "nested_absmax: wanted a float32 tensor of 1",
+        "nested_absmax: expected a float32 tensor of 1",
     ),
     "a code of 8": (
         replaced("quant_map", torch.zeros(8)),
-        r"quant_map: wanted a float32 tensor of 16, got float32 \[8\]",
+        r"quant_map: expected a float32 tensor of 16, got float32 \[8\]",
     ),
     "a code on meta, the rest not": (changed_device("quant_map"), "quant_map: is on meta"),
     "a code that only claims to be there": (
@@ -226,9 +229,9 @@ DAMAGE = {
     ),
     "a code of half precision": (
         replaced("quant_map", torch.zeros(16).half()),
-        "quant_map: wanted a float32 tensor of 16",
+        "quant_map: expected a float32 tensor of 16",
     ),
-    "a NaN in the code": (changed("quant_map", 2, float("nan")), "quant_map: wanted 16 finite values"),
+    "a NaN in the code": (changed("quant_map", 2, float("nan")), "quant_map: expected 16 finite values"),
     "another code": (
         changed("quant_map", 2, 0.5),
         "quant_map: entry 2 is 0.5, the published table has -0.52507.*allow_other_code",
@@ -249,7 +252,7 @@ def test_a_damaged_state_is_refused_by_key_with_both_values(damage):
 
 def test_the_unpacked_form_is_checked_the_same_way():
     items = quantised()[1].as_dict() | {"quant_type": 4}
-    with pytest.raises(ValueError, match=r"quant_type: wanted one of .*got 4"):
+    with pytest.raises(ValueError, match=r"quant_type: expected one of .*got 4"):
         QuantState.from_dict(items)
 
 
@@ -275,7 +278,7 @@ def test_another_code_is_taken_from_the_file_on_request():
 def test_a_state_on_meta_is_read_without_its_values():
     items = {key: value if key == JSON else value.to("meta") for key, value in saved().items()}
     assert QuantState.from_dict(items).code.is_meta
-    with pytest.raises(ValueError, match="wanted JSON in a uint8 tensor"):
+    with pytest.raises(ValueError, match="expected JSON in a uint8 tensor"):
         QuantState.from_dict(items | {JSON: items[JSON].to("meta")})
 
 
@@ -327,7 +330,7 @@ def test_tensors_that_are_views_decode_to_what_their_copies_do(view, backend):
 # --- the packed weight, and the layer ---------------------------------------------------------------------------------
 
 PACKED = {
-    "a list": ([1, 2, 3], "weight: wanted the packed weight as a dense tensor, got list"),
+    "a list": ([1, 2, 3], "weight: expected the packed weight as a dense tensor, got list"),
     "sparse": (torch.zeros(500, 1, dtype=torch.uint8).to_sparse(), "got sparse_coo uint8"),
     "a number too few": (torch.zeros(499, 1, dtype=torch.uint8), r"weight: shape \[10, 100\] packs into 500"),
     "of another dtype": (torch.zeros(500, 1, dtype=torch.int8), "weight: a packed weight is stored as uint8"),

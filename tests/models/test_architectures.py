@@ -1,4 +1,4 @@
-"""Every model type of transformers goes through all doors: one of each sort by default, all of them with -m slow."""
+"""Every model type of transformers, quantised in every way: one of each sort by default, all of them with -m slow."""
 
 from __future__ import annotations
 

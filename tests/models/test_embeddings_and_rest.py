@@ -270,7 +270,7 @@ def test_the_options_of_the_command_reach_the_file(directory, tmp_path, capsys):
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert tensors["model.layers.0.mlp.up_proj.weight.absmax"].numel() == 64
     assert cli.main(["quantize", str(directory), str(tmp_path / "bad"), "--set", "mlp:128"]) == 1
-    assert "wanted PATTERN=SETTING:VALUE" in capsys.readouterr().err
+    assert "expected PATTERN=SETTING:VALUE" in capsys.readouterr().err
     dequantize_checkpoint(tmp_path / "out", tmp_path / "plain", progress=False)
     assert type(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "plain").lm_head) is nn.Linear
 

@@ -126,7 +126,7 @@ def test_a_damaged_expert_weight_is_refused_by_name(tmp_path, caplog):
     tensors["model.layers.1.mlp.experts.down_proj.absmax"] = torch.ones(3)
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     told = refusal(tmp_path / "packed", caplog)
-    assert "model.layers.1.mlp.experts.down_proj.absmax: wanted a float32 tensor of 1024" in told
+    assert "model.layers.1.mlp.experts.down_proj.absmax: expected a float32 tensor of 1024" in told
 
 
 def test_experts_of_a_base_model_reload_under_its_head(tmp_path):

@@ -82,7 +82,7 @@ def change_json(state: dict[str, torch.Tensor], **fields: object) -> None:
         (lambda s: s.pop("up.weight.absmax"), "up.weight", "absmax: missing"),
         (lambda s: s.update({"up.weight": s["up.weight"][:-1].clone()}), "up.weight", r"packs into 284 .* got 283"),
         (lambda s: change_json(s, shape=[9, 64]), "up.weight", r"shape \[9, 64\]"),
-        (lambda s: change_json(s, blocksize=63), "up.weight", "wanted one of"),
+        (lambda s: change_json(s, blocksize=63), "up.weight", "expected one of"),
         (lambda s: s["up.weight.quant_map"].__setitem__(3, 0.5), "up.weight", "quant_map: entry 3 is 0.5"),
         (lambda s: s["up.weight.nested_absmax"].__setitem__(0, -1.0), "up.weight", "not negative"),
         (lambda s: [s.pop(k) for k in list(s) if k.startswith("up.weight.")], "up.weight", "without the entries"),

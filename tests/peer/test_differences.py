@@ -291,7 +291,9 @@ def test_nested_blocks_of_other_sizes_multiply(bnb):
     state.absmax, state.offset, state.state2 = q, torch.tensor(2.0), state2
     saved = state.as_dict(packed=True)
     x = randn(3, 64)
-    with pytest.raises(ValueError, match=r"nested_blocksize: wanted one of \[256\]; allow_other_nested_blocksize=True"):
+    with pytest.raises(
+        ValueError, match=r"nested_blocksize: expected one of \[256\]; allow_other_nested_blocksize=True"
+    ):
         F.QuantState.from_dict(saved, packed=packed)
     loaded = F.QuantState.from_dict(saved, packed=packed, allow_other_nested_blocksize=True)
     assert_within_budget(refq4.matmul_4bit(x, packed, loaded), x, packed, loaded)

@@ -218,8 +218,8 @@ def test_a_tables_damage_is_that_of_the_rows_that_were_looked_up():
     ("tokens", "error", "says"),
     [
         ([], ValueError, "no tokens to evaluate on"),
-        ([[1, 2], [3]], ValueError, "sequence 2: wanted two or more token ids"),
-        ([[1.5, 2.5]], ValueError, "sequence 1: wanted two or more token ids, got torch.float32"),
+        ([[1, 2], [3]], ValueError, "sequence 2: expected two or more token ids"),
+        ([[1.5, 2.5]], ValueError, "sequence 1: expected two or more token ids, got torch.float32"),
         ([[-1, 2]], ValueError, "sequence 1"),
         ([[1, 9]], IndexError, "out of range"),
     ],
@@ -305,7 +305,7 @@ def test_a_text_is_cut_by_the_models_tokenizer_and_the_layers_are_drawn(director
     ("options", "says"),
     [
         (["--tokens", "missing.txt"], "missing.txt"),
-        (["--tokens", "words.txt"], "words.txt, line 2: wanted token ids"),
+        (["--tokens", "words.txt"], "words.txt, line 2: expected token ids"),
         (["--tokens", "one.txt"], "one.txt, line 1: one token alone"),
         (["--tokens", "empty.txt"], "holds no token ids"),
         (["--text", "words.txt"], "no tokenizer could be loaded"),

@@ -149,7 +149,7 @@ def test_a_block_whose_reciprocal_overflows_is_shown_as_the_rule_scales_it():
     W = torch.tensor([1e-39, -1e-39])
     rule = refq4.functional.quantize_4bit(W, quant_type="nf4", backend="reference")[0].view(-1)
     where, hint = diagnose_quantised(torch.tensor([0xF0], dtype=torch.uint8), rule, W, W.abs().amax(0, True), TINY)
-    assert "1 / absmax overflows, so the scaled value is 0; got code 15 (1), wanted 7 (0)" in where
+    assert "1 / absmax overflows, so the scaled value is 0; got code 15 (1), expected 7 (0)" in where
     assert "x * (1 / absmax)" not in where
     assert "x is divided by absmax" in hint
     third = torch.tensor([1.0, 3.0])

@@ -267,7 +267,7 @@ FAULTS = [
         NUMBERS,
     ),
     Fault(
-        "vectors whatever the alignment",
+        "vectors without a check of the alignment",
         "dequantize.cu",
         "if (p.aligned) {",
         "if (true) {",
@@ -275,7 +275,7 @@ FAULTS = [
         ACCESS,
     ),
     Fault(
-        "a barrier inside a branch: who passes it by reads too early",
+        "a barrier inside a branch: threads that do not wait read too early",
         "quantize_2_vectorised.cu",
         "% COPIES] = cell;\n    }\n    __syncthreads();",
         "% COPIES] = cell;\n    __syncthreads();\n    }",
@@ -395,7 +395,7 @@ FAULTS = [
         RACE,
     ),
     Fault(
-        "the words of a tile moved about differently by those who read them",
+        "the words of a tile are read in another order than they are written",
         GRADIENT,
         "^ row_warp * 4 ^ t * 8",
         "^ row_warp * 4",
@@ -485,4 +485,4 @@ def verdict(check: Callable[[], None]) -> str:
 def table() -> str:
     """The faults as the page shows them."""
     rows = [f"| {f.name} | `{f.file}` | {f.check.__name__} | {f.dies_of} |" for f in FAULTS]
-    return "\n".join(["| fault | in | check | dies of |", "| --- | --- | --- | --- |", *rows])
+    return "\n".join(["| fault | in | check | found as |", "| --- | --- | --- | --- |", *rows])
