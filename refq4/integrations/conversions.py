@@ -20,6 +20,7 @@ from ..nn import Embedding4bit, Linear4bit
 from ..params import Params4bit
 from . import expert_files, fates
 from .checks import check_described
+from .parts import divided
 
 if TYPE_CHECKING:
     from .transformers import Refq4Quantizer
@@ -45,8 +46,10 @@ class Quantise(ConversionOps):
             weight = weight.T.contiguous()
         with fates.named_as_in_the_file(self.hf_quantizer._way, name):
             if name in self.hf_quantizer._experts:
-                return expert_files.packed(weight, self.hf_quantizer.settings(name))
-            return _settled(layer, layer.weight._like(weight, None).to(weight.device))
+                return divided(
+                    layer, name.rpartition(".")[2], expert_files.packed(weight, self.hf_quantizer.settings(name))
+                )
+            return _settled(layer, divided(layer, "weight", layer.weight._like(weight, None).to(weight.device)))
 
 
 class Restore(ConversionOps):
@@ -90,7 +93,7 @@ class Restore(ConversionOps):
         weight = Params4bit.from_prequantized(packed, parts, module=layer)
         # What stays where the loader sends the bytes to disk: accelerate brings them back into a copy of this one.
         layer.weight = weight._like(weight.data.to("meta"), weight.quant_state)
-        return {"weight": _settled(layer, weight)}
+        return {"weight": _settled(layer, divided(layer, "weight", weight))}
 
     @property
     def reverse_op(self) -> ConversionOps:

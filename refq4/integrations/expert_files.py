@@ -34,6 +34,7 @@ from ..params import Params4bit
 from ..state import QuantState
 from .checks import check_described
 from .experts import choose_implementation, forget_implementation
+from .parts import divided
 
 __all__: list[str] = []  # for the module beside it
 
@@ -250,7 +251,8 @@ def _restored(values: Tensor, beside: dict[str, Tensor], model: PreTrainedModel,
     assert weight.quant_state is not None
     if weight.quant_state.shape != parameter.shape:
         raise ValueError(f"{name}: the checkpoint holds {weight.quant_state}, the model needs {list(parameter.shape)}")
-    return weight
+    owner, _, own = name.rpartition(".")
+    return divided(model.get_submodule(owner), own, weight)
 
 
 def _makes(conversion: WeightTransform, names: set[str]) -> bool:

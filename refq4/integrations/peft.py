@@ -39,6 +39,7 @@ from ..functional import dequantize_4bit
 from ..internals.checks import warn_caller
 from ..nn import Linear4bit
 from ..params import Params4bit
+from .parts import whole_sizes
 
 __all__ = ["LoraLinear4bit", "merge_errors"]
 
@@ -63,7 +64,8 @@ class LoraLinear4bit(Linear):
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, config, **kwargs)
+        with whole_sizes(base_layer):
+            super().__init__(base_layer, adapter_name, config, **kwargs)
         self.fan_in_fan_out = False  # GPT-2's layers are turned round when they are quantised
         self.merge_error: float | None = None
         self._unmerged: tuple[Params4bit, Tensor | None] | None = None  # weight and bias
@@ -259,4 +261,4 @@ ModulesToSaveWrapper.update = _saves_what_can_be_trained(ModulesToSaveWrapper.up
 replace_everywhere(integrations, "dequantize_bnb_weight", _decodes_refq4)
 with suppress(ImportError):  # peft before 0.21
     from . import peft_others  # noqa: F401
-from . import peft_experts  # noqa: E402, F401 (it needs what is above)
+from . import peft_experts, peft_parallel  # noqa: E402, F401 (they need what is above)

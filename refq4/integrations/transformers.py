@@ -43,11 +43,13 @@ from ..models.formats import check_used
 from ..models.tables import empty_table, share_tables
 from ..nn import Embedding4bit, Linear4bit
 from ..params import Params4bit
-from . import expert_files, fates, methods
+from . import expert_files, fates, methods, parallel_plans
 from .checks import check_skipped
 from .config import METHOD, Refq4Config
 from .conversions import Quantise, Restore
 from .later import connect
+from .parts import is_divided
+from .tensor_parallel import whole_state_dict
 
 __all__ = ["Refq4Config", "Refq4Quantizer"]
 
@@ -120,6 +122,7 @@ class Refq4Quantizer(HfQuantizer):
                     f"Load it with another class, or pass key_mapping={{...}} with the names that differ"
                 )
         self._replace_layers(model)
+        model.hf_quantizer = self  # transformers sets it after loading; parallel_plans.py asks it before
         if self.pre_quantized:
             beside = [name.removeprefix("weight.") for name in self.serialized_names["weight"][1:]]
             weight_conversions = expert_files.conversions(weight_conversions, self._experts, beside)
@@ -202,10 +205,12 @@ class Refq4Quantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
         """Without what stands beside a weight that is tied to a 4-bit table: transformers leaves out that weight."""
         weights = dict(model.named_parameters(remove_duplicate=False))
+        divided = is_divided(model)
         tied = tuple(f"{name}." for name in model.all_tied_weights_keys if isinstance(weights.get(name), Params4bit))
-        if not tied:
+        if not tied and not divided:
             return super().get_state_dict_and_metadata(model)
-        return {key: value for key, value in model.state_dict().items() if not key.startswith(tied)}, {}
+        entries = whole_state_dict(model) if divided else model.state_dict()
+        return {key: value for key, value in entries.items() if not key.startswith(tied)}, {}
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         return {"deserialize": Restore}
@@ -216,6 +221,7 @@ class Refq4Quantizer(HfQuantizer):
         expert_files.refuse_offloaded(model, self._experts)
         expert_files.settle(model)
         share_tables(model)
+        parallel_plans.settle(model)
         model.is_loaded_in_4bit = True  # asked for by peft's prepare_model_for_kbit_training, and by Trainer
         model._weight_conversions = [  # what was quantised in pieces can't be put together again when saving
             rule for rule in model._weight_conversions if tuple(rule.source_patterns) not in self._taken_apart
@@ -224,6 +230,11 @@ class Refq4Quantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        if is_divided(model):
+            raise ValueError(
+                "this process holds a part of the model's 4-bit weights, and can't decode the whole: "
+                "save_pretrained it, and dequantize() what one process loads"
+            )
         # save_pretrained makes a string of the dtype in a model's config
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         expert_files.decode_all(model, wanted)
@@ -254,5 +265,9 @@ AutoHfQuantizer.merge_quantization_configs = staticmethod(
     methods.refq4_has_a_say(AutoHfQuantizer.merge_quantization_configs)
 )
 AutoHfQuantizer.from_config = staticmethod(methods.takes_bitsandbytes_place(AutoHfQuantizer.from_config))
+PreTrainedModel.maybe_distribute_model = classmethod(
+    parallel_plans.divides_whole_blocks(PreTrainedModel.maybe_distribute_model.__func__)
+)
+PreTrainedModel.save_distributed_checkpoint = parallel_plans.saves_no_parts(PreTrainedModel.save_distributed_checkpoint)
 PreTrainedModel.num_parameters = methods.counts_weights(PreTrainedModel.num_parameters)
 PreTrainedModel.resize_token_embeddings = methods.resizes_rows(PreTrainedModel.resize_token_embeddings)

@@ -171,7 +171,7 @@ def test_nothing_that_was_given_is_changed():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"scales": "best"}, "scales='best': wanted 'absmax' or 'search'"),
+        ({"scales": "best"}, "scales='best': expected 'absmax' or 'search'"),
         ({"importance": torch.ones(64)}, 'pass scales="search" with it'),
         ({"scales": "search", "importance": torch.ones(4)}, "for each of the 64 columns"),
         ({"scales": "search", "importance": torch.ones(64).long()}, "one float for each"),

@@ -140,7 +140,7 @@ def test_formats_differ_by_layer_and_the_later_pattern_holds():
         ({"mlp": {"block_size": 64}}, "no setting 'block_size': did you mean 'blocksize'"),
         ({"mlp": {"quant_type": "nf5"}}, "did you mean"),
         ({"mlp": {"compress_statistics": 1}}, "compress_statistics is true or false"),
-        ({"mlp": {"scales": "best"}}, "wanted 'absmax' or 'search'"),
+        ({"mlp": {"scales": "best"}}, "expected 'absmax' or 'search'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -519,10 +519,10 @@ def test_the_config_takes_every_field_of_bitsandbytes_own_and_gives_it_back():
         ({"bnb_4bit_quant_typ": "nf4"}, "did you mean bnb_4bit_quant_type"),
         ({"colour": "blue"}, "no field 'colour': there are load_in_4bit"),
         ({"bnb_4bit_quant_type": "nf5"}, "nf5"),
-        ({"bnb_4bit_compute_dtype": "nn"}, "no dtype of torch"),
+        ({"bnb_4bit_compute_dtype": "nn"}, "is not a dtype of torch"),
         ({"bnb_4bit_quant_storage": "int8"}, "quant_storage must be one of"),
         ({"blocksize": 48}, "blocksize must be one of"),
-        ({"scales": "best"}, "wanted 'absmax' or 'search'"),
+        ({"scales": "best"}, "expected 'absmax' or 'search'"),
     ],
 )
 def test_the_config_refuses_what_no_layer_can_have(fields, said):
