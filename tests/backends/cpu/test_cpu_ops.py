@@ -7,6 +7,7 @@ may err by at most twice what the reference errs in the same dtypes, plus one un
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
@@ -545,6 +546,16 @@ def test_any_thread_count_gives_the_same_bits(cpu: CpuBackend) -> None:
             if w is not None:
                 results.append(cpu.gemm_4bit(x, w, None))
         assert all(torch.equal(results[0], r) for r in results)
+
+
+def test_callers_at_the_same_time_do_not_share_scratch_memory(cpu: CpuBackend) -> None:
+    weight = random_weight(256, 512)
+    several = [torch.randn(m, 256, generator=torch.Generator().manual_seed(m)).bfloat16() for m in (40, 70, 130, 200)]
+    alone = [cpu.grad_input_4bit(grad, weight) for grad in several]
+    with ThreadPoolExecutor(4) as callers:
+        for _ in range(10):
+            together = callers.map(lambda grad: cpu.grad_input_4bit(grad, weight), several)
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_strided_activations_are_made_contiguous(cpu: CpuBackend) -> None:

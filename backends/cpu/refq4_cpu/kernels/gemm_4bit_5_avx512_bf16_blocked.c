@@ -50,6 +50,8 @@ static void decode_canonical(const PairPlan *plan, int64_t panel, int64_t k0, in
     const Weight *w = &p->weight;
     int64_t row_blocks = p->K / w->blocksize, n0 = panel * PANEL;
     __m512i table = _mm512_loadu_si512(plan->table), *out = piece->w + r;
+    /* What to ask memory for: the next piece, since 64 streams are too many to follow; or this thread's next strip. */
+    int64_t ahead = (k0 + depth < p->K ? PAIR_DEPTH : plan->next_strip * p->K - k0) / 2;
     for (int64_t k = k0; k < k0 + depth; k += 128) {
         int64_t bytes = min64(128, k0 + depth - k) / 2;
         __mmask64 there = bytes < 64 ? ((__mmask64)1 << bytes) - 1 : ~(__mmask64)0;
@@ -57,7 +59,7 @@ static void decode_canonical(const PairPlan *plan, int64_t panel, int64_t k0, in
         UNROLL for (int i = 0; i < PANEL; i++) { /* a row past the last one is that again: its sums are not written */
             const uint8_t *at = w->packed + (min64(n0 + i, p->N - 1) * p->K + k) / 2;
             rows[i] = _mm512_maskz_loadu_epi8(there, at);
-            _mm_prefetch((const char *)at + PAIR_DEPTH / 2, _MM_HINT_T0); /* the next piece: 64 streams are too many to follow */
+            _mm_prefetch((const char *)at + ahead, _MM_HINT_T0);
         }
         transpose16(rows);
         UNROLL for (int g = 0; g < 16; g++)
@@ -68,6 +70,7 @@ static void decode_canonical(const PairPlan *plan, int64_t panel, int64_t k0, in
     for (int i = 0; i < PANEL; i++) {
         int64_t first = min64(n0 + i, p->N - 1) * row_blocks;
         float *scale = (float *)(piece->scales + r) + i;
+        ask_for_scale(plan, first + (k0 >> shift) + 2 * ahead / w->blocksize);
         for (int64_t k = k0; k < k0 + depth; k += plan->part, scale += PAIR_OUTPUTS)
             *scale = pair_scale(plan, first + (k >> shift));
     }

@@ -24,6 +24,11 @@
 enum { PAIR_OUTPUTS = 64, PAIR_REGISTERS = 4, PAIR_DEPTH = 256, PAIR_STEPS = PAIR_DEPTH / 2, PAIR_TOKENS = 6 };
 enum { PAIR_CHUNK = 512 }; /* tokens: their sums are 128 KB of the second cache */
 enum { SHORTEST_PART = 32 };
+#ifdef __SANITIZE_ADDRESS__
+enum { MOST_KEPT = 0 }; /* behind what a call asked for lies what an earlier one did: an overrun would go unseen */
+#else
+enum { MOST_KEPT = 16 << 20 };
+#endif
 
 /* w: the piece; scales: of each part, if the weights are unscaled. */
 typedef struct {
@@ -47,10 +52,40 @@ struct PairPlan {
     float *sums;                       /* per thread: a chunk's tokens, [.][PAIR_OUTPUTS] */
     int64_t part;                      /* elements of K summed before the sum is scaled and added */
     int64_t token_tiles, chunks, most; /* most: tokens of a chunk */
+    int64_t next_strip;                /* outputs from one item of a thread to its next, most likely */
     int nested_shift;                  /* log2 of the nested blocksize: division is slow; -1 if it is no power of two */
     float undo_scale;
     _Alignas(64) uint8_t table[64];
 };
+
+/* Memory for x and the sums, which stays from call to call. An allocator would give it back to the system each time, and
+ * a page that comes anew takes an interrupt: a quarter of a product's time. */
+static struct {
+    atomic_int busy; /* one caller at a time has it, another gets memory of its own */
+    size_t bytes;
+    void *at;
+} kept;
+
+typedef struct {
+    void *at;
+    int stays;
+} Borrowed;
+
+static Borrowed borrow(size_t bytes) {
+    int idle = 0;
+    if (bytes > MOST_KEPT || !atomic_compare_exchange_strong(&kept.busy, &idle, 1)) return (Borrowed){scratch(bytes), 0};
+    if (kept.bytes < bytes) {
+        free(kept.at);
+        kept.at = scratch(bytes);
+        kept.bytes = kept.at ? bytes : 0;
+    }
+    return (Borrowed){kept.at, 1};
+}
+
+static void give_back(Borrowed memory) {
+    if (memory.stays) atomic_store(&kept.busy, 0);
+    else free(memory.at);
+}
 
 /* block_scale of refq4.h */
 static inline float pair_scale(const PairPlan *plan, int64_t block) {
@@ -58,6 +93,13 @@ static inline float pair_scale(const PairPlan *plan, int64_t block) {
     if (w->absmax || plan->nested_shift < 0) return block_scale(w, block);
     float scaled = w->nested_code[w->q[block]] * w->nested_absmax[block >> plan->nested_shift];
     return scaled + *w->nested_offset;
+}
+
+/* Ask memory for the scale of a block that will be wanted. */
+static inline void ask_for_scale(const PairPlan *plan, int64_t block) {
+    const Weight *w = &plan->p->weight;
+    const void *at = w->absmax ? (const void *)(w->absmax + block) : w->q + block;
+    __builtin_prefetch(at);
 }
 
 /* fp32_to_bf16 of refq4.h in the upper half of each dword; the lower halves are to be dropped. */
@@ -111,6 +153,13 @@ static const PartKernel part_kernels[2][PAIR_TOKENS + 1] = {
     {NULL, part_1_0, part_2_0, part_3_0, part_4_0, part_5_0, part_6_0},
     {NULL, part_1_1, part_2_1, part_3_1, part_4_1, part_5_1, part_6_1}};
 
+/* The two lines of y that the end of an item writes, far apart from token to token. */
+static inline void ask_for_outputs(const Product *p, int64_t m, int64_t n0) {
+    const uint16_t *y = (const uint16_t *)p->y + m * p->N + n0;
+    __builtin_prefetch(y, 1);
+    __builtin_prefetch(y + 32, 1);
+}
+
 static void pair_item(void *context, int64_t item, int thread) {
     const PairPlan *plan = context;
     const Product *p = plan->p;
@@ -129,6 +178,7 @@ static void pair_item(void *context, int64_t item, int thread) {
             int64_t m = pair_start(plan, t), mt = pair_start(plan, t + 1) - m;
             const uint16_t *x = plan->x + k0 * p->M + m * PAIR_DEPTH;
             PartKernel multiply = part_kernels[plan->how->scaled][mt];
+            if (k0 + depth == p->K) for (int64_t i = m; i < m + mt; i++) ask_for_outputs(p, i, n0);
             for (int64_t k = 0, part = 0; k < depth; k += plan->part, part++)
                 multiply(x + k, piece.w + k / 2 * PAIR_REGISTERS, (min64(plan->part, depth - k) + 1) / 2,
                          piece.scales + part * PAIR_REGISTERS, sums + (m - m0) * PAIR_OUTPUTS);
@@ -148,16 +198,18 @@ static int pair_product(PairPlan *plan, const Pairs *how, const Product *p) {
     int64_t wanted = min64(ceil_div(2 * p->threads, strips), ceil_div(p->M, 64));
     plan->chunks = ceil_div(p->M, PAIR_CHUNK);
     if (plan->chunks < wanted) plan->chunks = wanted;
+    plan->next_strip = ceil_div(p->threads, plan->chunks) * PAIR_OUTPUTS;
     plan->most = ceil_div(plan->token_tiles, plan->chunks) * PAIR_TOKENS;
-    plan->x = scratch((size_t)(pieces * PAIR_DEPTH * p->M) * 2);
-    plan->sums = scratch((size_t)(p->threads * plan->most * PAIR_OUTPUTS) * 4);
-    int ok = plan->x && plan->sums;
+    size_t x_bytes = (size_t)(pieces * PAIR_DEPTH * p->M) * 2; /* of whole cache lines */
+    Borrowed memory = borrow(x_bytes + (size_t)(p->threads * plan->most * PAIR_OUTPUTS) * 4);
+    int ok = memory.at != NULL;
     if (ok) {
+        plan->x = memory.at;
+        plan->sums = (float *)((char *)memory.at + x_bytes);
         run_parallel(pack_pairs, plan, pieces, p->M * p->K > 1 << 16 ? p->threads : 1);
         run_parallel(pair_item, plan, strips * plan->chunks, p->M * p->N * p->K > 1 << 17 ? p->threads : 1);
     }
-    free(plan->x);
-    free(plan->sums);
+    give_back(memory);
     return ok;
 }
 #endif
