@@ -17,6 +17,7 @@ leaves the others to autograd, which reduces a gradient to its input's shape; fo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -117,6 +118,10 @@ class _Function(torch.autograd.Function):
         return _more_tokens(info.batch_size, A, in_dims[1], bias, in_dims[3], in_dims[2], run)
 
 
+# torch binds the arguments of each call to forward's signature; to find that takes longer than all the rest of apply
+_Function.forward.__signature__ = inspect.signature(_Function.forward)  # type: ignore[attr-defined]
+
+
 # --- one context, one backward, one rule for vmap -------------------------------------------------------------------
 
 
@@ -125,17 +130,14 @@ def _remember(ctx: Any, op: str, A: Tensor, weight: PackedWeight, bias: Tensor |
     tensors = [t for t in flat if isinstance(t, Tensor)]
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
-    ctx.flat = [None if isinstance(t, Tensor) else t for t in flat]
-    ctx.tensor_at = [i for i, t in enumerate(flat) if isinstance(t, Tensor)]
+    ctx.flat = [... if isinstance(t, Tensor) else t for t in flat]  # '...' stands for the next of the tensors
     ctx.op, ctx.backend = op, backend
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _weight(ctx: Any) -> PackedWeight:
-    flat = list(ctx.flat)
-    for i, tensor in zip(ctx.tensor_at, ctx.saved_tensors, strict=True):
-        flat[i] = tensor
-    return unflatten(*flat)
+    tensors = iter(ctx.saved_tensors)
+    return unflatten(*[next(tensors) if t is ... else t for t in ctx.flat])
 
 
 def _gradients(ctx: Any, grad: Tensor, needs_A: bool, needs_bias: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -70,6 +70,30 @@ class LoraLinear4bit(Linear):
         self.merge_error: float | None = None
         self._unmerged: tuple[Params4bit, Tensor | None] | None = None  # weight and bias
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """base(x) + B(A(x)) * scaling, as peft computes it, on a processor in an order that takes less time.
+
+        [..., r] is scaled instead of the result [..., N]. B [N, r] is transposed to [r, N] first: with rows as short
+        as r, MKL takes two to four times as long for the gradients of B and of what B multiplies.
+        """
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        special = args or kwargs or self.disable_adapters or self.merged or torch.is_autocast_enabled("cpu")
+        if special or not x.is_cpu or not all(self._is_plain(name) for name in names):
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        result: Tensor = self.base_layer(x)
+        dtype = result.dtype
+        for name in names:
+            x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+            inner = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
+            result = result + inner @ self.lora_B[name].weight.t().contiguous()
+        return result.to(dtype)
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether an adapter's B is a matrix and nothing else: no bias, no hook (as FSDP has), no variant of LoRA."""
+        B = self.lora_B[name]
+        special = self.lora_bias[name] or name in self.lora_variant or B._forward_hooks or B._forward_pre_hooks
+        return type(B) is nn.Linear and not special
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put adapters into the base layer's weight.
 

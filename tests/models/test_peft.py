@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -126,6 +127,47 @@ def test_gradient_checkpointing_gives_the_same_gradients(quantised):
     for name, gradient in gradients["none"].items():
         torch.testing.assert_close(gradients["reentrant"][name], gradient)
         torch.testing.assert_close(gradients["not reentrant"][name], gradient)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"lora_bias": True}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapted_layer_and_its_gradients_are_those_of_pefts_forward(dtype, settings):
+    torch.manual_seed(0)
+    layer = refq4.nn.LinearNF4(128, 96, compute_dtype=dtype).to("cpu")
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=["0"], init_lora_weights=False, **settings)
+    model = get_peft_model(nn.Sequential(layer), config)
+    model.add_adapter("second", LoraConfig(r=8, target_modules=["0"], init_lora_weights=False))
+    adapted_layer = model.base_model.model[0]
+    x, grad_y = torch.randn(2, 5, 128, dtype=dtype), torch.randn(2, 5, 96, dtype=dtype)
+    trainable = [p for p in adapted_layer.parameters() if p.dtype == torch.float32]
+
+    def run(forward, active):
+        adapted_layer.set_adapter(active)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        torch.manual_seed(1)  # of the dropout
+        a = x.clone().requires_grad_()
+        y = forward(adapted_layer, a)
+        return y, *torch.autograd.grad(y, [a, *trainable], grad_y, allow_unused=True)
+
+    for active in (["default"], ["default", "second"]):
+        for got, wanted in zip(run(LoraLinear4bit.forward, active), run(Linear.forward, active), strict=True):
+            assert (got is None) == (wanted is None)
+            if got is not None:
+                assert got.dtype == wanted.dtype
+                largest = wanted.abs().max()  # of a sum's terms, whose order differs; bf16 may round to a neighbour
+                within = 1e-5 if got.dtype == torch.float32 else 2.0**-8
+                torch.testing.assert_close(got / largest, wanted / largest, rtol=0, atol=within)
+
+
+def test_a_hook_on_a_matrix_of_an_adapter_runs():
+    model = get_peft_model(nn.Sequential(refq4.nn.LinearNF4(64, 8).to("cpu")), LoraConfig(target_modules=["0"]))
+    seen = []
+    model.base_model.model[0].lora_B["default"].register_forward_hook(lambda module, inputs, y: seen.append(y.shape))
+    model(torch.ones(2, 64))
+    assert seen == [(2, 8)]
 
 
 def test_an_adapter_is_saved_and_loaded_on_its_own(quantised, tmp_path):
