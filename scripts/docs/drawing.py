@@ -74,7 +74,7 @@ def tall(all_steps: Sequence[Step], name: str = "tall", linked: bool = False) ->
     boxes = [Box(30, 44 + 60 * i, 280, 44) for i in range(6)] + [Box(30, 606, 280, 44)]
     parts = [_text(170, 16, "x [M, K]; the weight: packed codes, quant state", "side"), _line("M170 22V42")]
     parts += [_line(f"M170 {a.y + 44}V{b.y - 2}") for a, b in pairwise(boxes[:6])]
-    paths = [Box(4 + 112 * i, 420, 108, 46) for i in range(3)]
+    paths = [Box(4, 420, 100, 46), Box(108, 420, 100, 46), Box(212, 420, 124, 46)]
     engines = [Box(8 + 83 * i, 518, 75, 46) for i in range(4)]
     parts += [_line(f"M170 388V404H{path.middle}V418") for path in paths]
     parts += [_tree(paths, engines, 490), _line("M170 490V604"), _line("M170 650V668")]

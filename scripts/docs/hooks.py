@@ -7,6 +7,7 @@ maths                  LaTeX becomes MathML while the site is built: no script, 
 notebooks              what mkdocs-jupyter renders loses its scripts and styles                           (cells.py)
 glossary               the first of each of its words has its entry as a tooltip                         (glossary.py)
 tables                 names in cells break after their joints, short cells not at all                    (wrapping.py)
+wide pages             a table that needs the whole screen has no navigation beside it
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+WIDE = ("architectures.md",)  # a script writes it: nine columns, half of them with names of classes
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -50,6 +53,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Generated passages first: their links, too, are written as in the repository."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["navigation", "toc"]
     if not page.file.src_uri.startswith("source/"):
         markdown = kernels_code.link(passages.fill(markdown, page.file.src_uri), page.file.src_uri)
         markdown = places.relink(markdown, page.file.src_uri)

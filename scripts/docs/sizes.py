@@ -29,6 +29,7 @@ def sizes() -> dict[str, float]:
 def picture() -> str:
     """Three bars, 480 by 132."""
     style = drawing.STYLE + "text.name,text.size{text-anchor:start}.bar{fill:#2f6690}.bar.small{fill:#b3651b}"
+    style += "\n@media (prefers-color-scheme:dark){.bar{fill:#6aa5d8}.bar.small{fill:#d79a55}}"
     words = "Bars of the size of a model of 7 billion parameters: " + ", ".join(
         f"{name} {size:.3g} GB" for name, size in sizes().items()
     )

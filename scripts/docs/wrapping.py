@@ -9,14 +9,15 @@ from __future__ import annotations
 import html
 import re
 
-SHORT = 22  # characters that stay on one line: "76% of the read limit"
+SHORT = {"td": 22, "th": 8}  # characters that stay on one line: "76% of the read limit", and "M = 1" as a heading
 LONG_NAME = 29  # from here on a name may break; no environment variable is as long
 
-_CELL = re.compile(r"<td\b(?P<attributes>[^>]*)>(?P<content>.*?)</td>", re.DOTALL)
+_CELL = re.compile(r"<(?P<tag>t[dh])\b(?P<attributes>[^>]*)>(?P<content>.*?)</t[dh]>", re.DOTALL)
 _CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
 _NAME = re.compile(rf"\S{{{LONG_NAME},}}")
-_JOINT = re.compile(r"(?<=[_/.:,(\[=])(?=\w)")
+_JOINT = re.compile(r"(?<=[_/.:,(\[=])(?=\w)|(?<=[a-z0-9])(?=[A-Z])")
 _TAG = re.compile(r"<[^>]+>")
+_TEXT = re.compile(r"[^<>]+(?=<|$)")
 
 
 def in_tables(page: str) -> str:
@@ -25,14 +26,14 @@ def in_tables(page: str) -> str:
 
 
 def _cell(match: re.Match[str]) -> str:
-    attributes, content = match["attributes"], match["content"]
+    tag, attributes, content = match.groups()
     if "<pre" in content or "class=" in attributes:  # a listing with numbered lines
         return match[0]
     content = _CODE.sub(lambda code: code[0].replace(r"\|", "|"), content)  # as GitHub shows it
-    if len(html.unescape(_TAG.sub("", content)).strip()) <= SHORT:
-        return f'<td class="short"{attributes}>{content}</td>'
-    return f"<td{attributes}>{_CODE.sub(_names, content)}</td>"
+    if len(html.unescape(_TAG.sub("", content)).strip()) <= SHORT[tag]:
+        return f'<{tag} class="short"{attributes}>{content}</{tag}>'
+    return f"<{tag}{attributes}>{_TEXT.sub(_names, content)}</{tag}>"
 
 
-def _names(code: re.Match[str]) -> str:
-    return _NAME.sub(lambda name: _JOINT.sub("<wbr>", name[0]), code[0])
+def _names(text: re.Match[str]) -> str:
+    return _NAME.sub(lambda name: _JOINT.sub("<wbr>", name[0]), text[0])

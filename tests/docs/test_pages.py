@@ -297,8 +297,17 @@ BROKEN = "tests/<wbr>test_<wbr>memory.<wbr>py::<wbr>test_<wbr>a_<wbr>long_<wbr>n
             f"<td><code>pytest {LONG}</code></td>",
             f"<td><code>pytest {BROKEN}</code></td>",
         ),
+        (
+            "<td>no AmbiguousAttributeErrorOfLayers in it</td>",
+            "<td>no Ambiguous<wbr>Attribute<wbr>Error<wbr>Of<wbr>Layers in it</td>",
+        ),
+        ("<th>M = 1</th>", '<th class="short">M = 1</th>'),
+        ("<th>bitsandbytes packed</th>", None),
     ],
-    ids=["short", "entities", "a variable", "a sentence", "a listing", "an escaped bar", "a long name"],
+    ids=[
+        *("short", "entities", "a variable", "a sentence", "a listing", "an escaped bar", "a long name", "a class"),
+        *("a short heading", "a heading"),
+    ],
 )
 def test_a_table_s_cell_breaks_only_where_it_may(cell, wanted):
     assert wrapping.in_tables(f"<tr>{cell}</tr>") == f"<tr>{wanted or cell}</tr>"

@@ -9,6 +9,7 @@ import inspect
 import json
 import pkgutil
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
@@ -29,9 +30,11 @@ from refq4.reference import ReferenceBackend
 pytestmark = pytest.mark.reference_only("it is about the documentation")
 MILLISECONDS = 1000 * BUSY
 PARTS = 6
-WIDE_TABLES = ("architectures/",)  # a sweep's table of ten columns, half of them with names of classes
 PHONE, SCREEN = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 WIDE = {"width": 1920, "height": 1080}
+READABLE = (Path(__file__).parents[1] / "support" / "readable.js").read_text()
+AT_ONCE = """addEventListener("DOMContentLoaded", () =>
+  document.head.insertAdjacentHTML("beforeend", "<style>* { transition: none !important }</style>"))"""
 
 
 @pytest.fixture(scope="session")
@@ -115,6 +118,10 @@ def wrong_links(site: Path, name: str, soup: BeautifulSoup, ids: dict[str, set[s
             yield f"leads to {link}, which is nowhere"
         elif anchor and path in ids and anchor not in ids[path]:
             yield f"leads to {link}, a page without that anchor"
+    for tag in soup.select("svg [marker-end], svg use"):
+        part = re.search(r"#[^)]+", tag.get("marker-end") or tag.get("href", ""))
+        if part and part[0][1:] not in ids[name]:
+            yield f"draws with {part[0]}, which is nowhere"
 
 
 def test_pages_have_a_language_one_title_and_words_for_pictures_and_fields(parsed):
@@ -137,30 +144,8 @@ def test_pages_have_a_language_one_title_and_words_for_pictures_and_fields(parse
     assert not wrong, "\n".join(wrong)
 
 
-# What is cut off, or sticks out of the article: (element, pixels, its first words). Folded code is unfolded first. On a
-# phone, tables, pictures, formulas and drawings made of letters may be moved about in their boxes.
-TOO_WIDE = """(phone) => {
-  const article = document.querySelector("article");
-  for (const fold of article.querySelectorAll("details")) fold.open = true;
-  const boxes = (e) => !["visible", "clip"].includes(getComputedStyle(e).overflowX);
-  const column = phone ? innerWidth : article.getBoundingClientRect().right; // the theme lets code touch a phone's edge
-  const about = (e, over) => `${e.localName}.${e.className} by ${over} px: ${e.textContent.trim().slice(0, 60)}`;
-  const wide = [];
-  for (const e of article.querySelectorAll(":not(svg *, math *)")) {
-    const inner = e.scrollWidth - e.clientWidth, outer = Math.round(e.getBoundingClientRect().right - column);
-    const box = e.matches("pre[style]") || e.querySelector("table, img, math, pre[style]");
-    const moves = phone && (box || e.closest(".language-text"));
-    if (e.clientWidth > 1 && inner > 1 && boxes(e) && !moves) wide.push(about(e, inner));
-    let outside = e.parentElement;
-    while (outside !== article && !boxes(outside)) outside = outside.parentElement;
-    if (outer > 5 && outside === article && !boxes(e)) wide.push(about(e, outer));
-  }
-  return wide;
-}"""
-
-
 @pytest.mark.parametrize("part", range(PARTS))  # so that two processes share the two minutes
-def test_every_page_opens_without_errors_fits_phone_and_screen_and_asks_no_other_host(part, site, address, page):
+def test_every_page_opens_without_errors_can_be_read_at_each_width_and_asks_no_other_host(part, site, address, page):
     problems: list[str] = []
     report = problems.append
     page.on("console", lambda m: m.type in ("error", "warning") and report(f"{page.url} logs {m.text}"))
@@ -174,16 +159,17 @@ def test_every_page_opens_without_errors_fits_phone_and_screen_and_asks_no_other
     page.route("**/search/search_index.json", lambda route: route.fulfill(json=index))
     own = (address, "data:", "blob:")
     page.on("request", lambda asked: asked.url.startswith(own) or report(f"{page.url} asks {asked.url}"))
+    page.add_init_script(AT_ONCE)
     for name in list(pages_of(site))[part::PARTS]:
         page.set_viewport_size(SCREEN)
         page.goto(address + name)
+        schemes = ["light", "dark"]
         for size in (SCREEN, WIDE, PHONE):
             page.set_viewport_size(size)
-            over = page.evaluate("document.documentElement.scrollWidth - innerWidth")
-            if over > 0:
-                report(f"/{name} is {over} px too wide at {size['width']} px")
-            for what in page.evaluate(TOO_WIDE, size is PHONE or name in WIDE_TABLES):
-                report(f"/{name} at {size['width']} px has something too wide, {what}")
+            for scheme in schemes:
+                for fault in page.evaluate(READABLE, {"phone": size is PHONE, "scheme": scheme}):
+                    report(f"/{name} at {size['width']} px, {scheme}: {fault}")
+            schemes.reverse()  # the next width begins with the scheme that is there: to change it takes its time
     assert not problems, "\n".join(problems)
 
 
