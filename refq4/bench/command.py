@@ -20,6 +20,8 @@ from .show import describe, ops_table, product_table
 
 __all__ = ["bench"]
 
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+
 SHAPES = {
     "cpu": ((4096, 4096), (11008, 4096), (4096, 11008)),
     "cuda": ((4096, 4096), (8192, 8192), (28672, 8192)),
@@ -35,7 +37,8 @@ def bench(asked: argparse.Namespace) -> int:
     if unknown := [name for name in asked.peers if name not in [p.name for p in peers]]:
         raise ValueError(f"--peers {unknown[0]!r}: on {asked.device} there are {_names(peers)}")
     if asked.quick:
-        asked.shapes, asked.m, asked.rounds = asked.shapes[:1], [1, 4, 16, 128], 15
+        asked.shapes, asked.m, asked.rounds = asked.shapes[:1], asked.m or [1, 4, 16, 128], 15
+    asked.m = asked.m or TOKENS
     logging.disable(logging.WARNING)  # peers announce missing extras on import
     threads = torch.get_num_threads()
     torch.set_num_threads(asked.threads)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..backend import Backend, PackedWeight
+from ..backend import Backend
 from ..codebooks import get_codebook
+from ..functional import quantize_4bit
 from .peers import PEERS, Peer, Product, hub_kernel, peer_quantiser, peer_rearranger, random_weights
 
 __all__ = ["interleaved", "limits", "machine", "make_named", "ops", "products"]
@@ -105,16 +106,17 @@ def make_named(
 
 
 def ops(backend: Backend, rounds: int, n: int, k: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of the ops around the product, on a weight [n, k]: {op: {who: ms}}."""
+    """Milliseconds of the ops around the product that the backend has, on a weight [n, k]: {op: {who: ms}}."""
     code, A = get_codebook("nf4").on("cpu"), torch.randn(n, k)
-    packed, absmax = backend.quantize_4bit(A, code, 64)
-    weight = PackedWeight(packed, absmax, code.values, 64, (n, k), "nf4")
+    packed, state = quantize_4bit(A, quant_type="nf4", blocksize=64, compress_statistics=False, backend="auto")
+    weight = state.packed_weight(packed)
     rounds = max(15, rounds // 4)
     out: dict[str, dict[str, float]] = {}
-    out["quantise fp32"] = interleaved(
-        {"refq4": lambda _: backend.quantize_4bit(A, code, 64)} | peer_quantiser(A), rounds
-    )
-    for dtype in (torch.bfloat16, torch.float32):
+    if backend.has("quantize_4bit"):
+        out["quantise fp32"] = interleaved(
+            {"refq4": lambda _: backend.quantize_4bit(A, code, 64)} | peer_quantiser(A), rounds
+        )
+    for dtype in (torch.bfloat16, torch.float32) if backend.has("dequantize_4bit") else ():
         # A fresh result costs page faults; a clone has the same, so it is the fair yardstick for the memory's speed.
         dequantise: dict[str, Run] = {
             "refq4": partial(_ignore, partial(backend.dequantize_4bit, weight, dtype)),
@@ -132,10 +134,10 @@ def ops(backend: Backend, rounds: int, n: int, k: int) -> dict[str, dict[str, fl
     if backend.prepare_weight(weight) is not None:
         rearrange: dict[str, Run] = {"refq4": lambda _: backend.prepare_weight(weight)}
         out["rearrange"] = interleaved(rearrange | peer_rearranger(A), rounds)
-    small = products(
-        backend, 64, 64, [1], torch.bfloat16, 400, ["refq4", "bitsandbytes packed", "torch bf16"], layers=1
-    )
-    out["a layer of 64 x 64, one token"] = {name: ms / 1e3 for name, ms in small[0]["ms"].items()}
+    if backend.has("gemv_4bit"):
+        peers = ["refq4", "bitsandbytes packed", "torch bf16"]
+        small = products(backend, 64, 64, [1], torch.bfloat16, 400, peers, layers=1)
+        out["a layer of 64 x 64, one token"] = {name: ms / 1e3 for name, ms in small[0]["ms"].items()}
     return {op: {who: 1e3 * seconds for who, seconds in row.items()} for op, row in out.items()}
 
 

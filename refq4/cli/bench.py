@@ -26,7 +26,6 @@ PEERS = (
     "openvino",
 )
 GPU_PEERS = ("refq4", "bitsandbytes", "torch bf16", "dequantize + torch")
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 
 
 def add(commands: Any) -> None:
@@ -38,7 +37,7 @@ def add(commands: Any) -> None:
     command.add_argument("--backend", help="the backend to measure (default: the one named like the device)")
     imports.add(command)
     command.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help="e.g. 4096x11008")
-    command.add_argument("--m", nargs="+", type=int, default=TOKENS, help="tokens per call")
+    command.add_argument("--m", nargs="+", type=int, help="tokens per call (1 to 512)")
     command.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the activations (%(default)s)")
     command.add_argument("--threads", type=int, default=_cores(), help="number of threads (default: all cores)")
     command.add_argument(

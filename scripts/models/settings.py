@@ -1,12 +1,22 @@
-"""What each setting costs a real model: the tour's sentence encoder, with other formats than the tour's.
+"""What each setting costs a real model: the tour's sentence encoder, or a language model.
 
-python scripts/models/settings.py        the table of docs/how-to/measure-the-cost.md
+python scripts/models/settings.py                  the first table of docs/how-to/measure-the-cost.md
+python scripts/models/settings.py DIR TEXT         the second: DIR is a model in full precision, with a tokenizer
+                                  --sequences N    of the text's first N pieces of 256 tokens (8)
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+import refq4
+from refq4.models.report import QuantizationReport
 from refq4.tools import tour
 
 PLAIN: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": False}
@@ -22,9 +32,22 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int4, blocks of 64": PLAIN | {"quant_type": "int4"},
     "E2M1 (the values of MXFP4), blocks of 32": PLAIN | {"quant_type": "e2m1", "blocksize": 32},
 }
+CONTEXT = 256
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, nargs="?", help="a language model in full precision")
+    parser.add_argument("text", type=Path, nargs="?")
+    parser.add_argument("--sequences", type=int, default=8)
+    options = parser.parse_args()
+    if options.model is None:
+        encoder()
+    else:
+        language_model(options.model, options.text, options.sequences)
+
+
+def encoder() -> None:
     tour.FORMATS.clear()
     tour.FORMATS.update(FORMATS)
     print("| setting | bits per weight | mean error of a layer | mean cosine | worst |")
@@ -32,6 +55,44 @@ def main() -> None:
     for row in tour.tour().formats:
         error = sum(layer.error for layer in row.layers) / len(row.layers)
         print(f"| {row.name} | {row.bits:.3f} | {error:.4f} | {row.mean_cosine:.4f} | {row.worst_cosine:.4f} |")
+
+
+def language_model(directory: Path, text: Path, count: int) -> None:
+    full, sequences, _ = sequences_of(directory, text, count)
+    exact, loss = said(full, sequences)
+    print(f"{loss.numel()} predicted tokens; perplexity in full precision: {loss.mean().exp():.3f}")
+    print("| setting | bits per weight | mean error of a layer | KL | same first choice | perplexity |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, settings in FORMATS.items():
+        report = QuantizationReport()
+        small = refq4.quantize_model(copy.deepcopy(full), report=report, progress=False, **settings)
+        row = f"| {name} | {report.bits:.3f} | {report.error:.4f} | {figures(exact, *said(small, sequences))} |"
+        print(row, flush=True)
+
+
+def sequences_of(directory: Path, text: Path, count: int) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """The model, the first pieces of the text as ids [CONTEXT], and four times as many of the last ones."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    full = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(directory)(text.read_text(), return_tensors="pt").input_ids[0]
+    size = count * CONTEXT
+    return full, list(ids[:size].view(-1, CONTEXT)), list(ids[-4 * size :].view(-1, CONTEXT))
+
+
+def figures(exact: Tensor, log_probs: Tensor, loss: Tensor) -> str:
+    """Divergence, agreement and perplexity, as cells of a table."""
+    kl = (exact.exp() * (exact - log_probs)).sum(1).mean()
+    same = (exact.argmax(1) == log_probs.argmax(1)).float().mean()
+    return f"{kl:.4f} | {same:.1%} | {loss.mean().exp():.2f}"
+
+
+@torch.no_grad()
+def said(model: nn.Module, sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The log-probabilities [tokens, vocabulary] of what follows each token, and minus that of what did follow."""
+    log_probs = torch.cat([model(ids[None]).logits[0, :-1].float().log_softmax(-1) for ids in sequences])
+    came = torch.cat([ids[1:] for ids in sequences])
+    return log_probs, -log_probs.gather(1, came[:, None])
 
 
 if __name__ == "__main__":

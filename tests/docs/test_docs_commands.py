@@ -33,6 +33,9 @@ NOT_RUN = {  # a command that starts like this -> why
     "pip install": "installs",
     "REFQ4_CPU_CFLAGS=": "a debugger waits for a person",
     "REFQ4_CPU_KERNEL=": "my_script.py stands for a program of the reader's",
+    "python scripts/models/smollm.py": "needs a model of 93 MB (the scripts: tests/docs/test_model_scripts.py)",
+    "python -m refq4 quantize smol/full": "the same",
+    "python -m refq4 eval smol/nf4": "the same",
     "python scripts/bench/arm_cycles.py": "needs llvm-mca; run by tests/backends/cpu/test_cpu_arm.py",
     "python scripts/checks/sanitize_cpu.py": "run by tests/backends/cpu/test_cpu_sanitizers.py, which is slow",
 }

@@ -62,6 +62,25 @@ def test_a_backend_in_a_file_can_be_timed(tmp_path, capsys):
     assert "torch bf16 ms (x)" in out
 
 
+def test_a_backend_with_two_ops_is_timed_in_what_it_has(tmp_path, capsys):
+    file = tmp_path / "with_two_ops.py"
+    file.write_text(
+        "import refq4\nfrom refq4.backend import Backend\nfrom refq4.reference import ReferenceBackend as R\n\n\n"
+        "class Two(Backend):\n    name = 'two ops'\n    dequantize_4bit = R.dequantize_4bit\n"
+        "    dequantize_blockwise = R.dequantize_blockwise\n    gemv_4bit = R.gemm_4bit\n\n\n"
+        "refq4.register_backend(Two())\n"
+    )
+    sizes = ["--shapes", "64x64", "--layers", "1", "--peers", "torch bf16", "--quick"]
+    with registry.isolated_registry():
+        assert cli.main(["bench", "--import", str(file), "--backend", "two ops", *sizes, "--m", "1"]) == 0
+        out = capsys.readouterr().out
+        assert cli.main(["bench", "--backend", "two ops", *sizes, "--m", "2"]) == 1
+    for shown in ("refq4 ms", "dequantise to bfloat16", "one token"):
+        assert shown in out
+    assert "quantise fp32" not in out
+    assert "no gemm_4bit" in capsys.readouterr().err
+
+
 def test_a_peer_that_is_not_installed_is_named_with_the_reason(capsys):
     sizes = ["--shapes", "64x64", "--m", "1", "--rounds", "15", "--layers", "1", "--no-ops"]
     assert cli.main(["bench", *sizes, "--peers", "refq4", "onnxruntime"]) == 0
