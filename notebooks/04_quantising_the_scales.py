@@ -148,7 +148,7 @@ def as_the_map_sees(values):
     return values.view(-1, 256) / values.view(-1, 256).abs().amax(dim=1, keepdim=True)
 
 
-views = {"with the mean": scales, "mean taken off": scales - offset}
+views = {"with the mean": scales, "mean subtracted": scales - offset}
 figure, axes = picture.canvas(height=2.4)
 axes.vlines(dynamic, 0.5, 0.95, color=picture.GREY, linewidth=0.5)
 for row, (colour, values) in enumerate(
@@ -169,8 +169,8 @@ axes.set(
 axes.grid(visible=False)
 picture.show(
     figure,
-    "Scales lie in the right half of the map, and on its dense middle once the mean is "
-    "taken off.",
+    "Scales are in the right half of the map, and in its dense middle after the mean "
+    "is subtracted.",
 )
 
 

@@ -36,7 +36,7 @@ engines = [
 ]
 engines.sort(key=lambda name: name != "reference")
 picture.table(
-    ["engine", "here", "why not"],
+    ["backend", "here", "why not"],
     [[i["name"], "yes" if i["available"] else "no", i["reason"] or ""] for i in infos],
 )
 
@@ -62,7 +62,7 @@ for name in engines:
         decoded,
         what=f"decoded weight of {name}",
     )
-print(f"{decoded.numel():,} weights: the same bits from every engine")
+print(f"{decoded.numel():,} weights: the same bits from every backend")
 
 # %% [markdown]
 # ## What can't be the same
@@ -138,7 +138,7 @@ allowed = 2 * distance.max() + ulp(budget.oracle, torch.float32)
 assert torch.allclose(allowed, budget.allowed, rtol=1e-12)
 for name, product in products.items():
     budget.check(product, what=name)  # raises if one element errs more
-print("every engine is within the budget")
+print("every backend is within the budget")
 
 # %% [markdown]
 # ## A test that can't fail
