@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,15 @@ SHAPES["qlora-deep"] = SHAPES["qlora"] | {"num_hidden_layers": 8, "vocab_size": 
 HUB = "bitsandbytes' kernel from the hub"
 HEAD = "its head in 4 bits, too"
 READING = "reading refq4's 4-bit layers once takes, ms"
+RANK = 8  # of the adapters: a product in which it is a size is theirs
+ADAPTERS = "products of the adapters"
+PROFILED = 4  # steps
 TRAINING = {"qlora": (2, 64), "qlora-deep": (2, 256)}  # sequences, tokens
 # What a profile calls it -> whose time it is. What has no line here is "the rest".
 SHARES = {
     "refq4::gemm_4bit": "4-bit layers, forward",
     "refq4::grad_input_4bit": "4-bit layers, gradient",
-    "aten::mm": "products of the adapters and the head",
+    "aten::mm": "products of the head",
     "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
     "aten::copy_": "casts and copies",
@@ -185,6 +188,8 @@ def qlora(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
             if step:
                 times[name].append(1e3 * (time.perf_counter() - start))
     shares = where_the_time_goes(runs["refq4"], statistics.median(times["refq4"]))
+    theirs = profiled(runs["bitsandbytes"], ("MatMul4Bit", "MatMul4BitBackward"), "cpu_time_total")
+    shares["for comparison: the 4-bit layers of bitsandbytes"] = sum(map(sum, theirs.values()))
     apart = max(abs(a - b) / b for a, b in zip(*losses.values(), strict=True))
     del runs
     gc.collect()
@@ -207,27 +212,43 @@ def where_the_time_goes(run: Iterator[float], step: float) -> dict[str, float]:
 
     The rest is what remains of ``step``, the milliseconds that one takes without the profiler.
     """
-    with torch.profiler.profile(record_shapes=True) as profile:
-        next(run)
-    shares = dict.fromkeys(SHARES.values(), 0.0)
-    operations = 0
-    for event in profile.key_averages(group_by_input_shape=True):
-        if (share := SHARES.get(event.key)) is not None:
-            shares[share] += event.self_cpu_time_total / 1e3
-            if share.startswith("4-bit"):
-                activations, (packed,) = event.input_shapes[:2]
-                operations += 2 * math.prod(activations[:-1]) * 2 * packed * event.count
+    shares = dict.fromkeys([*SHARES.values(), ADAPTERS], 0.0)
+    operations = 0.0
+    for (name, shapes), ms in profiled(run, SHARES, "self_cpu_time_total").items():
+        share = SHARES[name]
+        if name == "aten::mm" and RANK in (*shapes[0], *shapes[1]):
+            share = ADAPTERS
+        shares[share] += sum(ms)
+        if share.startswith("4-bit"):
+            activations, (packed,) = shapes[:2]
+            operations += 2 * math.prod(activations[:-1]) * 2 * packed * len(ms)
     shares["the rest: sums, norms, loss, optimiser, Python"] = step - sum(shares.values())
     found = CpuBackend().limits()
     peak = found["dot_gflop_s"] or found["fma_gflop_s"] or math.nan
-    return shares | {"for comparison: the 4-bit products at the machine's peak": operations / peak / 1e6}
+    return shares | {"for comparison: the 4-bit products at the machine's peak": operations / PROFILED / peak / 1e6}
+
+
+def profiled(run: Iterator[float], names: Iterable[str], what: str) -> dict[tuple[str, Any], list[float]]:
+    """Milliseconds of the calls of a few steps by name and shapes, each the median of its kind, divided by the steps.
+
+    A median, because the system takes the processor away now and then, for longer than most calls last.
+    """
+    with torch.profiler.profile(record_shapes=True) as profile:
+        for _ in range(PROFILED):
+            next(run)
+    calls: dict[tuple[str, Any], list[float]] = {}
+    for event in profile.events():
+        if event.name in names:
+            shapes = tuple(map(tuple, event.input_shapes))
+            calls.setdefault((event.name, shapes), []).append(getattr(event, what) / 1e3)
+    return {kind: [statistics.median(ms) / PROFILED] * len(ms) for kind, ms in calls.items()}
 
 
 def training(engine: str, path: Path, shape: tuple[int, int]) -> Iterator[float]:
     """The loss of one step after the other, on the same few sequences; the recipe of QLoRA."""
     torch.manual_seed(0)
     model = prepare_model_for_kbit_training(load(engine, path), gradient_checkpointing_kwargs={"use_reentrant": False})
-    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config).train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     ids = torch.randint(0, 1000, shape, generator=torch.Generator().manual_seed(0))
