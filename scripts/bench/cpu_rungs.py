@@ -3,6 +3,7 @@
 python scripts/bench/cpu_rungs.py                                                under a minute on two cores; printed
 python scripts/bench/cpu_rungs.py --json docs/benchmarks/rungs/cpu-avx2.json     and kept, for docs/cpu-kernels.md
 python scripts/bench/cpu_rungs.py --training                                     many tokens: forward, gradient, torch
+python scripts/bench/cpu_rungs.py --model                                        how much of reading is hidden
 
 NF4 in blocks of 64, bf16 activations, weights [4096, 4096] in rotation, all kernels interleaved, medians. Scalar ops
 are timed beside those of this machine's tier. What ``python -m refq4 bench`` measures is whole layers, and the peers.
@@ -20,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 from refq4_cpu import CpuBackend
-from refq4_cpu.kernels import KERNEL_VARIABLE, PRODUCT_KERNELS, ProductKernel
+from refq4_cpu.kernels import KERNEL_VARIABLE, PRODUCT_KERNELS, ProductKernel, tile_bytes
 from torch import Tensor
 
 from refq4.backend import Call, PackedWeight
@@ -30,7 +31,9 @@ from refq4.codebooks import get_codebook
 
 BLOCKSIZE = 64
 TOKENS = (1, 4, 16, 128)
+TOKENS_OF_A_TILE = 8  # of gemm_4bit_4_avx512_bf16
 SCALAR_GEMV_TO = 16  # a token takes it 20 ms
+MODEL_TOKENS = (1, 8, 16, 32, 128, 512)
 TRAINING = [
     (n, k, m) for n, k in ((1024, 1024), (2816, 1024), (1024, 2816), (2048, 2048), (5632, 2048)) for m in (128, 512)
 ]
@@ -46,11 +49,14 @@ def main() -> None:
     parser.add_argument(
         "--training", action="store_true", help="the products of a training step, as shares of the peak"
     )
+    parser.add_argument("--model", action="store_true", help="a product beside its arithmetic, look-ups and reading")
     asked = parser.parse_args()
     if asked.training:
         print(shares_of_the_peak(asked.rounds))
         return
-    report = measured(*asked.shape, asked.layers, asked.rounds)
+    report = (model if asked.model else measured)(*asked.shape, asked.layers, asked.rounds)
+    if asked.model:
+        print("\n".join(model_table(report)))
     text = json.dumps(report, indent=1) + "\n"
     print(text, end="")
     if asked.json is not None:
@@ -138,6 +144,40 @@ def in_cache(engines: dict[ProductKernel, CpuBackend]) -> dict[str, float]:
         return {name: n * k / seconds for name, seconds in interleaved(runs, 2000).items()}
     finally:
         torch.set_num_threads(threads)
+
+
+def model(n: int, k: int, layers: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of products of tiles, and what their parts would take alone; on a tier with vdpbf16ps."""
+    backend = CpuBackend()
+    packed = [packed_weight(backend, weight) for weight in random_weights(n, k, layers)]
+    tiles = [backend.prepare_weight(weight) or weight for weight in packed]
+    found, rows = limits(backend), []
+    for m in MODEL_TOKENS:
+        x = torch.randn(m, k).bfloat16()
+        kernel = backend.kernel(
+            Call("gemm_4bit", "cpu", torch.bfloat16, m, n, k, BLOCKSIZE, "nf4", layout=tiles[0].layout)
+        )
+        run: dict[str, Callable[[int], object]] = {"tiles": lambda i, x=x: backend.gemm_4bit(x, tiles[i], None)}
+        seconds = interleaved(run, rounds, layers, layers if m < 32 else 1)["tiles"]
+        served = m if "blocked" in kernel else min(m, TOKENS_OF_A_TILE)  # by one look-up
+        arithmetic = 2e-6 * m * n * k / found["dot_gflop_s"]
+        parts = {
+            "multiplying": arithmetic,
+            "decoding": arithmetic / served,
+            "reading": 1e-6 * tile_bytes(n, k, BLOCKSIZE) / found["read_gb_s"],
+        }
+        rows.append({"m": m, "kernel": kernel, **parts, "ms": 1e3 * seconds})
+    return {"machine": machine(backend), "limits": found, "shape": [n, k], "rows": rows}
+
+
+def model_table(report: dict[str, Any]) -> list[str]:
+    """Rows in Markdown: the parts, the longest of them and their sum, what was measured, and its share of the best."""
+    lines = []
+    for row in report["rows"]:
+        parts = [row[part] for part in ("multiplying", "decoding", "reading")]
+        shown = " | ".join(f"{ms:.2g}" if ms < 10 else f"{ms:.1f}" for ms in (*parts, max(parts), sum(parts)))
+        lines.append(f"| {row['m']} | {shown} | {row['ms']:.3g} | {max(parts) / row['ms']:.0%} |")
+    return lines
 
 
 def shares_of_the_peak(rounds: int) -> str:

@@ -20,6 +20,7 @@
 #include "threads.c"
 #include "tiles.h"
 #ifdef REFQ4_AVX512
+#include "pack_2_avx512.h"
 #include "tiles_2_avx512.h"
 #define MAKE_TILES tile_panel_avx512
 #elif defined REFQ4_AVX2
@@ -34,9 +35,18 @@
 
 enum { MAX_TOKENS = 8, MAX_PANELS = 4 };
 
-/* How far ahead a kernel asks for a panel's memory, in bytes: four records at blocksize 64. The hardware follows the
- * streams too, but stops at the ends of pages, and at half this distance a line comes too late for four tokens on. */
-enum { AHEAD = 2304 };
+/* Where a kernel reads a line, it asks the memory for another.
+ *
+ * Up to NEAR tokens memory is the limit, and the other line lies AHEAD bytes further on: four records at blocksize 64.
+ * The hardware follows the streams too, but stops at the ends of pages, and at half this distance a line comes too late.
+ *
+ * With more tokens arithmetic is, and memory has to work all the time behind it. So each call asks for as many lines
+ * of what this thread multiplies next, and spread as evenly, as it takes time. A call for panels 0 and 1 asks for
+ *
+ *     one tile of tokens       panels 2 and 3
+ *     two and more             the first tile's call: panel 0 of the next run, the second tile's: panel 1 of it
+ */
+enum { NEAR = 4, AHEAD = 2304 };
 
 /* Groups summed before the sum is scaled and added to the total: 32 elements in fp32, 64 where x is bf16 and its own
  * rounding is larger. In one chain over a block of 4096, each addition would round at the size of the whole sum. */
@@ -48,9 +58,16 @@ enum { SUBTOTAL_PARTS = SUBTOTAL_ELEMENTS / (8 * PART_GROUPS_FP32) };
 _Static_assert(8 * PART_GROUPS_FP32 == 32, "a part is no longer than the shortest block");
 _Static_assert(SUBTOTAL_PARTS * 8 * PART_GROUPS_FP32 == SUBTOTAL_ELEMENTS, "a subtotal is whole parts");
 
+/* What a call asks the memory for, as if it were its first panel, and how far behind lies what stands for the next. */
+typedef struct {
+    const uint8_t *at;
+    int64_t stride;
+} Ahead;
+
 /* x: a tile of it, see pack_tile. tiles: the first of NP panels, `stride` bytes apart. sums: [MT][16*MAX_PANELS]. */
 #define TILE_KERNEL_PARAMETERS                                                                                         \
-    const void *x, const uint8_t *tiles, int64_t stride, int64_t blocks, int64_t groups, const void *table, float *sums
+    const void *x, const uint8_t *tiles, int64_t stride, int64_t blocks, int64_t groups, const void *table,            \
+        Ahead ahead, float *sums
 typedef void (*TileKernel)(TILE_KERNEL_PARAMETERS);
 
 /* How a kernel wants x: see pack_tile. */
@@ -107,6 +124,12 @@ static void pack_tile(void *context, int64_t tile, int thread) {
     const Product *p = plan->p;
     int64_t first = tile_start(plan, tile), mt = tile_start(plan, tile + 1) - first;
     uint8_t *out = plan->x_tiles + x_bytes(plan, first);
+#ifdef REFQ4_AVX512
+    if (plan->engine->x_order <= BF16_PAIRS) {
+        pack_tokens(p, first, mt, plan->engine->x_order == BF16_PAIRS, (uint32_t *)out);
+        return;
+    }
+#endif
     if (plan->engine->x_order >= HALF_QUADS) {
         pack_quads(p, first, mt, plan->engine->x_order == HALF_QUADS, out);
         return;
@@ -144,10 +167,25 @@ static void write_outputs(const Product *p, const float *sums, float factor, int
     else for (int64_t i = 0; i < count; i++) ((uint16_t *)p->y)[at + i] = fp32_to_fp16(out[i]);
 }
 
-/* Asks for what the kernels do not: the first AHEAD bytes of the panels from `panel` on. */
+/* Asks for what the kernels do not, up to NEAR tokens: the first AHEAD bytes of the panels from `panel` on. */
 static void prefetch_heads(const Plan *plan, int64_t panel, int64_t count, int64_t stride) {
     for (const uint8_t *at = plan->p->tiles + panel * stride; count-- > 0 && panel++ < plan->panels; at += stride)
         for (int64_t i = 0; i < min64(AHEAD, stride); i += 64) __builtin_prefetch(at + i);
+}
+
+/* For a call that multiplies `count` panels, at `at`, by a tile of tokens of several; the run's panels end at `last`. */
+static Ahead what_comes(const Plan *plan, const uint8_t *at, int64_t panel, int64_t count, int64_t last, int64_t tile,
+                        int64_t tiles) {
+    const Product *p = plan->p;
+    int64_t stride = panel_bytes(p->K, p->weight.blocksize), other = plan->run * (p->threads - 1); /* threads in step */
+    int64_t next = panel + count + (panel + count < last ? 0 : other), shared = panel + plan->run + other + tile;
+    if (p->tiles && p->M <= NEAR) {
+        prefetch_heads(plan, next, count, stride);
+        return (Ahead){at + AHEAD, stride};
+    }
+    if (p->tiles && tiles == 1 && next + count <= plan->panels) return (Ahead){p->tiles + next * stride, stride};
+    if (p->tiles && tiles > 1 && tile < count && shared < plan->panels) return (Ahead){p->tiles + shared * stride, 0};
+    return (Ahead){at, 0}; /* lines that are read anyway */
 }
 
 /* One work item: a run of panels times a chunk of token tiles. */
@@ -171,15 +209,14 @@ static void multiply_run(void *context, int64_t item, int thread) {
         for (int64_t panel = first; panel < last;) {
             int np = 2; /* log2: the widest kernel that this token count has and that is not wider than what is left */
             while (np && (!kernels[np] || panel + (1 << np) > last)) np--;
-            int64_t next = panel + (1 << np);
-            if (p->tiles && t == tile_first) /* at the end the next run, if all threads keep step */
-                prefetch_heads(plan, next < last ? next : next + plan->run * (p->threads - 1), 1 << np, stride);
-            kernels[np](plan->x_tiles + x_bytes(plan, m0), tiles + (panel - first) * stride, stride, p->K / w->blocksize,
-                        w->blocksize / 8, plan->table, sums);
+            const uint8_t *at = tiles + (panel - first) * stride;
+            Ahead ahead = what_comes(plan, at, panel, 1 << np, last, t - tile_first, tile_end - tile_first);
+            kernels[np](plan->x_tiles + x_bytes(plan, m0), at, stride, p->K / w->blocksize, w->blocksize / 8,
+                        plan->table, ahead, sums);
             int64_t count = min64(PANEL << np, p->N - panel * PANEL);
             for (int64_t m = 0; m < mt; m++)
                 write_outputs(p, sums + m * PANEL * MAX_PANELS, plan->undo_scale, m0 + m, panel * PANEL, count);
-            panel = next;
+            panel += 1 << np;
         }
     }
 }
@@ -190,7 +227,8 @@ enum { RUN_BYTES = 256 << 10 }; /* of packed weight: leaves most of a 1 MB L2 to
  * holds up can be helped out; and whole widest kernels where there are panels enough. */
 static int64_t choose_run(const Plan *plan, int64_t stride) {
     const Product *p = plan->p;
-    int64_t fit = p->M <= MAX_TOKENS && p->tiles ? MAX_PANELS : min64(RUN_BYTES / stride, 16); /* or nothing is reused */
+    int64_t fit = min64(RUN_BYTES / stride, 16);
+    if (p->tiles && p->M <= 2 * MAX_TOKENS) fit = p->M <= NEAR ? MAX_PANELS : 0; /* a call's: all of x is in the cache */
     int64_t run = min64(fit, plan->panels / (4 * p->threads)) / MAX_PANELS * MAX_PANELS;
     if (run) return run;
     if (p->M <= MAX_TOKENS / 2 && plan->panels >= MAX_PANELS * p->threads) return MAX_PANELS;

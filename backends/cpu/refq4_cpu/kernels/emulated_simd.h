@@ -156,14 +156,13 @@ static inline __m512 emulated_maskz_loadu_ps(__mmask16 mask, const void *at) { /
 }
 #endif
 
-#ifndef _mm512_i32gather_epi32
-#define _mm512_i32gather_epi32(index, at, scale) emulated_i32gather_epi32(index, at, scale)
-static inline __m512i emulated_i32gather_epi32(__m512i index, const void *at, int scale) {
-    int32_t lanes[16];
-    memcpy(lanes, &index, sizeof lanes);
-    for (int i = 0; i < 16; i++) memcpy(lanes + i, (const uint8_t *)at + (int64_t)lanes[i] * scale, 4);
-    memcpy(&index, lanes, sizeof index);
-    return index;
+#ifndef _mm512_mask_storeu_epi32
+#define _mm512_mask_storeu_epi32(at, mask, a) emulated_mask_storeu_epi32(at, mask, a)
+static inline void emulated_mask_storeu_epi32(void *at, __mmask16 mask, __m512i a) { /* what is masked is not touched */
+    uint32_t lanes[16];
+    memcpy(lanes, &a, sizeof lanes);
+    for (int i = 0; i < 16; i++)
+        if (mask >> i & 1) memcpy((uint32_t *)at + i, lanes + i, 4);
 }
 #endif
 

@@ -78,7 +78,7 @@ static inline __attribute__((always_inline)) void avx2_tile(const float *x, cons
 }
 
 #define KERNEL(MT) static void avx2_tile_##MT(TILE_KERNEL_PARAMETERS) {                                                \
-        avx2_tile(x, tiles, stride, blocks, groups, table, sums, MT); }
+        (void)ahead, avx2_tile(x, tiles, stride, blocks, groups, table, sums, MT); }
 KERNEL(1) KERNEL(2) KERNEL(3) KERNEL(4)
 #undef KERNEL
 

@@ -105,7 +105,7 @@ static inline __attribute__((always_inline)) void neon_tile(const uint8_t *x, co
 }
 
 #define KERNEL(TABLE, SUBTOTALS, MT, QUADS) static void TABLE##_tile_##MT(TILE_KERNEL_PARAMETERS) {                    \
-        (void)stride, neon_tile(x, tiles, blocks, groups, table, sums, add_group_##TABLE, 4, SUBTOTALS, MT, QUADS); }
+        (void)stride, (void)ahead, neon_tile(x, tiles, blocks, groups, table, sums, add_group_##TABLE, 4, SUBTOTALS, MT, QUADS); }
 KERNEL(exact, 1, 1, 4) KERNEL(exact, 1, 2, 2) KERNEL(exact, 1, 3, 1) KERNEL(exact, 1, 4, 1)
 KERNEL(rounded, 0, 1, 4) KERNEL(rounded, 0, 2, 2) KERNEL(rounded, 0, 3, 1) KERNEL(rounded, 0, 4, 1)
 #undef KERNEL

@@ -110,7 +110,7 @@ static inline __attribute__((always_inline)) void bytes_tile(const float *x, con
 }
 
 #define KERNEL(MT, HALVES) static void bytes_tile_##MT(TILE_KERNEL_PARAMETERS) {                                       \
-        bytes_tile(x, tiles, stride, blocks, groups, table, sums, MT, HALVES); }
+        (void)ahead, bytes_tile(x, tiles, stride, blocks, groups, table, sums, MT, HALVES); }
 KERNEL(1, 2) KERNEL(2, 2) KERNEL(3, 1) KERNEL(4, 1)
 #undef KERNEL
 

@@ -24,7 +24,8 @@ static inline __attribute__((always_inline)) void add_subtotal(float *total, __m
 }
 
 static inline __attribute__((always_inline)) void fp32_tile(const float *x, const uint8_t *tiles, int64_t stride,
-                                                            int64_t blocks, int64_t groups, __m512 table, float *sums,
+                                                            int64_t blocks, int64_t groups, __m512 table,
+                                                            Ahead ahead, float *sums,
                                                             const int MT, const int NP) {
     __m512 subtotal[MAX_TOKENS][MAX_PANELS];
     UNROLL for (int m = 0; m < MT; m++) UNROLL for (int p = 0; p < NP; p++) subtotal[m][p] = _mm512_setzero_ps();
@@ -36,9 +37,8 @@ static inline __attribute__((always_inline)) void fp32_tile(const float *x, cons
         for (int64_t g = first; g < first + part; g++, x += 8 * MT) {
             __m512i codes[MAX_PANELS];
             UNROLL for (int p = 0; p < NP; p++) {
-                const uint8_t *at = tiles + p * stride + 64 + 64 * g;
-                codes[p] = _mm512_loadu_si512(at);
-                _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+                codes[p] = _mm512_loadu_si512(tiles + p * stride + 64 + 64 * g);
+                _mm_prefetch((const char *)ahead.at + p * ahead.stride + 64 + 64 * g, _MM_HINT_T0);
             }
             UNROLL for (int s = 0; s < 8; s++) {
                 __m512 w[MAX_PANELS];
@@ -52,12 +52,14 @@ static inline __attribute__((always_inline)) void fp32_tile(const float *x, cons
         }
         UNROLL for (int p = 0; p < NP; p++) {
             __m512 absmax = _mm512_loadu_ps(tiles + p * stride);
+            _mm_prefetch((const char *)ahead.at + p * ahead.stride, _MM_HINT_T0);
             UNROLL for (int m = 0; m < MT; m++) subtotal[m][p] = _mm512_fmadd_ps(block[m][p], absmax, subtotal[m][p]);
         }
         first += part;
         if (first == groups) { /* the next record */
             first = 0;
             tiles += record;
+            ahead.at += record;
         }
         if (i % SUBTOTAL_PARTS == SUBTOTAL_PARTS - 1 || i == parts - 1)
             UNROLL for (int m = 0; m < MT; m++)
@@ -66,7 +68,7 @@ static inline __attribute__((always_inline)) void fp32_tile(const float *x, cons
 }
 
 #define KERNEL(MT, NP) static void fp32_tile_##MT##x##NP(TILE_KERNEL_PARAMETERS) {                                     \
-        fp32_tile(x, tiles, stride, blocks, groups, _mm512_loadu_ps(table), sums, MT, NP); }
+        fp32_tile(x, tiles, stride, blocks, groups, _mm512_loadu_ps(table), ahead, sums, MT, NP); }
 KERNEL(1, 1) KERNEL(1, 2) KERNEL(1, 4) KERNEL(2, 1) KERNEL(2, 2) KERNEL(2, 4) KERNEL(3, 1) KERNEL(3, 2)
 KERNEL(4, 1) KERNEL(4, 2) KERNEL(5, 1) KERNEL(5, 2) KERNEL(6, 1) KERNEL(6, 2) KERNEL(7, 1) KERNEL(7, 2)
 KERNEL(8, 1) KERNEL(8, 2)

@@ -75,7 +75,7 @@ static inline __attribute__((always_inline)) void bfmmla_tile(const uint16_t *x,
 }
 
 #define KERNEL(MT, QUADS) static void bfmmla_tile_##MT(TILE_KERNEL_PARAMETERS) {                                       \
-        (void)stride, bfmmla_tile(x, tiles, blocks, groups, table, sums, MT, QUADS); }
+        (void)stride, (void)ahead, bfmmla_tile(x, tiles, blocks, groups, table, sums, MT, QUADS); }
 /* 8 to 16 sums: enough to hide the latency, and few enough for 32 registers. */
 KERNEL(1, 4) KERNEL(2, 4) KERNEL(3, 4) KERNEL(4, 4) KERNEL(5, 2) KERNEL(6, 2) KERNEL(7, 2) KERNEL(8, 2)
 #undef KERNEL

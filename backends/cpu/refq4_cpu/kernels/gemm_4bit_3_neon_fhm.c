@@ -40,7 +40,7 @@ static inline __attribute__((always_inline)) void add_group_halves(float32x4_t s
 }
 
 #define KERNEL(MT, QUADS) static void halves_tile_##MT(TILE_KERNEL_PARAMETERS) {                                       \
-        (void)stride, neon_tile(x, tiles, blocks, groups, table, sums, add_group_halves, 2, 0, MT, QUADS); }
+        (void)stride, (void)ahead, neon_tile(x, tiles, blocks, groups, table, sums, add_group_halves, 2, 0, MT, QUADS); }
 KERNEL(1, 4) KERNEL(2, 2) KERNEL(3, 1) KERNEL(4, 1)
 #undef KERNEL
 

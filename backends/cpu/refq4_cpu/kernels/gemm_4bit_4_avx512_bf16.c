@@ -26,7 +26,8 @@
 _Static_assert(sizeof(__m512i) == GROUP_BYTES, "a group is one register");
 
 static inline __attribute__((always_inline)) void bf16_tile(const uint32_t *x, const uint8_t *tiles, int64_t stride,
-                                                            int64_t blocks, int64_t groups, __m512i table, float *sums,
+                                                            int64_t blocks, int64_t groups, __m512i table,
+                                                            Ahead ahead, float *sums,
                                                             const int MT, const int NP) {
     __m512 total[MAX_TOKENS][MAX_PANELS];
     UNROLL for (int m = 0; m < MT; m++) UNROLL for (int p = 0; p < NP; p++) total[m][p] = _mm512_setzero_ps();
@@ -37,9 +38,8 @@ static inline __attribute__((always_inline)) void bf16_tile(const uint32_t *x, c
         for (int64_t g = first; g < first + part; g++, x += 4 * MT) {
             __m512i codes[MAX_PANELS];
             UNROLL for (int p = 0; p < NP; p++) {
-                const uint8_t *at = tiles + p * stride + 64 + 64 * g;
-                codes[p] = _mm512_loadu_si512(at);
-                _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+                codes[p] = _mm512_loadu_si512(tiles + p * stride + 64 + 64 * g);
+                _mm_prefetch((const char *)ahead.at + p * ahead.stride + 64 + 64 * g, _MM_HINT_T0);
             }
             UNROLL for (int s = 0; s < 4; s++) {
                 __m512bh w[MAX_PANELS];
@@ -53,12 +53,14 @@ static inline __attribute__((always_inline)) void bf16_tile(const uint32_t *x, c
         }
         UNROLL for (int p = 0; p < NP; p++) {
             __m512 absmax = _mm512_loadu_ps(tiles + p * stride);
+            _mm_prefetch((const char *)ahead.at + p * ahead.stride, _MM_HINT_T0);
             UNROLL for (int m = 0; m < MT; m++) total[m][p] = _mm512_fmadd_ps(block[m][p], absmax, total[m][p]);
         }
         first += part;
         if (first == groups) { /* the next record */
             first = 0;
             tiles += record;
+            ahead.at += record;
         }
     }
     UNROLL for (int m = 0; m < MT; m++)
@@ -66,7 +68,7 @@ static inline __attribute__((always_inline)) void bf16_tile(const uint32_t *x, c
 }
 
 #define KERNEL(MT, NP) static void bf16_tile_##MT##x##NP(TILE_KERNEL_PARAMETERS) {                                     \
-        bf16_tile(x, tiles, stride, blocks, groups, _mm512_loadu_si512(table), sums, MT, NP); }
+        bf16_tile(x, tiles, stride, blocks, groups, _mm512_loadu_si512(table), ahead, sums, MT, NP); }
 /* More panels at few tokens, fewer at many: 4 to 16 independent sums hide the latency, more would spill. */
 KERNEL(1, 1) KERNEL(1, 2) KERNEL(1, 4) KERNEL(2, 1) KERNEL(2, 2) KERNEL(2, 4) KERNEL(3, 1) KERNEL(3, 2) KERNEL(3, 4)
 KERNEL(4, 1) KERNEL(4, 2) KERNEL(4, 4) KERNEL(5, 1) KERNEL(5, 2) KERNEL(6, 1) KERNEL(6, 2) KERNEL(7, 1) KERNEL(7, 2)

@@ -14,20 +14,6 @@
 #include "gemm_4bit_4_avx512_bf16.c" /* bf16_table */
 #include "gemm_4bit_5_avx512_rows.c" /* run_rows */
 
-static void order_bf16(const RowsPlan *plan, int64_t m0, int64_t mt) {
-    const Product *p = plan->p;
-    __m512i pairs = _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 10, 11, 0, 1, 8, 9, 6, 7, 14, 15, 4, 5, 12, 13));
-    for (int64_t m = 0; m < mt; m++)
-        for (int64_t step = 0; step < plan->steps; step++) {
-            _Alignas(64) uint16_t x[STEP] = {0};
-            int64_t k = step * STEP;
-            memcpy(x, (const uint16_t *)p->x + (m0 + m) * p->K + k, (size_t)min64(STEP, p->K - k) * 2);
-            for (int i = 0; i < STEP; i += 32)
-                _mm512_store_si512(x + i, _mm512_shuffle_epi8(_mm512_load_si512(x + i), pairs));
-            order_step((const uint32_t *)x, 4, mt, ordered_at(plan, m0, mt, m, step));
-        }
-}
-
 ROWS_KERNEL(bf16_streams, 1, 4) ROWS_KERNEL(bf16_streams, 2, 4)
 ROWS_KERNEL(bf16_streams, 3, 4) ROWS_KERNEL(bf16_streams, 4, 4)
 static const RowsKernel bf16_streams[] = {NULL, bf16_streams_1, bf16_streams_2, bf16_streams_3, bf16_streams_4};
@@ -36,5 +22,5 @@ static int gemm_4bit_5_avx512_bf16_rows(const Product *p) {
     _Alignas(64) uint8_t table[64];
     RowsPlan plan = {p, bf16_streams, 16, bf16_table(p->weight.code, table)};
     plan.table = _mm512_load_si512(table);
-    return run_rows(&plan, order_bf16);
+    return run_rows(&plan);
 }

@@ -25,7 +25,8 @@
  *
  * What limits one or two tokens is memory. A processor looks a few hundred instructions ahead, less than a step of four
  * rows, so every line of the next strip, codes and scales, is prefetched while this one is multiplied; and a work item
- * is several strips, so that the next one is this thread's. (Without the scales, one line in nine, the whole of it was
+ * is several strips, so that the next one is this thread's. A line waits in the L2 cache for that long, and is asked for
+ * again one row before it is needed. (Without the scales, one line in nine, the whole of it was
  * worth nothing: a wait for one line is as long as a wait for nine. One strip an item: the other thread took it.)
  *
  * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -DREFQ4_AVX512 -fsyntax-only gemm_4bit_5_avx512_rows.c
@@ -34,9 +35,10 @@
 #define GEMM_4BIT_5_AVX512_ROWS_C
 #include "simd.h"
 #include "driver.h"
+#include "pack_2_avx512.h" /* bf16_pairs, fp32_exchanged, transpose16 */
 
 enum { STEP = 512, STEP_BYTES = STEP / 2, STREAMS = 4, STREAM_ROWS = 8, STRIP = STREAMS * STREAM_ROWS };
-enum { ROWS_TOKENS = 4, X_PIECE_BYTES = 16 << 10, MOST_STRIPS = 8 };
+enum { ROWS_TOKENS = 4, X_PIECE_BYTES = 32 << 10, MOST_STRIPS = 8 };
 _Static_assert(STEP_BYTES == 4 * sizeof(__m512i), "four registers a step");
 
 typedef struct RowsPlan RowsPlan;
@@ -107,10 +109,12 @@ static inline __attribute__((always_inline)) void rows_step(const RowsPlan *plan
     UNROLL for (int half = 0; half < 2; half++) {
         __m512i T[STREAMS][2];
         UNROLL for (int r = 0; r < STREAMS; r++) {
-            const char *next = (const char *)set->bytes[r] + at + 128 * half + set->ahead;
+            const char *now = (const char *)set->bytes[r] + at + 128 * half, *row = now + plan->p->K / 2;
             transposed_codes(set->bytes[r] + at, half, whole, here / 2, T[r]);
-            _mm_prefetch(next, _MM_HINT_T0);
-            _mm_prefetch(next + 64, _MM_HINT_T0);
+            UNROLL for (int line = 0; line < 128; line += 64) {
+                _mm_prefetch(now + line + set->ahead, _MM_HINT_T0);
+                _mm_prefetch(row + line, _MM_HINT_T0); /* asked for a strip ago, and in the L2 cache since */
+            }
         }
         UNROLL for (int t = 0; t < 2; t++)
             UNROLL for (int s = 0; s < SHIFTS; s++) {
@@ -205,20 +209,28 @@ static void rows_item(void *context, int64_t item, int thread) {
     }
 }
 
-/* A step of one token, as 64 groups of `per_group` dwords in the order of the shifts -> vectors, `mt` apart. */
-static void order_step(const uint32_t *groups, int per_group, int64_t mt, uint8_t *out) {
-    __m512i lanes = _mm512_setr_epi32(0, 16, 32, 48, 4, 20, 36, 52, 8, 24, 40, 56, 12, 28, 44, 60); /* T[0]'s groups */
-    lanes = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(per_group));
-    for (int i = 0; i < 4 * per_group; i++, out += 64 * mt)
-        _mm512_store_si512(out, _mm512_i32gather_epi32(lanes, (const int *)groups + i, 4));
+/* A tile of x in kernel order: lane i of 16 or 32 vectors holds elements 128 * (i % 4) + 32 * (i / 4) .. + 31 of a step,
+ * so it is a transposition, too. */
+static void order_tile(const RowsPlan *plan, int64_t m0, int64_t mt) {
+    const Product *p = plan->p;
+    uint8_t *out = plan->x + m0 * plan->steps * plan->vectors * 64;
+    for (int64_t k0 = 0; k0 < p->K; k0 += STEP, out += plan->vectors * mt * 64)
+        for (int64_t i = 0; i < mt * plan->vectors / 16; i++) {
+            int64_t m = i % mt, half = i / mt; /* fp32: 16 elements of each 32 at a time */
+            __m512i lane[16];
+            UNROLL for (int l = 0; l < 16; l++) {
+                int64_t k = k0 + 128 * (l % 4) + 32 * (l / 4), at = (m0 + m) * p->K + k + 16 * half;
+                lane[l] = k >= p->K            ? _mm512_setzero_si512()
+                          : plan->vectors == 16 ? bf16_pairs((const uint16_t *)p->x + at)
+                                                : fp32_exchanged(p->x, p->dtype, at);
+            }
+            transpose16(lane);
+            UNROLL for (int v = 0; v < 16; v++) _mm512_store_si512(out + ((16 * half + v) * mt + m) * 64, lane[v]);
+        }
 }
 
-static inline uint8_t *ordered_at(const RowsPlan *plan, int64_t m0, int64_t mt, int64_t m, int64_t step) {
-    return plan->x + ((m0 * plan->steps + step * mt) * plan->vectors + m) * 64;
-}
-
-/* Completes the plan and runs it; `order` puts a tile of x into kernel order. */
-static int run_rows(RowsPlan *plan, void (*order)(const RowsPlan *plan, int64_t m0, int64_t mt)) {
+/* Completes the plan and runs it. */
+static int run_rows(RowsPlan *plan) {
     const Product *p = plan->p;
     int index[16];
     plan->shift = __builtin_ctzll((unsigned long long)p->weight.blocksize);
@@ -232,7 +244,7 @@ static int run_rows(RowsPlan *plan, void (*order)(const RowsPlan *plan, int64_t 
     int ok = plan->x && plan->scales;
     if (ok) {
         for (int64_t t = 0; t < plan->token_tiles; t++)
-            order(plan, rows_tile_start(plan, t), rows_tile_start(plan, t + 1) - rows_tile_start(plan, t));
+            order_tile(plan, rows_tile_start(plan, t), rows_tile_start(plan, t + 1) - rows_tile_start(plan, t));
         int64_t items = ceil_div(p->N, plan->strips * STRIP);
         run_parallel(rows_item, plan, items, p->M * p->N * p->K > 1 << 17 ? p->threads : 1);
     }
@@ -241,23 +253,12 @@ static int run_rows(RowsPlan *plan, void (*order)(const RowsPlan *plan, int64_t 
     return ok;
 }
 
-static void order_fp32(const RowsPlan *plan, int64_t m0, int64_t mt) {
-    const Product *p = plan->p;
-    for (int64_t m = 0; m < mt; m++)
-        for (int64_t step = 0; step < plan->steps; step++) {
-            float x[STEP] = {0};
-            for (int64_t i = 0; i < min64(STEP, p->K - step * STEP); i++) /* shifts bring down k = 1 0 3 2 5 4 7 6 */
-                x[i ^ 1] = load_as_fp32(p->x, p->dtype, (m0 + m) * p->K + step * STEP + i);
-            order_step((const uint32_t *)x, 8, mt, ordered_at(plan, m0, mt, m, step));
-        }
-}
-
 ROWS_KERNEL(fp32_streams, 1, 8) ROWS_KERNEL(fp32_streams, 2, 8)
 ROWS_KERNEL(fp32_streams, 3, 8) ROWS_KERNEL(fp32_streams, 4, 8)
 static const RowsKernel fp32_streams[] = {NULL, fp32_streams_1, fp32_streams_2, fp32_streams_3, fp32_streams_4};
 
 static int gemm_4bit_5_avx512_rows(const Product *p) {
     RowsPlan plan = {p, fp32_streams, 32, 1, .table = _mm512_loadu_si512(p->weight.code)};
-    return run_rows(&plan, order_fp32);
+    return run_rows(&plan);
 }
 #endif
