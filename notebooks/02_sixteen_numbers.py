@@ -131,7 +131,11 @@ picture.show(
 # ## Which weight gets which code
 #
 # A weight gets the code of the nearest value, so the border between two codes, the *threshold*, is half way between
-# their values. The colours show the weights of each code.
+# their values. Drag a threshold to another place, and the error grows:
+#
+# <div class="playground" id="figure-thresholds">(In the documentation you can drag thresholds here.)</div>
+#
+# These were weights of a normal distribution. In the next picture the colours show the model's weights of each code.
 
 # %%
 book = get_codebook("nf4")

@@ -163,8 +163,12 @@ picture.show(
 # ## What an outlier does
 #
 # The other layer has a weight that is 175 standard deviations from zero. This is not an accident: trained models have
-# a few such weights. This weight becomes the scale of its block. The picture shows this block and the next one,
-# before and after quantising. (In the [playground](../docs/playground.md#outlier) you can drag an outlier.)
+# a few such weights. This weight becomes the scale of its block. Here you can make one in a block of 16 weights:
+#
+# <div class="playground" id="figure-outlier">(In the documentation you can drag an outlier here.)</div>
+#
+# (There is more of that in the [playground](../docs/playground.md#outlier).) The picture below shows the block of the
+# model's outlier and the next one, before and after quantising.
 
 # %%
 W = layers["one with an outlier"]

@@ -108,6 +108,10 @@ assert error < 0.005
 #   s    0000001                           1 below a millionth
 # ```
 #
+# Choose the bits of a byte:
+#
+# <div class="playground" id="figure-byte">(In the documentation you can choose them here.)</div>
+#
 # Together with 0 and 1 these are 256 numbers. They are sorted, and a code is a position in this list.
 
 # %%

@@ -1,56 +1,14 @@
-// The playground: refq4's quantise, pack and decode in the browser. Every operation is rounded to fp32 by Math.fround,
-// as the Python reference rounds it (refq4/reference.py); tests/docs/test_site.py compares the two bit for bit.
+// The playground: weights to type or drag, and what quantise.js makes of them.
 (() => {
   const root = document.getElementById("playground");
   if (!root) return;
+  const { quantise, relative, hex, exact, short, add } = quantising;
   const at = (id) => document.getElementById(id);
   const books = JSON.parse(at("codebooks").textContent);
   const BLOCKSIZES = [4, 8, 16, 32, 64, 128];
   const MOST = 256, SLIDERS = 32;
 
-  // --- the computation ------------------------------------------------------------------------------------------
-
-  // The largest magnitude of each block, fp32.
-  function scales(weights, blocksize) {
-    const absmax = [];
-    for (let start = 0; start < weights.length; start += blocksize)
-      absmax.push(Math.max(...weights.slice(start, start + blocksize).map(Math.abs)));
-    return absmax;
-  }
-
-  // clamp(x * (1/absmax), -1, 1); zero where 1/absmax is no number.
-  function scale(x, absmax) {
-    const inverse = Math.fround(1 / absmax);
-    if (!Number.isFinite(inverse)) return 0;
-    return Math.min(Math.max(Math.fround(x * inverse), -1), 1);
-  }
-
-  // How many thresholds lie below it says which value it gets.
-  const code = (book, scaled) => book.order[book.thresholds.filter((threshold) => scaled > threshold).length];
-
-  // Two codes a byte, the first in the high nibble; an odd one out is followed by the code of 0.0.
-  function pack(book, codes) {
-    const bytes = [];
-    for (let i = 0; i < codes.length; i += 2) bytes.push((codes[i] << 4) | (codes[i + 1] ?? code(book, 0)));
-    return bytes;
-  }
-
-  function quantise(weights, book, blocksize) {
-    const absmax = scales(weights, blocksize);
-    const rows = weights.map((weight, i) => {
-      const scaled = scale(weight, absmax[Math.floor(i / blocksize)]);
-      const chosen = code(book, scaled);
-      const decoded = Math.fround(book.values[chosen] * absmax[Math.floor(i / blocksize)]);
-      return { weight, scaled, code: chosen, value: book.values[chosen], decoded };
-    });
-    return { absmax, rows, packed: pack(book, rows.map((row) => row.code)) };
-  }
-
   // --- in and out -------------------------------------------------------------------------------------------------
-
-  const hex = (number, digits) => number.toString(16).padStart(digits, "0");
-  const exact = (x) => (Object.is(x, -0) ? "-0" : x === 0 ? "0" : x.toPrecision(9)); // nine digits tell fp32 numbers apart
-  const short = (x) => (x === 0 ? "0" : Math.abs(x) >= 1e4 || Math.abs(x) < 1e-4 ? x.toExponential(2) : x.toFixed(4));
 
   function read(text) {
     const words = text.split(/[\s,;]+/).filter(Boolean);
@@ -87,11 +45,6 @@
     showSliders(weights);
   }
 
-  function relative(rows) {
-    const norm = (pick) => Math.hypot(...rows.map(pick));
-    return norm((row) => row.decoded - row.weight) / (norm((row) => row.weight) || 1);
-  }
-
   function tableRow(row, i, blocksize) {
     const line = document.createElement("tr");
     if (i && i % blocksize === 0) line.className = "block-start";
@@ -112,15 +65,6 @@
   }
 
   // --- the picture: values, thresholds between them, weights ----------------------------------------------------------
-
-  const NS = "http://www.w3.org/2000/svg";
-
-  function add(parent, name, attributes, text) {
-    const element = document.createElementNS(NS, name);
-    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-    if (text !== undefined) element.textContent = text;
-    parent.append(element);
-  }
 
   function drawAxis(book, rows) {
     const axis = at("axis");

@@ -5,6 +5,7 @@ generated passages     <!-- refq4: NAME ARGUMENT --> in a page is replaced by wh
 kernels                names of their files lead to the pages of those files                     (kernels_code.py)
 maths                  LaTeX becomes MathML while the site is built: no script, no fonts                  (maths.py)
 notebooks              what mkdocs-jupyter renders loses its scripts and styles                           (cells.py)
+figures                a notebook that has one to move gets the numbers that it computes with             (tables.py)
 glossary               the first of each of its words has its entry as a tooltip                         (glossary.py)
 tables                 names in cells break after their joints, short cells not at all                    (wrapping.py)
 wide pages             a table that needs the whole screen has no navigation beside it
@@ -21,6 +22,7 @@ import maths
 import passages
 import pipeline_page
 import places
+import tables
 import wrapping
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
@@ -65,4 +67,5 @@ def on_page_content(html: str, page: Page, **_: Any) -> str:
     """Maths, in pages and in notebooks, and where tables may break."""
     notebook = page.file.src_uri.endswith(".ipynb")
     html = cells.clean(html, page.file.src_uri) if notebook else maths.render(html)
-    return glossary.mark(wrapping.in_tables(html), page.file.src_uri)
+    data = tables.figure_data() if 'id="figure-' in html else ""
+    return glossary.mark(wrapping.in_tables(html), page.file.src_uri) + data

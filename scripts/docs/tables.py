@@ -7,13 +7,14 @@ import io
 import json
 import os
 import re
+from statistics import NormalDist
 
 import places
 import torch
 
 import refq4
 from refq4 import cli
-from refq4.codebooks import codebook_names, get_codebook
+from refq4.codebooks import codebook_names, create_dynamic_map, get_codebook
 
 _VARIABLE_ROW = re.compile(r"^\| `(?:REFQ4_\w+|CC)` \|.*\|$", re.MULTILINE)
 _COMMAND = re.compile(r"^    (\w+) +\S", re.MULTILINE)
@@ -44,7 +45,18 @@ def codebook_data(page: str) -> str:
         for name in codebook_names()
         for book in [get_codebook(name)]
     }
-    return f'<script type="application/json" id="codebooks">{json.dumps(data)}</script>'
+    return _json("codebooks", data)
+
+
+def figure_data() -> str:
+    """What the figures in the notebooks compute with: the codebooks, the dynamic map, 64 weights of a normal block."""
+    normal = torch.tensor([NormalDist().inv_cdf((i + 0.5) / 64) for i in range(64)])
+    weights = _json("normal-weights", normal.tolist())
+    return codebook_data("") + weights + _json("dynamic-map", create_dynamic_map().tolist())
+
+
+def _json(name: str, data: object) -> str:
+    return f'<script type="application/json" id="{name}">{json.dumps(data)}</script>'
 
 
 def state_dict(page: str) -> str:

@@ -10,8 +10,9 @@ import json
 import pkgutil
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import NormalDist
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 import numpy as np
@@ -24,7 +25,7 @@ from public_names import names
 from site_server import FLAGS, built_site, chromium, served
 
 from refq4 import layout
-from refq4.codebooks import get_codebook
+from refq4.codebooks import Codebook, create_dynamic_map, get_codebook
 from refq4.reference import ReferenceBackend
 
 pytestmark = pytest.mark.reference_only("it is about the documentation")
@@ -260,6 +261,95 @@ def test_without_a_script_all_steps_are_there(browser, address):
     page.goto(address)
     assert page.locator(".panels .panel:visible").count() == 7
     context.close()
+
+
+# --- the figures in the notebooks -------------------------------------------------------------------------------------
+
+NORMAL = torch.tensor([NormalDist().inv_cdf((i + 0.5) / 64) for i in range(64)])
+
+
+def decoded(weights: torch.Tensor, thresholds: Iterable[float] | None, blocksize: int) -> torch.Tensor:
+    """NF4 and back by the reference, with the thresholds given."""
+    nf4, reference = get_codebook("nf4"), ReferenceBackend()
+    code = Codebook("moved", nf4.values, thresholds or nf4.thresholds).on("cpu")
+    packed, absmax = reference.quantize_4bit(weights, code, blocksize)
+    codes = layout.unpack(packed, len(weights))
+    return reference.dequantize_blockwise(codes, absmax, code.values, blocksize, torch.float32)
+
+
+def error(weights: torch.Tensor, back: torch.Tensor) -> str:
+    return f"{float((back - weights).norm() / weights.norm()):.4f}"
+
+
+def test_a_threshold_is_dragged_and_moved_by_keys_and_the_error_is_the_reference_s(address, page):
+    page.goto(address + "notebooks/02_sixteen_numbers/")
+    told, moved = page.locator("#figure-thresholds p"), list(get_codebook("nf4").thresholds)
+    best = error(NORMAL, decoded(NORMAL, moved, 64))
+    grip = page.get_by_role("slider", name="threshold 10", exact=True)
+    grip.focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    moved[10] = float(grip.get_attribute("aria-valuenow"))
+    assert moved[10] == pytest.approx(get_codebook("nf4").thresholds[10] + 0.03, abs=1e-4)
+    assert told.inner_text() == f"error |W - W4| / |W| = {error(NORMAL, decoded(NORMAL, moved, 64))}; " + (
+        f"with the midpoints {best}"
+    )
+    last = page.get_by_role("slider", name="threshold 14", exact=True)
+    box = last.locator("circle").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] - 900, box["y"], steps=3)  # further than it goes: to the value below
+    page.mouse.up()
+    moved[14] = float(last.get_attribute("aria-valuenow"))
+    assert moved[14] == pytest.approx(get_codebook("nf4").values[14], abs=1e-4)
+    got = error(NORMAL, decoded(NORMAL, moved, 64))
+    assert float(got) > float(best)
+    assert got in told.inner_text()
+    page.get_by_role("button", name="back to the midpoints").click()
+    assert told.inner_text().startswith(f"error |W - W4| / |W| = {best};")
+
+
+@pytest.mark.parametrize("presses", [0, 30, 190], ids=["like the others", "larger", "an outlier"])
+def test_an_outlier_spoils_its_own_block_as_the_reference_says(address, page, presses):
+    page.goto(address + "notebooks/03_blocks_and_scales/")
+    slider = page.locator("#outlier-weight")
+    slider.focus()
+    for _ in range(presses):
+        page.keyboard.press("ArrowRight")
+    weights = NORMAL[[2 * (13 * i % 32) for i in range(32)]].clone()
+    weights[5] = 1 + presses / 10
+    back = decoded(weights, None, 16)
+    parts = []
+    for block in ([i for i in range(16) if i != 5], range(16, 31)):
+        mine = list(block)
+        parts.append(f"{int((back[mine] == 0).sum())} of 15 became 0, their error {error(weights[mine], back[mine])}")
+    wanted = f"Beside it: {parts[0]}. In the next block: {parts[1]}."
+    assert page.locator("#figure-outlier p").inner_text() == wanted
+
+
+def test_every_byte_of_the_dynamic_map_shows_its_value(address, page):
+    page.goto(address + "notebooks/04_quantising_the_scales/")
+    # Gray's order: from one byte to the next, one bit is pressed.
+    shown = page.evaluate("""() => {
+      const bits = [...document.querySelectorAll("#figure-byte .bit")].reverse(), shown = {};
+      for (const bit of bits) if (bit.getAttribute("aria-pressed") === "true") bit.click();
+      for (let i = 0; i < 256; i++) {
+        if (i) bits[Math.log2(i & -i)].click();
+        shown[i ^ (i >> 1)] = document.querySelector("#figure-byte p").textContent;
+      }
+      return shown;
+    }""")
+    dynamic, used = create_dynamic_map(), set()
+    assert (shown.pop("0"), shown.pop("128")) == ("no one at all: 0", "no one at all: 1, the largest")
+    for byte, told in shown.items():
+        value, place = re.search(r"The value is (\S+), number (\d+) of", told).groups()
+        sign, rest = divmod(int(byte), 128)
+        zeros, steps = 7 - rest.bit_length(), 1 << (rest.bit_length() - 1)
+        exact = 10.0**-zeros * (0.1 + 0.9 * (rest - steps + 0.5) / steps)
+        assert float(value) == pytest.approx(-exact if sign else exact, rel=1e-6), byte
+        assert float(value) == pytest.approx(float(dynamic[int(place)]), rel=1e-6), byte
+        used.add(int(place))
+    assert used == set(range(256)) - {127, 255}
 
 
 # --- the playground ---------------------------------------------------------------------------------------------------
