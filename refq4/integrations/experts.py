@@ -71,7 +71,7 @@ def packed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
     rows = _product(self, down, rows, offsets)
     if self.has_post_expert_norm:
         rows = self.post_expert_norm(rows)
-    weighted: Tensor = rows * weights[order].unsqueeze(-1)
+    weighted: Tensor = rows * weights.index_select(0, order).unsqueeze(-1)
     if not alone:
         weighted = weighted[torch.argsort(order)]
     return weighted.view(-1, top_k, weighted.shape[-1]).sum(dim=1).to(hidden_states.dtype)
