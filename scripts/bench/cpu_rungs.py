@@ -147,20 +147,20 @@ def in_cache(engines: dict[ProductKernel, CpuBackend]) -> dict[str, float]:
 
 
 def model(n: int, k: int, layers: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds of products of tiles, and what their parts would take alone; on a tier with vdpbf16ps."""
+    """Milliseconds of products of tiles, and what their parts would take alone (look-ups: those of AVX-512 BF16)."""
     backend = CpuBackend()
     packed = [packed_weight(backend, weight) for weight in random_weights(n, k, layers)]
     tiles = [backend.prepare_weight(weight) or weight for weight in packed]
     found, rows = limits(backend), []
+    peak = found["dot_gflop_s"] or found["fma_gflop_s"]
+    layout = getattr(tiles[0], "layout", "canonical")
     for m in MODEL_TOKENS:
         x = torch.randn(m, k).bfloat16()
-        kernel = backend.kernel(
-            Call("gemm_4bit", "cpu", torch.bfloat16, m, n, k, BLOCKSIZE, "nf4", layout=tiles[0].layout)
-        )
+        kernel = backend.kernel(Call("gemm_4bit", "cpu", torch.bfloat16, m, n, k, BLOCKSIZE, "nf4", layout=layout))
         run: dict[str, Callable[[int], object]] = {"tiles": lambda i, x=x: backend.gemm_4bit(x, tiles[i], None)}
         seconds = interleaved(run, rounds, layers, layers if m < 32 else 1)["tiles"]
         served = m if "blocked" in kernel else min(m, TOKENS_OF_A_TILE)  # by one look-up
-        arithmetic = 2e-6 * m * n * k / found["dot_gflop_s"]
+        arithmetic = 2e-6 * m * n * k / peak
         parts = {
             "multiplying": arithmetic,
             "decoding": arithmetic / served,

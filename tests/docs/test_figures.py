@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from refq4_cpu import CpuBackend
 from refq4_cpu.build import TIERS
 from refq4_cpu.kernels import PRODUCT_KERNELS
 
@@ -28,9 +29,17 @@ sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 
 import cpu_rungs  # noqa: E402 (the scripts are no package)
 
-CPU, AVX2, RUNGS, ZEN5, ZEN5_FP16, ZEN5_FP32 = (
+CPU, AVX2, RUNGS, ZEN5, ZEN5_FP16, ZEN5_FP32, MODEL = (
     json.loads((ROOT / "docs" / "benchmarks" / f"{name}.json").read_text())
-    for name in ("cpu", "cpu-avx2", "rungs/cpu-avx2", "cpu-zen5", "cpu-zen5-fp16", "cpu-zen5-fp32")
+    for name in (
+        "cpu",
+        "cpu-avx2",
+        "rungs/cpu-avx2",
+        "cpu-zen5",
+        "cpu-zen5-fp16",
+        "cpu-zen5-fp32",
+        "rungs/cpu-zen5-model",
+    )
 )
 BENCHMARKS, KERNELS, NUMERICS = "docs/benchmarks.md", "docs/cpu-kernels.md", "docs/explanation/numerics.md"
 PEERS = ("refq4 canonical", "bitsandbytes packed", "torch bf16", "torch int4")
@@ -91,6 +100,7 @@ TABLES = {
     "layers on Zen 5": layers_table(ZEN5, ZEN5["limits"]["dot_gflop_s"], "dot-product peak", (2, 2, 2, 2)),
     "layers of fp16": layers_table(ZEN5_FP16, ZEN5_FP16["limits"]["fma_gflop_s"], "FMA peak", (2, 2, 2, 1), FP32_PEERS),
     "layers of fp32": layers_table(ZEN5_FP32, ZEN5_FP32["limits"]["fma_gflop_s"], "FMA peak", (2, 2, 2, 1), FP32_PEERS),
+    "overlap on Zen 5": cpu_rungs.model_table(MODEL),
     "ops": ops_table(CPU),
     "ops on AVX2": ops_table(AVX2),
 }
@@ -144,6 +154,18 @@ def test_the_script_that_times_rungs_times_every_kernel_of_this_machine():
     assert report["in_cache_weights_s"].keys() == {name for name, kernel in able.items() if kernel.reads_tiles}
     figures = [*report["ms"].values(), *report["ops"].values(), report["in_cache_weights_s"]]
     assert all(0 < figure < float("inf") for row in figures for figure in row.values())
+
+
+def test_the_model_of_a_product_has_its_three_parts():
+    if not TIERS[CpuBackend().info()["tier"].split()[0]][1:]:
+        pytest.skip("plain C has no peak to compare with: unset REFQ4_CPU_TIER")
+    report = cpu_rungs.model(32, 128, layers=1, rounds=1)
+    assert report.keys() == MODEL.keys()
+    assert [row["m"] for row in report["rows"]] == list(cpu_rungs.MODEL_TOKENS)
+    for row in report["rows"]:
+        assert row.keys() == MODEL["rows"][0].keys()
+        assert 0 < row["decoding"] <= row["multiplying"]
+    assert len({row["reading"] for row in report["rows"]}) == 1
 
 
 # --- sentences --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from .kernels import TILES, ProductKernel, candidates
 
 __all__ = ["LARGEST_M", "MEASURED_M", "Winners", "calibrated", "winner"]
 
-MEASURED_M = (1, 2, 4, 8, 16, 32, 64)
+MEASURED_M = (1, 2, 4, 8, 16, 32, 64, 256)
 LARGEST_M = MEASURED_M[-1]  # its winner serves all M above
 N, K, BLOCKSIZE = 512, 4096, 64
 REPEATS = 5
