@@ -17,8 +17,8 @@
 #define BF16_TABLE_H
 #include "refq4.h"
 
-/* What rounding c*code to bf16 costs a product, relative to c: mean square plus 16 times the square of the mean, as in a
- * row of 16 constant activations. A longer row would be served by a smaller mean and a larger rms, at the expense of
+/* What rounding c*code to bf16 costs a product, relative to c: mean square plus 16 times the square of the mean, as in
+ * a row of 16 constant activations. A longer row would be served by a smaller mean and a larger rms, at the expense of
  * random ones. Large codes are rare: in a normal weight, one of +-1 is met a quarter as often as one near zero. */
 static float rounding_cost(const float *code, float c) {
     float square = 0, mean = 0, all = 0;

@@ -3,21 +3,23 @@
  *     y[m][n] = sum over k of x[m][k] * w[k][n]         w: K rows of N codes, blocks along n
  *
  * Along a row of w lie the outputs, not the terms of a sum, so a row's codes are decoded with their scale and added to
- * all outputs at once. 128 columns are decoded at a time, 32 rows deep, and every token passes over that tile:
+ * all outputs at once. 128 columns are decoded at a time, 16 or 32 rows deep, and every token passes over it:
  *
  *                 n ->                                   one work item: 128 columns, a chunk of tokens
- *            k    [ 32 x 128 tile, fp32, 16 KB ]
+ *            k    [ 16 x 128 tile, fp32, 8 KB ]
  *            |                 |
- *     x: six tokens  ->  6 x 16 sums in registers, 32 steps of k   ->  sums[m][128] += them     (per thread)
- *                        (6 x 64 with AVX-512; NEON: 6 x 8, and 16 steps)
+ *     x: six tokens  ->  6 x 16 sums in registers, 16 steps of k   ->  sums[m][128] += them     (per thread)
+ *                        (AVX-512: 6 x 64, and 32 steps; NEON: 6 x 8)
  *
  * Rows of w are far apart in memory, so the 64 bytes of each are asked for one tile ahead.
  *
  * x is packed first, [tile of up to six tokens][k][token], so that a step's values lie side by side: rows of x that are
  * a multiple of 4 KB apart would all want the same lines of the first cache.
  *
- * The full weight is never in memory. A sum is a sum of subtotals of up to 32 products (refq4.h says why). Any shape will do:
- * blocks may straddle rows, and rows may begin in the middle of a byte.
+ * The full weight is never in memory. Any shape will do: blocks may straddle rows, and rows may begin in the middle of
+ * a byte. A long sum is taken in three levels, since each addition rounds at the size of what was added (refq4.h):
+ *
+ *     16 products (AVX-512: 32)  ->  sums, up to SUBTOTAL_ELEMENTS products  ->  totals
  *
  * cc -O3 -fsyntax-only grad_input_4bit_1_blocked.c
  */
@@ -40,19 +42,21 @@ enum { GRAD_LANES = 8, GRAD_VECTORS = 2 };
 typedef float Lanes __attribute__((vector_size(4 * GRAD_LANES), aligned(4), may_alias));
 
 enum { GRAD_COLUMNS = 128, GRAD_TOKENS = 6, GRAD_CHUNK = 240 }; /* a chunk: of tokens */
-#ifdef REFQ4_NEON
+#ifdef REFQ4_AVX512
+enum { GRAD_DEPTH = 32 }; /* 16 would take 4 % longer */
+#elif defined REFQ4_NEON || defined REFQ4_AVX2
 enum { GRAD_DEPTH = 16 };
-#elif defined REFQ4_AVX2
-enum { GRAD_DEPTH = 32 };
 #else
 enum { GRAD_DEPTH = 8 }; /* plain C rounds each product, too: shorter subtotals */
 #endif
+enum { GRAD_SUMS = (GRAD_CHUNK + GRAD_TOKENS) * GRAD_COLUMNS }; /* of a thread */
+_Static_assert(SUBTOTAL_ELEMENTS % GRAD_DEPTH == 0, "a subtotal is whole tiles");
 _Static_assert(GRAD_COLUMNS / 2 == 64, "a row of a tile is one cache line of codes, and whole groups of 16 or 64");
 
 typedef struct {
     const Product *p;
     float *x;    /* packed, fp32 */
-    float *sums; /* per thread: a chunk's tokens, [.][GRAD_COLUMNS] */
+    float *sums; /* per thread: a chunk's tokens, [.][GRAD_COLUMNS], then their totals */
     int64_t token_tiles, chunks;
 } GradPlan;
 
@@ -154,6 +158,12 @@ static void multiply_tile(const float *x, const float *tile, int64_t depth, floa
         }
 }
 
+/* totals += sums, which become zero */
+static void grad_add_sums(float *totals, float *sums, int64_t count) {
+    for (int64_t i = 0; i < count; i++) totals[i] += sums[i];
+    memset(sums, 0, (size_t)count * sizeof(float));
+}
+
 static void grad_item(void *context, int64_t item, int thread) {
     const GradPlan *plan = context;
     const Product *p = plan->p;
@@ -161,9 +171,11 @@ static void grad_item(void *context, int64_t item, int thread) {
     int64_t chunk = item % plan->chunks;
     int64_t t0 = plan->token_tiles * chunk / plan->chunks, t1 = plan->token_tiles * (chunk + 1) / plan->chunks;
     int64_t m0 = grad_start(plan, t0), m1 = grad_start(plan, t1);
-    float *sums = plan->sums + thread * (GRAD_CHUNK + GRAD_TOKENS) * GRAD_COLUMNS;
+    float *sums = plan->sums + thread * 2 * GRAD_SUMS, *totals = sums + GRAD_SUMS;
     _Alignas(64) float tile[GRAD_DEPTH * GRAD_COLUMNS] = {0};
-    memset(sums, 0, (size_t)((m1 - m0) * GRAD_COLUMNS) * sizeof(float));
+    int64_t count = (m1 - m0) * GRAD_COLUMNS;
+    memset(sums, 0, (size_t)count * sizeof(float));
+    memset(totals, 0, (size_t)count * sizeof(float));
     for (int64_t k0 = 0; k0 < p->K; k0 += GRAD_DEPTH) {
         int64_t depth = min64(GRAD_DEPTH, p->K - k0);
         for (int64_t k = 0; k < depth; k++) {
@@ -175,18 +187,19 @@ static void grad_item(void *context, int64_t item, int thread) {
             int64_t m = grad_start(plan, t), mt = grad_start(plan, t + 1) - m;
             multiply_tile(plan->x + m * p->K + k0 * mt, tile, depth, sums + (m - m0) * GRAD_COLUMNS, mt);
         }
+        if ((k0 + depth) % SUBTOTAL_ELEMENTS == 0 || k0 + depth == p->K) grad_add_sums(totals, sums, count);
     }
     for (int64_t m = m0; m < m1; m++)
         for (int64_t n = 0; n < columns; n++) {
             float bias = p->bias ? load_as_fp32(p->bias, p->dtype, n0 + n) : 0;
-            store_from_fp32(p->y, p->dtype, m * p->N + n0 + n, sums[(m - m0) * GRAD_COLUMNS + n] + bias);
+            store_from_fp32(p->y, p->dtype, m * p->N + n0 + n, totals[(m - m0) * GRAD_COLUMNS + n] + bias);
         }
 }
 
 static int grad_input_4bit_1_blocked(const Product *p) {
     GradPlan plan = {.p = p, .token_tiles = ceil_div(p->M, GRAD_TOKENS), .chunks = ceil_div(p->M, GRAD_CHUNK)};
     plan.x = scratch((size_t)(p->M * p->K) * 4);
-    plan.sums = scratch((size_t)(p->threads * (GRAD_CHUNK + GRAD_TOKENS) * GRAD_COLUMNS) * 4);
+    plan.sums = scratch((size_t)p->threads * 2 * GRAD_SUMS * sizeof(float));
     int ok = plan.x && plan.sums;
     if (ok) {
         int64_t items = ceil_div(p->N, GRAD_COLUMNS) * plan.chunks;
