@@ -159,7 +159,7 @@ def _arriving(x: Tensor, mesh: DeviceMesh, layout: Placement, wanted: Placement)
         x = DTensor.from_local(x, mesh, [layout], run_check=False)
     if x.placements != (wanted,):
         x = x.redistribute(placements=[wanted])
-    return x.to_local(grad_placements=[wanted if parts else Partial()])  # by a part of the outputs: of a sum a part
+    return x.to_local(grad_placements=x.placements if parts else [Partial()])  # by a part of y: a part of a sum
 
 
 def _leaving(

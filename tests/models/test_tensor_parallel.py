@@ -16,7 +16,15 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.distributed import DistributedConfig
 
 import refq4
@@ -94,7 +102,7 @@ def loaded(name, **options):
 
 ids = torch.tensor([[1, 20, 44, 7, 9]])
 
-def agree(name, **sizes):
+def agree(name, halves=True, **sizes):
     one, two = loaded(name), loaded(name, distributed_config=DistributedConfig(**sizes))
     assert two.supports_tp_plan
     with torch.no_grad():
@@ -115,13 +123,15 @@ def agree(name, **sizes):
         assert files[0].keys() == files[1].keys()
         assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
     held, whole = (sum(p.numel() for key, p in m.named_parameters() if p.dtype == torch.uint8) for m in (two, one))
-    assert held * 2 == whole
+    assert held * 2 == whole or not halves
 """
 
 LLAMA_AND_LORA = """
 from peft import LoraConfig, PeftModel, get_peft_model
 
 agree("full-nf4", tp_size=2)
+agree("phi3", tp_size=2)  # results are gathered, and inputs divided again
+agree("tied-nf4", tp_size=2, halves=False)  # a table in 4 bits, and the head that shares it, stay whole
 
 lora = LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
 one, generator = get_peft_model(loaded("full"), lora), torch.Generator().manual_seed(5)
@@ -199,11 +209,18 @@ def test_two_processes_that_hold_a_half_each_compute_and_save_what_one_does(chec
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """full (a Llama), moe in full precision; full-nf4, moe-nf4 packed."""
+    """full (a Llama), phi3 and moe in full precision; full-nf4, tied-nf4 and moe-nf4 packed."""
     where = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(where / "full")
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**MOE)).save_pretrained(where / "moe")
+    Phi3ForCausalLM(Phi3Config(**LLAMA)).save_pretrained(where / "phi3")
+    tied = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)).eval()
+    refq4.quantize_model(
+        tied, quant_type="nf4", compute_dtype=torch.float32, embeddings=True, head=True, progress=False
+    )
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight
+    tied.save_pretrained(where / "tied-nf4")
     for name in ("full", "moe"):
         loaded(where / name).save_pretrained(where / f"{name}-nf4")
     return where
