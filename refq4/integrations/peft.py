@@ -89,10 +89,10 @@ class LoraLinear4bit(Linear):
         return result.to(dtype)
 
     def _is_plain(self, name: str) -> bool:
-        """Whether an adapter's B is a matrix and nothing else: no bias, no hook (as FSDP has), no variant of LoRA."""
+        """Whether an adapter's B is a matrix of this process alone, without bias, hook (as FSDP has) or variant."""
         B = self.lora_B[name]
         special = self.lora_bias[name] or name in self.lora_variant or B._forward_hooks or B._forward_pre_hooks
-        return type(B) is nn.Linear and not special
+        return type(B) is nn.Linear and type(B.weight) is nn.Parameter and not special
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put adapters into the base layer's weight.

@@ -11,7 +11,7 @@
  * the gradient is how a piece is decoded, which two k make a pair, whether scales are in the weights already, and in which
  * order the sixteen sums of a register come out: four functions, a Pairs.
  *
- * x is copied once, 256 elements of each token side by side: rows a multiple of 4 KB apart would want the same lines of
+ * x is copied, 256 elements of each token side by side: rows a multiple of 4 KB apart would want the same lines of
  * the first cache. Each output is summed in one order that depends on neither M nor the threads.
  *
  * cc -O3 -mfma -mf16c -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -DREFQ4_AVX512_BF16 -fsyntax-only pairs_avx512_bf16.h
@@ -24,6 +24,9 @@
 enum { PAIR_OUTPUTS = 64, PAIR_REGISTERS = 4, PAIR_DEPTH = 256, PAIR_STEPS = PAIR_DEPTH / 2, PAIR_TOKENS = 6 };
 enum { PAIR_CHUNK = 512 }; /* tokens: their sums are 128 KB of the second cache */
 enum { SHORTEST_PART = 32 };
+/* Up to so many threads each make their own copy of x: what another core has just written can take longer to get than to
+ * write again (a fifth of a product of 128 tokens where two cores share no cache). More threads have less to multiply. */
+enum { MOST_COPIES = 4 };
 #ifdef __SANITIZE_ADDRESS__
 enum { MOST_KEPT = 0 }; /* behind what a call asked for lies what an earlier one did: an overrun would go unseen */
 #else
@@ -48,7 +51,9 @@ typedef struct {
 struct PairPlan {
     const Product *p;
     const Pairs *how;
-    uint16_t *x;                       /* [K pieces][M][PAIR_DEPTH] */
+    uint16_t *x;                       /* [copies][K pieces][M][PAIR_DEPTH] */
+    int64_t x_elements, copies;        /* of one copy; one for each thread, or one for all */
+    uint8_t copied[MOST_COPIES];
     float *sums;                       /* per thread: a chunk's tokens, [.][PAIR_OUTPUTS] */
     int64_t part;                      /* elements of K summed before the sum is scaled and added */
     int64_t token_tiles, chunks, most; /* most: tokens of a chunk */
@@ -111,13 +116,25 @@ static inline __m512i round_upper_half(__m512 v) {
 
 static inline int64_t pair_start(const PairPlan *plan, int64_t tile) { return plan->p->M * tile / plan->token_tiles; }
 
-static void pack_pairs(void *context, int64_t piece, int thread) {
-    (void)thread;
-    const PairPlan *plan = context;
+static void pack_piece(const PairPlan *plan, int64_t piece, uint16_t *x) {
     const Product *p = plan->p;
     int64_t k0 = piece * PAIR_DEPTH, depth = min64(PAIR_DEPTH, p->K - k0);
-    uint16_t *out = plan->x + k0 * p->M;
+    uint16_t *out = x + k0 * p->M;
     for (int64_t m = 0; m < p->M; m++, out += PAIR_DEPTH) plan->how->pack(out, (const uint16_t *)p->x + m * p->K + k0, depth);
+}
+
+static void pack_for_all(void *context, int64_t piece, int thread) {
+    (void)thread;
+    pack_piece(context, piece, ((PairPlan *)context)->x);
+}
+
+/* The copy of x that a thread multiplies, made when it first asks. */
+static const uint16_t *packed_x(PairPlan *plan, int thread) {
+    if (plan->copies == 1) return plan->x;
+    uint16_t *x = plan->x + thread * plan->x_elements;
+    for (int64_t piece = 0; !plan->copied[thread] && piece * PAIR_DEPTH < plan->p->K; piece++) pack_piece(plan, piece, x);
+    plan->copied[thread] = 1;
+    return x;
 }
 
 /* sums[m][0 .. 64) += (x times the weights, `steps` pairs) * scales, for MT tokens. */
@@ -161,8 +178,9 @@ static inline void ask_for_outputs(const Product *p, int64_t m, int64_t n0) {
 }
 
 static void pair_item(void *context, int64_t item, int thread) {
-    const PairPlan *plan = context;
+    PairPlan *plan = context;
     const Product *p = plan->p;
+    const uint16_t *packed = packed_x(plan, thread);
     int64_t n0 = item / plan->chunks * PAIR_OUTPUTS, outputs = min64(PAIR_OUTPUTS, p->N - n0);
     int64_t chunk = item % plan->chunks;
     int64_t t0 = plan->token_tiles * chunk / plan->chunks, t1 = plan->token_tiles * (chunk + 1) / plan->chunks;
@@ -176,7 +194,7 @@ static void pair_item(void *context, int64_t item, int thread) {
         plan->how->decode(plan, n0, outputs, k0, depth, &piece);
         for (int64_t t = t0; t < t1; t++) {
             int64_t m = pair_start(plan, t), mt = pair_start(plan, t + 1) - m;
-            const uint16_t *x = plan->x + k0 * p->M + m * PAIR_DEPTH;
+            const uint16_t *x = packed + k0 * p->M + m * PAIR_DEPTH;
             PartKernel multiply = part_kernels[plan->how->scaled][mt];
             if (k0 + depth == p->K) for (int64_t i = m; i < m + mt; i++) ask_for_outputs(p, i, n0);
             for (int64_t k = 0, part = 0; k < depth; k += plan->part, part++)
@@ -200,13 +218,15 @@ static int pair_product(PairPlan *plan, const Pairs *how, const Product *p) {
     if (plan->chunks < wanted) plan->chunks = wanted;
     plan->next_strip = ceil_div(p->threads, plan->chunks) * PAIR_OUTPUTS;
     plan->most = ceil_div(plan->token_tiles, plan->chunks) * PAIR_TOKENS;
-    size_t x_bytes = (size_t)(pieces * PAIR_DEPTH * p->M) * 2; /* of whole cache lines */
+    plan->x_elements = pieces * PAIR_DEPTH * p->M;
+    plan->copies = p->threads <= MOST_COPIES ? p->threads : 1;
+    size_t x_bytes = (size_t)(plan->copies * plan->x_elements) * 2; /* of whole cache lines */
     Borrowed memory = borrow(x_bytes + (size_t)(p->threads * plan->most * PAIR_OUTPUTS) * 4);
     int ok = memory.at != NULL;
     if (ok) {
         plan->x = memory.at;
         plan->sums = (float *)((char *)memory.at + x_bytes);
-        run_parallel(pack_pairs, plan, pieces, p->M * p->K > 1 << 16 ? p->threads : 1);
+        if (plan->copies == 1) run_parallel(pack_for_all, plan, pieces, p->M * p->K > 1 << 16 ? p->threads : 1);
         run_parallel(pair_item, plan, strips * plan->chunks, p->M * p->N * p->K > 1 << 17 ? p->threads : 1);
     }
     give_back(memory);
