@@ -51,8 +51,7 @@ class BackendError(RuntimeError):
     """The family of the three errors below.
 
     Example:
-        >>> import refq4
-        >>> issubclass(refq4.BackendUnsupportedError, BackendError)
+        >>> issubclass(BackendUnsupportedError, BackendError)
         True
     """
 
@@ -200,7 +199,7 @@ class Backend:
     Class attributes a subclass sets:
         name: what users pass to ``set_backend``.
         priority: "auto" tries the largest first; the reference has 0. "auto" never uses a negative one.
-        devices: device types it computes on.
+        devices, dtypes: what it computes on, and in; without fp64, the reference takes what is fp64.
         description: one line for ``info``.
 
     Example:
@@ -215,6 +214,7 @@ class Backend:
     name: str = ""
     priority: int = 1
     devices: tuple[str, ...] = ("cpu",)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     description: str = ""
 
     def available(self) -> str | None:
@@ -223,7 +223,8 @@ class Backend:
 
     def can_run(self, call: Call) -> str | None:
         """Return None if the backend can run this call, else the reason. It is called often and must be cheap."""
-        return self.missing_op(call) or self.wrong_device(call)
+        wrong = None if call.dtype in self.dtypes else f"it does not compute in {call.dtype}"
+        return self.missing_op(call) or self.wrong_device(call) or wrong
 
     def kernel(self, call: Call) -> str:
         """Return the name of the kernel that would run this call, for the trace."""
@@ -298,10 +299,9 @@ class Backend:
 
     def missing_op(self, call: Call) -> str | None:
         """The reason if a subclass has not written ``call.op``, or can't decode the weight for a wanted gradient."""
-        if call.op in OPTIONAL and not self.has(call.op):
-            call = call._replace(op=OPTIONAL[call.op])
-        if not self.has(call.op):
-            return f"it has no {call.op}"
+        op = OPTIONAL[call.op] if call.op in OPTIONAL and not self.has(call.op) else call.op
+        if not self.has(op):
+            return f"it has no {op}"
         if call.grad and not self.has("dequantize_4bit"):
             return "it has no dequantize_4bit, which the gradient needs"
         return None

@@ -26,6 +26,7 @@ class ReferenceBackend(Backend):
 
     name = "reference"
     priority = 0
+    dtypes = (*Backend.dtypes, torch.float64)
     description = "pure PyTorch: slow and plain, the baseline for all others"
 
     def wrong_device(self, call: Call) -> str | None:

@@ -71,10 +71,9 @@ class Entry:
         """The instance, imported and asked for availability once; None (with ``problem`` set) if that failed."""
         if self.checked:
             return None if self.problem else self.backend
-        if self.imported() is not None:
-            assert self.backend is not None
+        if (backend := self.imported()) is not None:
             try:
-                self.problem = self.backend.available()
+                self.problem = backend.available()
             except Exception as error:
                 self.problem = f"asking whether it is available failed: {type(error).__name__}: {error}"
         self.checked = True
@@ -118,8 +117,7 @@ def check_usable(name: str) -> Backend | None:
         if not entries:
             raise UnknownBackendError(f"unknown backend {name!r}: {not_installed()}")
         near = difflib.get_close_matches(str(name), [*entries, AUTO], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        known = ", ".join([*sorted(entries), AUTO])
+        hint, known = f" Did you mean {near[0]!r}?" if near else "", ", ".join([*sorted(entries), AUTO])
         raise UnknownBackendError(f"unknown backend {name!r}.{hint} Known: {known}. {_HOW_KNOWN}")
     backend = entry.load()
     if backend is None:

@@ -75,8 +75,6 @@ class BitsandbytesBackend(Backend):
                 return f"its 8-bit stage reads a map of 256 entries, not of {call.codebook}"
         elif call.codebook not in TYPES:
             return f"it knows the types {' and '.join(TYPES)}, not {call.codebook}"
-        if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"it computes in fp32, fp16 and bf16, not in {call.dtype}"
         return super().can_run(call)
 
     def kernel(self, call: Call) -> str:

@@ -494,3 +494,20 @@ def test_importing_refq4_needs_no_backend_no_cuda_and_none_of_the_extras():
         [sys.executable, "-c", probe, *heavy], capture_output=True, text=True, env=os.environ | {"REFQ4_BACKEND": ""}
     )
     assert run.stdout.strip() == "[] False", run.stdout + run.stderr
+
+
+def test_a_backend_that_says_nothing_of_fp64_is_not_given_it():
+    class Float32Only(Backend):
+        name = "float32-only"
+
+        def gemv_4bit(self, x, weight, bias):
+            return (x.float() @ ReferenceBackend().dequantize_4bit(weight, torch.float32).T).to(x.dtype)
+
+    layer, x = refq4.nn.LinearNF4(64, 8, bias=False).to("cpu").eval(), torch.randn(1, 64).double()
+    with registry.isolated_registry(), torch.no_grad():
+        exact = layer(x)
+        refq4.register_backend(Float32Only())
+        assert torch.equal(layer(x), exact)
+        assert not torch.equal(layer(x.float()).double(), exact)
+        with pytest.raises(refq4.BackendUnsupportedError, match=r"it does not compute in torch\.float64"):
+            refq4.matmul_4bit(x, layer.weight, layer.weight.quant_state, backend="float32-only")

@@ -74,8 +74,6 @@ class CpuBackend(Backend):
     def can_run(self, call: Call) -> str | None:
         if (reason := super().can_run(call)) is not None:
             return reason
-        if call.dtype not in DTYPES:
-            return f"it takes fp32, fp16 and bf16, not {call.dtype}"
         if call.layout not in ("canonical", TILES):
             return f"it reads the layouts canonical and {TILES}, not {call.layout}"
         if self._library is None:

@@ -34,8 +34,6 @@ from .stored import StoredWeight
 
 __all__ = ["CudaBackend", "CudaEmulatorBackend"]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 class Processor(Hashable, Protocol):
     """What runs launches: a GPU (``driver.Device``) or the emulator (``emulated.Emulated``)."""
@@ -213,8 +211,6 @@ def _refusal(backend: PlannedBackend, call: Call, processor: Processor) -> str |
     """Why the call can't be run there, or None: asked in every forward, and the same each time."""
     if (reason := Backend.can_run(backend, call)) is not None:
         return reason
-    if call.dtype not in _DTYPES:
-        return f"it takes fp32, fp16 and bf16, not {call.dtype}"
     if call.layout.partition(",")[0] not in ("canonical", stored.LAYOUT):
         return f"it reads the layouts canonical and stored, not {call.layout}"
     return processor.problem or no_room(processor.limits)

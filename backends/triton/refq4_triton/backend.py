@@ -21,7 +21,6 @@ from refq4.layout import block_count, packed_bytes
 
 __all__ = ["TritonBackend", "TritonEmulatorBackend"]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BLOCK, _CHUNK = 256, 256  # elements, or bytes of codes, per program
 _MOST = 2**31  # elements are counted in 32 bits
 
@@ -48,8 +47,6 @@ class TritonBackend(Backend):
     def can_run(self, call: Call) -> str | None:
         if (reason := super().can_run(call)) is not None:
             return reason
-        if call.dtype not in _DTYPES:
-            return f"it takes fp32, fp16 and bf16, not {call.dtype}"
         if call.layout != "canonical":
             return f"it reads the layout canonical only, not {call.layout}"
         if max(call.n * call.k, call.m * call.k, call.m * call.n) >= _MOST:
