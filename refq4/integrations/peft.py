@@ -89,10 +89,16 @@ class LoraLinear4bit(Linear):
         return result.to(dtype)
 
     def _is_plain(self, name: str) -> bool:
-        """Whether an adapter's B is a matrix of this process alone, without bias, hook (as FSDP has) or variant."""
+        """Whether an adapter's B is a matrix of this process alone, and calling it does no more than multiply by it.
+
+        It does where there is a bias, a variant, a hook (as FSDP has), or another forward (as accelerate has, which
+        loads the matrix for the call).
+        """
         B = self.lora_B[name]
-        special = self.lora_bias[name] or name in self.lora_variant or B._forward_hooks or B._forward_pre_hooks
-        return type(B) is nn.Linear and type(B.weight) is nn.Parameter and not special
+        hooks = B._forward_hooks or B._forward_pre_hooks or B._backward_hooks or B._backward_pre_hooks
+        special = self.lora_bias[name] or name in self.lora_variant or hooks or "forward" in B.__dict__
+        plain = type(B) is nn.Linear and type(B.weight) is nn.Parameter and not special
+        return plain and not nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put adapters into the base layer's weight.

@@ -6,6 +6,7 @@ import copy
 import warnings
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -162,12 +163,37 @@ def test_an_adapted_layer_and_its_gradients_are_those_of_pefts_forward(dtype, se
                 torch.testing.assert_close(got / largest, wanted / largest, rtol=0, atol=within)
 
 
-def test_a_hook_on_a_matrix_of_an_adapter_runs():
+HOOKS = {
+    "forward": lambda B, hook: B.register_forward_hook(hook),
+    "before forward": lambda B, hook: B.register_forward_pre_hook(hook),
+    "backward": lambda B, hook: B.register_full_backward_hook(hook),
+    "before backward": lambda B, hook: B.register_full_backward_pre_hook(hook),
+    "of all modules": lambda B, hook: nn.modules.module.register_module_forward_hook(hook),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_on_a_matrix_of_an_adapter_runs(kind):
     model = get_peft_model(nn.Sequential(refq4.nn.LinearNF4(64, 8).to("cpu")), LoraConfig(target_modules=["0"]))
-    seen = []
-    model.base_model.model[0].lora_B["default"].register_forward_hook(lambda module, inputs, y: seen.append(y.shape))
-    model(torch.ones(2, 64))
-    assert seen == [(2, 8)]
+    seen, B = [], model.base_model.model[0].lora_B["default"]
+    handle = HOOKS[kind](B, lambda module, *_: seen.append(module))
+    try:
+        model(torch.ones(2, 64, requires_grad=True)).sum().backward()
+    finally:
+        handle.remove()
+    assert seen.count(B) == 1
+
+
+def test_an_adapter_that_accelerate_loads_for_each_call_adds_what_it_did():
+    layer = refq4.nn.LinearNF4(64, 8).to("cpu")
+    model = get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        wanted = model(x)
+        for matrix in ("lora_A", "lora_B"):
+            accelerate.cpu_offload(getattr(model.base_model.model[0], matrix), execution_device="cpu")
+        assert next(model.base_model.model[0].lora_B.parameters()).is_meta
+        torch.testing.assert_close(model(x), wanted)
 
 
 def test_an_adapter_is_saved_and_loaded_on_its_own(quantised, tmp_path):
