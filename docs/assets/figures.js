@@ -118,7 +118,7 @@
   // --- a byte of the dynamic map: sign, zeros, a one, a fraction -----------------------------------------------------------
 
   function byte(root) {
-    const map = data("dynamic-map"); // ascending: 127 below zero, 0, 127 above, 1
+    const map = data("dynamic-map").values; // ascending: 127 below zero, 0, 127 above, 1
     const bits = [0, 1, 0, 1, 0, 0, 0, 0];
     const buttons = bits.map((_, i) => ["button", { type: "button", class: "bit", "aria-label": `bit ${7 - i}` }]);
     const parts = fill(root, [...buttons, ["p", { "aria-live": "polite" }]]), told = parts.pop();

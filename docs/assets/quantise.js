@@ -27,15 +27,27 @@ const quantising = (() => {
     return bytes;
   }
 
-  function quantise(weights, book, blocksize) {
-    const absmax = scales(weights, blocksize);
+  // The codes are those of the exact scales; ``stored`` is what the scales are when the weights are decoded.
+  function quantise(weights, book, blocksize, absmax = scales(weights, blocksize), stored = absmax) {
     const rows = weights.map((weight, i) => {
-      const scaled = scale(weight, absmax[Math.floor(i / blocksize)]);
+      const block = Math.floor(i / blocksize);
+      const scaled = scale(weight, absmax[block]);
       const chosen = code(book, scaled);
-      const decoded = Math.fround(book.values[chosen] * absmax[Math.floor(i / blocksize)]);
+      const decoded = Math.fround(book.values[chosen] * stored[block]);
       return { weight, scaled, code: chosen, value: book.values[chosen], decoded };
     });
     return { absmax, rows, packed: pack(book, rows.map((row) => row.code)) };
+  }
+
+  // Double quantisation of up to 256 scales: each minus the mean of all, in codes of the 8-bit map. In a layer, the mean
+  // (``offset``) and the largest distance from it are of more scales than are here: then they are given.
+  function quantiseScales(absmax, map, offset, largest) {
+    offset ??= Math.fround(absmax.reduce((sum, x) => sum + x, 0) / absmax.length);
+    const distances = absmax.map((x) => Math.fround(x - offset));
+    largest ??= scales(distances, 256)[0];
+    const { rows } = quantise(distances, map, 256, [largest]);
+    const decoded = rows.map((row) => Math.fround(row.decoded + offset));
+    return { offset, largest, codes: rows.map((row) => row.code), decoded };
   }
 
   function relative(rows) {
@@ -57,5 +69,5 @@ const quantising = (() => {
     return element;
   }
 
-  return { quantise, relative, hex, exact, short, add };
+  return { scales, quantise, quantiseScales, relative, hex, exact, short, add };
 })();

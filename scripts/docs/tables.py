@@ -15,6 +15,7 @@ import torch
 import refq4
 from refq4 import cli
 from refq4.codebooks import codebook_names, create_dynamic_map, get_codebook
+from refq4.internals.dynamic_map import thresholds_and_order
 
 _VARIABLE_ROW = re.compile(r"^\| `(?:REFQ4_\w+|CC)` \|.*\|$", re.MULTILINE)
 _COMMAND = re.compile(r"^    (\w+) +\S", re.MULTILINE)
@@ -39,20 +40,22 @@ def values(page: str, name: str) -> str:
 
 
 def codebook_data(page: str) -> str:
-    """The codebooks as JSON for the playground: what the browser computes with are these fp32 numbers."""
+    """The codebooks and the 8-bit map as JSON for the playground: what the browser computes with are these numbers."""
     data = {
         name: {"values": book.values, "thresholds": book.thresholds, "order": book.order, "about": book.description}
         for name in codebook_names()
         for book in [get_codebook(name)]
     }
-    return _json("codebooks", data)
+    values = tuple(create_dynamic_map().tolist())
+    thresholds, order = (part.tolist() for part in thresholds_and_order(values))
+    dynamic_map = _json("dynamic-map", {"values": values, "thresholds": thresholds, "order": order})
+    return _json("codebooks", data) + dynamic_map
 
 
 def figure_data() -> str:
     """What the figures in the notebooks compute with: the codebooks, the dynamic map, 64 weights of a normal block."""
     normal = torch.tensor([NormalDist().inv_cdf((i + 0.5) / 64) for i in range(64)])
-    weights = _json("normal-weights", normal.tolist())
-    return codebook_data("") + weights + _json("dynamic-map", create_dynamic_map().tolist())
+    return codebook_data("") + _json("normal-weights", normal.tolist())
 
 
 def _json(name: str, data: object) -> str:

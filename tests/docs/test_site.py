@@ -26,6 +26,8 @@ from site_server import FLAGS, built_site, chromium, served
 
 from refq4 import layout
 from refq4.codebooks import Codebook, create_dynamic_map, get_codebook
+from refq4.functional import dequantize_4bit, quantize_4bit
+from refq4.internals.blockwise import decode_scales
 from refq4.reference import ReferenceBackend
 
 pytestmark = pytest.mark.reference_only("it is about the documentation")
@@ -435,6 +437,74 @@ def test_the_playground_compares_codes_greys_old_results_and_starts_with_what_a_
     assert page.locator(".playground.stale").count() == 1
     page.locator("#weights").fill("1 2")
     assert page.locator(".playground.stale").count() == 0
+
+
+SIDES = """() => ({
+    ...Object.fromEntries(
+        ["codes", "codes2", "level", "bytes", "scales"].map((id) => [id, document.getElementById(id).textContent]),
+    ),
+    ...Object.fromEntries(["decoded", "decoded2", "error", "error2"].map((name) => [
+        name, [...document.querySelectorAll(`#rows .${name}`)].map((cell) => cell.title).join(" "),
+    ])),
+})"""
+
+
+@pytest.mark.parametrize("further", [0, 400], ids=["its own blocks", "the first blocks of a layer"])
+def test_two_codebooks_and_double_quantisation_side_by_side_are_refq4_s(address, page, further):
+    page.goto(address + "playground/")
+    page.get_by_label("double quantisation", exact=True).check()
+    rng = random.Random(further)
+    for books in (("nf4", "fp4"), ("af4", "e2m1"), ("fp4", "int4"), ("iq4nl", "nf4")):
+        blocksize = rng.choice([32, 64, 128])
+        W = torch.tensor([rng.gauss(0, rng.choice([0.1, 1, 20])) for _ in range(rng.randint(blocksize, 256))])
+        if further:  # blocks of which the page knows no more than the mean and the largest distance
+            W = torch.cat([W[: len(W) // blocksize * blocksize], torch.randn(further * blocksize)])
+        else:  # scales of few bits: their mean is exact, in whatever order they are summed
+            W[::blocksize] = torch.tensor([float(rng.randint(1, 9) << 6) for _ in W[::blocksize]])
+        states = [quantize_4bit(W, quant_type=b, blocksize=blocksize, compress_statistics=True) for b in books]
+        (_, state), shown = states[0], len(W) - further * blocksize
+        level = [float(state.offset), float(state.state2.absmax[0])]
+        for field, value in zip(("#mean", "#distance"), level, strict=True):
+            page.locator(field).fill(repr(value) if further else "")
+        for field, value in (("#book", books[0]), ("#second", books[1]), ("#blocksize", str(blocksize))):
+            page.locator(field).select_option(value)
+        page.locator("#weights").fill(" ".join(map(repr, W[:shown].tolist())))
+        got = page.evaluate(SIDES)
+
+        assert fp32_bits(got["level"]) == fp32_bits(" ".join(map(repr, level)))
+        assert list(bytes.fromhex(got["bytes"])) == state.absmax.tolist()[: -(-shown // blocksize)]
+        scales = decode_scales(state).tolist()[: -(-shown // blocksize)]
+        assert fp32_bits(got["scales"]) == fp32_bits(" ".join(map(repr, scales)))
+        for (packed, state), side in zip(states, ("", "2"), strict=True):
+            codes = layout.unpack(packed.view(-1), len(W))[:shown].tolist()
+            assert [int(code, 16) for code in got[f"codes{side}"].split()] == codes
+            back = dequantize_4bit(packed, state)[:shown]
+            assert fp32_bits(got[f"decoded{side}"]) == back.numpy().view(np.uint32).tolist()
+            wrong = [float(word) for word in got[f"error{side}"].split()]
+            assert wrong == pytest.approx((back.double() - W[:shown].double()).tolist(), rel=1e-6)
+
+
+def test_the_playground_s_second_codebook_and_double_quantisation_are_switched_by_keys_and_can_be_read(address, page):
+    page.add_init_script(AT_ONCE)
+    page.goto(address + "playground/")
+    before = page.evaluate(RESULTS)
+    assert page.locator(".nested:visible, .second:visible").count() == 0
+    page.get_by_label("double quantisation", exact=True).focus()
+    page.keyboard.press("Space")
+    page.get_by_label("beside it").focus()
+    page.keyboard.press("f")
+    assert page.locator("#second").input_value() == "fp4"
+    assert page.locator(".nested:visible, .second:visible").count() == 14
+    assert page.locator(".axis .beside").count() == 15, "FP4 has sixteen codes, two of them 0"
+    for size, scheme in ((SCREEN, "light"), (SCREEN, "dark"), (PHONE, "dark"), (PHONE, "light")):
+        page.set_viewport_size(size)
+        assert page.evaluate(READABLE, {"phone": size is PHONE, "scheme": scheme}) == []
+    page.locator("#mean").fill("-1")
+    assert "from 0 to 3.4e38" in page.locator("#problem").inner_text()
+    page.get_by_label("double quantisation", exact=True).uncheck()
+    page.locator("#second").select_option("")
+    assert page.evaluate(RESULTS) == before
+    assert page.locator(".nested:visible, .second:visible").count() == 0
 
 
 def test_a_weight_is_typed_and_dragged_in_the_playground(address, page):
