@@ -100,6 +100,9 @@ picture.show(
 # %% [markdown]
 # ## What a code means
 #
+# "Code" has two meanings. `state.code` is the table of sixteen numbers. The code of a weight is the place of its number
+# in this table, from 0 to 15.
+#
 # Look at the first block: 64 neighbouring weights of the first row. The block's scale is the largest magnitude among
 # them. Each weight is divided by the scale, so that it is between -1 and 1, and then replaced by the nearest of the
 # sixteen numbers.
@@ -154,9 +157,9 @@ picture.show(
 #
 # ## What comes out
 #
-# The 4-bit layer takes the same input as the original one, and gives an output of the same shape and type. The
-# weights are wrong by 9 %. The outputs are wrong by a little less, because an output is a sum of 384 products, in
-# which positive and negative errors partly cancel.
+# The 4-bit layer takes the same input as the original one, and gives an output of the same shape and type. The weights
+# are wrong by 9 % (the norm of the error divided by the norm of the weights). The outputs are wrong by a little less,
+# because an output is a sum of 384 products, in which positive and negative errors partly cancel.
 
 # %%
 y, y4 = linear(x), layer(x)
@@ -204,7 +207,9 @@ picture.show(
 #
 # Step 6 has two lines. The first line is the *path*: `own layout` if the backend has rearranged the weight, otherwise
 # `gemv_4bit` for one token or `MatMul4Bit` for several. The second line is the *op* that ran: GEMV, matrix times
-# vector, for one token; GEMM, matrix times matrix, for the twelve tokens of our sentence.
+# vector, for one token; GEMM, matrix times matrix, for the twelve tokens of our sentence. Beside it stands the
+# *kernel*, the function of the backend that computed the op ([path, op and
+# kernel](../docs/explanation/step-6-dispatch-to-matmul-4bit.md)).
 
 # %% tags=["timing"]
 with refq4.trace() as steps:

@@ -77,9 +77,13 @@ picture.show(
 # curve.
 #
 # Two problems remain. First, the curve's ends are at infinity, so the outermost numbers are taken half a slice away
-# from each end. Second, one number must be exactly 0, because zeros are common (padding, pruning) and must stay
-# zeros. So the two halves are spaced separately: eight steps above zero, seven below. Half a slice is then 1/32 above
-# and 1/30 below; NF4 uses the mean of the two for both ends, so that the ends become 1 and -1.
+# from each end. Second, one number must be exactly 0, because zeros are common (padding, pruning) and must stay zeros.
+# Beside the zero fifteen numbers remain, so one side gets eight and the other seven. The QLoRA paper gave eight to the
+# positive side, and so does every NF4 file since: this is a convention, nothing in the weights asks for it.
+#
+# So the two halves are spaced separately: eight steps above zero, seven below. A half has probability 1/2. As if it had
+# half of 16 slices above zero and half of 15 below, half a slice is 1/32 or 1/30 of the whole; NF4 uses the mean of the
+# two for both ends, so that the ends become 1 and -1.
 
 # %%
 outermost = (

@@ -322,8 +322,8 @@ picture.show(
 )
 
 # %% [markdown]
-# It is no error if a row begins in the middle of a block. But then the fast kernel for single tokens can't be used;
-# notebook 6 shows this decision and its warning.
+# It is no error if a row begins in the middle of a block. But then the fast kernels can't be used; notebook 6 shows
+# this decision and its warning.
 #
 # **Summary:** smaller blocks need more bits for scales. In return, the largest weight of a block is smaller, so the
 # steps are finer, and an outlier damages fewer weights. Blocks of 64 have most of the gain and cost few bits.

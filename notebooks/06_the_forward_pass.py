@@ -136,7 +136,8 @@ assert step(3, layer, x) == "none"
 #
 # In which type are products computed? If you set `compute_dtype=`, in that type. If not, the first input decides:
 # float32 or bfloat16 become the layer's compute dtype. A float16 input is computed in float16, but the layer does not
-# remember this type: its largest number is 65,504, and a layer should not compute everything in it by accident.
+# remember this type: its largest number is 65,504, and a layer should not compute everything in it by accident. A later
+# input is not asked, as in bitsandbytes: after a first float16 input, each input is computed in its own type.
 
 # %%
 assert step(4, new_layer(compute_dtype=torch.bfloat16), x) == "as set"
@@ -209,19 +210,24 @@ assert step(5, layer, x) == "cast"
 # %% [markdown]
 # ## 6 · Dispatch
 #
-# This step decides two things. The *op* is the function that the backend runs, and it depends on the number of
-# tokens:
+# This step decides two things. The *op* is what the backend is asked to compute, and it depends on the number of
+# tokens, and on nothing else:
 #
 # - one token: `gemv_4bit`. GEMV is matrix times vector. Every weight is read once and used once, so it is decoded in
 #   registers, immediately before it is multiplied.
 # - several tokens: `gemm_4bit`. GEMM is matrix times matrix. Every decoded weight is used for all tokens.
 #
-# The *path* has the names of bitsandbytes 0.49.1. Its `gemv_4bit` is a kernel for one token. For everything else it
-# has `MatMul4Bit`, which decodes the whole weight to memory and then calls the ordinary product. For one token this
-# is too slow (notebook 8 measures it), so there are two paths. Only `MatMul4Bit` can compute gradients (notebook 7).
+# The *path* has the names of bitsandbytes 0.49.1. Its `gemv_4bit` is a kernel for one token. For everything else it has
+# `MatMul4Bit`, which decodes the whole weight to memory and then calls the ordinary product. For one token this is too
+# slow (notebook 8 measures it), so there are two paths. Only `MatMul4Bit` can compute the gradient of the *input*
+# (notebook 7); a bias gets its gradient on every path.
 #
-# One token takes the path `gemv_4bit`. Three things change this: more than one token, no token at all, or a gradient
-# that is needed.
+# In refq4 each path ends in one of the two ops, and the backend chooses the *kernel*, the function that computes the
+# op. So a call can have the path `MatMul4Bit`, the op `gemv_4bit` and the kernel `gemm_4bit_1_scalar`. A table of
+# examples is on the page of [step 6](../docs/explanation/step-6-dispatch-to-matmul-4bit.md).
+#
+# One token takes the path `gemv_4bit`. Three things change this: more than one token, no token at all, or a gradient of
+# the input that is needed.
 
 # %%
 layer = new_layer()
@@ -233,8 +239,9 @@ assert step(6, layer, x[:0]) == "MatMul4Bit"
 
 # %% [markdown]
 # The shape is a fourth reason. If K is not a multiple of the blocksize, a block straddles two rows (notebook 3 has a
-# picture), and the kernel for one token can't be used. The second warning says this. It means that the layer will be
-# slow for single tokens; choose a blocksize that divides `in_features`.
+# picture), and the path `gemv_4bit` can't be used. The op is still `gemv_4bit`, but on a CPU only the plain kernel
+# takes such a weight. The second warning says this. It means that the layer will be slow; choose a blocksize that
+# divides `in_features`.
 
 # %%
 straddling = refq4.nn.LinearNF4(100, 64).to("cpu").eval()
@@ -248,8 +255,9 @@ assert "multiple of the blocksize" in str(caught[0].message)
 # A weight in the backend's own layout (step 2) has its own path, `own layout`, for any number of tokens. You saw it
 # at the end of notebook 1, with twelve tokens and the op `gemm_4bit`.
 #
-# The third warning is about a weight that was quantised as [in, out] instead of [out, in]. This still works, by
-# decoding the whole matrix first. To avoid the warning, quantise `W.t().contiguous()` instead.
+# The third warning is about a weight that was quantised as [in, out] instead of [out, in]. No layer has such a weight,
+# only the function `matmul_4bit` takes it, and has a path of its own for it: it decodes the whole matrix first. To
+# avoid the warning, quantise `W.t().contiguous()` instead.
 
 # %%
 # [384, 1536]: in, out
@@ -337,8 +345,9 @@ picture.show(
 )
 
 # %% [markdown]
-# How long did a call take, and how exact was it? `explain` shows the trace, the error compared with 64-bit
-# arithmetic, and the bytes that were moved. (The times are those of the machine that made this page.)
+# How long did a call take, and how exact was it? `explain` shows the trace, the error compared with 64-bit arithmetic,
+# and the bytes that were moved. It reports the second call, because the first one may compile kernels and choose
+# between them. (The times are those of the machine that made this page.)
 
 # %% tags=["timing"]
 report = refq4.explain(new_layer(), one)

@@ -130,12 +130,13 @@ else:
 #
 # Between forward and backward, autograd keeps the tensors that backward will need. For $g_x$ this is the weight. An
 # ordinary layer keeps 32 bits for each weight; a 4-bit layer keeps the packed bytes and the scales, which it has
-# anyway. No decoded weight is kept. PyTorch can show us what it keeps:
+# anyway. No decoded weight is kept, and neither is the input: only $g_W$ would need it. PyTorch can show us what it
+# keeps:
 
 
 # %%
 def kept_by(layer, x):
-    """The bytes of the tensors that autograd keeps for backward, the input aside."""
+    """The bytes of the tensors that autograd keeps for backward."""
     kept = {}
 
     def note(tensor):
@@ -144,7 +145,8 @@ def kept_by(layer, x):
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         layer(x)
-    return sum(size for pointer, size in kept.items() if pointer != x.data_ptr())
+    assert x.data_ptr() not in kept
+    return sum(kept.values())
 
 
 kept = {"ordinary layer, frozen": kept_by(linear, x), "4-bit layer": kept_by(layer, x)}

@@ -240,15 +240,15 @@ roofs.call_times(
 # quarter longer, because the machine multiplies while it waits for weights. From the cross-over on, the curve rises
 # in proportion to M.
 #
-# The right picture has the three ways on the machine that made this page (or on yours, if you run it). If its blue
-# curve rises from the first token on and stays above both limits, then neither memory nor multipliers are the limit,
+# The right picture has the three ways on the machine that made this page (or on yours, if you run it). If its curve *4
+# bits* rises from the first token on and stays above both limits, then neither memory nor multipliers are the limit,
 # but a third cost: decoding, see below. The fp32 layer has seven times as many bytes, so it waits longer for memory,
 # and more tokens fit into this time. If multiplying is the limit, four bits do not help: the remaining difference is
 # that between bf16 and fp32 products.
 #
-# Remember the line *dequantise, then multiply* for step 6. It decodes 8 MB of codes to 64 MB, writes them to memory
-# and reads them again, for every M. With many tokens this time does not matter; with one token it is most of the
-# time.
+# Remember the line *dequantise, then multiply* for step 6. It decodes 8 MB of codes to 67 MB of fp32 numbers, writes
+# them to memory and reads them again, for every M. (In bf16 they would be 34 MB, written and read: 67 MB in all.) With
+# many tokens this time does not matter; with one token it is most of the time.
 
 # %% tags=["timing"]
 first, second, last = ms["4 bits"][0], ms["4 bits"][1], ms["4 bits"][-1]
@@ -311,7 +311,7 @@ roofs.cross_overs(machines, cross)
 #
 # ## Which decisions depend on M
 #
-# Two decisions of a layer depend on M, both in step 6 (notebook 6). The *op* is the function that the backend runs:
+# Two decisions of a layer depend on M, both in step 6 (notebook 6). The *op* is what the backend is asked to compute:
 #
 # - `gemv_4bit` for one token. GEMV is matrix times vector: every weight is read once and used once, so it is decoded
 #   in registers, immediately before it is multiplied.
@@ -319,9 +319,10 @@ roofs.cross_overs(machines, cross)
 #
 # The *path* says how the call gets to the op. Paths have the names of bitsandbytes 0.49.1, which has no kernel for
 # several tokens. In that version `gemv_4bit` is the kernel for one token, and `MatMul4Bit` does everything else: it
-# decodes the whole weight to memory and then calls the ordinary product, like the red line above. For one token this
-# is too slow, so there are two paths. In refq4 a backend has its own kernel for each path. These are the decisions
-# for a weight in its stored layout:
+# decodes the whole weight to memory and then calls the ordinary product, like *dequantise, then multiply* above. For
+# one token this is too slow, so there are two paths. In refq4 a path costs nothing by itself: it ends in one of the two
+# ops, and the backend chooses the kernel. The page of [step 6](../docs/explanation/step-6-dispatch-to-matmul-4bit.md)
+# has a table of paths, ops and kernels. These are the decisions for a weight in its stored layout:
 
 # %%
 _, state = quantize_4bit(torch.randn(512, 256), quant_type="nf4")

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 13. A real model
 #
-# **Every weight is wrong by nearly a tenth. Why does the model still work?**
+# **The weights are wrong by nearly a tenth. Why does the model still work?**
 #
 # - You will be able to measure how much worse a whole model becomes in 4 bits, and load one with transformers.
 # - You need notebook 1. The notebook takes 15 minutes.
@@ -338,8 +338,9 @@ picture.show(
 )
 
 # %% [markdown]
-# **Summary:** a weight is wrong by a tenth, but in a random direction. In sums of hundreds of terms
-# most of these errors cancel, and a model computes with such sums, not with single weights.
+# **Summary:** the error of the weights is a tenth of their size (a ratio of norms; single weights may be exact or
+# become 0), but in a random direction. In sums of hundreds of terms most of these errors cancel, and a model computes
+# with such sums, not with single weights.
 
 # %% [markdown]
 # ## Exercises

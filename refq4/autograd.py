@@ -1,9 +1,12 @@
 """The gradient of a linear layer that is differentiable in its input and bias, and frozen in its 4-bit weight.
 
-    forward     y = A @ W.t() + bias            W decoded from 4 bits for the call, then dropped
+    forward     y = A @ W.t() + bias            W decoded from 4 bits by the kernel; no decoded weight is kept
     backward    grad_A    = grad_y @ W          W decoded a second time
                 grad_bias = sum of grad_y over all leading dimensions
                 grad_W    : none. The weight is frozen; QLoRA trains adapters beside it
+
+Most kernels decode a few weights at a time. The reference, and some calls on a GPU, decode all of W to memory for the
+length of the call.
 
 Both are linear, so each is the other's gradient: forward's input gets its gradient by ``grad_input_4bit``, and the
 gradient of that is a product again. This gives derivatives of any order, in reverse and forward mode.

@@ -5,8 +5,8 @@
              '-- MatMul4Bit     everything else; differentiable (refq4/autograd.py)
 
 The *path* follows the conditions of bitsandbytes 0.49.1, which calls the first of these gemv_4bit as well. The *op*
-that a backend runs depends on the number of tokens: gemv_4bit for one, gemm_4bit for more. Only :func:`route` decides
-both.
+that a backend runs depends on the number of tokens alone: gemv_4bit for one, gemm_4bit for more. Only :func:`route`
+decides both. The *kernel* is the backend's choice.
 """
 
 from __future__ import annotations

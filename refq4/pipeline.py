@@ -237,7 +237,7 @@ def align_bias(bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, 
 
 COMPUTE_SET = Decision("as set", "the user set the layer's compute dtype, or an earlier input settled it")
 COMPUTE_FIRST_INPUT = Decision("inferred", "none was set: that of the first input, float32 or bfloat16, is safe")
-COMPUTE_AS_INPUT = Decision("as the input", "none was set, and a float16 (or float64) input is computed as it comes")
+COMPUTE_AS_INPUT = Decision("as the input", "none was set; the first input was float16 or float64, so none is inferred")
 COMPUTE_AUTOCAST = Decision("autocast", "torch.autocast is on, and its dtype comes before the layer's")
 INFERRED = (torch.float32, torch.bfloat16)  # float16 is not: its range is narrow
 
@@ -255,7 +255,7 @@ def choose_compute_dtype(layer: Linear4bit, x: Tensor) -> tuple[torch.dtype, Dec
         (torch.bfloat16, 'inferred')
     """
     if layer.compute_type_is_set:
-        dtype, decision = layer.compute_dtype, COMPUTE_SET
+        dtype, decision = layer.compute_dtype, COMPUTE_SET if layer.compute_dtype else COMPUTE_AS_INPUT
     elif x.dtype in INFERRED:
         dtype, decision = x.dtype, COMPUTE_FIRST_INPUT
     else:

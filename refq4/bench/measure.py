@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..backend import Backend
+from ..backend import Backend, BackendError
 from ..codebooks import get_codebook
 from ..functional import quantize_4bit
 from .peers import PEERS, Peer, Product, hub_kernel, peer_quantiser, peer_rearranger, random_weights
@@ -75,16 +75,27 @@ def products(
 ) -> list[dict[str, Any]]:
     """One row per M: medians of every peer on ``layers`` weights [n, k], at least 15 rounds.
 
+    An M that the backend can't run is left out, with the reason under ``missing`` of the other rows.
+
     Returns:
         Dicts with ``n k m dtype ms`` (peer to milliseconds) and ``missing`` (peer to the reason).
+
+    Raises:
+        BackendError: the backend can't run any M.
     """
     made, missing = make_named(PEERS, peers, backend, random_weights(n, k, layers), dtype)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         for m in tqdm(tokens, desc=f"{n} x {k}", leave=False, disable=None):
             x = torch.randn(m, k).to(dtype)
             runs: dict[str, Run] = {name: partial(call, x) for name, call in made.items()}
-            medians = interleaved(runs, max(15, rounds // max(1, m // 4)), layers, layers if m < 32 else 1)
+            try:
+                medians = interleaved(runs, max(15, rounds // max(1, m // 4)), layers, layers if m < 32 else 1)
+            except BackendError as error:
+                if not rows and m == tokens[-1]:
+                    raise
+                missing[f"left out, M = {m}"] = f"{error}".splitlines()[0]
+                continue
             ms = {name: 1e3 * seconds for name, seconds in medians.items()}
             rows.append({"n": n, "k": k, "m": m, "dtype": str(dtype), "ms": ms, "missing": missing})
     return rows

@@ -18,6 +18,8 @@ def describe(report: dict[str, Any]) -> str:
             f"\nlimits: memory read {limit['read_gb_s']:.1f} GB/s, fp32 FMA {limit['fma_gflop_s']:.0f} GFLOP/s, "
             f"bf16 dot {limit['dot_gflop_s']:.0f} GFLOP/s"
         )
+    else:
+        line += f"\nlimits: backend {about['backend']!r} has no limits(), which would measure them"
     return line
 
 
@@ -31,14 +33,18 @@ def product_table(rows: list[dict[str, Any]], n: int, k: int, limit: dict[str, f
     for row in rows:
         ours = row["ms"]["refq4"]
         gb_s, gflop_s = weight_bytes(n, k) / ours / 1e6, 2e-6 * row["m"] * n * k / ours
-        peers = [f"{row['ms'][name]:.3f} ({row['ms'][name] / ours:.2f})" for name in others]
-        table.add_row(
-            str(row["m"]), f"{ours:.3f}", f"{gb_s:.1f}", f"{gflop_s:.0f}", _share(gb_s, gflop_s, row, limit), *peers
-        )
+        peers = [f"{row['ms'][name]:.3f} ({_figure(row['ms'][name] / ours, 2)})" for name in others]
+        speeds = _figure(gb_s, 1), _figure(gflop_s, 0)
+        table.add_row(str(row["m"]), f"{ours:.3f}", *speeds, _share(gb_s, gflop_s, row, limit), *peers)
     missing = [f"{name}: {reason}" for name, reason in rows[0]["missing"].items()]
     if missing:
         table.caption, table.caption_justify = "\n".join(missing), "left"
     return table
+
+
+def _figure(value: float, decimals: int) -> str:
+    """With these decimals, or with two digits where those would leave fewer."""
+    return f"{value:.{decimals}f}" if value >= 10 ** (1 - decimals) else f"{value:.2g}"
 
 
 def weight_bytes(n: int, k: int, blocksize: int = 64) -> float:

@@ -39,7 +39,12 @@ def add(commands: Any) -> None:
     command.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help="e.g. 4096x11008")
     command.add_argument("--m", nargs="+", type=int, help="tokens per call (1 to 512)")
     command.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the activations (%(default)s)")
-    command.add_argument("--threads", type=int, default=_cores(), help="number of threads (default: all cores)")
+    command.add_argument(
+        "--threads",
+        type=int,
+        default=_threads(),
+        help="threads (default: OMP_NUM_THREADS, else all cores)",
+    )
     command.add_argument(
         "--rounds", type=int, default=30, help="passes over the layers at small M; never fewer than 15"
     )
@@ -68,6 +73,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from ..bench import bench
 
     return bench(arguments)
+
+
+def _threads() -> int:
+    """OMP_NUM_THREADS, which torch reads too; else all cores."""
+    if (wanted := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(wanted):
+        return int(wanted)
+    return _cores()
 
 
 def _cores() -> int:

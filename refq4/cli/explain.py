@@ -17,8 +17,10 @@ def add(commands: Any) -> None:
     command = commands.add_parser(
         "explain",
         help="show the seven steps of one call, for a shape, a dtype and a backend",
-        description="Make a random layer of weight [N, K], run M tokens through it, and show each step with its "
-        "decision and its reason, the error against fp64, and the bytes moved.",
+        description="Make a random layer of weight [N, K], run M tokens through it, and show each step of the second "
+        "call with its decision and its reason, the error against fp64, and the bytes moved. Both sides of the error "
+        "use the same 4-bit weight, so it is the rounding of the kernel alone; what 4 bits cost a model is measured "
+        "by 'eval' and 'tour'.",
         epilog=options.examples(
             "python -m refq4 explain 4096x11008",
             "python -m refq4 explain 4096x4096 --tokens 16 --dtype bfloat16 --backend cpu",
@@ -33,7 +35,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--bias", action="store_true", help="the layer has a bias")
     command.add_argument("--seed", type=int, default=0, help="seed of the random weight and tokens (%(default)s)")
-    options.add_format(command)
+    options.add_format(command, compute_dtype="that of the tokens")
     options.add_backend(command)
     options.add_json(command)
     command.set_defaults(run=_run)

@@ -39,7 +39,7 @@ def add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
-def add_format(command: argparse.ArgumentParser) -> None:
+def add_format(command: argparse.ArgumentParser, compute_dtype: str = "that of the weights") -> None:
     """How weights are quantised: ``--quant-type``, ``--blocksize``, ``--nested``, ``--storage``, and for what dtype."""
     command.add_argument("--quant-type", choices=CODEBOOKS, default="nf4", help="the codebook (%(default)s)")
     command.add_argument(
@@ -61,7 +61,7 @@ def add_format(command: argparse.ArgumentParser) -> None:
         default="uint8",
         help="dtype under which the packed bytes are stored (%(default)s)",
     )
-    command.add_argument("--compute-dtype", choices=DTYPES, help="dtype of the products (default: that of the weights)")
+    command.add_argument("--compute-dtype", choices=DTYPES, help=f"dtype of the products (default: {compute_dtype})")
 
 
 def examples(*lines: str) -> str:

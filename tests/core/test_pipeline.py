@@ -241,7 +241,9 @@ def test_step_4_computes_fp16_as_it_comes_when_nothing_was_set_and_warns_once(to
     assert (y.dtype, layer.compute_dtype) == (torch.float16, None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert steps_of(layer, torch.randn(tokens, 64, dtype=torch.float16))[4] == "as set"
+        assert steps_of(layer, torch.randn(tokens, 64, dtype=torch.bfloat16))[4] == "as the input"
+        assert layer.compute_dtype is None, "only the first input is asked"
+        assert steps_of(layer, torch.randn(tokens, 64, dtype=torch.float16))[4] == "as the input"
 
 
 @pytest.mark.parametrize(

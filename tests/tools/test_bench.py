@@ -12,7 +12,8 @@ from refq4 import cli, registry
 from refq4.bench import gpu
 from refq4.bench.measure import interleaved
 from refq4.bench.plot import speedups
-from refq4.bench.show import gpu_ops_table, gpu_table, weight_bytes
+from refq4.bench.show import _figure, gpu_ops_table, gpu_table, weight_bytes
+from refq4.cli.bench import _cores
 from refq4.internals.verbatim import Console
 from refq4.registry import check_usable
 
@@ -28,6 +29,19 @@ def test_rounds_are_interleaved_and_every_layer_gets_its_turn():
 
 def test_bytes_of_a_weight_are_its_codes_and_scales():
     assert weight_bytes(64, 128) == 64 * 128 / 2 + 4 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "shown"), [(463.4, 0, "463"), (0.0041, 0, "0.0041"), (0.012, 2, "0.012"), (1.5, 2, "1.50")]
+)
+def test_a_small_figure_keeps_two_digits(value, decimals, shown):
+    assert _figure(value, decimals) == shown
+
+
+@pytest.mark.parametrize(("value", "threads"), [("3", 3), ("0", _cores()), ("", _cores())])
+def test_the_number_of_threads_is_that_of_openmp_where_it_is_set(value, threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert cli.parser().parse_args(["bench"]).threads == threads
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -74,10 +88,14 @@ def test_a_backend_with_two_ops_is_timed_in_what_it_has(tmp_path, capsys):
     with registry.isolated_registry():
         assert cli.main(["bench", "--import", str(file), "--backend", "two ops", *sizes, "--m", "1"]) == 0
         out = capsys.readouterr().out
+        assert cli.main(["bench", "--backend", "two ops", *sizes, "--m", "4", "1", "2"]) == 0
+        some = capsys.readouterr().out
         assert cli.main(["bench", "--backend", "two ops", *sizes, "--m", "2"]) == 1
     for shown in ("refq4 ms", "dequantise to bfloat16", "one token"):
         assert shown in out
     assert "quantise fp32" not in out
+    for shown in ("refq4 ms", "left out, M = 4: ", "left out, M = 2: ", "limits: backend 'two ops' has no limits()"):
+        assert shown in some
     assert "no gemm_4bit" in capsys.readouterr().err
 
 

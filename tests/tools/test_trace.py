@@ -233,6 +233,35 @@ def test_explain_sees_the_error_of_a_wrong_backend():
     assert report.error > 0.49 > report.reference_error
 
 
+def test_explain_reports_the_second_call_and_what_the_first_input_decides():
+    """The first call of a backend may compile or calibrate; here it sleeps."""
+    calls = []
+
+    class Slow(Loopback):
+        name = "slow"
+
+        def gemm_4bit(self, x, weight, bias):
+            calls.append(x)
+            if len(calls) == 1:
+                time.sleep(0.2)
+            return super().gemm_4bit(x, weight, bias)
+
+    refq4.register_backend(Slow())
+    layer = layer_of().train()
+    refq4.set_backend("slow")
+    with pytest.warns(UserWarning, match="float16") as caught:
+        report = refq4.explain(layer, torch.randn(2, 64).half())
+    again = refq4.explain(layer, torch.randn(2, 64).bfloat16())
+    assert report.trace.calls[0].steps[5].micros < 1e5
+    assert len(report.trace.calls) == 1
+    assert len(caught) == 1
+    assert [r.trace.calls[0].steps[3].choice for r in (report, again)] == ["as the input"] * 2
+    assert not layer.awaits_first_input
+    assert "the same 4-bit weight" in str(report)
+    fresh = refq4.explain(layer_of(), torch.randn(2, 64))
+    assert fresh.trace.calls[0].steps[3].choice == "inferred"
+
+
 def test_explain_takes_an_empty_batch_and_a_layer_without_bias():
     report = refq4.explain(layer_of(bias=False), torch.randn(0, 64))
     assert (report.flops, report.error, report.reference_error, report.allowed) == (0, 0.0, 0.0, 0.0)

@@ -235,7 +235,7 @@ def _compiled(name: str, command: list[str], what: str) -> Path:
 
     def build(target: Path) -> None:
         if what:
-            print(f"refq4: compiling {what} (once, a few seconds) ...", end="", file=sys.stderr, flush=True)
+            print(f"refq4: compiling {what} (once, up to half a minute) ...", end="", file=sys.stderr, flush=True)
         start = time.perf_counter()
         full = [*command, "-shared", "-o", str(target)]
         done = subprocess.run(

@@ -115,7 +115,7 @@ def run_ptx(
     """Execute any kernel; its results are in the tensors afterwards.
 
     Args:
-        ptx: the text, as NVRTC, nvcc or Triton wrote it for sm_75 to sm_90.
+        ptx: the text, as NVRTC, nvcc or Triton wrote it for sm_75 or newer.
         entry: the kernel's name in it.
         grid, block: how many blocks and threads, three ints each: x, y, z.
         args: one for each of the kernel's parameters. A CPU tensor of any dtype stands for a pointer to its first
