@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
     options.files(given.add_argument("--text", metavar="FILE", help="a text, split by the tokenizer in DIR"))
     options.files(given.add_argument("--tokens", metavar="FILE", help="token ids as text, one sequence in each line"))
     command.add_argument(
-        "--context", type=int, default=512, metavar="N", help="tokens in a sequence of --text (%(default)s)"
+        "--context", type=int, metavar="N", help="tokens in a sequence of --text (512, or the model's limit if smaller)"
     )
     command.add_argument("--sequences", type=int, metavar="N", help="only the first N sequences")
     command.add_argument(

@@ -23,19 +23,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import dequantize_4bit
 from ..internals.shown import Shown
 from ..nn import Embedding4bit, Linear4bit
-from ..state import QuantState
-from .damage import Decoded, LayerDamage, Probes
+from .damage import Decoded, LayerDamage, Probes, in_fp32
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Evaluation", "evaluate", "evaluate_one_after_the_other", "in_fp32"]
+__all__ = ["Evaluation", "evaluate", "evaluate_one_after_the_other"]
 
 DRAWS = 4
 WORST_SHOWN = 10
+TOO_UNCERTAIN = 0.1  # a standard error of this share of KL or more
 _RESERVE = 64 * 2**20  # of disk
 
 
@@ -50,6 +49,7 @@ class Evaluation(Shown):
         kl: mean divergence of the model's predictions from the full-precision model's, in nats a token.
         top1: share of positions at which both have the same likeliest token.
         layers: one for each 4-bit layer; the one that costs the most comes first.
+        kl_error: standard error of ``kl``, as if the positions were independent.
 
     Example:
         >>> Evaluation(tokens=10, loss=2.0).perplexity
@@ -62,6 +62,7 @@ class Evaluation(Shown):
     kl: float | None = None
     top1: float | None = None
     layers: list[LayerDamage] = field(default_factory=list)
+    kl_error: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -75,7 +76,7 @@ class Evaluation(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data; what is not finite is None, since JSON has no NaN."""
-        names = ("tokens", "loss", "perplexity", "exact_loss", "exact_perplexity", "kl", "top1")
+        names = ("tokens", "loss", "perplexity", "exact_loss", "exact_perplexity", "kl", "kl_error", "top1")
         figures = {name: _number(getattr(self, name)) for name in names}
         layers = [{key: _number(value) for key, value in asdict(layer).items()} for layer in self.layers]
         return figures | {"layers": layers}
@@ -91,6 +92,9 @@ class Evaluation(Shown):
         compared = ["", ""] if self.kl is None or self.top1 is None else [f"{self.kl:.5f}", f"{self.top1:.2%}"]
         table.add_row("this model", f"{self.loss:.4f}", f"{self.perplexity:.3f}", *compared)
         yield table
+        if self.kl and self.kl_error is not None:
+            advice = "; a longer text makes it smaller" if self.kl_error > TOO_UNCERTAIN * self.kl else ""
+            yield f"standard error of KL: {self.kl_error:.5f} ({self.kl_error / self.kl:.0%}){advice}"
         if self.layers:
             yield self._layer_table()
 
@@ -165,7 +169,7 @@ def evaluate_one_after_the_other(
         decoded: by a layer's name, its 4-bit weight.
     """
     sequences = _checked(tokens)
-    bar = _progress(len(sequences), progress)
+    bar = _progress(progress)
     exact_loss: float | None = None
     layers: list[LayerDamage] = []
     with tempfile.TemporaryFile(prefix="refq4-eval-") as file:
@@ -173,7 +177,7 @@ def evaluate_one_after_the_other(
             exact_loss, layers = _run_exact(load_against(), sequences, Probes(nn.Module(), decoded, draws), file, bar)
             gc.collect()  # a model may hold itself in a circle
         result = _run(load(), sequences, file if load_against is not None else None, bar)
-    return Evaluation(sum(len(ids) - 1 for ids in sequences), result[0], exact_loss, *result[1:], layers)
+    return Evaluation(sum(len(ids) - 1 for ids in sequences), exact_loss=exact_loss, layers=layers, **result)
 
 
 def _run_exact(
@@ -192,9 +196,9 @@ def _run_exact(
     return total / sum(len(ids) - 1 for ids in sequences), probes.layers()
 
 
-def _run(model: nn.Module, sequences: list[Tensor], file: Any, bar: Any) -> tuple[float, float | None, float | None]:
+def _run(model: nn.Module, sequences: list[Tensor], file: Any, bar: Any) -> dict[str, float]:
     """The model itself: its loss, and KL and agreement with what is in the file."""
-    total, kl, same = 0.0, 0.0, 0
+    total, kl, squares, same = 0.0, 0.0, 0.0, 0
     if file is not None:
         size = file.tell()
         file.seek(0)
@@ -207,10 +211,14 @@ def _run(model: nn.Module, sequences: list[Tensor], file: Any, bar: Any) -> tupl
             if size != sum(len(one) - 1 for one in sequences) * log_probs.shape[1] * 4:
                 raise ValueError(f"this model's vocabulary of {log_probs.shape[1]} is not the full-precision model's")
             exact = _read(file, log_probs.shape).to(log_probs.device)
-            kl += float((exact.exp() * (exact - log_probs)).sum(dtype=torch.float64))
+            each = (exact.exp() * (exact - log_probs)).sum(1, dtype=torch.float64)
+            kl, squares = kl + float(each.sum()), squares + float(each.square().sum())
             same += int((exact.argmax(1) == log_probs.argmax(1)).sum())
     count = sum(len(ids) - 1 for ids in sequences)
-    return (total / count, None, None) if file is None else (total / count, kl / count, same / count)
+    if file is None:
+        return {"loss": total / count}
+    error = math.sqrt(max(squares / count - (kl / count) ** 2, 0) / max(count - 1, 1))
+    return {"loss": total / count, "kl": kl / count, "kl_error": error, "top1": same / count}
 
 
 # --- one sequence -----------------------------------------------------------------------------------------------------
@@ -272,13 +280,6 @@ def _checked(tokens: Tensor | Iterable[Sequence[int] | Tensor]) -> list[Tensor]:
     return [ids.long().cpu() for ids in sequences]
 
 
-def in_fp32(packed: Tensor, state: QuantState) -> Tensor:
-    """A packed weight decoded to fp32, whatever dtype its state names."""
-    exact = state.copy()
-    exact.dtype = torch.float32
-    return dequantize_4bit(packed, exact)
-
-
 def _of(model: nn.Module) -> Decoded:
     """The 4-bit weights of a model in memory."""
 
@@ -302,14 +303,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _progress(total: int, shown: bool) -> Callable[[str, list[Tensor]], Iterable[Tensor]]:
+def _progress(shown: bool) -> Callable[[str, list[Tensor]], Iterable[Tensor]]:
     from tqdm.auto import tqdm
 
-    def bar(label: str, sequences: list[Tensor]) -> Iterable[Tensor]:
-        found: Iterable[Tensor] = tqdm(sequences, desc=label, unit="sequence", disable=None if shown else True)
-        return found
-
-    return bar
+    return lambda label, sequences: tqdm(sequences, desc=label, unit="sequence", disable=None if shown else True)
 
 
 def _exp(loss: float) -> float:

@@ -9,6 +9,7 @@ DIR          4-bit or not; loaded by transformers, a 4-bit one onto refq4's laye
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,12 +27,12 @@ from ..checkpoint.sources import FromSafetensors
 from ..checkpoint.tensors import SafetensorsReader
 from ..internals import remedies
 from ..state import QuantState
-from .damage import Decoded
-from .evaluate import DRAWS, Evaluation, evaluate_one_after_the_other, in_fp32
+from .damage import Decoded, in_fp32
+from .evaluate import DRAWS, Evaluation, evaluate_one_after_the_other
 
 __all__ = ["evaluate_directories", "read_text", "read_tokens"]
 
-CONTEXT = 512
+CONTEXT = 512  # tokens in a sequence of a text, where the model takes so many
 
 
 def evaluate_directories(
@@ -44,11 +45,18 @@ def evaluate_directories(
     """:func:`refq4.evaluate` for models on disk, of which one is in memory at a time.
 
     Raises:
-        FileNotFoundError, ValueError: as ``refq4.evaluate``; no such directory; ``against`` is in 4 bits itself.
+        FileNotFoundError, ValueError: as ``refq4.evaluate``; no such directory; ``against`` is in 4 bits itself; a
+            sequence is longer than ``max_position_embeddings`` in the model's config.
     """
     for directory in (model, against):
-        if directory is not None and not (directory / "config.json").is_file():
-            raise FileNotFoundError(f"no config.json in {directory}: expected a model directory of transformers")
+        if directory is not None:
+            _check_is_a_model(directory)
+    longest, limit = max(map(len, sequences), default=0), _most_tokens(model)
+    if longest > limit:
+        raise ValueError(
+            f"a sequence of {longest} tokens, but max_position_embeddings in the config of {model} is {limit}, and a "
+            f"model predicts poorly beyond it: give --context {limit} or less, or shorter lines in the file of --tokens"
+        )
     if against is not None and _is_quantised(against):
         raise ValueError(f"--against {against}: this one is quantised, too; expected the model in full precision")
     with ExitStack() as stack:
@@ -77,8 +85,13 @@ def read_tokens(path: Path) -> list[Tensor]:
     return sequences
 
 
-def read_text(path: Path, model: Path, context: int = CONTEXT) -> list[Tensor]:
-    """A text as sequences of ``context`` tokens, by the model's own tokenizer; each begins as it begins a text."""
+def read_text(path: Path, model: Path, context: int | None = None) -> list[Tensor]:
+    """A text as sequences of ``context`` tokens, by the model's own tokenizer; each begins as it begins a text.
+
+    Without ``context``: 512 tokens, or as many as the model takes if these are fewer.
+    """
+    _check_is_a_model(model)
+    context = int(min(CONTEXT, _most_tokens(model))) if context is None else context
     if context < 2:
         raise ValueError(f"--context {context}: a sequence has two tokens or more")
     transformers = _transformers()
@@ -95,6 +108,24 @@ def read_text(path: Path, model: Path, context: int = CONTEXT) -> list[Tensor]:
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
+
+
+def _check_is_a_model(directory: Path) -> None:
+    if (directory / "config.json").is_file():
+        return
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{directory} is a peft adapter, not a model: merge it into its base model with merge_and_unload(), save "
+            f"the result with save_pretrained(), and give that directory"
+        )
+    raise FileNotFoundError(f"no config.json in {directory}: expected a model directory of transformers")
+
+
+def _most_tokens(directory: Path) -> float:
+    """The longest sequence that the model was made for; infinite if its config names none."""
+    config = _transformers().AutoConfig.from_pretrained(directory, local_files_only=True)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else math.inf
 
 
 def _load(directory: Path) -> nn.Module:

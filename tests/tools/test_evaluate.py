@@ -19,7 +19,7 @@ from refq4.checkpoint import quantize_checkpoint
 from refq4.functional import dequantize_4bit
 from refq4.nn import Linear4bit
 from refq4.tools import evaluate as evaluating
-from refq4.tools.evaluate_files import read_tokens
+from refq4.tools.evaluate_files import read_text, read_tokens
 
 TEXT = "\n".join(topics.topics[name] for name in sorted(topics.topics)).encode()[:400_000]
 BYTES = torch.tensor(list(TEXT))
@@ -94,6 +94,22 @@ def test_the_figures_are_those_computed_by_hand(full, small, report):
     assert 0.5 < top1 < 1
     assert report.tokens == sum(len(ids) - 1 for ids in held_out())
     assert report.perplexity == math.exp(report.loss)
+
+
+@torch.no_grad()
+def test_the_standard_error_of_kl_is_that_of_the_mean_over_positions(full, small, report):
+    each = []
+    for ids in held_out():
+        exact, ours = (model(ids[None]).logits[0, :-1].double().log_softmax(-1) for model in (full, small))
+        each.append((exact.exp() * (exact - ours)).sum(-1))
+    found = torch.cat(each)
+    assert report.kl_error == pytest.approx(float(found.std()) / math.sqrt(len(found)), rel=1e-3)
+
+
+@pytest.mark.parametrize(("error", "says"), [(0.03, "(30%); a longer text makes it smaller"), (0.005, "(5%)\n")])
+def test_a_report_says_when_its_text_is_short(error, says):
+    text = str(evaluating.Evaluation(800, 2.0, exact_loss=1.9, kl=0.1, top1=0.9, kl_error=error))
+    assert says in text + "\n"
 
 
 def test_the_damage_of_a_layer_is_that_of_its_outputs_on_this_text(full, small, report):
@@ -301,6 +317,30 @@ def test_a_text_is_cut_by_the_models_tokenizer_and_the_layers_are_drawn(director
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def edited(directories, name: str, change) -> object:
+    """A copy of the 4-bit model whose config.json is changed."""
+    target = directories / name
+    shutil.copytree(directories / "nf4", target, dirs_exist_ok=True)
+    config = json.loads((target / "config.json").read_text())
+    change(config)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_a_text_is_cut_into_no_longer_sequences_than_the_model_takes(directories):
+    (directories / "long.txt").write_text("a" * 700)
+    no_limit = {"model_type": "bloom"}  # ALiBi: its config has no max_position_embeddings
+    nested = {"model_type": "llava", "text_config": {"model_type": "llama", "max_position_embeddings": 40}}
+    for name, change, wanted in [
+        ("as it is", lambda config: None, 128),
+        ("long", lambda config: config.update(max_position_embeddings=4096), 512),
+        ("nested", lambda config: config.update(nested), 40),
+        ("no limit", lambda config: config.pop("max_position_embeddings") and config.update(no_limit), 512),
+    ]:
+        sequences = read_text(directories / "long.txt", edited(directories, name, change))
+        assert max(map(len, sequences)) == wanted, name
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -312,17 +352,32 @@ def test_a_text_is_cut_by_the_models_tokenizer_and_the_layers_are_drawn(director
         (["--tokens", "ids.txt", "--against", "nf4"], "this one is quantised, too"),
         (["--tokens", "ids.txt", "--against", "nowhere"], "no config.json in"),
         (["--tokens", "ids.txt", "--draws", "-1"], "--draws must be 0 or more"),
+        (["--tokens", "long-ids.txt"], "a sequence of 129 tokens, but max_position_embeddings in the config of bare"),
+        (["--tokens", "ids.txt", "--against", "adapter"], "adapter is a peft adapter, not a model: merge it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_is_wrong_is_one_line_on_stderr(directories, options, says, capsys, monkeypatch):
     monkeypatch.chdir(directories)
-    for name, content in {"words": "1 2\nthree 4", "one": "5", "empty": "\n"}.items():
+    (directories / "adapter").mkdir(exist_ok=True)
+    (directories / "adapter" / "adapter_config.json").write_text("{}")
+    for name, content in {"words": "1 2\nthree 4", "one": "5", "empty": "\n", "long-ids": "1 " * 129}.items():
         (directories / f"{name}.txt").write_text(content)
     shutil.copytree("nf4", "bare", ignore=shutil.ignore_patterns("tokenizer*"), dirs_exist_ok=True)
     assert cli.main(["eval", "bare", *options]) == 1
     error = capsys.readouterr().err
     assert says in error
+
+
+def test_a_context_beyond_the_models_limit_and_an_adapter_are_refused(directories, capsys):
+    (directories / "long.txt").write_text("a" * 700)
+    text = ["--text", str(directories / "long.txt")]
+    assert cli.main(["eval", str(directories / "nf4"), *text, "--context", "200"]) == 1
+    assert "give --context 128 or less" in capsys.readouterr().err
+    (directories / "adapter").mkdir(exist_ok=True)
+    (directories / "adapter" / "adapter_config.json").write_text("{}")
+    assert cli.main(["eval", str(directories / "adapter"), *text]) == 1
+    assert "adapter is a peft adapter, not a model: merge it" in capsys.readouterr().err
 
 
 def test_ids_may_stand_with_commas(tmp_path):
