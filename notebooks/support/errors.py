@@ -138,7 +138,7 @@ def shares(used: Mapping[str, Sequence[float]]) -> Image:
 def scoreboard(history: Mapping[str, Report]) -> Image:
     """step -> what verify said after it: a row for each, a box for each check."""
     checks = [check.name for check in next(iter(history.values())).checks]
-    figure, axes = picture.canvas(height=0.42 * len(history) + 1.3)
+    figure, axes = picture.canvas(height=0.42 * len(history) + 1.6)
     for row, report in enumerate(history.values()):
         for column, check in enumerate(report.checks):
             colour = (
@@ -168,8 +168,11 @@ def scoreboard(history: Mapping[str, Report]) -> Image:
             )
     axes.set_xticks(
         np.arange(len(checks)) + 0.5,
-        [name.replace("_", "_\n") for name in checks],
+        checks,
         fontsize=7,
+        rotation=35,
+        ha="right",
+        rotation_mode="anchor",
     )
     axes.set_yticks([-row for row in range(len(history))], list(history))
     axes.tick_params(length=0)
