@@ -81,9 +81,9 @@ picture.show(
 # Beside the zero fifteen numbers remain, so one side gets eight and the other seven. The QLoRA paper gave eight to the
 # positive side, and so does every NF4 file since: this is a convention, nothing in the weights asks for it.
 #
-# So the two halves are spaced separately: eight steps above zero, seven below. A half has probability 1/2. As if it had
-# half of 16 slices above zero and half of 15 below, half a slice is 1/32 or 1/30 of the whole; NF4 uses the mean of the
-# two for both ends, so that the ends become 1 and -1.
+# So the two halves are spaced separately: eight steps above zero, seven below. If the whole probability is cut into 16
+# slices, half a slice is 1/32; with 15 slices it is 1/30. The first belongs to the side with eight numbers, the second
+# to the side with seven. NF4 uses the mean of the two for both ends, so that the ends become 1 and -1.
 
 # %%
 outermost = (
