@@ -126,10 +126,10 @@ def _grouped(
     backend: str | Resolved,
 ) -> Tensor:
     n = _check(x, weight, bias, transposed)
-    x, offsets = x.contiguous(), _checked_offsets(offsets, weight.shape[0], x.shape[0])
+    x, offsets = x.resolve_neg().contiguous(), _checked_offsets(offsets, weight.shape[0], x.shape[0])
     check_memory("x", x)
     if bias is not None:
-        bias = bias.contiguous()
+        bias = bias.resolve_neg().contiguous()
         check_memory("bias", bias)
     if isinstance(weight, PackedWeight):
         check_weight_memory(weight)
@@ -239,7 +239,7 @@ def _checked_offsets(offsets: Tensor, experts: int, rows: int) -> Tensor:
         raise ValueError(
             f"offsets must be int64 [E + 1] = [{experts + 1}], got {dtype_name(offsets.dtype)} {list(offsets.shape)}"
         )
-    offsets = offsets.to("cpu", torch.int64).contiguous()
+    offsets = offsets.to("cpu", torch.int64).resolve_neg().contiguous()
     bounds = offsets.tolist()  # in Python: the same with tensors takes five operations
     if bounds[0] != 0 or bounds[-1] != rows or bounds != sorted(bounds):
         raise ValueError(f"offsets must rise from 0 to the {rows} rows of x, got {bounds}")

@@ -116,6 +116,16 @@ def test_experts_prepared_for_the_cpu_give_the_same_and_their_bytes_come_back(dt
     assert not weight.prepared
 
 
+def test_operands_with_the_negative_bit_are_negated_before_prepared_experts_read_them() -> None:
+    packed, state = experts()
+    weight = Params4bit(packed.clone(), quant_state=state, bnb_quantized=True)
+    x, offsets, bias, negated = rows(K), torch.tensor(OFFSETS), torch.randn(E, N), torch._neg_view
+    with torch.no_grad():
+        wanted = grouped_gemm_4bit(x, weight, state, offsets, bias, backend="cpu")
+        lazy = negated(-x), weight, state, negated(-offsets), negated(-bias)
+        assert torch.equal(grouped_gemm_4bit(*lazy, backend="cpu"), wanted)
+
+
 def test_a_compiled_call_takes_the_prepared_experts_and_gives_the_same() -> None:
     packed, state = experts()
     weight = Params4bit(packed.clone(), quant_state=state, bnb_quantized=True)
