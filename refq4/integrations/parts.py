@@ -73,7 +73,7 @@ class Split:
         """This process's part of a quantised weight, in memory of its own.
 
         Raises:
-            ValueError: a block would be cut.
+            ValueError: a block would be cut, or the scales are quantised in other groups than usual.
         """
         assert weight.quant_state is not None
         state = weight.quant_state.copy()
@@ -81,10 +81,15 @@ class Split:
         self.check(blocksize)
         packed = self._mine(layout.from_storage(weight.stored(), shape.numel()))
         if state.state2 is not None:
-            blocks, group = state.absmax.numel(), state.state2.blocksize or NESTED_BLOCKSIZE
-            state.state2.blocksize = math.gcd(group, self._run(blocks))
+            if state.state2.blocksize != NESTED_BLOCKSIZE:  # put_together makes groups of that size again
+                raise ValueError(
+                    f"{self.name}: the scales of this weight are quantised in groups of {state.state2.blocksize}; only "
+                    f"those in groups of {NESTED_BLOCKSIZE}, which is what bitsandbytes and refq4 write, can be divided"
+                )
+            blocks = state.absmax.numel()
+            state.state2.blocksize = math.gcd(NESTED_BLOCKSIZE, self._run(blocks))
             starts = torch.arange(0, blocks, state.state2.blocksize, device=state.absmax.device)
-            state.state2.absmax = self._mine(state.state2.absmax[starts // group])
+            state.state2.absmax = self._mine(state.state2.absmax[starts // NESTED_BLOCKSIZE])
         state.absmax = self._mine(state.absmax)
         state.shape = torch.Size((*shape[: self.dim], shape[self.dim] // self.mesh.size(), *shape[self.dim + 1 :]))
         return weight._like(layout.to_storage(packed, weight.dtype), state)

@@ -98,6 +98,7 @@ class LoraLinear4bit(Linear):
         hooks = B._forward_hooks or B._forward_pre_hooks or B._backward_hooks or B._backward_pre_hooks
         special = self.lora_bias[name] or name in self.lora_variant or hooks or "forward" in B.__dict__
         plain = type(B) is nn.Linear and type(B.weight) is nn.Parameter and not special
+        plain = plain and B.weight.dtype != torch.float16  # A(x) times a large scaling may overflow in it
         return plain and not nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

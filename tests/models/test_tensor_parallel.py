@@ -276,6 +276,14 @@ def test_the_parts_decode_to_what_the_whole_weight_decodes_to(shape, dim, parts,
         assert part.quant_state.absmax.untyped_storage().nbytes() == part.quant_state.absmax.nbytes
 
 
+def test_scales_in_groups_of_another_size_are_refused_since_putting_together_makes_groups_of_256():
+    weight = Params4bit(torch.randn(64, 512), quant_type="nf4").to("cpu")
+    second = weight.quant_state.state2
+    second.blocksize, second.absmax = 128, second.absmax.repeat_interleave(2)
+    with process_of(2, 0) as mesh, pytest.raises(ValueError, match=r"^w: the scales .* in groups of 128; only those"):
+        Split("w", weight.quant_state.shape, 0, mesh).part(weight)
+
+
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32], ids=str)
 def test_a_part_keeps_the_storage_dtype(storage):
     weight = Params4bit(torch.randn(4, 128), quant_type="nf4", quant_storage=storage).to("cpu")
