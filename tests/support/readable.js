@@ -34,6 +34,10 @@ async ({ phone, scheme }) => {
     }
     for (const picture of article.querySelectorAll("img[src$='.png'], img[src^='data:image/png']"))
       if (picture.clientWidth < PICTURE) about(picture, `is ${picture.clientWidth} px wide, too small for its letters`);
+    for (const numbers of article.querySelectorAll(".linenos pre")) {
+      const off = numbers.offsetHeight - numbers.closest("tr").querySelector(".code pre").offsetHeight;
+      if (numbers.checkVisibility() && Math.abs(off) > 1) about(numbers, `ends ${off} px off its code`);
+    }
     for (const link of article.querySelectorAll("svg a")) {
       const { width, height } = link.getBoundingClientRect();
       if (link.checkVisibility() && Math.min(width, height) < LINK) about(link, `is hard to hit, ${width} × ${height} px`);
