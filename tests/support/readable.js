@@ -36,7 +36,7 @@ async ({ phone, scheme }) => {
       if (picture.clientWidth < PICTURE) about(picture, `is ${picture.clientWidth} px wide, too small for its letters`);
     for (const numbers of article.querySelectorAll(".linenos pre")) {
       const off = numbers.offsetHeight - numbers.closest("tr").querySelector(".code pre").offsetHeight;
-      if (numbers.checkVisibility() && Math.abs(off) > 1) about(numbers, `stands beside other lines of code, ${off} px off at the end`);
+      if (numbers.checkVisibility() && Math.abs(off) > 1) about(numbers, `ends ${off} px off its code`);
     }
     for (const link of article.querySelectorAll("svg a")) {
       const { width, height } = link.getBoundingClientRect();
