@@ -8,6 +8,7 @@ not the end but a line in the report. Data is read in pieces: a file need not fi
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -59,6 +60,7 @@ class TensorReport:
         codes: how often each of the 16 codes occurs.
         scales: counts of the scales (absmax) in 16 equal bins from the least to the largest.
         scale_range: those two.
+        blocksize: weights that share a scale.
     """
 
     key: str
@@ -69,6 +71,7 @@ class TensorReport:
     codes: list[int] | None = None
     scales: list[int] | None = None
     scale_range: tuple[float, float] | None = None
+    blocksize: int | None = None
 
     @property
     def quantised(self) -> bool:
@@ -117,6 +120,8 @@ class CheckpointContents(Shown):
             f": {self.format}, {len(self.tensors)} tensors, {size / 1e6:,.2f} MB; "
             f"{len(small)} of them in 4 bits, {small_size / 1e6:,.2f} MB",
         )
+        for (kind, blocksize), count in Counter((tensor.format, tensor.blocksize) for tensor in small).items():
+            yield words(f"{count} in {kind}, blocks of {blocksize}")
         if self.tensors:
             yield self._table()
         if len(self.tensors) > self.limit:
@@ -252,7 +257,9 @@ def _quantised(source: Source, key: str, packed: Tensor, state: QuantState) -> T
     nested = ", double quantisation" if state.nested else ""
     size = packed.numel() * packed.itemsize + state.nbytes()
     bits = bits_per_weight(packed, state)
-    return TensorReport(key, f"{state.quant_type}{nested}", tuple(shape), bits, size, codes, histogram, (low, high))
+    return TensorReport(
+        key, f"{state.quant_type}{nested}", tuple(shape), bits, size, codes, histogram, (low, high), state.blocksize
+    )
 
 
 def _look_at_plain(source: Source, key: str, contents: CheckpointContents) -> None:

@@ -172,7 +172,7 @@ def test_a_page_runs_as_printed_from_an_empty_directory(page, tmp_path, monkeypa
             elif kind == "text":
                 assert capsys.readouterr().out == block
                 shown += 1
-    assert (printed, shown) == (3, 2)
+    assert (printed, shown) == (6, 5)
 
 
 def test_what_is_not_run_is_still_on_a_page_and_has_a_reason():

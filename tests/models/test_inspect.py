@@ -43,6 +43,15 @@ def test_counts_of_codes_and_scales_are_those_of_the_tensors(tmp_path):
         assert (weight.shape, contents.problems) == ((9, 63), [])
 
 
+def test_the_formats_and_block_sizes_are_counted_above_the_table(tmp_path):
+    layers = {"up": layer(True), "down": layer(True), "head": layer(False, blocksize=128)}
+    state = {f"{name}.{key}": value for name, module in layers.items() for key, value in module.state_dict().items()}
+    save_file(state, tmp_path / "x.safetensors")
+    lines = str(inspect_checkpoint(tmp_path / "x.safetensors")).splitlines()
+    above = {line.strip() for line in lines[: next(i for i, line in enumerate(lines) if "absmax" in line)]}
+    assert {"2 in nf4, double quantisation, blocks of 64", "1 in nf4, blocks of 128"} <= above
+
+
 def test_torch_files_say_the_same_as_safetensors_files(state, tmp_path):
     save_file(state, tmp_path / "x.safetensors")
     torch.save({"model": state, "step": 3}, tmp_path / "x.pt")
