@@ -112,7 +112,7 @@ def benches(text: str) -> list[object]:
     row = {"n": 1, "k": 1, "m": 1, "dtype": text, "layers": 1, "missing": {text: text}}
     on_cpu, on_gpu = row | {"ms": {"refq4": 1.0, text: 1.0}}, row | {"ms": {text: {"refq4": 1.0, text: 1.0}}}
     return [
-        show.describe({"machine": {text: text}, "limits": {}}),
+        show.describe({"machine": {text: text, "backend": "cpu"}, "limits": {}}),
         show.product_table([on_cpu], 1, 1, {}),
         show.ops_table({text: {"refq4": 1.0, text: 1.0}}, 1, 1),
         show.gpu_table([on_gpu], 1, 1, {"copy_gb_s": 1.0}),
