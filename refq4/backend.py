@@ -194,9 +194,9 @@ class PreparedWeight(NamedTuple):
 
 
 class Backend:
-    """The base class: every op raises an error until a subclass has it, and :meth:`can_run` refuses the missing ops.
+    """The base class: a subclass sets the attributes and writes ops; :meth:`can_run` refuses those it has not written.
 
-    Class attributes a subclass sets:
+    Attributes:
         name: what users pass to ``set_backend``.
         priority: "auto" tries the largest first; the reference has 0. "auto" never uses a negative one.
         devices, dtypes: what it computes on, and in; without fp64, the reference takes what is fp64.
