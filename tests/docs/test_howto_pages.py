@@ -21,7 +21,7 @@ def test_the_page_about_transformers_runs_from_top_to_bottom(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     page = (DOCS / "how-to" / "transformers.md").read_text()
     blocks = re.findall(r"```python\n(.*?)\n```", page, re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "docs/how-to/transformers.md", "exec"), names)
