@@ -706,9 +706,7 @@ def test_the_kernel_that_the_trace_names_is_the_one_that_runs(op, blocksize, mon
 def test_what_the_backend_does_not_take_it_says():
     backend = CudaEmulatorBackend()
     assert backend.can_run(_call("gemv_4bit", "cpu")) is None
-    assert "does not compute in torch.float64" in str(
-        backend.can_run(_call("gemv_4bit", "cpu", dtype=torch.float64))
-    )
+    assert "does not compute in torch.float64" in str(backend.can_run(_call("gemv_4bit", "cpu", dtype=torch.float64)))
     assert "canonical and stored, not tiles16" in str(backend.can_run(_call("gemv_4bit", "cpu", layout="tiles16")))
     assert "computes on cpu, and the tensors are on cuda" in str(backend.can_run(_call("gemv_4bit", "cuda")))
     prepared = PreparedWeight("cpu", "tiles16", (), (8, 64), 64, "nf4")
