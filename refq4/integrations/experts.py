@@ -65,7 +65,7 @@ def packed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         experts = experts.clamp(max=self.num_experts - 1)
     by_expert, order = torch.sort(experts, stable=True)
     offsets = torch.searchsorted(by_expert, torch.arange(self.num_experts + 1, device=by_expert.device))
-    alone = hidden_states.shape[0] == 1  # a token that is generated: all rows are it, and each small operation counts
+    alone = hidden_states.shape[0] == 1  # one generated token: every row is a copy of it, and each small op costs time
     rows = _product(self, up, hidden_states.expand(top_k, -1) if alone else hidden_states[order // top_k], offsets)
     rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
     rows = _product(self, down, rows, offsets)

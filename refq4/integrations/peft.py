@@ -91,8 +91,8 @@ class LoraLinear4bit(Linear):
     def _is_plain(self, name: str) -> bool:
         """Whether an adapter's B is a matrix of this process alone, and calling it does no more than multiply by it.
 
-        It does where there is a bias, a variant, a hook (as FSDP has), or another forward (as accelerate has, which
-        loads the matrix for the call).
+        A bias, a variant of LoRA, a hook (FSDP sets one) or another forward (accelerate's loads the matrix for the
+        call) does more.
         """
         B = self.lora_B[name]
         hooks = B._forward_hooks or B._forward_pre_hooks or B._backward_hooks or B._backward_pre_hooks

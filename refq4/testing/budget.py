@@ -192,7 +192,7 @@ def _loosest(exact: Tensor, reference: Tensor, x: Tensor, weight: Tensor, bias: 
 
 
 def _other_draws(x: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor) -> Iterator[Budget]:
-    """The same product with its terms in another order, of weights rounded elsewhere: other roundings alone."""
+    """The same product with its terms in another order and its weights rounded anew: only the roundings differ."""
     generator = torch.Generator().manual_seed(0)
     half = x.dtype in (torch.bfloat16, torch.float16)
     for draw in range(1, DRAWS):
