@@ -37,8 +37,15 @@ enum { MAX_TOKENS = 8, MAX_PANELS = 4 };
 
 /* Where a kernel reads a line, it asks the memory for another.
  *
- * Up to NEAR tokens memory is the limit, and the other line lies AHEAD bytes further on: four records at blocksize 64.
- * The hardware follows the streams too, but stops at the ends of pages, and at half this distance a line comes too late.
+ * Up to NEAR tokens memory is the limit, and the other line is what the same stream reads AHEAD bytes later: four records
+ * at blocksize 64. At half this distance a line comes too late, at three times it the first level of the cache is full.
+ * A stream ends with its panel and goes on in the panel that this thread multiplies next:
+ *
+ *     panel 0   | r0 | r1 | r2 | ... | r28 | r29 | r30 | r31 |          panel 4   | r0 | r1 | r2 | r3 | r4 | ...
+ *     read        r0   r1   r2   ...   r28   r29   r30   r31                        r0
+ *     asked for   r4   r5   r6   ...   r0    r1    r2    r3  of panel 4             r4
+ *
+ * The hardware follows the streams too, but stops at the ends of pages and panels.
  *
  * With more tokens arithmetic is, and memory has to work all the time behind it. So each call asks for as many lines
  * of what this thread multiplies next, and spread as evenly, as it takes time. A call for panels 0 and 1 asks for
@@ -58,10 +65,11 @@ enum { SUBTOTAL_PARTS = SUBTOTAL_ELEMENTS / (8 * PART_GROUPS_FP32) };
 _Static_assert(8 * PART_GROUPS_FP32 == 32, "a part is no longer than the shortest block");
 _Static_assert(SUBTOTAL_PARTS * 8 * PART_GROUPS_FP32 == SUBTOTAL_ELEMENTS, "a subtotal is whole parts");
 
-/* What a call asks the memory for, as if it were its first panel, and how far behind lies what stands for the next. */
+/* What a call asks the memory for, as if it were its first panel, and how far behind lies what stands for the next.
+ * After `left` records it goes on at `next`. */
 typedef struct {
-    const uint8_t *at;
-    int64_t stride;
+    const uint8_t *at, *next;
+    int64_t stride, left;
 } Ahead;
 
 /* x: a tile of it, see pack_tile. tiles: the first of NP panels, `stride` bytes apart. sums: [MT][16*MAX_PANELS]. */
@@ -167,25 +175,24 @@ static void write_outputs(const Product *p, const float *sums, float factor, int
     else for (int64_t i = 0; i < count; i++) ((uint16_t *)p->y)[at + i] = fp32_to_fp16(out[i]);
 }
 
-/* Asks for what the kernels do not, up to NEAR tokens: the first AHEAD bytes of the panels from `panel` on. */
-static void prefetch_heads(const Plan *plan, int64_t panel, int64_t count, int64_t stride) {
-    for (const uint8_t *at = plan->p->tiles + panel * stride; count-- > 0 && panel++ < plan->panels; at += stride)
-        for (int64_t i = 0; i < min64(AHEAD, stride); i += 64) __builtin_prefetch(at + i);
-}
-
 /* For a call that multiplies `count` panels, at `at`, by a tile of tokens of several; the run's panels end at `last`. */
 static Ahead what_comes(const Plan *plan, const uint8_t *at, int64_t panel, int64_t count, int64_t last, int64_t tile,
                         int64_t tiles) {
     const Product *p = plan->p;
-    int64_t stride = panel_bytes(p->K, p->weight.blocksize), other = plan->run * (p->threads - 1); /* threads in step */
+    int64_t records = p->K / p->weight.blocksize, stride = panel_bytes(p->K, p->weight.blocksize);
+    int64_t other = plan->run * (p->threads - 1); /* threads in step */
     int64_t next = panel + count + (panel + count < last ? 0 : other), shared = panel + plan->run + other + tile;
-    if (p->tiles && p->M <= NEAR) {
-        prefetch_heads(plan, next, count, stride);
-        return (Ahead){at + AHEAD, stride};
+    Ahead read_anyway = {at, at, 0, records}; /* no line more */
+    if (!p->tiles) return read_anyway;
+    const uint8_t *next_at = next < plan->panels ? p->tiles + next * stride : p->then;
+    if (p->M <= NEAR) {
+        int64_t record = stride / records, left = max64(records - max64(AHEAD / record, 1), 0);
+        if (!next_at) next_at = at;
+        return (Ahead){left ? at + stride - left * record : next_at, next_at, stride, left};
     }
-    if (p->tiles && tiles == 1 && next + count <= plan->panels) return (Ahead){p->tiles + next * stride, stride};
-    if (p->tiles && tiles > 1 && tile < count && shared < plan->panels) return (Ahead){p->tiles + shared * stride, 0};
-    return (Ahead){at, 0}; /* lines that are read anyway */
+    if (tiles == 1 && next_at) return (Ahead){next_at, next_at, stride, records};
+    if (tiles > 1 && tile < count && shared < plan->panels) return (Ahead){p->tiles + shared * stride, at, 0, records};
+    return read_anyway;
 }
 
 /* One work item: a run of panels times a chunk of token tiles. */

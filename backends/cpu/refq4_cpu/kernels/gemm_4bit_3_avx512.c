@@ -59,7 +59,7 @@ static inline __attribute__((always_inline)) void fp32_tile(const float *x, cons
         if (first == groups) { /* the next record */
             first = 0;
             tiles += record;
-            ahead.at += record;
+            ahead.at = --ahead.left == 0 ? ahead.next : ahead.at + record;
         }
         if (i % SUBTOTAL_PARTS == SUBTOTAL_PARTS - 1 || i == parts - 1)
             UNROLL for (int m = 0; m < MT; m++)

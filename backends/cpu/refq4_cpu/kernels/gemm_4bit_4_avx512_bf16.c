@@ -60,7 +60,7 @@ static inline __attribute__((always_inline)) void bf16_tile(const uint32_t *x, c
         if (first == groups) { /* the next record */
             first = 0;
             tiles += record;
-            ahead.at += record;
+            ahead.at = --ahead.left == 0 ? ahead.next : ahead.at + record;
         }
     }
     UNROLL for (int m = 0; m < MT; m++)

@@ -129,7 +129,7 @@ EXPORT ProductFn refq4_kernel(const char *name) {
 
 EXPORT int refq4_product(ProductFn kernel, const void *x, const void *bias, void *y, int dtype, int64_t M, int64_t N,
                          int64_t K, const uint8_t *tiles, const Weight *weight, int threads) {
-    Product p = {x, bias, y, (enum dtype)dtype, M, N, K, *weight, tiles, threads};
+    Product p = {x, bias, y, (enum dtype)dtype, M, N, K, *weight, tiles, threads, NULL};
     return kernel(&p) ? OK : OUT_OF_MEMORY;
 }
 
@@ -160,18 +160,20 @@ typedef struct {
     int64_t N, K, stride; /* stride: bytes of an expert's tiles */
     const uint8_t *tiles;
     const Weight *weight;
-    int threads; /* for one group */
+    int64_t count;
+    int threads, at_once; /* of one group; groups that are multiplied side by side */
     atomic_int failed;
 } Grouped;
 
 static void multiply_group(void *context, int64_t i, int thread) {
     (void)thread;
     Grouped *all = context;
-    const Group *g = all->groups + i;
+    const Group *g = all->groups + i, *next = i + all->at_once < all->count ? g + all->at_once : NULL;
     int64_t size = all->dtype == FP32 ? 4 : 2, N = all->N, K = all->K;
     Product p = {all->x + g->first * K * size, all->bias ? all->bias + g->expert * N * size : NULL,
                  all->y + g->first * N * size, all->dtype, g->rows, N, K, weight_of(all->weight, g->expert, N * K),
-                 all->tiles ? all->tiles + g->expert * all->stride : NULL, all->threads};
+                 all->tiles ? all->tiles + g->expert * all->stride : NULL, all->threads,
+                 all->tiles && next ? all->tiles + next->expert * all->stride : NULL};
     if (!g->kernel(&p)) atomic_store(&all->failed, 1);
 }
 
@@ -198,9 +200,10 @@ EXPORT int refq4_grouped(const ProductFn *kernels, int64_t most, const int64_t *
         if (!groups[count++].kernel) status = NO_KERNEL;
     }
     if (status == OK) {
-        int apart = count >= 2 * threads;
-        Grouped all = {groups, x, bias, y, (enum dtype)dtype, N, K, stride, tiles, weight, apart ? 1 : threads, 0};
-        run_parallel(multiply_group, &all, count, apart ? threads : 1);
+        int apart = count >= 2 * threads, at_once = apart ? threads : 1;
+        Grouped all = {groups, x, bias, y, (enum dtype)dtype, N, K, stride, tiles, weight, count, threads / at_once,
+                       at_once, 0};
+        run_parallel(multiply_group, &all, count, at_once);
         if (atomic_load(&all.failed)) status = OUT_OF_MEMORY;
     }
     free(groups);

@@ -55,6 +55,7 @@ typedef struct {
     Weight weight;
     const uint8_t *tiles;
     int threads;
+    const uint8_t *then; /* tiles of the product that comes next, if any: only asked for, never read */
 } Product;
 
 /* A long sum in fp32 is a sum of subtotals, each of this many elements and begun at zero: in one chain, every addition
@@ -62,6 +63,7 @@ typedef struct {
 enum { SUBTOTAL_ELEMENTS = 512 };
 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /* 64-byte aligned scratch that the caller frees. */
