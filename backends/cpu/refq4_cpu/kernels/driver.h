@@ -37,9 +37,9 @@ enum { MAX_TOKENS = 8, MAX_PANELS = 4 };
 
 /* Where a kernel reads a line, it asks the memory for another.
  *
- * Up to NEAR tokens memory is the limit, and the other line is what the same stream reads AHEAD bytes later: four records
- * at blocksize 64. At half this distance a line comes too late, at three times it the first level of the cache is full.
- * A stream ends with its panel and goes on in the panel that this thread multiplies next:
+ * With one tile of tokens the other line is what the same stream reads AHEAD bytes later: four records at blocksize 64.
+ * At half this distance a line comes too late, at three times it the first level of the cache is full. A stream ends
+ * with its panel and goes on in the panel that this thread multiplies next:
  *
  *     panel 0   | r0 | r1 | r2 | ... | r28 | r29 | r30 | r31 |          panel 4   | r0 | r1 | r2 | r3 | r4 | ...
  *     read        r0   r1   r2   ...   r28   r29   r30   r31                        r0
@@ -47,13 +47,9 @@ enum { MAX_TOKENS = 8, MAX_PANELS = 4 };
  *
  * The hardware follows the streams too, but stops at the ends of pages and panels.
  *
- * With more tokens arithmetic is, and memory has to work all the time behind it. So each call asks for as many lines
- * of what this thread multiplies next, and spread as evenly, as it takes time. A call for panels 0 and 1 asks for
- *
- *     one tile of tokens       panels 2 and 3
- *     two and more             the first tile's call: panel 0 of the next run, the second tile's: panel 1 of it
- */
-enum { NEAR = 4, AHEAD = 2304 };
+ * With several tiles each line is multiplied several times, and memory has to work during all of them: the call for the
+ * first tile asks for all of panel 0 of the next run, the second tile's call for panel 1 of it. */
+enum { AHEAD = 2304 };
 
 /* Groups summed before the sum is scaled and added to the total: 32 elements in fp32, 64 where x is bf16 and its own
  * rounding is larger. In one chain over a block of 4096, each addition would round at the size of the whole sum. */
@@ -185,13 +181,12 @@ static Ahead what_comes(const Plan *plan, const uint8_t *at, int64_t panel, int6
     Ahead read_anyway = {at, at, 0, records}; /* no line more */
     if (!p->tiles) return read_anyway;
     const uint8_t *next_at = next < plan->panels ? p->tiles + next * stride : p->then;
-    if (p->M <= NEAR) {
+    if (tiles == 1) {
         int64_t record = stride / records, left = max64(records - max64(AHEAD / record, 1), 0);
         if (!next_at) next_at = at;
         return (Ahead){left ? at + stride - left * record : next_at, next_at, stride, left};
     }
-    if (tiles == 1 && next_at) return (Ahead){next_at, next_at, stride, records};
-    if (tiles > 1 && tile < count && shared < plan->panels) return (Ahead){p->tiles + shared * stride, at, 0, records};
+    if (tile < count && shared < plan->panels) return (Ahead){p->tiles + shared * stride, at, 0, records};
     return read_anyway;
 }
 
@@ -235,7 +230,7 @@ enum { RUN_BYTES = 256 << 10 }; /* of packed weight: leaves most of a 1 MB L2 to
 static int64_t choose_run(const Plan *plan, int64_t stride) {
     const Product *p = plan->p;
     int64_t fit = min64(RUN_BYTES / stride, 16);
-    if (p->tiles && p->M <= 2 * MAX_TOKENS) fit = p->M <= NEAR ? MAX_PANELS : 0; /* a call's: all of x is in the cache */
+    if (p->tiles && p->M <= 2 * MAX_TOKENS) fit = p->M <= MAX_TOKENS / 2 ? MAX_PANELS : 0; /* a call's: all of x is in the cache */
     int64_t run = min64(fit, plan->panels / (4 * p->threads)) / MAX_PANELS * MAX_PANELS;
     if (run) return run;
     if (p->M <= MAX_TOKENS / 2 && plan->panels >= MAX_PANELS * p->threads) return MAX_PANELS;
