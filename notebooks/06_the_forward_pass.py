@@ -200,7 +200,8 @@ picture.show(
 #
 # ## 5 · Cast the operands
 #
-# Input and bias are cast to the compute dtype, if they have another type.
+# If the input has another type than the compute dtype, input and bias are cast to it. (After step 3 the bias has the
+# input's type, so either both need the cast or neither does.)
 
 # %%
 layer = new_layer(compute_dtype=torch.bfloat16)
@@ -217,10 +218,10 @@ assert step(5, layer, x) == "cast"
 #   registers, immediately before it is multiplied.
 # - several tokens: `gemm_4bit`. GEMM is matrix times matrix. Every decoded weight is used for all tokens.
 #
-# The *path* has the names of bitsandbytes 0.49.1. Its `gemv_4bit` is a kernel for one token. For everything else it has
-# `MatMul4Bit`, which decodes the whole weight to memory and then calls the ordinary product. For one token this is too
-# slow (notebook 8 measures it), so there are two paths. Only `MatMul4Bit` can compute the gradient of the *input*
-# (notebook 7); a bias gets its gradient on every path.
+# The *path* has the names of bitsandbytes 0.49.1. On a GPU its `gemv_4bit` is a kernel for one token. For everything
+# else it has `MatMul4Bit`, which decodes the whole weight to memory and then calls the ordinary product. For one token
+# this is too slow (notebook 8 measures it), so bitsandbytes has two paths. Only `MatMul4Bit` can compute the gradient
+# of the *input* (notebook 7); a bias gets its gradient on every path.
 #
 # In refq4 each path ends in one of the two ops, and the backend chooses the *kernel*, the function that computes the
 # op. So a call can have the path `MatMul4Bit`, the op `gemv_4bit` and the kernel `gemm_4bit_1_scalar`. A table of

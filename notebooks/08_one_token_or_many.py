@@ -247,8 +247,8 @@ roofs.call_times(
 # that between bf16 and fp32 products.
 #
 # Remember the line *dequantise, then multiply* for step 6. It decodes 8 MB of codes to 67 MB of fp32 numbers, writes
-# them to memory and reads them again, for every M. (In bf16 they would be 34 MB, written and read: 67 MB in all.) With
-# many tokens this time does not matter; with one token it is most of the time.
+# them to memory and reads them again, for every M: 134 MB of traffic. (In bf16 it would be half of that.) With many
+# tokens this time does not matter; with one token it is most of the time.
 
 # %% tags=["timing"]
 first, second, last = ms["4 bits"][0], ms["4 bits"][1], ms["4 bits"][-1]
@@ -257,8 +257,15 @@ print(f"a token in a batch of {tokens[-1]}: {last / tokens[-1]:.2f} ms each")
 plain_ms = ms["fp32, not quantised"]
 print(f"fp32 takes {plain_ms[0] / first:.1f} times as long as 4 bits at M = 1,")
 print(f"and {plain_ms[-1] / last:.1f} times at M = {tokens[-1]}")
+print(
+    f"at M = 1, 4 bits read {1e-6 * sum(bytes_moved(1, N, K).values()) / first:.0f} GB/s "
+    f"and fp32 {4e-6 * N * K / plain_ms[0]:.0f} GB/s; the limit is {read:.0f}"
+)
 
 # %% [markdown]
+# The fp32 weight has seven times as many bytes. At M = 1 it can take still longer than seven times: torch's product of
+# one row need not read as fast as the machine can, as the last line shows.
+#
 # ## The roofline
 #
 # The next picture shows the same measurements as a *roofline*: operations per second against operations per byte. The
@@ -315,14 +322,16 @@ roofs.cross_overs(machines, cross)
 #
 # - `gemv_4bit` for one token. GEMV is matrix times vector: every weight is read once and used once, so it is decoded
 #   in registers, immediately before it is multiplied.
-# - `gemm_4bit` for several tokens. GEMM is matrix times matrix: every decoded weight is used for all tokens.
+# - `gemm_4bit` for several tokens. GEMM is matrix times matrix: every decoded weight is used for all tokens. Up to the
+#   cross-over its time is that of reading the weight as well; beyond it, that of multiplying.
 #
-# The *path* says how the call gets to the op. Paths have the names of bitsandbytes 0.49.1, which has no kernel for
-# several tokens. In that version `gemv_4bit` is the kernel for one token, and `MatMul4Bit` does everything else: it
-# decodes the whole weight to memory and then calls the ordinary product, like *dequantise, then multiply* above. For
-# one token this is too slow, so there are two paths. In refq4 a path costs nothing by itself: it ends in one of the two
+# The *path* says how the call gets to the op. Paths have the names of bitsandbytes 0.49.1, which on a GPU has no kernel
+# for several tokens. There `gemv_4bit` is the kernel for one token, and `MatMul4Bit` does everything else: it decodes
+# the whole weight to memory and then calls the ordinary product, like *dequantise, then multiply* above. For one token
+# this is too slow, so bitsandbytes has two paths. In refq4 a path costs nothing by itself: it ends in one of the two
 # ops, and the backend chooses the kernel. The page of [step 6](../docs/explanation/step-6-dispatch-to-matmul-4bit.md)
-# has a table of paths, ops and kernels. These are the decisions for a weight in its stored layout:
+# has a table of paths, ops and kernels, and one of what bitsandbytes does on a CPU and in version 0.50.2. These are the
+# decisions for a weight in its stored layout:
 
 # %%
 _, state = quantize_4bit(torch.randn(512, 256), quant_type="nf4")
@@ -344,8 +353,8 @@ shown
 
 # %% [markdown]
 # **Summary:** a second token is nearly free as long as the machine waits for the weights anyway. With
-# four bits, the first token waits seven times less than with fp32. Fewer further tokens fit into this shorter time,
-# but no number of tokens is slower than with fp32.
+# four bits the machine waits for a seventh of the bytes of fp32. Fewer further tokens fit into this shorter time, but
+# no number of tokens is slower than with fp32.
 
 # %% [markdown]
 # ## Exercises

@@ -317,4 +317,4 @@ class Backend:
         return f"it computes on {' and '.join(self.devices)}, and the tensors are on {call.device}"
 
     def _has_no(self, op: str) -> BackendUnsupportedError:
-        return BackendUnsupportedError(f"backend {self.name!r} has no {op}")
+        return BackendUnsupportedError(f"backend {self.name!r} has no {op}" + "; its can_run must say so" * (op in OPS))

@@ -18,7 +18,7 @@ from ..codebooks import get_codebook
 from ..functional import quantize_4bit
 from .peers import PEERS, Peer, Product, hub_kernel, peer_quantiser, peer_rearranger, random_weights
 
-__all__ = ["interleaved", "limits", "machine", "make_named", "ops", "products"]
+__all__ = ["interleaved", "limits", "machine", "make_named", "ops", "ops_left_out", "products"]
 
 Run = Callable[[int], object]
 _TELLING = ("tier", "processor", "compiler", "driver", "nvrtc")  # of a backend's info, what speed depends on
@@ -150,6 +150,17 @@ def ops(backend: Backend, rounds: int, n: int, k: int) -> dict[str, dict[str, fl
         small = products(backend, 64, 64, [1], torch.bfloat16, 400, peers, layers=1)
         out["a layer of 64 x 64, one token"] = {name: ms / 1e3 for name, ms in small[0]["ms"].items()}
     return {op: {who: 1e3 * seconds for who, seconds in row.items()} for op, row in out.items()}
+
+
+def ops_left_out(backend: Backend, timed: dict[str, dict[str, float]]) -> dict[str, str]:
+    """What has no row among the figures of :func:`ops`, with the reason."""
+    needs = {"quantise": "quantize_4bit", "dequantise": "dequantize_4bit", "rearrange": "prepare_weight"}
+    needs |= {"a layer of 64 x 64": "gemv_4bit"}
+    left_out = {name: op for name, op in needs.items() if not any(row.startswith(name) for row in timed)}
+    return {
+        name: f"its {op} keeps the stored layout here" if backend.has(op) else f"the backend has no {op}"
+        for name, op in left_out.items()
+    }
 
 
 def _ignore(run: Callable[[], object], _: int) -> object:

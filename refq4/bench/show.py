@@ -60,15 +60,17 @@ def _share(gb_s: float, gflop_s: float, row: dict[str, Any], limit: dict[str, fl
     return f"{memory:.0%} read" if memory > arithmetic else f"{arithmetic:.0%} peak"
 
 
-def ops_table(rows: dict[str, dict[str, float]], n: int, k: int) -> Table:
-    """One line per op."""
+def ops_table(rows: dict[str, dict[str, float]], n: int, k: int, left_out: dict[str, str] | None = None) -> Table:
+    """One line per op, and below the table one for each op that was left out."""
     table = Table(title=f"ops on {n} x {k}", title_justify="left")
-    table.caption, table.caption_justify = "milliseconds; a copy of the result shows what the memory allows", "left"
+    notes = ["a clone or copy of the result shows what the memory allows"]
+    notes += [f"left out, {name}: {reason}" for name, reason in (left_out or {}).items()]
+    table.caption, table.caption_justify = "\n".join(notes), "left"
     table.add_column("op")
-    table.add_column("refq4", justify="right")
-    table.add_column("others")
+    table.add_column("refq4 ms", justify="right")
+    table.add_column("others ms (x)")
     for op, row in rows.items():
-        others = [f"{who} {ms:.3f} ({ms / row['refq4']:.2f}x)" for who, ms in row.items() if who != "refq4"]
+        others = [f"{who} {ms:.3f} ({_figure(ms / row['refq4'], 2)})" for who, ms in row.items() if who != "refq4"]
         table.add_row(op, f"{row['refq4']:.3f}", ", ".join(others))
     return table
 

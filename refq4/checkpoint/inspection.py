@@ -8,10 +8,12 @@ not the end but a line in the report. Data is read in pieces: a file need not fi
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +124,12 @@ class CheckpointContents(Shown):
         )
         for (kind, blocksize), count in Counter((tensor.format, tensor.blocksize) for tensor in small).items():
             yield words(f"{count} in {kind}, blocks of {blocksize}")
+        if small:
+            yield words(f"{8 * small_size / sum(prod(tensor.shape) for tensor in small):.3f} bits per 4-bit weight")
+            wide = [tensor.key for tensor in self.tensors if not tensor.quantised and len(tensor.shape) == 2]
+            kinds = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", key) for key in wide)
+            if wide:
+                yield words("not in 4 bits: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
         if self.tensors:
             yield self._table()
         if len(self.tensors) > self.limit:

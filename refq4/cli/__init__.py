@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 from .. import __version__
 from . import bench, complete, dequantize, evaluate, explain, info, inspect, quantize, run, tour, tune, verify
@@ -91,9 +92,19 @@ def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(INTERRUPTED)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose error ends with the first example of the command's help, where the help has one."""
+
+    def error(self, message: str) -> NoReturn:
+        lines = (self.epilog or "").splitlines()
+        self.print_usage(sys.stderr)
+        example = f"example: {lines[1].strip()}\n" if lines[:1] == ["examples:"] else ""
+        self.exit(2, f"{self.prog}: error: {message}\n{example}")
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    whole = argparse.ArgumentParser(
+    whole = _Parser(
         prog="refq4",
         description="The 4-bit linear layer of bitsandbytes, taken apart.",
         epilog=EPILOG,

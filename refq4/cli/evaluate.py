@@ -42,6 +42,9 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--context", type=int, metavar="N", help="tokens in a sequence of --text (512, or the model's limit if smaller)"
     )
+    command.add_argument(
+        "--lines", action="store_true", help="each line of --text is a sequence (otherwise sequences cross lines)"
+    )
     command.add_argument("--sequences", type=int, metavar="N", help="only the first N sequences")
     command.add_argument(
         "--draws",
@@ -63,10 +66,12 @@ def _run(arguments: argparse.Namespace) -> int:
     model, against = Path(arguments.model_dir), arguments.against
     if arguments.draws < 0 or (arguments.sequences is not None and arguments.sequences < 1):
         raise ValueError("--draws must be 0 or more, --sequences 1 or more")
+    if arguments.lines and arguments.text is None:
+        raise ValueError("--lines goes with --text: a file of --tokens has one sequence in each line anyway")
     if arguments.tokens is not None:
         sequences = read_tokens(Path(arguments.tokens))
     else:
-        sequences = read_text(Path(arguments.text), model, arguments.context)
+        sequences = read_text(Path(arguments.text), model, arguments.context, arguments.lines)
     with use_backend(requested_backend(arguments.backend)):
         report = evaluate_directories(
             model, sequences[: arguments.sequences], None if against is None else Path(against), arguments.draws

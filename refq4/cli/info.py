@@ -34,13 +34,18 @@ def _info(arguments: argparse.Namespace) -> int:
     out = console()
     for key, value in info["machine"].items():
         out.print(f"{key:<22} {value}")
-    table = Table(title="backends, in the order auto asks them", title_justify="left", title_style="bold")
-    for column in ("name", "available", "devices", "found in", "about"):
+    table = Table(
+        title="backends; auto tries them in this order, never one below 0",
+        title_justify="left",
+        title_style="bold",
+    )
+    for column in ("name", "priority", "available", "devices", "found in", "about"):
         table.add_column(column, overflow="fold")
     for backend in info["backends"]:
         available = "yes" if backend["available"] else f"no: {backend['reason']}"
         devices = ", ".join(backend.get("devices", []))
-        table.add_row(backend["name"], available, devices, backend["found_in"], backend.get("description", ""))
+        priority, about = str(backend.get("priority", "")), backend.get("description", "")
+        table.add_row(backend["name"], priority, available, devices, backend["found_in"], about)
     out.print(table)
     table = Table(title="codebooks", title_justify="left", title_style="bold")
     for column in ("name", "about"):

@@ -59,7 +59,7 @@ class Refq4Config(BitsAndBytesConfig):
     Args:
         load_in_4bit: must be True (the only default that differs from bitsandbytes).
         bnb_4bit_quant_type: a codebook's name ("fp4", "nf4", ...).
-        bnb_4bit_compute_dtype: dtype of the products, or its name; float32 if None.
+        bnb_4bit_compute_dtype: dtype of the products, or its name; if None, the checkpoint's, else float32.
         bnb_4bit_use_double_quant: double quantisation of the scales.
         bnb_4bit_quant_storage: dtype the packed bytes are stored under, or its name; uint8 if None.
         llm_int8_skip_modules: names of modules that stay as they are; if None, the output head and tied weights.

@@ -220,8 +220,15 @@ class Report(Shown):
             if failure.hint:
                 yield words((f"{failure.met!r}: {failure.hint}", "bold"))
             yield words(f"again:\n{failure.snippet()}")
+        yield words((f"\n{self._verdict()}", "bold green" if self.agrees else "bold red"))
+
+    def _verdict(self) -> str:
+        """The last line. A check in which every case was refused has shown nothing, and the line says so."""
+        asked = [c for c in self.checks if c.cases]
+        shown = [c for c in asked if c.cases > c.refused.total()]
         verdict = f"{self.backend} {'agrees with' if self.agrees else 'DIFFERS from'} {self.against}"
-        yield words((f"\n{verdict}", "bold green" if self.agrees else "bold red"))
+        refused = f" in {len(shown)} of {len(asked)} checks; it refused all cases of the others"
+        return verdict + refused * (0 < len(shown) < len(asked))
 
 
 def verify(
@@ -306,4 +313,5 @@ def _shrunk(outcome: Outcome, backend: str, against: str, explain: Callable[[Cas
 def _reason(message: str) -> str:
     """The backend's reason alone, without the call: the same for all cases it refuses for that reason."""
     _, _, reason = message.partition("): ")
-    return (reason or message).partition(". What would work")[0]
+    late = f'{message} (can_run had accepted the call, so under "auto" it would fail)'
+    return reason.partition(". What would work")[0] or late

@@ -103,6 +103,8 @@ class Evaluation(Shown):
 
         shown = self.layers[:WORST_SHOWN]
         title = f"the {len(shown)} of {len(self.layers)} layers that cost the most"
+        if shown[0].kl is None:
+            title = f"the {len(shown)} of {len(self.layers)} layers with the largest damage (--draws 0: no KL)"
         table = Table(title=title, title_justify="left", title_style="bold")
         table.add_column("layer", overflow="fold")
         table.add_column("|(W - W4)x|² / |Wx|²", justify="right")

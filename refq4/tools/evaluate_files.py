@@ -4,7 +4,7 @@ DIR          4-bit or not; loaded by transformers, a 4-bit one onto refq4's laye
 --against    the full-precision one, loaded first and gone before the other comes; meanwhile the 4-bit weights are
              read from DIR one at a time, when their layer is reached
 --tokens     token ids as text, a sequence a line
---text       text, cut into sequences by the tokenizer in DIR
+--text       text, cut into sequences by the tokenizer in DIR; with --lines each line is cut separately
 """
 
 from __future__ import annotations
@@ -85,10 +85,11 @@ def read_tokens(path: Path) -> list[Tensor]:
     return sequences
 
 
-def read_text(path: Path, model: Path, context: int | None = None) -> list[Tensor]:
+def read_text(path: Path, model: Path, context: int | None = None, lines: bool = False) -> list[Tensor]:
     """A text as sequences of ``context`` tokens, by the model's own tokenizer; each begins as it begins a text.
 
-    Without ``context``: 512 tokens, or as many as the model takes if these are fewer.
+    Without ``context``: 512 tokens, or as many as the model takes if these are fewer. With ``lines`` each line is a
+    text of its own; otherwise a sequence goes on from one line to the next.
     """
     _check_is_a_model(model)
     context = int(min(CONTEXT, _most_tokens(model))) if context is None else context
@@ -99,11 +100,13 @@ def read_text(path: Path, model: Path, context: int | None = None) -> list[Tenso
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ValueError(f"no tokenizer could be loaded from {model}: give --tokens instead ({error})") from None
-    ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    text = path.read_text(encoding="utf-8")
+    texts = text.splitlines() if lines else [text]
+    all_ids = [tokenizer(one, add_special_tokens=False, verbose=False)["input_ids"] for one in texts]
     start = tokenizer("", add_special_tokens=True)["input_ids"][:1]  # <s>, where there is one
     start = start if start and start[0] == tokenizer.bos_token_id else []
     step = context - len(start)
-    pieces = [start + ids[at : at + step] for at in range(0, len(ids), step)]
+    pieces = [start + ids[at : at + step] for ids in all_ids for at in range(0, len(ids), step)]
     return [torch.tensor(piece) for piece in pieces if len(piece) > 1]
 
 

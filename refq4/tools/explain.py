@@ -39,6 +39,7 @@ class Explanation(Shown):
             rounding of the kernel alone, not what 4 bits cost a model.
         reference_error: the same for the reference backend in the same dtypes.
         allowed: the smallest allowance of the error budget over the outputs.
+        largest_output: the largest magnitude of an output, to set the errors beside.
         bytes_moved: bytes by operand: "weight", "scales", "input", "bias", "output".
         flops: 2 * M * N * K.
 
@@ -53,27 +54,21 @@ class Explanation(Shown):
     error: float
     reference_error: float
     allowed: float
+    largest_output: float
     bytes_moved: dict[str, int]
     flops: int
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
-        return {
-            "trace": self.trace.to_dict(),
-            "error": self.error,
-            "reference_error": self.reference_error,
-            "allowed": self.allowed,
-            "bytes_moved": dict(self.bytes_moved),
-            "flops": self.flops,
-        }
+        return vars(self) | {"trace": self.trace.to_dict(), "bytes_moved": dict(self.bytes_moved)}
 
     def _parts(self) -> Iterator[RenderableType]:
         yield self.trace
         total = sum(self.bytes_moved.values())
         parts = ", ".join(f"{name} {size:,}" for name, size in self.bytes_moved.items() if size)
         yield (
-            f"largest error against fp64: {self.error:.3g} (reference: {self.reference_error:.3g}; the error budget "
-            f"allows each output {self.allowed:.3g} or more)"
+            f"largest absolute error against fp64: {self.error:.3g}, of outputs up to {self.largest_output:.3g} "
+            f"(reference: {self.reference_error:.3g}; the error budget allows each output {self.allowed:.3g} or more)"
         )
         yield "both sides use the same 4-bit weight: this is the rounding of the kernel alone"
         yield "what 4 bits cost a model: python -m refq4 eval, python -m refq4 tour"
@@ -110,8 +105,7 @@ def explain(layer: Linear4bit, x: Tensor) -> Explanation:
         y = layer(x)
     state, _ = recover_quant_state(layer)
     budget = error_budget(x, layer.weight, state, layer.bias)
-    worst = float((y.double() - budget.oracle).abs().max()) if y.numel() else 0.0
-    reference = float((budget.reference.double() - budget.oracle).abs().max()) if y.numel() else 0.0
+    worst, reference = (_largest(result.double() - budget.oracle) for result in (y, budget.reference))
     weight = state.packed_weight(layer.weight)
     sizes = {
         "weight": weight.packed.numel(),
@@ -121,7 +115,12 @@ def explain(layer: Linear4bit, x: Tensor) -> Explanation:
         "output": y.numel() * y.itemsize,
     }
     allowed = float(budget.allowed.min()) if y.numel() else 0.0
-    return Explanation(steps, worst, reference, allowed, sizes, 2 * y.numel() * layer.in_features)
+    flops = 2 * y.numel() * layer.in_features
+    return Explanation(steps, worst, reference, allowed, _largest(budget.oracle), sizes, flops)
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0
 
 
 def _warm_up(layer: Linear4bit, x: Tensor) -> None:

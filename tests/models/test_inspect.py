@@ -46,10 +46,15 @@ def test_counts_of_codes_and_scales_are_those_of_the_tensors(tmp_path):
 def test_the_formats_and_block_sizes_are_counted_above_the_table(tmp_path):
     layers = {"up": layer(True), "down": layer(True), "head": layer(False, blocksize=128)}
     state = {f"{name}.{key}": value for name, module in layers.items() for key, value in module.state_dict().items()}
+    state |= {f"layers.{i}.o_proj.weight": torch.ones(2, 3) for i in range(2)} | {"norm.weight": torch.ones(3)}
     save_file(state, tmp_path / "x.safetensors")
-    lines = str(inspect_checkpoint(tmp_path / "x.safetensors")).splitlines()
+    contents = inspect_checkpoint(tmp_path / "x.safetensors")
+    lines = str(contents).splitlines()
     above = {line.strip() for line in lines[: next(i for i, line in enumerate(lines) if "absmax" in line)]}
     assert {"2 in nf4, double quantisation, blocks of 64", "1 in nf4, blocks of 128"} <= above
+    assert "not in 4 bits: 2 layers.*.o_proj.weight" in above
+    bits = [tensor.bits for tensor in contents.tensors if tensor.quantised]
+    assert f"{sum(bits) / 3:.3f} bits per 4-bit weight" in above, "three weights of one size"
 
 
 def test_torch_files_say_the_same_as_safetensors_files(state, tmp_path):

@@ -94,6 +94,9 @@ def test_a_backend_with_two_ops_is_timed_in_what_it_has(tmp_path, capsys):
     for shown in ("refq4 ms", "dequantise to bfloat16", "one token"):
         assert shown in out
     assert "quantise fp32" not in out
+    for op in ("quantise: the backend has no quantize_4bit", "rearrange: the backend has no prepare_weight"):
+        assert f"left out, {op}" in out
+    assert "left out, dequantise" not in out
     for shown in ("refq4 ms", "left out, M = 4: ", "left out, M = 2: ", "limits: backend 'two ops' has no limits()"):
         assert shown in some
     assert "no gemm_4bit" in capsys.readouterr().err

@@ -125,7 +125,7 @@ def test_without_the_model_package_the_tour_says_how_to_get_it(monkeypatch, caps
 def test_info_tells_each_backend_and_why_it_is_or_isnt_available(capsys):
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
-    for word in ("torch", "REFQ4_BACKEND", "reference", "nf4", "normal distribution"):
+    for word in ("torch", "REFQ4_BACKEND", "reference", "priority", "nf4", "normal distribution"):
         assert word in text
     assert cli.main(["info", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
@@ -148,6 +148,9 @@ def test_help_has_examples_and_a_wrong_command_is_a_usage_error(capsys):
     done = run("tuor")
     assert done.returncode == 2
     assert "usage: " in done.stderr
+    done = run("explain")
+    assert done.returncode == 2
+    assert done.stderr.endswith("arguments are required: NxK\nexample: python -m refq4 explain 4096x11008\n")
     for arguments, status, says in (["--help"], 0, "python -m refq4 tour"), (["--version"], 0, "refq4 "), ([], 2, ""):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)

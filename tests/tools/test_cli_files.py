@@ -226,7 +226,7 @@ def test_explain_takes_a_shape_and_shows_seven_steps(capsys):
     assert report["error"] <= report["reference_error"]
     assert cli.main(["explain", "48x100"]) == 0
     captured = capsys.readouterr()
-    assert "largest error against fp64" in captured.out
+    assert "largest absolute error against fp64" in captured.out
     assert "MatMul4Bit" in captured.out, "K = 100 is not a multiple of the blocksize"
     assert captured.err == "", "what a warning would say stands in the steps"
 

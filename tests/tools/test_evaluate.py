@@ -341,9 +341,18 @@ def test_a_text_is_cut_into_no_longer_sequences_than_the_model_takes(directories
         assert max(map(len, sequences)) == wanted, name
 
 
+def test_each_line_of_a_text_can_be_a_sequence(directories):
+    (directories / "lines.txt").write_text("abc\n\nabcdefg\n")
+    (whole,) = read_text(directories / "lines.txt", directories / "nf4")
+    lines = read_text(directories / "lines.txt", directories / "nf4", lines=True)
+    assert [len(line) for line in lines] == [3, 7]
+    assert len(whole) > 3 + 7, "the whole text has its line ends, too"
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (["--tokens", "ids.txt", "--lines"], "--lines goes with --text"),
         (["--tokens", "missing.txt"], "missing.txt"),
         (["--tokens", "words.txt"], "words.txt, line 2: expected token ids"),
         (["--tokens", "one.txt"], "one.txt, line 1: one token alone"),

@@ -15,7 +15,7 @@ from loopback import Loopback
 import refq4
 import refq4.functional as F
 from refq4 import cli, layout
-from refq4.backend import PackedWeight
+from refq4.backend import Backend, PackedWeight
 from refq4.reference import ReferenceBackend
 from refq4.testing import CHECKS, Case, catalogue, check, error_budget, oracle, shrink, verify
 from refq4.testing.cases import ACTIVATIONS, DEPTHS, WEIGHTS, simpler
@@ -229,6 +229,31 @@ def test_a_crash_is_a_difference_and_a_refusal_is_not():
     assert report.checks[0].refused["no double quantisation here"] > 0
     assert "times: no double quantisation here" in str(report)
     assert not report.agrees
+
+
+def test_the_last_line_says_how_many_checks_were_refused_and_the_report_what_can_run_should_have():
+    R = ReferenceBackend
+
+    class Decodes(Backend):
+        name = "decodes"
+        dequantize_4bit, dequantize_blockwise = R.dequantize_4bit, R.dequantize_blockwise
+
+    class Promises(Decodes):
+        name = "promises"
+
+        def can_run(self, call):
+            return None
+
+    refq4.register_backend(Decodes())
+    refq4.register_backend(Promises())
+    asked = {"depth": "quick", "checks": ("quantize_4bit", "dequantize_4bit"), "progress": False}
+    honest, promised = str(verify("decodes", **asked)), str(verify("promises", **asked))
+    last = "agrees with reference in 1 of 2 checks; it refused all cases of the others"
+    assert honest.endswith(f"decodes {last}\n")
+    assert promised.endswith(f"promises {last}\n")
+    assert "40 times: it has no quantize_4bit\n" in honest
+    reason = "backend 'promises' has no quantize_4bit; its can_run must say so (can_run had accepted the call, so"
+    assert f"40 times: {reason}" in promised
 
 
 def test_a_backend_that_refuses_everything_does_not_agree():

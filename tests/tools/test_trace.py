@@ -204,7 +204,8 @@ def test_steps_without_a_number_are_shown_without_one():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_explain_reports_error_bytes_and_flops(dtype):
     layer = layer_of(16, 128)
-    report = refq4.explain(layer, torch.randn(4, 128, dtype=dtype))
+    x = torch.randn(4, 128, dtype=dtype)
+    report = refq4.explain(layer, x)
     assert 0 <= report.error <= 2 * report.reference_error + report.allowed
     item = dtype.itemsize
     assert report.bytes_moved == {
@@ -216,7 +217,10 @@ def test_explain_reports_error_bytes_and_flops(dtype):
     }
     assert report.flops == 2 * 4 * 16 * 128
     assert json.loads(json.dumps(report.to_dict()))["flops"] == report.flops
-    assert "largest error against fp64" in str(report)
+    assert report.largest_output == pytest.approx(float(layer(x).detach().abs().max()), rel=0.01)
+    assert f"absolute error against fp64: {report.error:.3g}, of outputs up to {report.largest_output:.3g} (" in str(
+        report
+    )
     assert "bytes to move" in report._repr_html_()
 
 
@@ -276,7 +280,8 @@ def test_explain_gives_the_references_error_and_the_smallest_bound_of_the_budget
     budget = error_budget(x, layer.weight, layer.quant_state, layer.bias)
     assert report.reference_error == float((budget.reference.double() - budget.oracle).abs().max()) > 0
     assert report.allowed == float(budget.allowed.min()) > 0
-    assert set(report.to_dict()) == {"trace", "error", "reference_error", "allowed", "bytes_moved", "flops"}
+    figures = {"error", "reference_error", "allowed", "largest_output", "bytes_moved", "flops"}
+    assert set(report.to_dict()) == {"trace"} | figures
 
 
 # --- compare ----------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def thread_trace_of(text: str) -> object:
 
 REPORTS = {  # how to make one, and how often it shows the text
     "trace": (trace_of, 11),
-    "explanation": (lambda text: Explanation(trace_of(text), 0.0, 0.0, 0.0, {text: 1}, 1), 12),
+    "explanation": (lambda text: Explanation(trace_of(text), 0.0, 0.0, 0.0, 0.0, {text: 1}, 1), 12),
     "comparison": (comparison_of, 14),
     "quantisation": (lambda text: QuantizationReport([LayerReport(text, (1, 1), 4.5, 0.1)], {text: text}), 3),
     "checkpoint": (lambda text: CheckpointReport(left={text: text}, left_out=[text]), 3),
