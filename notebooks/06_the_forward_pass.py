@@ -116,9 +116,10 @@ with refq4.use_backend("auto"):
 # %% [markdown]
 # ## 3 · Bias dtype
 #
-# The bias is not quantised. If it has another type than the input, a copy of it is cast. (bitsandbytes 0.49.1 and
-# 0.50.2 cast the parameter itself, so after a single call in half precision the stored bias stays rounded. In refq4
-# the parameter does not change.)
+# The bias is not quantised. If it has another type than the input, a copy of it is cast, because a kernel takes
+# operands of one type. (Step 5 does not do it: if the input already has the compute dtype, it casts nothing.)
+# bitsandbytes 0.49.1 and 0.50.2 cast the parameter itself, so after a single call in half precision the stored bias
+# stays rounded. In refq4 the parameter does not change.
 
 # %%
 layer = new_layer(compute_dtype=torch.float32)
@@ -137,7 +138,8 @@ assert step(3, layer, x) == "none"
 # In which type are products computed? If you set `compute_dtype=`, in that type. If not, the first input decides:
 # float32 or bfloat16 become the layer's compute dtype. A float16 input is computed in float16, but the layer does not
 # remember this type: its largest number is 65,504, and a layer should not compute everything in it by accident. A later
-# input is not asked, as in bitsandbytes: after a first float16 input, each input is computed in its own type.
+# input is not asked (as in bitsandbytes), so that one bfloat16 input can't change how all later float16 inputs are
+# computed: after a first float16 input, each input is computed in its own type.
 
 # %%
 assert step(4, new_layer(compute_dtype=torch.bfloat16), x) == "as set"
