@@ -257,9 +257,11 @@ print(f"a token in a batch of {tokens[-1]}: {last / tokens[-1]:.2f} ms each")
 plain_ms = ms["fp32, not quantised"]
 print(f"fp32 takes {plain_ms[0] / first:.1f} times as long as 4 bits at M = 1,")
 print(f"and {plain_ms[-1] / last:.1f} times at M = {tokens[-1]}")
+packed_speed = 1e-6 * sum(bytes_moved(1, N, K).values()) / first
+plain_speed = 4e-6 * N * K / plain_ms[0]
 print(
-    f"at M = 1, 4 bits read {1e-6 * sum(bytes_moved(1, N, K).values()) / first:.0f} GB/s "
-    f"and fp32 {4e-6 * N * K / plain_ms[0]:.0f} GB/s; the limit is {read:.0f}"
+    f"at M = 1, 4 bits read {packed_speed:.0f} GB/s and fp32 {plain_speed:.0f} GB/s; "
+    f"the limit is {read:.0f}"
 )
 
 # %% [markdown]
