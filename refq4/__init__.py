@@ -1,9 +1,10 @@
 """refq4: the 4-bit linear layer of bitsandbytes (QLoRA's NF4 and FP4), taken apart.
 
-run it      layer = refq4.nn.LinearNF4(4096, 4096).to("cpu");  layer(x)
-watch it    with refq4.trace() as t: layer(x);  print(t)
-swap it     refq4.set_backend("cpu");  refq4.compare(layer, x)
-read it     in this order; the folders can wait
+    run it      layer = refq4.nn.LinearNF4(4096, 4096).to("cpu");  layer(x)
+    watch it    with refq4.trace() as t: layer(x);  print(t)
+    swap it     refq4.set_backend("cpu");  refq4.compare(layer, x)
+
+Read it in this order; the folders can wait:
 
     one_page                     the whole layer
     codebooks layout state       what is stored

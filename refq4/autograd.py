@@ -41,14 +41,6 @@ __all__ = ["MatMul4Bit", "differentiable"]
 class MatMul4Bit:
     """``MatMul4Bit.apply(A, B, out, bias, quant_state)``: the differentiable path of :func:`refq4.matmul_4bit`.
 
-    Args (to ``apply``):
-        A: [..., K], fp32, fp16, bf16, or fp64 (the exact path).
-        B: the packed weight in any storage dtype and orientation, of a tensor [N, K].
-        out: must be None: a result that autograd tracks can't be written into an existing tensor.
-        bias: [N] in A's dtype, or None.
-        quant_state: the QuantState of B.
-        backend: the choice of backend; by default the one in effect. Backward keeps it.
-
     Example:
         >>> import torch, refq4
         >>> B, state = refq4.functional.quantize_4bit(torch.randn(8, 64), quant_type="nf4")
@@ -67,6 +59,16 @@ class MatMul4Bit:
         quant_state: QuantState | None = None,
         backend: str | None = None,
     ) -> Tensor:
+        """A [..., K] times the transpose of a packed weight [N, K], plus the bias.
+
+        Args:
+            A: [..., K], fp32, fp16, bf16, or fp64 (the exact path).
+            B: the packed weight in any storage dtype and orientation, of a tensor [N, K].
+            out: must be None: a result that autograd tracks can't be written into an existing tensor.
+            bias: [N] in A's dtype, or None.
+            quant_state: the QuantState of B.
+            backend: the choice of backend; by default the one in effect. Backward keeps it.
+        """
         if quant_state is None:
             raise ValueError("MatMul4Bit needs the quant_state that quantize_4bit returned with the weight")
         if out is not None:

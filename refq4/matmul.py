@@ -83,7 +83,7 @@ def route(tokens: int, k: int, blocksize: int, gradient: bool, own_layout: bool)
 class BoundWeight(NamedTuple):
     """A weight with all that is decided about its product: what a backend gets, by which route, and which backend.
 
-    Args:
+    Attributes:
         weight: [N, K], as it is stored or in the backend's own layout.
         route: path and op.
         engine: what ``registry.resolve`` found. While a call is traced or transformed, and where there is nothing to

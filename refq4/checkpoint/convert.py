@@ -135,11 +135,11 @@ def quantize_checkpoint(
 
     Example:
         >>> import tempfile, torch, safetensors.torch
-        >>> root = Path(tempfile.mkdtemp())
-        >>> (root / "model").mkdir()
-        >>> safetensors.torch.save_file({"up.weight": torch.randn(64, 64)}, root / "model" / "model.safetensors")
-        >>> report = quantize_checkpoint(root / "model", root / "model-nf4", progress=False)
-        >>> [layer.name for layer in report.layers], sorted(path.name for path in (root / "model-nf4").iterdir())
+        >>> full, packed = (Path(tempfile.mkdtemp(), name) for name in ("model", "model-nf4"))
+        >>> full.mkdir()
+        >>> safetensors.torch.save_file({"up.weight": torch.randn(64, 64)}, full / "model.safetensors")
+        >>> report = quantize_checkpoint(full, packed, progress=False)
+        >>> [layer.name for layer in report.layers], sorted(path.name for path in packed.iterdir())
         (['up'], ['model.safetensors'])
     """
     source, target = Path(model_dir), Path(out_dir)

@@ -52,7 +52,8 @@ class DequantizationReport(Shown):
         left_out: files of the model directory that were not copied: weights in other formats.
 
     Example:
-        >>> print(str(DequantizationReport({"up": "bfloat16"}, ["model.safetensors"], 1152000, 4096000)).strip())
+        >>> report = DequantizationReport({"up": "bfloat16"}, ["model.safetensors"], 1152000, 4096000)
+        >>> print(str(report).strip())
         1 layer out of 4 bits, now in bfloat16: 1.2 MB became 4.1 MB
     """
 
@@ -110,7 +111,8 @@ def dequantize_checkpoint(
         >>> from refq4.checkpoint import quantize_checkpoint
         >>> root = Path(tempfile.mkdtemp())
         >>> (root / "model").mkdir()
-        >>> safetensors.torch.save_file({"up.weight": torch.randn(64, 64)}, root / "model" / "model.safetensors")
+        >>> weights = {"up.weight": torch.randn(64, 64)}
+        >>> safetensors.torch.save_file(weights, root / "model" / "model.safetensors")
         >>> _ = quantize_checkpoint(root / "model", root / "model-nf4", progress=False)
         >>> dequantize_checkpoint(root / "model-nf4", root / "model-again", progress=False).layers
         {'up': 'float32'}

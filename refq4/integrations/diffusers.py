@@ -49,8 +49,8 @@ class Refq4DiffusersQuantizer(DiffusersQuantizer):
     quantised checkpoint, the packed ones do.
 
     Args:
-        quantization_config: how the layers are to be, or how they are in the checkpoint.
-        kwargs: what diffusers passes on, ``pre_quantized`` above all: whether the file holds 4-bit weights already.
+        quantization_config (Refq4Config): how the layers are to be, or how they are in the checkpoint.
+        kwargs (Any): what diffusers passes on, ``pre_quantized`` above all: whether the file holds 4-bit weights.
 
     Example:
         >>> auto.DiffusersAutoQuantizer.from_config(Refq4Config(), pre_quantized=False).is_trainable

@@ -37,7 +37,7 @@ class ColwiseParallel4bit(ColwiseParallel):
         ValueError: N does not divide by the number of processes, or a block would be cut.
 
     Example:
-        >>> plan = {"up": ColwiseParallel4bit(), "down": RowwiseParallel4bit()}  # parallelize_module(model, mesh, plan)
+        >>> plan = {"up": ColwiseParallel4bit(), "down": RowwiseParallel4bit()}
         >>> plan["up"].use_local_output
         True
     """
@@ -74,7 +74,8 @@ def whole_state_dict(model: nn.Module) -> dict[str, Any]:
     All processes must call it, and each gets the whole, what was divided on the CPU. DTensors are left as they are.
 
     Example:
-        >>> sorted(whole_state_dict(nn.Sequential(Linear4bit(64, 8, bias=False, quant_type="nf4")).to("cpu")))[:2]
+        >>> model = nn.Sequential(Linear4bit(64, 8, bias=False, quant_type="nf4")).to("cpu")
+        >>> sorted(whole_state_dict(model))[:2]
         ['0.weight', '0.weight.absmax']
     """
     entries = model.state_dict()

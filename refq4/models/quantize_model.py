@@ -103,8 +103,7 @@ def quantize_model(
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
         >>> refq4.quantize_model(model, skip=["2"], progress=False)
         Sequential(
-          (0): Linear4bit(in_features=64, out_features=64, bias=True, nf4, blocksize=64, double quantisation, \
-compute_dtype=None)
+          (0): Linear4bit(in_features=64, out_features=64, bias=True, nf4, blocksize=64, ...)
           (1): ReLU()
           (2): Linear(in_features=64, out_features=4, bias=True)
         )

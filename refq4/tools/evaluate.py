@@ -144,8 +144,9 @@ def evaluate(
         TypeError: a model returns no logits.
 
     Example:
-        >>> import copy, torch, refq4
-        >>> full = torch.nn.Sequential(torch.nn.Embedding(10, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 10))
+        >>> import copy, refq4
+        >>> from torch import nn
+        >>> full = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64), nn.Linear(64, 10))
         >>> small = refq4.quantize_model(copy.deepcopy(full), skip="2", progress=False)
         >>> report = refq4.evaluate(small, [[1, 2, 3, 4], [5, 6]], against=full, progress=False)
         >>> report.tokens, 0 <= report.kl < 0.1, [layer.name for layer in report.layers]

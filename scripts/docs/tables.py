@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import textwrap
 from statistics import NormalDist
 
 import places
@@ -92,8 +93,8 @@ def command_line(page: str) -> str:
     """Each command's own --help."""
     top = _help()
     commands = _COMMAND.findall(top.split("COMMAND", 1)[1])
-    parts = [f"```text\n{top}```"]
-    parts += [f"## {name}\n\n```text\n{_help(name)}```" for name in dict.fromkeys(commands) if name != "python"]
+    parts = [f"```text\n{top}\n```"]
+    parts += [f"## {name}\n\n```text\n{_help(name)}\n```" for name in dict.fromkeys(commands) if name != "python"]
     return "\n\n".join(parts)
 
 
@@ -106,7 +107,7 @@ def _help(*arguments: str) -> str:
         del os.environ["COLUMNS"]
         if columns is not None:
             os.environ["COLUMNS"] = columns
-    return text.getvalue()
+    return "\n".join(textwrap.fill(line, 110) if len(line) > 110 else line for line in text.getvalue().splitlines())
 
 
 def file(page: str, path: str) -> str:

@@ -33,6 +33,8 @@ NOT_RUN = {  # a command that starts like this -> why
     "pip install": "installs",
     "REFQ4_CPU_CFLAGS=": "a debugger waits for a person",
     "REFQ4_CPU_KERNEL=": "my_script.py stands for a program of the reader's",
+    "torchrun": "program.py does so, too: tests/models/test_tensor_parallel.py starts the processes",
+    "python -m refq4 run": "lm_eval and train.py do so, too: tests/models/test_other_programs.py runs some",
     "python scripts/models/smollm.py": "needs a model of 93 MB (the scripts: tests/docs/test_model_scripts.py)",
     "python -m refq4 quantize smol/full": "the same",
     "python -m refq4 eval smol/nf4": "the same",

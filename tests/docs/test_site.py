@@ -198,6 +198,21 @@ def test_every_public_name_has_a_heading_on_its_page_or_a_link_from_there_to_one
     assert not wrong, "\n".join(wrong)
 
 
+def test_a_reference_page_shows_each_name_once_and_each_argument_with_its_type(parsed):
+    wrong = []
+    for path, soup in parsed.items():
+        names_shown = [
+            (name.get_text(), name.find_parent(class_="doc-object")) for name in soup.select(".doc-object-name")
+        ]
+        shown = [name for name, thing in names_shown if not thing.find_parent(class_="doc-class")]
+        wrong += [f"{path} shows {name} twice" for name in sorted(set(shown)) if shown.count(name) > 1]
+        for row in soup.select("table:has(th:first-child:-soup-contains('Name')) .doc-section-item"):
+            name, kind = row.find_all("td")[:2]
+            if "," in name.get_text() or not kind.get_text(strip=True):
+                wrong.append(f"{path} has the row {row.get_text(' ', strip=True)}")
+    assert not wrong, "\n".join(wrong)
+
+
 def headings_and_links(path: str, soup: BeautifulSoup) -> set[str]:
     article = soup.find("article")
     headings = {urljoin(path, "#" + tag["id"]) for tag in article.find_all(["h2", "h3"], id=True)}

@@ -93,7 +93,7 @@ def test_the_faults_of_the_reader_trial_still_fit():
 
 def reading_order() -> list[str]:
     """The files of the layer, as the head of refq4/__init__.py lists them."""
-    (block,) = re.findall(r"read it .*?\n\n(.*?)\n\"\"\"", (ROOT / "refq4" / "__init__.py").read_text(), re.DOTALL)
+    (block,) = re.findall(r"Read it .*?\n\n(.*?)\n\"\"\"", (ROOT / "refq4" / "__init__.py").read_text(), re.DOTALL)
     return [name for line in block.splitlines() for name in re.split(r"\s{3,}", line.strip())[0].split()]
 
 

@@ -1,5 +1,5 @@
 // What somebody could not read of the page as it stands, a sentence for each fault: what is cut off or sticks out of the
-// article, letters under 9 px, and what hardly differs from its ground. test_site.py calls it for each width and scheme.
+// article, broken lines of code, letters under 9 px, and what hardly differs from its ground. test_site.py calls it for each width and scheme.
 async ({ phone, scheme }) => {
   const SMALLEST = 9; // pixels of a letter's font, in figures and elsewhere
   const PICTURE = 797; // pixels: pictures are drawn 8 inches wide, in letters of 6.5 points or more, and points are 1/72 inch
@@ -34,6 +34,12 @@ async ({ phone, scheme }) => {
     }
     for (const picture of article.querySelectorAll("img[src$='.png'], img[src^='data:image/png']"))
       if (picture.clientWidth < PICTURE) about(picture, `is ${picture.clientWidth} px wide, too small for its letters`);
+    for (const code of phone ? [] : article.querySelectorAll("pre > code")) {
+      const { paddingTop, paddingBottom, lineHeight } = getComputedStyle(code);
+      const shown = (code.clientHeight - parseFloat(paddingTop) - parseFloat(paddingBottom)) / parseFloat(lineHeight);
+      const broken = Math.round(shown) - code.textContent.trimEnd().split("\n").length;
+      if (code.checkVisibility() && broken > 0) about(code, `breaks ${broken} lines`);
+    }
     for (const numbers of article.querySelectorAll(".linenos pre")) {
       const off = numbers.offsetHeight - numbers.closest("tr").querySelector(".code pre").offsetHeight;
       if (numbers.checkVisibility() && Math.abs(off) > 1) about(numbers, `ends ${off} px off its code`);
