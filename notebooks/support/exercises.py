@@ -57,9 +57,7 @@ def check(number: str, answer: Any) -> Verdict:
     except OpenError:
         return Verdict(False, f"{number} is open: put your answer in place of the ...")
     except Exception as error:
-        return Verdict(
-            False, f"{number} is not right yet: {error or type(error).__name__}"
-        )
+        return Verdict(False, f"{number} is not right yet: {error or type(error).__name__}")
     return Verdict(True, f"{number} is right")
 
 
@@ -83,11 +81,7 @@ def ask(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def same(got: Any, wanted: Any, why: str) -> None:
     """Raise an AssertionError unless both are equal, tensors bit for bit."""
-    equal = (
-        torch.equal(got, wanted)
-        if isinstance(wanted, Tensor) and isinstance(got, Tensor)
-        else got == wanted
-    )
+    equal = torch.equal(got, wanted) if isinstance(wanted, Tensor) and isinstance(got, Tensor) else got == wanted
     if not equal:
         raise AssertionError(f"{why} (your answer: {got})")
 
@@ -137,9 +131,7 @@ def codebook_for_uniform_weights(values: list[float]) -> None:
 
     mine, nf4 = error("exercise"), error("nf4")
     if not mine < 0.9 * nf4:
-        raise AssertionError(
-            f"it errs by {mine:.4f}, NF4 by {nf4:.4f}: a tenth less, please"
-        )
+        raise AssertionError(f"it errs by {mine:.4f}, NF4 by {nf4:.4f}: a tenth less, please")
 
 
 @exercise("2.2")
@@ -149,9 +141,7 @@ def nearest_code(nearest: Callable[[Tensor, Tensor], Tensor]) -> None:
     middles = torch.tensor(get_codebook("nf4").thresholds)
     x = torch.cat([middles, values, normal(100).clamp(-1, 1)])
     wanted = (x[:, None] > middles).sum(1)
-    same(
-        ask(nearest, x, values).tolist(), wanted.tolist(), "count the midpoints below x"
-    )
+    same(ask(nearest, x, values).tolist(), wanted.tolist(), "count the midpoints below x")
 
 
 @exercise("3.1")
@@ -160,11 +150,7 @@ def scales_of_blocks(scales: Callable[[Tensor, int], Tensor]) -> None:
     for shape, blocksize in (((4, 64), 64), ((5, 100), 64), ((3,), 32)):
         W = normal(*shape)
         wanted = quantize_4bit(W, blocksize=blocksize, quant_type="nf4")[1].absmax
-        same(
-            ask(scales, W, blocksize),
-            wanted,
-            f"wrong for {shape} in blocks of {blocksize}",
-        )
+        same(ask(scales, W, blocksize), wanted, f"wrong for {shape} in blocks of {blocksize}")
 
 
 @exercise("3.2")
@@ -191,34 +177,23 @@ def nested_scales(scales: Callable[[Any], Tensor]) -> None:
 def bits_nested(answer: float) -> None:
     """Bits per weight with blocks of 128 and double quantisation."""
     W = torch.zeros(256 * 128)
-    packed, state = quantize_4bit(
-        W, blocksize=128, quant_type="nf4", compress_statistics=True
-    )
+    packed, state = quantize_4bit(W, blocksize=128, quant_type="nf4", compress_statistics=True)
     stored = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
-    near(
-        answer,
-        8 * stored / W.numel(),
-        "three parts: code, scale, scale of scales",
-        1e-5,
-    )
+    near(answer, 8 * stored / W.numel(), "three parts: code, scale, scale of scales", 1e-5)
 
 
 @exercise("5.1")
 def two_codes(unpack: Callable[[int], tuple[int, int]]) -> None:
     """The two codes of a byte, in the order of the weights."""
     for byte in (0x12, 0xF7, 0x80):
-        wanted = refq4.layout.unpack(
-            torch.tensor([byte], dtype=torch.uint8), 2
-        ).tolist()
+        wanted = refq4.layout.unpack(torch.tensor([byte], dtype=torch.uint8), 2).tolist()
         same(list(ask(unpack, byte)), wanted, f"byte {byte:#04x} holds {wanted}")
 
 
 @exercise("5.2")
 def bytes_of_scales(answer: int) -> None:
     """The length of the nested scales of a layer."""
-    layer = refq4.nn.LinearNF4(300, 1000, bias=False, compress_statistics=True).to(
-        "cpu"
-    )
+    layer = refq4.nn.LinearNF4(300, 1000, bias=False, compress_statistics=True).to("cpu")
     wanted = layer.state_dict()["weight.absmax"].numel()
     same(answer, wanted, "a byte for each block, and the last one may be short")
 
@@ -275,24 +250,14 @@ def parameters_of_lora(answer: int) -> None:
 def where_they_cross(answer: float) -> None:
     """The M at which reading and multiplying take the same time."""
     reads, multiplies = (4 / 8 + 4 / 64) / 100e9, 2 / 1000e9
-    near(
-        answer,
-        reads / multiplies,
-        "seconds a weight: bytes / 100e9, M * 2 / 1000e9",
-        0.02,
-    )
+    near(answer, reads / multiplies, "seconds a weight: bytes / 100e9, M * 2 / 1000e9", 0.02)
 
 
 @exercise("8.2")
 def decoded_to_memory(answer: float) -> None:
     """How many times the bytes MatMul4Bit of 0.49.1 moves."""
     packed = 4 / 8 + 4 / 64
-    near(
-        answer,
-        (packed + 2 + 2) / packed,
-        "packed bytes in, bf16 out, bf16 in again",
-        0.02,
-    )
+    near(answer, (packed + 2 + 2) / packed, "packed bytes in, bf16 out, bf16 in again", 0.02)
 
 
 # --- 9 to 13: engines, agreement, models ----------------------------------------------
@@ -322,11 +287,7 @@ def holder(lane: Callable[[int, int], int]) -> None:
         g, t = divmod(number, 4)
         for r in (g, g + 8):
             for k in (2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9):
-                same(
-                    ask(lane, r, k),
-                    number,
-                    f"row {r}, column {k} lies in lane {number}",
-                )
+                same(ask(lane, r, k), number, f"row {r}, column {k} lies in lane {number}")
 
 
 @exercise("10.2")
@@ -335,13 +296,9 @@ def race(answer: str) -> None:
     from refq4_cuda import emulator, launch
     from refq4_cuda.nvrtc import compile_variant
 
-    packed, state = quantize_4bit(
-        normal(16, 512), quant_type="nf4", backend="reference"
-    )
+    packed, state = quantize_4bit(normal(16, 512), quant_type="nf4", backend="reference")
     x, y = normal(1, 512).bfloat16(), torch.full((1, 16), math.nan).bfloat16()
-    (one,) = launch.product(
-        x, state.packed_weight(packed), None, y, 80, 4, rung="tensor_core"
-    )
+    (one,) = launch.product(x, state.packed_weight(packed), None, y, 80, 4, rung="tensor_core")
     with planted("gemm_4bit_3_tensor_core.cu", BARRIER, BARRIER.splitlines()[0] + "\n"):
         ptx = compile_variant(one.variant, 80, "ptx").data.decode()
     try:
@@ -378,11 +335,7 @@ def closed(agrees: Callable[[Tensor, Tensor, float], bool]) -> None:
     """A comparison that NaN does not pass."""
     one = torch.ones(3)
     spoilt = torch.tensor([1.0, math.nan, 1.0])
-    for got, bound, wanted in (
-        (one, 0.0, True),
-        (one + 1, 0.5, False),
-        (spoilt, 0.5, False),
-    ):
+    for got, bound, wanted in ((one, 0.0, True), (one + 1, 0.5, False), (spoilt, 0.5, False)):
         given = ask(agrees, got, one, bound)
         same(bool(given), wanted, f"{got.tolist()} against ones, allowed {bound}")
 
@@ -392,9 +345,7 @@ def unit(answer: float) -> None:
     """A unit in the last place of bf16, at 3.0."""
     neighbour = torch.tensor(3.0).bfloat16().view(torch.int16) + 1
     wanted = float(neighbour.view(torch.bfloat16)) - 3.0
-    same(
-        answer, wanted, "how far is the next bf16 number? It has eight bits of mantissa"
-    )
+    same(answer, wanted, "how far is the next bf16 number? It has eight bits of mantissa")
 
 
 @exercise("12.1")
@@ -408,9 +359,7 @@ def a_gemv(gemv: Callable[..., Tensor]) -> None:
             if weight.nested is not None:  # plain scales are enough for an exercise
                 second = weight.nested
                 decode = self.dequantize_blockwise
-                scales = decode(
-                    weight.absmax, second.absmax, second.code, 256, torch.float32
-                )
+                scales = decode(weight.absmax, second.absmax, second.code, 256, torch.float32)
                 weight = weight._replace(absmax=scales + second.offset, nested=None)
             return ask(gemv, x, weight, bias)
 

@@ -26,9 +26,7 @@ __all__ = [
     "quiet_bitsandbytes",
 ]
 
-FEED_FORWARD = (
-    "encoder.layer.0.intermediate.dense"  # [1536, 384], the first that widens
-)
+FEED_FORWARD = "encoder.layer.0.intermediate.dense"  # [1536, 384], the first that widens
 QUERY = "encoder.layer.0.attention.self.query"  # [384, 384], the first of all: its input is a sentence's embedding
 
 
@@ -42,9 +40,7 @@ def encoder_linears() -> list[str]:
     """The names of the 36 linear layers, in the order of the model; ``name + ".weight"`` is the matrix."""
     with safe_open(get_model_path() / "model.safetensors", "pt") as file:
         names = list(file.keys())
-    weights = [
-        n for n in names if n.startswith("encoder.") and n.endswith("dense.weight")
-    ]
+    weights = [n for n in names if n.startswith("encoder.") and n.endswith("dense.weight")]
     weights += [n for n in names if ".self." in n and n.endswith(".weight")]
     return sorted(name.removesuffix(".weight") for name in weights)
 
@@ -53,10 +49,7 @@ def encoder_linear(name: str) -> torch.nn.Linear:
     """One linear layer of the encoder, for inference."""
     weight, bias = encoder_tensor(f"{name}.weight"), encoder_tensor(f"{name}.bias")
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    linear.weight, linear.bias = (
-        torch.nn.Parameter(weight, False),
-        torch.nn.Parameter(bias, False),
-    )
+    linear.weight, linear.bias = (torch.nn.Parameter(weight, False), torch.nn.Parameter(bias, False))
     return linear.eval()
 
 
@@ -66,17 +59,11 @@ def encoder_inputs(sentence: str) -> tuple[list[str], Tensor]:
     tokenizer.no_padding()
     encoded = tokenizer.encode(sentence)
     words, places, kinds = (
-        encoder_tensor(f"embeddings.{of}_embeddings.weight")
-        for of in ("word", "position", "token_type")
+        encoder_tensor(f"embeddings.{of}_embeddings.weight") for of in ("word", "position", "token_type")
     )
     total = words[torch.tensor(encoded.ids)] + places[: len(encoded.ids)] + kinds[0]
-    gain, shift = (
-        encoder_tensor("embeddings.LayerNorm.weight"),
-        encoder_tensor("embeddings.LayerNorm.bias"),
-    )
-    return encoded.tokens, torch.nn.functional.layer_norm(
-        total, gain.shape, gain, shift, eps=1e-12
-    )
+    gain, shift = (encoder_tensor("embeddings.LayerNorm.weight"), encoder_tensor("embeddings.LayerNorm.bias"))
+    return encoded.tokens, torch.nn.functional.layer_norm(total, gain.shape, gain, shift, eps=1e-12)
 
 
 def quiet_bitsandbytes() -> ModuleType:

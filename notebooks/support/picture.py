@@ -22,28 +22,9 @@ from IPython.display import Image, Markdown
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-__all__ = [
-    "BLUE",
-    "COLOURS",
-    "GREEN",
-    "GREY",
-    "ORANGE",
-    "PURPLE",
-    "SKY",
-    "VERMILION",
-    "canvas",
-    "show",
-    "table",
-]
+__all__ = ["BLUE", "COLOURS", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILION", "canvas", "show", "table"]
 
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 GREY = "#808080"  # 4:1 against white, 4:1 against #1e1e2e
 
@@ -76,17 +57,10 @@ STYLE: dict[str, Any] = {
     "xtick.color": GREY,
     "ytick.color": GREY,
 }
-matplotlib.rcParams.update(
-    STYLE
-)  # for this notebook's process, so that what a cell adds to a figure is in style too
-matplotlib.rcParams.update(
-    STYLE
-)  # for whatever is drawn later, too: legends and texts take their colours then
+matplotlib.rcParams.update(STYLE)  # for the notebook's process: what a cell adds later (legends, texts) is in style too
 
 
-def canvas(
-    rows: int = 1, columns: int = 1, *, height: float = 3.2, **options: Any
-) -> tuple[Figure, Any]:
+def canvas(rows: int = 1, columns: int = 1, *, height: float = 3.2, **options: Any) -> tuple[Figure, Any]:
     """An empty figure in the style, and its axes (an array of them where there are several).
 
     Args:
@@ -114,9 +88,7 @@ def show(figure: Figure, description: str) -> Image:
             )
     figure.savefig(memory, format="png", dpi=DRAWN_DPI)
     small = io.BytesIO()
-    pixels = PIL.Image.open(memory).quantize(
-        128, method=PIL.Image.Quantize.FASTOCTREE
-    )  # a third of the bytes
+    pixels = PIL.Image.open(memory).quantize(128, method=PIL.Image.Quantize.FASTOCTREE)  # a third of the bytes
     pixels.save(small, format="png", optimize=True)
     return Image(small.getvalue(), width=round(WIDTH * SHOWN_DPI), alt=description)
 
@@ -124,9 +96,6 @@ def show(figure: Figure, description: str) -> Image:
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> Markdown:
     """A table that ends a cell: words to the left, numbers to the right."""
     header, cells = list(header), [[str(cell) for cell in row] for row in rows]
-    numbers = [
-        all(re.fullmatch(r"[-+]?[\d,.]+(e[-+]?\d+)?", row[i]) for row in cells)
-        for i in range(len(header))
-    ]
+    numbers = [all(re.fullmatch(r"[-+]?[\d,.]+(e[-+]?\d+)?", row[i]) for row in cells) for i in range(len(header))]
     lines = [header, ["---:" if right else ":---" for right in numbers], *cells]
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))

@@ -17,11 +17,7 @@ REGISTERS = (picture.BLUE, picture.GREEN, picture.PURPLE, picture.VERMILION)
 PALE = 0.3  # how much colour, the rest being white, a box has that is written on: black on it is easy to read
 
 
-def lanes(
-    steps: Mapping[str, Sequence[str]],
-    follow: Sequence[Sequence[int]] = (),
-    groups: int = 0,
-) -> Image:
+def lanes(steps: Mapping[str, Sequence[str]], follow: Sequence[Sequence[int]] = (), groups: int = 0) -> Image:
     """Registers one below the other, a box for each lane, and in each the lanes to follow marked.
 
     Args:
@@ -51,9 +47,7 @@ def lanes(
         for edge in range(groups, len(contents), groups) if groups else ():
             axes.plot([edge * width] * 2, [y, y + 1], color=picture.GREY, linewidth=2)
     _bare(axes, (-0.02, most + 0.02), (-1.75 * (len(steps) - 1) - 0.05, 1.8))
-    return picture.show(
-        figure, "Registers, one box for each lane. " + "; then ".join(steps) + "."
-    )
+    return picture.show(figure, "Registers, one box for each lane. " + "; then ".join(steps) + ".")
 
 
 def tiles(rows: int, groups: int, row: int, group: int) -> Image:
@@ -62,9 +56,7 @@ def tiles(rows: int, groups: int, row: int, group: int) -> Image:
     for r in range(rows):
         for g in range(groups):
             here = (r, g) == (row, group)
-            colour, strength = (
-                (picture.ORANGE, 1) if here else (picture.BLUE, 0.08 + 0.6 * g / groups)
-            )
+            colour, strength = (picture.ORANGE, 1) if here else (picture.BLUE, 0.08 + 0.6 * g / groups)
             _box(left, 2 * g, -r, 2, 1, colour, "", 6, strength)
             _box(right, r, -2 * g - 2, 1, 2, colour, "", 6, strength)
         colour, strength = (picture.ORANGE, 1) if r == row else (picture.GREEN, PALE)
@@ -72,17 +64,8 @@ def tiles(rows: int, groups: int, row: int, group: int) -> Image:
         left.text(-0.2, -r + 0.5, f"row {r}", ha="right", va="center", fontsize=7)
         right.text(r + 0.5, 2.2, f"{r}", ha="center", va="bottom", fontsize=7)
     for g in range(groups):
-        left.text(
-            2 * g + 1, 1.2, f"{4 * g}-{4 * g + 3}", ha="center", va="bottom", fontsize=7
-        )
-        right.text(
-            -0.3,
-            -2 * g - 1,
-            f"bytes {4 * g}-{4 * g + 3}",
-            ha="right",
-            va="center",
-            fontsize=7,
-        )
+        left.text(2 * g + 1, 1.2, f"{4 * g}-{4 * g + 3}", ha="center", va="bottom", fontsize=7)
+        right.text(-0.3, -2 * g - 1, f"bytes {4 * g}-{4 * g + 3}", ha="right", va="center", fontsize=7)
     right.text(-0.3, 1, "scales", ha="right", va="center", fontsize=7)
     right.text(-0.3, 2.2, "row", ha="right", va="bottom", fontsize=7)
     left.set_title("stored: all bytes of a row, then the next row")
@@ -90,9 +73,7 @@ def tiles(rows: int, groups: int, row: int, group: int) -> Image:
     _bare(left, (-2.4, 2 * groups), (-rows + 1, 2))
     _bare(right, (-3.6, rows), (-2 * groups, 3.4))
     return picture.show(
-        figure,
-        "Left, sixteen rows of bytes. Right, the same bytes: the first four of each "
-        "row, then the next four.",
+        figure, "Left, sixteen rows of bytes. Right, the same bytes: the first four of each row, then the next four."
     )
 
 
@@ -104,39 +85,22 @@ def threads(loads: Mapping[str, Sequence[Sequence[int]]]) -> Image:
         for byte, who in enumerate(readers):
             if len(who):
                 text = ",\n".join(str(lane) for lane in who)
-                _box(
-                    axes,
-                    byte,
-                    -1.25 * row,
-                    1,
-                    1,
-                    picture.BLUE,
-                    text,
-                    picture.SMALLEST,
-                    0.1 + 0.55 * who[0] / 31,
-                )
+                _box(axes, byte, -1.25 * row, 1, 1, picture.BLUE, text, picture.SMALLEST, 0.1 + 0.55 * who[0] / 31)
         axes.text(-0.4, 0.5 - 1.25 * row, title, ha="right", va="center", fontsize=8)
     for byte in range(0, count, 4):
         axes.text(byte + 0.5, 1.15, str(byte), ha="center", va="bottom", fontsize=7)
     axes.text(-0.4, 1.15, "byte of the row", ha="right", va="bottom", fontsize=7)
     _bare(axes, (-7.5, count), (-1.25 * (len(loads) - 1), 1.8))
-    return picture.show(
-        figure,
-        "Bytes of a row, and in each the lanes that read it: " + "; ".join(loads) + ".",
-    )
+    return picture.show(figure, "Bytes of a row, and in each the lanes that read it: " + "; ".join(loads) + ".")
 
 
-def shuffle(
-    values: Sequence[Sequence[float]], distances: Sequence[int], follow: int = 0
-) -> Image:
+def shuffle(values: Sequence[Sequence[float]], distances: Sequence[int], follow: int = 0) -> Image:
     """Partial sums of a warp, [stages + 1, 32]: each stage adds the value of the lane at the distance (by xor)."""
     figure, axes = picture.canvas(height=4.4)
     for stage, row in enumerate(values):
         y = -2.2 * stage
         same = len({round(v, 4) for v in row})
-        axes.text(
-            -0.6, y + 0.5, f"{same} different", ha="right", va="center", fontsize=8
-        )
+        axes.text(-0.6, y + 0.5, f"{same} different", ha="right", va="center", fontsize=8)
         for lane, value in enumerate(row):
             mark = _feeds(lane, follow, distances[stage:])
             _box(
@@ -159,15 +123,11 @@ def shuffle(
             axes.text(32.4, y - 0.6, f"xor {distances[stage]}", va="center", fontsize=8)
     _bare(axes, (-5.4, 35), (-2.2 * len(distances), 1.2))
     return picture.show(
-        figure,
-        "Five stages: in each, every lane adds the sum of the one whose number differs "
-        "in a bit.",
+        figure, "Five stages: in each, every lane adds the sum of the one whose number differs in a bit."
     )
 
 
-def fragment(
-    matrices: Mapping[str, np.ndarray], names: Mapping[str, Sequence[str]], lane: int
-) -> Image:
+def fragment(matrices: Mapping[str, np.ndarray], names: Mapping[str, Sequence[str]], lane: int) -> Image:
     """Who holds what: name -> int [rows, columns] of ``lane * registers + register``; one lane's elements marked.
 
     Args:
@@ -181,40 +141,19 @@ def fragment(
         registers = names[title]
         for (r, c), code in np.ndenumerate(holder):
             who, register = divmod(int(code), len(registers))
-            colour, strength = (
-                (picture.ORANGE, 1) if who == lane else (REGISTERS[register], PALE)
-            )
+            colour, strength = (picture.ORANGE, 1) if who == lane else (REGISTERS[register], PALE)
             first_row, first_column = np.argwhere(holder == code)[0]
-            if (r, c) == (
-                first_row,
-                first_column,
-            ):  # one box for all elements of a register: they are neighbours
+            if (r, c) == (first_row, first_column):  # one box for all elements of a register: they are neighbours
                 height, width = np.argwhere(holder == code)[-1] - (r, c) + 1
-                _box(
-                    axes,
-                    c,
-                    -r - height + 1,
-                    width,
-                    height,
-                    colour,
-                    str(who),
-                    7,
-                    strength,
-                )
+                _box(axes, c, -r - height + 1, width, height, colour, str(who), 7, strength)
         for register, name in enumerate(registers):
             at = 2.2 * register
             _box(axes, at, -holder.shape[0] - 0.4, 0.9, 0.9, REGISTERS[register], "", 7)
             axes.text(at + 1, -holder.shape[0] + 0.05, name, fontsize=8, va="center")
         axes.set_title(title)
-        _bare(
-            axes,
-            (0, max(holder.shape[1], 2.2 * len(registers))),
-            (-holder.shape[0] - 0.5, 1),
-        )
+        _bare(axes, (0, max(holder.shape[1], 2.2 * len(registers))), (-holder.shape[0] - 0.5, 1))
     return picture.show(
-        figure,
-        f"Matrices, in each element its lane; those of lane {lane} are marked. "
-        "Colours: registers.",
+        figure, f"Matrices, in each element its lane; those of lane {lane} are marked. Colours: registers."
     )
 
 
@@ -228,11 +167,7 @@ def _feeds(lane: int, end: int, distances: Sequence[int]) -> bool:
 
 def _box(axes, x, y, width, height, colour, text, size, strength=PALE, rotation=0):
     face = [1 - strength * (1 - part) for part in to_rgb(colour)]
-    axes.add_patch(
-        Rectangle(
-            (x, y), width, height, facecolor=face, edgecolor=picture.GREY, linewidth=0.5
-        )
-    )
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=face, edgecolor=picture.GREY, linewidth=0.5))
     axes.text(
         x + width / 2,
         y + height / 2,

@@ -44,11 +44,7 @@ def made_from(trace: ThreadTrace, last: Line) -> list[Line]:
 
 
 def _registers(text: str) -> list[str]:
-    return [
-        line.split(" = ")[0]
-        for line in text.splitlines()
-        if " = " in line and REGISTER.match(line)
-    ]
+    return [line.split(" = ")[0] for line in text.splitlines() if " = " in line and REGISTER.match(line)]
 
 
 def _values(text: str, which: int) -> Sequence[str]:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from . import places
-from .tensors import DTYPES, Entry, SafetensorsReader
+from .tensors import Entry, SafetensorsReader
 
 if TYPE_CHECKING:
     from ..integrations.fates import Route
@@ -106,7 +106,7 @@ def what_is_amiss(directory: Path) -> dict[str, str] | None:
         quantizer.preprocess_model(model, checkpoint_files=[str(path) for path in files])
     with ExitStack() as stack:
         readers = [stack.enter_context(SafetensorsReader(path)) for path in files]
-        state = {key: _described(entry) for reader in readers for key, entry in reader.entries.items()}
+        state = {key: entry.described() for reader in readers for key, entry in reader.entries.items()}
     try:
         mapping = get_model_conversion_mapping(model, None, quantizer)
     except ValueError as error:  # nothing fits
@@ -168,9 +168,3 @@ def _tied(model: Any) -> set[str]:
 def _packed(keys: list[str], state: Mapping[str, Any]) -> list[str]:
     states = {key.partition(".quant_state.")[0] for key in state if ".quant_state." in key}
     return [key for key in keys if key in states]
-
-
-def _described(entry: Entry) -> torch.Tensor:
-    dtype = DTYPES.get(entry.dtype)
-    shape = (entry.nbytes,) if dtype is None else entry.shape
-    return torch.empty(shape, dtype=dtype or torch.uint8, device="meta")

@@ -42,12 +42,7 @@ class FromSafetensors:
         return list(self.readers)
 
     def described(self, key: str) -> Tensor | None:
-        if key not in self.readers:
-            return None
-        entry = self.readers[key].entries[key]
-        dtype = DTYPES.get(entry.dtype)
-        shape = (entry.nbytes,) if dtype is None else entry.shape
-        return torch.empty(shape, dtype=dtype or torch.uint8, device="meta")
+        return self.readers[key].entries[key].described() if key in self.readers else None
 
     def dtype_name(self, key: str) -> str:
         name = self.readers[key].entries[key].dtype

@@ -72,6 +72,12 @@ class Entry:
         """Bytes an element takes; 1 where there are none."""
         return self.nbytes // self.numel if self.numel else 1
 
+    def described(self) -> Tensor:
+        """The tensor without data, on the meta device; its bytes where torch has no such dtype."""
+        dtype = DTYPES.get(self.dtype)
+        shape = (self.nbytes,) if dtype is None else self.shape
+        return torch.empty(shape, dtype=dtype or torch.uint8, device="meta")
+
 
 class SafetensorsReader:
     """A file's header, checked, and its tensors in pieces.

@@ -38,6 +38,7 @@ from ..nn import Linear4bit
 from ..params import Params4bit
 from . import methods
 from .config import METHOD, Refq4Config
+from .instead import instead_of
 
 __all__ = ["Refq4Config", "Refq4DiffusersQuantizer"]
 
@@ -174,5 +175,4 @@ class Refq4DiffusersQuantizer(DiffusersQuantizer):
 
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Refq4Config
 auto.AUTO_QUANTIZER_MAPPING[METHOD] = Refq4DiffusersQuantizer
-_asked: Any = auto.DiffusersAutoQuantizer
-_asked.merge_quantization_configs = staticmethod(methods.refq4_has_a_say(_asked.merge_quantization_configs))
+instead_of(auto.DiffusersAutoQuantizer, "merge_quantization_configs")(methods.refq4_has_a_say)

@@ -18,9 +18,8 @@ What transformers puts around a forward goes by the DTensors that it finds there
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +30,7 @@ from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
 from ..nn import Embedding4bit, Linear4bit
 from .config import METHOD
+from .instead import instead_of
 from .parts import Split, divide_bias, is_divided, split_later, splits
 from .tensor_parallel import parallelize_experts, parallelize_forward
 
@@ -42,35 +42,33 @@ __all__: list[str] = []  # for transformers.py
 _DISPATCHES = "ep_dispatch_experts"
 
 
-def divides_whole_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+@instead_of(PreTrainedModel, "maybe_distribute_model")
+def divides_whole_blocks(
+    original: Any, cls: type[PreTrainedModel], model: PreTrainedModel, distributed_config: Any, meshes: Any
+) -> Any:
     """``maybe_distribute_model`` of transformers' models, called with the layers in place and nothing loaded."""
-
-    @functools.wraps(original)
-    def distribute(cls: type[PreTrainedModel], model: PreTrainedModel, distributed_config: Any, meshes: Any) -> Any:
-        if meshes is None or getattr(model, "quantization_method", None) != METHOD:
-            return original(cls, model, distributed_config, meshes)
-        _check_sizes(distributed_config)
-        weights = list(_weights_in_4_bits(model))
-        held = {(module, own): module._parameters[own] for _, module, own in weights}
-        held |= {(m, "bias"): m._parameters["bias"] for _, m, _ in weights if isinstance(m, Linear4bit)}
-        for (module, own), parameter in held.items():  # plain ones, for transformers to divide
-            if parameter is not None:
-                plain = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-                module._parameters[own] = nn.Parameter(plain, requires_grad=False)
-        model = original(cls, model, distributed_config, meshes)
-        placed: list[tuple[str, nn.Module, str, Any]] = [
-            (name, module, own, module._parameters[own]) for name, module, own in weights
-        ]
-        for (module, own), parameter in held.items():
-            module._parameters[own] = parameter
-        for name, module, own, placeholder in placed:
-            if isinstance(module, Embedding4bit):
-                module.__dict__.pop("forward", None)  # each process looks up in the whole table
-            elif isinstance(placeholder, DTensor):
-                _split(model, name, module, own, placeholder)
-        return model
-
-    return distribute
+    if meshes is None or getattr(model, "quantization_method", None) != METHOD:
+        return original(cls, model, distributed_config, meshes)
+    _check_sizes(distributed_config)
+    weights = list(_weights_in_4_bits(model))
+    held = {(module, own): module._parameters[own] for _, module, own in weights}
+    held |= {(m, "bias"): m._parameters["bias"] for _, m, _ in weights if isinstance(m, Linear4bit)}
+    for (module, own), parameter in held.items():  # plain ones, for transformers to divide
+        if parameter is not None:
+            plain = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            module._parameters[own] = nn.Parameter(plain, requires_grad=False)
+    model = original(cls, model, distributed_config, meshes)
+    placed: list[tuple[str, nn.Module, str, Any]] = [
+        (name, module, own, module._parameters[own]) for name, module, own in weights
+    ]
+    for (module, own), parameter in held.items():
+        module._parameters[own] = parameter
+    for name, module, own, placeholder in placed:
+        if isinstance(module, Embedding4bit):
+            module.__dict__.pop("forward", None)  # each process looks up in the whole table
+        elif isinstance(placeholder, DTensor):
+            _split(model, name, module, own, placeholder)
+    return model
 
 
 def settle(model: PreTrainedModel) -> None:
@@ -83,19 +81,15 @@ def settle(model: PreTrainedModel) -> None:
             divide_bias(module)
 
 
-def saves_no_parts(original: Callable[..., Any]) -> Callable[..., Any]:
+@instead_of(PreTrainedModel, "save_distributed_checkpoint")
+def saves_no_parts(original: Any, self: Any, model_to_save: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """``save_distributed_checkpoint``, which would take this process's part for the whole."""
-
-    @functools.wraps(original)
-    def save(self: Any, model_to_save: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if is_divided(model_to_save):
-            raise ValueError(
-                "distributed_checkpoint=True can't save 4-bit weights that are divided among processes: leave it out, "
-                "and save_pretrained puts them together"
-            )
-        return original(self, model_to_save, *args, **kwargs)
-
-    return save
+    if is_divided(model_to_save):
+        raise ValueError(
+            "distributed_checkpoint=True can't save 4-bit weights that are divided among processes: leave it out, "
+            "and save_pretrained puts them together"
+        )
+    return original(self, model_to_save, *args, **kwargs)
 
 
 def _check_sizes(config: Any) -> None:

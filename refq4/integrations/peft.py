@@ -14,9 +14,7 @@ Its other methods take a refq4 layer for a plain one. They train, and merging th
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -39,6 +37,7 @@ from ..functional import dequantize_4bit
 from ..internals.checks import warn_caller
 from ..nn import Linear4bit
 from ..params import Params4bit
+from .instead import instead_of
 from .parts import whole_sizes
 
 __all__ = ["LoraLinear4bit", "merge_errors"]
@@ -216,80 +215,56 @@ def requantised(like: Params4bit, target: Tensor) -> tuple[Params4bit, float]:
 # --- what peft has to be told ----------------------------------------------------------------------------------------
 
 
-def knows_refq4(original: Callable[..., nn.Module], ours: type[nn.Module]) -> Callable[..., nn.Module]:
-    """A tuner's ``_create_new_module`` that knows refq4's layers; custom modules of a config still come first."""
+def adapts_refq4(tuner: type[BaseTuner], ours: type[nn.Module]) -> None:
+    """Let a tuner know refq4's layers, which get adapters of the class ``ours``; a config's own classes come first."""
 
-    @functools.wraps(original)
-    def create(config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+    @instead_of(tuner, "_create_new_module")
+    def create(original: Any, config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         custom = tuple(getattr(config, "_custom_modules", None) or ())
         if isinstance(base, Linear4bit) and not isinstance(base, custom):
             return ours(target, adapter_name, config, **kwargs)
-        return original(config, adapter_name, target, **kwargs)
-
-    return create
+        return original(config, adapter_name, target, **kwargs)  # type: ignore[no-any-return]
 
 
-def _decodes_refq4(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``dequantize_bnb_weight``, which takes every ``Params4bit`` for one of bitsandbytes."""
-
-    @functools.wraps(original)
-    def dequantize(weight: nn.Parameter, state: Any = None) -> Tensor:
-        if isinstance(weight, Params4bit) and weight.quant_state is not None:
-            return dequantize_4bit(weight.stored(), weight.quant_state)
-        return original(weight, state)
-
-    return dequantize
+adapts_refq4(LoraModel, LoraLinear4bit)
 
 
-def _merges_what_it_can(original: Callable[[BaseTuner], None]) -> Callable[[BaseTuner], None]:
-    """``BaseTuner._check_merge_allowed``, before anything is merged."""
-
-    @functools.wraps(original)
-    def check(self: BaseTuner) -> None:
-        original(self)
-        for name, module in self.model.named_modules():
-            if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), Linear4bit):
-                can = isinstance(module, LoraLinear4bit) or getattr(module, "quantization_backend", None) is not None
-                if not can and type(module).__module__.startswith(("peft.", "refq4.")):
-                    raise ValueError(
-                        f"{name}: {type(self).__name__.removesuffix('Model')} adapters can't be merged into refq4's "
-                        f"4-bit layers. Keep them beside the model, or decode it first: model.dequantize(); nothing "
-                        f"was merged"
-                    )
-
-    return check
+@instead_of(integrations, "dequantize_bnb_weight", "peft")
+def _decodes_refq4(original: Any, weight: nn.Parameter, state: Any = None) -> Any:
+    """It takes every ``Params4bit`` for one of bitsandbytes."""
+    if isinstance(weight, Params4bit) and weight.quant_state is not None:
+        return dequantize_4bit(weight.stored(), weight.quant_state)
+    return original(weight, state)
 
 
-def _saves_what_can_be_trained(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``ModulesToSaveWrapper.update``, which copies a module to train the copy."""
-
-    @functools.wraps(original)
-    def update(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for module in self.original_module.modules():
-            if isinstance(module, Linear4bit):
+@instead_of(BaseTuner, "_check_merge_allowed")
+def _merges_what_it_can(original: Any, self: BaseTuner) -> None:
+    """Before anything is merged."""
+    original(self)
+    for name, module in self.model.named_modules():
+        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), Linear4bit):
+            can = isinstance(module, LoraLinear4bit) or getattr(module, "quantization_backend", None) is not None
+            if not can and type(module).__module__.startswith(("peft.", "refq4.")):
                 raise ValueError(
-                    f"modules_to_save: {module} is in 4 bits, and packed codes can't be trained. Leave it in full "
-                    f"precision when the model is quantised (llm_int8_skip_modules, skip), or name it in target_modules"
+                    f"{name}: {type(self).__name__.removesuffix('Model')} adapters can't be merged into refq4's "
+                    f"4-bit layers. Keep them beside the model, or decode it first: model.dequantize(); nothing "
+                    f"was merged"
                 )
-        return original(self, *args, **kwargs)
-
-    return update
 
 
-def replace_everywhere(module: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-    """A function of peft, under the name that its modules have imported it by, too."""
-    original = getattr(module, name)
-    wrapped = wrap(original)
-    for other in [m for key, m in sys.modules.items() if key.partition(".")[0] == "peft"]:
-        if getattr(other, name, None) is original:
-            setattr(other, name, wrapped)
+@instead_of(ModulesToSaveWrapper, "update")
+def _saves_what_can_be_trained(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """It copies a module to train the copy."""
+    for module in self.original_module.modules():
+        if isinstance(module, Linear4bit):
+            raise ValueError(
+                f"modules_to_save: {module} is in 4 bits, and packed codes can't be trained. Leave it in full "
+                f"precision when the model is quantised (llm_int8_skip_modules, skip), or name it in target_modules"
+            )
+    return original(self, *args, **kwargs)
 
 
-LoraModel._create_new_module = staticmethod(knows_refq4(LoraModel._create_new_module, LoraLinear4bit))
-BaseTuner._check_merge_allowed = _merges_what_it_can(BaseTuner._check_merge_allowed)
-ModulesToSaveWrapper.update = _saves_what_can_be_trained(ModulesToSaveWrapper.update)
-replace_everywhere(integrations, "dequantize_bnb_weight", _decodes_refq4)
 with suppress(ImportError):  # peft before 0.21
     from . import peft_others  # noqa: F401
 from . import peft_experts, peft_parallel  # noqa: E402, F401 (they need what is above)

@@ -7,8 +7,7 @@ merge    W4' = quantise(decode(W4) + delta); peft would add to a decoded copy, a
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -23,44 +22,43 @@ from torch import Tensor, nn
 from ..internals.checks import warn_caller
 from ..nn.parametrize import PackedParameter, held_4bit
 from .experts import LowRank
+from .instead import instead_of
 from .peft import ROUNDED, decoded, requantised
 
 __all__: list[str] = []  # peft makes these
 
 
-def _finds_packed(original: Callable[..., list[str]]) -> Callable[..., list[str]]:
+@instead_of(BaseTuner, "_inject_parameters")
+def _finds_packed(
+    original: Any, self: Any, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+) -> list[str]:
     """``BaseTuner._inject_parameters``: the end of a packed parameter's name is enough, as for any other.
 
     Wrappers of one module are nested in the order of its parameters: an adapter's file depends on it.
     """
-
-    @functools.wraps(original)
-    def inject(self: Any, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool) -> list[str]:
-        given, packed = peft_config.target_parameters, []
-        for name, module in list(model.named_modules()):
-            plain = name.replace("parametrizations.", "").replace("base_layer.", "")
-            if isinstance(module, PackedParameter) and any(f".{plain}".endswith(f".{target}") for target in given):
-                packed.append(plain)
-        for plain in packed:
-            owner, _, name = plain.rpartition(".")
-            parent, target, target_name = _get_submodules(model, owner)
-            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._create_and_replace(
-                    peft_config,
-                    adapter_name,
-                    _wrapper_of(target, name) or target,
-                    target_name,
-                    parent,
-                    current_key=plain,
-                    parameter_name=name,
-                )
-        peft_config.target_parameters = [target for target in given if target not in packed]
-        try:
-            return [*packed, *original(self, peft_config, model, adapter_name, low_cpu_mem_usage)]
-        finally:
-            peft_config.target_parameters = given
-
-    return inject
+    given, packed = peft_config.target_parameters, []
+    for name, module in list(model.named_modules()):
+        plain = name.replace("parametrizations.", "").replace("base_layer.", "")
+        if isinstance(module, PackedParameter) and any(f".{plain}".endswith(f".{target}") for target in given):
+            packed.append(plain)
+    for plain in packed:
+        owner, _, name = plain.rpartition(".")
+        parent, target, target_name = _get_submodules(model, owner)
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            self._create_and_replace(
+                peft_config,
+                adapter_name,
+                _wrapper_of(target, name) or target,
+                target_name,
+                parent,
+                current_key=plain,
+                parameter_name=name,
+            )
+    peft_config.target_parameters = [target for target in given if target not in packed]
+    try:
+        return [*packed, *original(self, peft_config, model, adapter_name, low_cpu_mem_usage)]
+    finally:
+        peft_config.target_parameters = given
 
 
 def _wrapper_of(module: Any, name: str) -> Any:
@@ -72,41 +70,33 @@ def _wrapper_of(module: Any, name: str) -> Any:
     return None
 
 
-def _describes_packed(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+@instead_of(ParamWrapper, "get_param")
+def _describes_packed(original: Any, self: Any) -> Tensor:
     """``ParamWrapper.get_param``, of which peft reads shape, dtype and device: nothing is decoded for that."""
-
-    @functools.wraps(original)
-    def get_param(self: Any) -> Tensor:
-        held = _held(self)
-        if held is None:
-            return original(self)
-        state = held.quant_state
-        return torch.empty(1, dtype=state.dtype, device=held.original.device).expand(held.weight_shape)
-
-    return get_param
+    held = _held(self)
+    if held is None:
+        return original(self)  # type: ignore[no-any-return]
+    state = held.quant_state
+    return torch.empty(1, dtype=state.dtype, device=held.original.device).expand(held.weight_shape)
 
 
-def _adds_to_packed(original: Callable[..., Any]) -> Callable[..., Any]:
+@instead_of(ParamWrapper, "_activate_lora")
+@contextmanager
+def _adds_to_packed(original: Any, self: Any, active_adapters: list[str]) -> Iterator[None]:
     """``ParamWrapper._activate_lora``: during a forward pass the delta stands behind the packed bytes."""
-
-    @functools.wraps(original)
-    @contextmanager
-    def activate(self: Any, active_adapters: list[str]) -> Iterator[None]:
-        held = _held(self)
-        if held is None:
-            with original(self, active_adapters):
-                yield
-            return
-        deltas = [_delta(self, name) for name in active_adapters if name in self.lora_A]
-        held.extend(deltas)
-        try:
-            with P.cached():
-                yield
-        finally:
-            for _ in deltas:
-                del held[-1]
-
-    return activate
+    held = _held(self)
+    if held is None:
+        with original(self, active_adapters):
+            yield
+        return
+    deltas = [_delta(self, name) for name in active_adapters if name in self.lora_A]
+    held.extend(deltas)
+    try:
+        with P.cached():
+            yield
+    finally:
+        for _ in deltas:
+            del held[-1]
 
 
 def _delta(wrapper: Any, adapter: str) -> LowRank:
@@ -124,51 +114,36 @@ def _held(wrapper: Any) -> Any:
     return held_4bit(wrapper.get_base_layer(), wrapper.parameter_name)
 
 
-def _merges_packed(original: Callable[..., None]) -> Callable[..., None]:
+@instead_of(ParamWrapper, "merge")
+def _merges_packed(original: Any, self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     """``ParamWrapper.merge``."""
-
-    @functools.wraps(original)
-    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        held = _held(self)
-        if held is None:
-            original(self, safe_merge, adapter_names)
-            return
-        names = [adapter for adapter in check_adapters_to_merge(self, adapter_names) if adapter in self.lora_A]
-        if not names:
-            return
-        before = held.original if self.__dict__.get("_unmerged") is None else self._unmerged
-        merged, target = [*self.merged_adapters, *names], decoded(before)
-        for adapter in merged:
-            target = _delta(self, adapter)(target)
-        if not bool(target.isfinite().all()):
-            raise ValueError(f"merging {merged} gives NaN or infinity; an adapter seems to be broken")
-        fresh, self.merge_error = requantised(before, target.detach())
-        held.original, held.quant_state = fresh, fresh.quant_state
-        self.__dict__["_unmerged"] = before  # no parameter of the wrapper
-        self.merged_adapters.extend(names)
-        warn_caller(ROUNDED)
-
-    return merge
+    held = _held(self)
+    if held is None:
+        original(self, safe_merge, adapter_names)
+        return
+    names = [adapter for adapter in check_adapters_to_merge(self, adapter_names) if adapter in self.lora_A]
+    if not names:
+        return
+    before = held.original if self.__dict__.get("_unmerged") is None else self._unmerged
+    merged, target = [*self.merged_adapters, *names], decoded(before)
+    for adapter in merged:
+        target = _delta(self, adapter)(target)
+    if not bool(target.isfinite().all()):
+        raise ValueError(f"merging {merged} gives NaN or infinity; an adapter seems to be broken")
+    fresh, self.merge_error = requantised(before, target.detach())
+    held.original, held.quant_state = fresh, fresh.quant_state
+    self.__dict__["_unmerged"] = before  # no parameter of the wrapper
+    self.merged_adapters.extend(names)
+    warn_caller(ROUNDED)
 
 
-def _unmerges_packed(original: Callable[..., None]) -> Callable[..., None]:
+@instead_of(ParamWrapper, "unmerge")
+def _unmerges_packed(original: Any, self: Any) -> None:
     """``ParamWrapper.unmerge``: the bytes are what they were."""
-
-    @functools.wraps(original)
-    def unmerge(self: Any) -> None:
-        before, held = self.__dict__.pop("_unmerged", None), _held(self)
-        if before is None or held is None:
-            original(self)
-            return
-        held.original = before.to(held.original.device)  # the model may have moved
-        held.quant_state, self.merge_error = held.original.quant_state, None
-        self.merged_adapters.clear()
-
-    return unmerge
-
-
-BaseTuner._inject_parameters = _finds_packed(BaseTuner._inject_parameters)
-ParamWrapper.get_param = _describes_packed(ParamWrapper.get_param)
-ParamWrapper._activate_lora = _adds_to_packed(ParamWrapper._activate_lora)
-ParamWrapper.merge = _merges_packed(ParamWrapper.merge)
-ParamWrapper.unmerge = _unmerges_packed(ParamWrapper.unmerge)
+    before, held = self.__dict__.pop("_unmerged", None), _held(self)
+    if before is None or held is None:
+        original(self)
+        return
+    held.original = before.to(held.original.device)  # the model may have moved
+    held.quant_state, self.merge_error = held.original.quant_state, None
+    self.merged_adapters.clear()

@@ -6,8 +6,6 @@ HiRA                            multiplies its delta by the weight: HiraLinear4b
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.hira import HiraModel
@@ -20,7 +18,8 @@ from ..functional import dequantize_4bit
 from ..internals.checks import warn_caller
 from ..nn import Linear4bit
 from ..params import Params4bit
-from .peft import ROUNDED, knows_refq4, replace_everywhere, requantise
+from .instead import instead_of
+from .peft import ROUNDED, adapts_refq4, requantise
 
 __all__: list[str] = []  # peft makes these
 
@@ -94,15 +93,10 @@ class HiraLinear4bit(HiraLinear):
         return result
 
 
-def _resolves_refq4(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``resolve_quantization_backend``: how a weight is read and written."""
-
-    @functools.wraps(original)
-    def resolve(base_layer: nn.Module, **kwargs: Any) -> Any:
-        return Refq4Backend() if isinstance(base_layer, Linear4bit) else original(base_layer, **kwargs)
-
-    return resolve
+@instead_of(quantization_utils, "resolve_quantization_backend", "peft")
+def _resolves_refq4(original: Any, base_layer: nn.Module, **kwargs: Any) -> Any:
+    """How a weight is read and written."""
+    return Refq4Backend() if isinstance(base_layer, Linear4bit) else original(base_layer, **kwargs)
 
 
-HiraModel._create_new_module = staticmethod(knows_refq4(HiraModel._create_new_module, HiraLinear4bit))
-replace_everywhere(quantization_utils, "resolve_quantization_backend", _resolves_refq4)
+adapts_refq4(HiraModel, HiraLinear4bit)

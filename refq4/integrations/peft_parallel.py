@@ -9,8 +9,6 @@ layer, here. What it shards is plain LoRA on linear layers; anything else would 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 from peft.tuners import lora
@@ -18,6 +16,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from .instead import instead_of
 from .parts import is_divided, splits
 
 __all__: list[str] = []  # peft is told
@@ -27,58 +26,44 @@ _BESIDES = (  # what makes another adapter of LoRA, or puts it elsewhere
 )  # fmt: skip
 
 
-def _divides_plain_lora(original: Callable[..., None]) -> Callable[..., None]:
+@instead_of(BaseTuner, "inject_adapter")
+def _divides_plain_lora(
+    original: Any, self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
     """``BaseTuner.inject_adapter``, before anything is changed."""
-
-    @functools.wraps(original)
-    def inject(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if is_divided(model):
-            config: Any = self.peft_config[adapter_name]
-            besides = [name for name in _BESIDES if getattr(config, name, None)]
-            if type(self) is not LoraModel or besides or config.init_lora_weights not in (True, False, "gaussian"):
-                what = f"{besides[0]}={getattr(config, besides[0])!r}" if besides else type(self).__name__
-                raise ValueError(
-                    f"the 4-bit layers of this model are divided among processes, and {what} is not made for that: use "
-                    f"plain LoRA on linear layers, or train on a model that each process has whole"
-                )
-            if getattr(model, "_device_mesh", None) is None or not hasattr(lora.model, "add_lora_tp_hooks_dtensor"):
-                raise ValueError(
-                    "peft divides LoRA for models that transformers has divided (distributed_config of "
-                    "from_pretrained), from peft 0.20 on; this model was divided otherwise, or peft is older"
-                )
-        original(self, model, adapter_name, *args, **kwargs)
-
-    return inject
+    if is_divided(model):
+        config: Any = self.peft_config[adapter_name]
+        besides = [name for name in _BESIDES if getattr(config, name, None)]
+        if type(self) is not LoraModel or besides or config.init_lora_weights not in (True, False, "gaussian"):
+            what = f"{besides[0]}={getattr(config, besides[0])!r}" if besides else type(self).__name__
+            raise ValueError(
+                f"the 4-bit layers of this model are divided among processes, and {what} is not made for that: use "
+                f"plain LoRA on linear layers, or train on a model that each process has whole"
+            )
+        if getattr(model, "_device_mesh", None) is None or not hasattr(lora.model, "add_lora_tp_hooks_dtensor"):
+            raise ValueError(
+                "peft divides LoRA for models that transformers has divided (distributed_config of "
+                "from_pretrained), from peft 0.20 on; this model was divided otherwise, or peft is older"
+            )
+    original(self, model, adapter_name, *args, **kwargs)
 
 
-def _by_whole_sizes(original: Callable[..., None]) -> Callable[..., None]:
-    """``add_lora_tp_hooks_dtensor``, which reads the size of the whole adapter off the base layer's weight."""
+@instead_of(BaseTuner, "_check_merge_allowed")
+def _merges_whole_layers(original: Any, self: BaseTuner) -> None:
+    """``BaseTuner._check_merge_allowed``."""
+    original(self)
+    if is_divided(self.model):
+        raise ValueError(
+            "this process holds a part of the model's 4-bit layers, and adapters are merged into whole ones: save "
+            "the adapter, and merge it where one process holds the model; nothing was merged"
+        )
 
-    @functools.wraps(original)
-    def add(tp_module: nn.Module, *args: Any, base_layer: nn.Module, **kwargs: Any) -> None:
+
+if hasattr(lora.model, "add_lora_tp_hooks_dtensor"):
+
+    @instead_of(lora.model, "add_lora_tp_hooks_dtensor")
+    def _by_whole_sizes(original: Any, tp_module: nn.Module, *args: Any, base_layer: nn.Module, **kwargs: Any) -> None:
+        """It reads the size of the whole adapter off the base layer's weight."""
         if split := splits(base_layer).get("weight"):
             base_layer = nn.Linear(split.shape[1], split.shape[0], bias=False, device="meta")
         original(tp_module, *args, base_layer=base_layer, **kwargs)
-
-    return add
-
-
-def _merges_whole_layers(original: Callable[[BaseTuner], None]) -> Callable[[BaseTuner], None]:
-    """``BaseTuner._check_merge_allowed``."""
-
-    @functools.wraps(original)
-    def check(self: BaseTuner) -> None:
-        original(self)
-        if is_divided(self.model):
-            raise ValueError(
-                "this process holds a part of the model's 4-bit layers, and adapters are merged into whole ones: save "
-                "the adapter, and merge it where one process holds the model; nothing was merged"
-            )
-
-    return check
-
-
-BaseTuner.inject_adapter = _divides_plain_lora(BaseTuner.inject_adapter)
-BaseTuner._check_merge_allowed = _merges_whole_layers(BaseTuner._check_merge_allowed)
-if hasattr(lora.model, "add_lora_tp_hooks_dtensor"):
-    lora.model.add_lora_tp_hooks_dtensor = _by_whole_sizes(lora.model.add_lora_tp_hooks_dtensor)

@@ -47,6 +47,7 @@ from . import expert_files, fates, methods, parallel_plans
 from .checks import check_skipped
 from .config import METHOD, Refq4Config
 from .conversions import Quantise, Restore
+from .instead import instead_of
 from .later import connect
 from .parts import is_divided
 from .tensor_parallel import whole_state_dict
@@ -261,13 +262,7 @@ class Refq4Quantizer(HfQuantizer):
 
 register_quantization_config(METHOD)(Refq4Config)
 register_quantizer(METHOD)(Refq4Quantizer)
-AutoHfQuantizer.merge_quantization_configs = staticmethod(
-    methods.refq4_has_a_say(AutoHfQuantizer.merge_quantization_configs)
-)
-AutoHfQuantizer.from_config = staticmethod(methods.takes_bitsandbytes_place(AutoHfQuantizer.from_config))
-PreTrainedModel.maybe_distribute_model = classmethod(
-    parallel_plans.divides_whole_blocks(PreTrainedModel.maybe_distribute_model.__func__)
-)
-PreTrainedModel.save_distributed_checkpoint = parallel_plans.saves_no_parts(PreTrainedModel.save_distributed_checkpoint)
-PreTrainedModel.num_parameters = methods.counts_weights(PreTrainedModel.num_parameters)
-PreTrainedModel.resize_token_embeddings = methods.resizes_rows(PreTrainedModel.resize_token_embeddings)
+instead_of(AutoHfQuantizer, "merge_quantization_configs")(methods.refq4_has_a_say)
+instead_of(AutoHfQuantizer, "from_config")(methods.takes_bitsandbytes_place)
+instead_of(PreTrainedModel, "num_parameters")(methods.counts_weights)
+instead_of(PreTrainedModel, "resize_token_embeddings")(methods.resizes_rows)

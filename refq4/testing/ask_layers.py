@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import nn
-from ..functional import dequantize_4bit
+from ..internals import codec
 from ..matmul import matmul_4bit
 from ..registry import use_backend
 from ..state import QuantState
@@ -57,9 +57,8 @@ def ask_backward(asked: Asked) -> None:
     with trace() as t:
         got = _gradients(asked, B, state, g, asked.backend)
     asked.ran_here(t)
-    plain = state.copy()
-    plain.dtype = torch.float32
-    exact = [g.double() @ dequantize_4bit(B, plain, backend=asked.against).double(), g.double().sum(0)]
+    W = codec.dequantize_4bit(state.packed_weight(B), torch.float32, asked.against)
+    exact = [g.double() @ W.double(), g.double().sum(0)]
     for name, mine, theirs, true in zip(("grad_A", "grad_bias"), got, wanted, exact, strict=False):
         asked.product_within(Budget.of(true, theirs, theirs.dtype), mine, name, str)
 

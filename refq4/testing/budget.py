@@ -103,9 +103,7 @@ def oracle(x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None, 
 
 def _decoded(B: Tensor, state: QuantState, backend: str) -> Tensor:
     """The weight in fp32, whatever dtype it had before it was quantised."""
-    plain = state.copy()
-    plain.dtype = torch.float32
-    return codec.dequantize_4bit(plain.packed_weight(B), torch.float32, backend)
+    return codec.dequantize_4bit(state.packed_weight(B), torch.float32, backend)
 
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,9 +162,7 @@ def grouped_budget(
         >>> grouped_budget(torch.ones(4, 32), B, state, [0, 1, 1, 4]).oracle.shape
         torch.Size([4, 2])
     """
-    plain = state.copy()
-    plain.dtype = torch.float32
-    packed = plain.packed_weight(B)
+    packed = state.packed_weight(B)
     # one by one where blocks allow it, as the product decodes them: an engine may decode a taller weight otherwise
     alone = [one_expert(packed, e) for e in range(len(offsets) - 1)]
     weights = [codec.dequantize_4bit(each, torch.float32, backend) for each in alone if each is not None]

@@ -7,41 +7,29 @@
 
 from __future__ import annotations
 
-import importlib.util
 import posixpath
 import re
 import sys
-from typing import Any
 
 import places
+
+sys.path.insert(0, str(places.ROOT / "notebooks"))
+from support import kernels  # beside the notebooks
 
 __all__ = ["files", "inner_loops", "link", "tiles"]
 
 _NAME = re.compile(r"(?<![\[`\w/])`([a-z]\w*\.(?:c|h|cu|cuh))`(?!\])")
 
 
-def _chosen() -> Any:
-    """The module beside the notebooks, without what else stands there."""
-    name, path = "notebook_kernels", places.ROOT / "notebooks" / "support" / "kernels.py"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 def files() -> dict[str, str]:
     """Every file of a kernel: name -> path."""
-    folders = [places.ROOT / folder for folder in _chosen().FOLDERS]
+    folders = [places.ROOT / folder for folder in kernels.FOLDERS]
     every = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in places.LANGUAGES]
     return {path.name: path.relative_to(places.ROOT).as_posix() for path in every}
 
 
 def inner_loops(page: str, backend: str) -> str:
     """The excerpts of a backend, one below the other."""
-    kernels = _chosen()
     chosen = {"cpu": kernels.CPU, "cuda": kernels.CUDA}[backend]
     parts = [f"`{file}`: {excerpt.does}\n\n```c\n{kernels.lines(file)}\n```" for file, excerpt in chosen.items()]
     return "\n\n".join(parts)
@@ -49,7 +37,7 @@ def inner_loops(page: str, backend: str) -> str:
 
 def tiles(page: str) -> str:
     """The layout, drawn in letters."""
-    return f"```text\n{_chosen().picture_of_tiles()}\n```"
+    return f"```text\n{kernels.picture_of_tiles()}\n```"
 
 
 def link(markdown: str, page: str) -> str:

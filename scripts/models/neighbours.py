@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from settings import figures, said, sequences_of
+from settings import figures, in_full, sequences_of
 from torch import Tensor, nn
 
 from refq4.functional import dequantize_4bit, quantize_4bit
@@ -39,9 +39,8 @@ def main() -> None:
     options = parser.parse_args()
     full, sequences, seen = sequences_of(options.model, options.text, options.sequences)
     layers = {name: m for name, m in full.model.named_modules() if isinstance(m, nn.Linear)}
-    exact, loss = said(full, sequences)
     moments = second_moments(full, layers, seen)
-    print(f"{loss.numel()} predicted tokens; perplexity in full precision: {loss.mean().exp():.3f}")
+    print(in_full(full, sequences))
     print("| format | bits per weight | mean error of a layer | KL | same first choice | perplexity |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, (bits, decoded) in FORMATS.items():
@@ -52,7 +51,7 @@ def main() -> None:
                 new = decoded(W, moments[key])
                 error += float((new - W).norm() / W.norm()) / len(layers)
                 small.model.get_submodule(key).weight.copy_(new)
-        print(f"| {name} | {bits:.2f} | {error:.4f} | {figures(exact, *said(small, sequences))} |", flush=True)
+        print(f"| {name} | {bits:.2f} | {error:.4f} | {figures(small, full, sequences)} |", flush=True)
 
 
 def second_moments(model: Any, layers: dict[str, nn.Module], seen: list[Tensor]) -> dict[str, Tensor]:

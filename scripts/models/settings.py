@@ -59,14 +59,13 @@ def encoder() -> None:
 
 def language_model(directory: Path, text: Path, count: int) -> None:
     full, sequences, _ = sequences_of(directory, text, count)
-    exact, loss = said(full, sequences)
-    print(f"{loss.numel()} predicted tokens; perplexity in full precision: {loss.mean().exp():.3f}")
+    print(in_full(full, sequences))
     print("| setting | bits per weight | mean error of a layer | KL | same first choice | perplexity |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, settings in FORMATS.items():
         report = QuantizationReport()
         small = refq4.quantize_model(copy.deepcopy(full), report=report, progress=False, **settings)
-        row = f"| {name} | {report.bits:.3f} | {report.error:.4f} | {figures(exact, *said(small, sequences))} |"
+        row = f"| {name} | {report.bits:.3f} | {report.error:.4f} | {figures(small, full, sequences)} |"
         print(row, flush=True)
 
 
@@ -80,19 +79,16 @@ def sequences_of(directory: Path, text: Path, count: int) -> tuple[Any, list[Ten
     return full, list(ids[:size].view(-1, CONTEXT)), list(ids[-4 * size :].view(-1, CONTEXT))
 
 
-def figures(exact: Tensor, log_probs: Tensor, loss: Tensor) -> str:
+def in_full(full: nn.Module, sequences: list[Tensor]) -> str:
+    """What both tables are measured on, and the perplexity that they compare with."""
+    found = refq4.evaluate(full, sequences, progress=False)
+    return f"{found.tokens} predicted tokens; perplexity in full precision: {found.perplexity:.3f}"
+
+
+def figures(small: nn.Module, full: nn.Module, sequences: list[Tensor]) -> str:
     """Divergence, agreement and perplexity, as cells of a table."""
-    kl = (exact.exp() * (exact - log_probs)).sum(1).mean()
-    same = (exact.argmax(1) == log_probs.argmax(1)).float().mean()
-    return f"{kl:.4f} | {same:.1%} | {loss.mean().exp():.2f}"
-
-
-@torch.no_grad()
-def said(model: nn.Module, sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The log-probabilities [tokens, vocabulary] of what follows each token, and minus that of what did follow."""
-    log_probs = torch.cat([model(ids[None]).logits[0, :-1].float().log_softmax(-1) for ids in sequences])
-    came = torch.cat([ids[1:] for ids in sequences])
-    return log_probs, -log_probs.gather(1, came[:, None])
+    found = refq4.evaluate(small, sequences, against=full, draws=0, progress=False)
+    return f"{found.kl:.4f} | {found.top1:.1%} | {found.perplexity:.2f}"
 
 
 if __name__ == "__main__":

@@ -265,9 +265,9 @@ def test_no_first_page_of_a_section_has_an_abbreviation_that_is_not_explained():
     assert not unexplained, "put them into the glossary, and into MARKED in scripts/docs/glossary.py"
 
 
-@pytest.mark.parametrize("file", kernels_code._chosen().EXCERPTS)
+@pytest.mark.parametrize("file", kernels_code.kernels.EXCERPTS)
 def test_an_excerpt_of_a_kernel_is_whole_and_short(file):
-    shown = kernels_code._chosen().lines(file)
+    shown = kernels_code.kernels.lines(file)
     assert shown.count("{") == shown.count("}")
     assert 3 <= len(shown.splitlines()) <= 12
     assert not shown.startswith((" ", "}"))
@@ -276,7 +276,7 @@ def test_an_excerpt_of_a_kernel_is_whole_and_short(file):
 def test_each_rung_of_the_tables_has_an_excerpt_or_shares_one():
     """Kernels that add to a rung of the same idea, or to another op, are left to their own pages."""
     rungs = {name for name in kernels_code.files() if re.match(r"ge[mv]+_4bit_\d_.*\.cu?$", name)}
-    assert rungs - set(kernels_code._chosen().EXCERPTS) == {
+    assert rungs - set(kernels_code.kernels.EXCERPTS) == {
         *("gemv_4bit_2_avx512.c", "gemv_4bit_3_avx512_bf16.c"),
         *("gemm_4bit_5_avx512_rows.c", "gemm_4bit_5_avx512_bf16_rows.c"),
     }

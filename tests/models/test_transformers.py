@@ -402,7 +402,7 @@ def test_where_the_integration_is_not_imported_a_checkpoint_of_refq4_is_one_of_b
 ):
     load(models["llama"], Refq4Config(**settings(nested=True))).save_pretrained(tmp_path)
     untouched = AutoHfQuantizer.merge_quantization_configs.__wrapped__
-    monkeypatch.setattr(AutoHfQuantizer, "merge_quantization_configs", staticmethod(untouched))
+    monkeypatch.setattr(AutoHfQuantizer, "merge_quantization_configs", classmethod(untouched))
     assert len(layers_of(load(tmp_path), bnb.nn.Linear4bit)) == 2 * 7
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import sys
@@ -14,7 +13,6 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "checks"))
 
 import mutants  # noqa: E402 (a script, not a package)
-import reader_trial  # noqa: E402 (likewise)
 
 README = (ROOT / "README.md").read_text()
 
@@ -83,12 +81,6 @@ def test_no_test_is_without_a_check():
             if name:
                 checks = r"assert|raises|pytest\.warns|pytest\.fail|gradcheck|opcheck|\bcheck[_(]|simplefilter\(.error"
                 assert re.search(checks, body), f"{path.name}: {name[1]} checks nothing"
-
-
-def test_the_faults_of_the_reader_trial_still_fit():
-    assert sorted(reader_trial.FAULTS) == list(range(1, 8))
-    for name in reader_trial.FILES:
-        ast.parse(reader_trial.planted(name))
 
 
 def reading_order() -> list[str]:

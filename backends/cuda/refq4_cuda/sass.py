@@ -200,7 +200,7 @@ def loop_nest(code: list[Instruction], variant: Variant) -> list[tuple[Instructi
         times = _STAGE_WEIGHTS / weights
     inside = {one.address for one in inner}
     return [
-        (one, times if one.address in inside else 1.0, of_one if work and work.match_opcode(one) else 0.0)
+        (one, times if one.address in inside else 1.0, of_one if work and one.opcode.startswith(work) else 0.0)
         for one in outer
     ]
 
@@ -211,45 +211,40 @@ def hot_loop(code: list[Instruction], variant: Variant) -> tuple[list[Instructio
     loops = list(_loops(code))
     if not work or not loops:
         return [], 0
-    best = max(loops, key=lambda loop: (sum(map(work.match_opcode, loop)), -len(loop)))
-    return best, sum(map(work.match_opcode, best)) * weights_of_one
+
+    def issued(loop: list[Instruction]) -> int:
+        return sum(one.opcode.startswith(work) for one in loop)
+
+    best = max(loops, key=lambda loop: (issued(loop), -len(loop)))
+    return best, issued(best) * weights_of_one
 
 
-@dataclass(frozen=True)
-class _Work:
-    """The instruction that a kernel exists to issue."""
+def _work(code: list[Instruction], variant: Variant) -> tuple[str, float]:
+    """The opcode that a kernel exists to issue, and how many weights one stands for.
 
-    opcode: str
-
-    def match_opcode(self, instruction: Instruction) -> bool:
-        return re.match(self.opcode, instruction.opcode) is not None
-
-
-def _work(code: list[Instruction], variant: Variant) -> tuple[_Work | None, float]:
-    """What counts the weights: an mma's A operand holds 16 x 16 (16 x 8 on Turing) of them, for all lanes together."""
+    An mma's A operand holds 16 x 16 (16 x 8 on Turing) of them, for all lanes together.
+    """
     tokens = next((int(d.removeprefix("TOKENS=")) for d in variant.defines if d.startswith("TOKENS=")), 1)
     if variant.file.startswith(("gemm", "grad_input_4bit_2")):
         deep = any(i.opcode.startswith("HMMA.16816") for i in code)
-        return _Work("HMMA"), (8 if deep else 4) / (tokens / 8)
+        return "HMMA", (8 if deep else 4) / (tokens / 8)
     if variant.file.startswith(("gemv", "grad_input_4bit_1")):
-        return _Work("FFMA"), 1 / tokens
+        return "FFMA", 1 / tokens
     if variant.file == "dequantize.cu":
-        return _Work(r"STG\.E\.128"), 4 if "T_FP32" in variant.defines else 8
-    return None, 0
+        return "STG.E.128", 4 if "T_FP32" in variant.defines else 8
+    return "", 0
 
 
 def _loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
     """Each backward jump's loop. One that crosses a shorter loop is none: it comes back from code laid out behind."""
-    spans = sorted(((t, i.address) for i in code if (t := i.jumps_to) is not None and t < i.address), key=_length)
+    spans = sorted(
+        ((t, i.address) for i in code if (t := i.jumps_to) is not None and t < i.address), key=lambda s: s[1] - s[0]
+    )
     real: list[tuple[int, int]] = []
     for first, last in spans:
         if not any(first < f <= last < e or f < first <= e < last for f, e in real):
             real.append((first, last))
             yield [i for i in code if first <= i.address <= last]
-
-
-def _length(span: tuple[int, int]) -> int:
-    return span[1] - span[0]
 
 
 def _wavefronts(instruction: Instruction) -> int:
