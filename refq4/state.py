@@ -174,8 +174,7 @@ class QuantState:
             raise ValueError("this QuantState has no code: make it with quantize_4bit or from_dict")
         packed, name = layout.from_storage(stored, shape.numel()), self.quant_type or "custom"
         second = self._second_level()
-        flat = (None, None, None, 0) if second is None else second
-        return checked_weight(packed, self.absmax, self.code, blocksize, tuple(shape), name, *flat)
+        return checked_weight(PackedWeight(packed, self.absmax, self.code, blocksize, tuple(shape), name, second))
 
     def geometry(self) -> tuple[torch.Size, int]:
         """Shape and blocksize of a 4-bit state; a ValueError for the state of an 8-bit blockwise tensor."""

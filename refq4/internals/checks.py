@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import layout
-from ..backend import Nested, PackedWeight
+from ..backend import Nested, PackedWeight, PreparedWeight
 from ..trace import show
 from .format import BLOCKSIZES, MAX_NUMEL, WEIGHT_DTYPES, describe, dtype_name
 
@@ -129,62 +128,46 @@ def check_weight_memory(weight: PackedWeight) -> None:
             check_memory(f"nested {name}", getattr(weight.nested, name))
 
 
-def checked_weight(
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: int,
-    shape: tuple[int, ...],
-    quant_type: str,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    blocksize2: int,
-) -> PackedWeight:
+def checked(weight: PackedWeight | PreparedWeight) -> PackedWeight | PreparedWeight:
+    """The weight of an op that takes any layout, or a ValueError. A backend's own layout is checked by the backend."""
+    if isinstance(weight, PackedWeight):
+        return checked_weight(weight)
+    check_positive("blocksize", weight.blocksize)
+    if not weight.tensors or len(weight.shape) not in (2, 3) or min(weight.shape) < 0:
+        raise ValueError(
+            f"a prepared weight has tensors and a shape [N, K] or [E, N, K], got {len(weight.tensors)} and "
+            f"{list(weight.shape)}"
+        )
+    return weight
+
+
+def checked_weight(weight: PackedWeight | PreparedWeight) -> PackedWeight:
     """The weight in the form that a backend reads by address: contiguous, and as long as its sizes say.
 
-    Args:
-        packed, absmax, code, blocksize, shape, quant_type: the fields of :class:`~refq4.backend.PackedWeight`.
-        absmax2, code2, offset, blocksize2: those of :class:`~refq4.backend.Nested`; None, None, None and 0 where the
-            scales are not quantised.
-
     Raises:
-        ValueError: a size is no size, or a tensor does not fit it in length, dtype or device; the message names it.
+        ValueError: a size is no size, or a tensor does not fit it in length, dtype or device; the message names it. Or
+            the weight is in a backend's own layout, which this op does not read.
     """
+    if isinstance(weight, PreparedWeight):
+        raise ValueError(f"this op reads a weight in the canonical layout, got {weight.layout!r}: restore_weight first")
+    packed, absmax, code, blocksize, shape, quant_type, nested = weight
     check_positive("blocksize", blocksize)
     if any(size < 0 for size in shape):
         raise ValueError(f"a weight has no shape {list(shape)}")
-    shape, device = torch.Size(shape), packed.device
-    blocks = layout.block_count(shape.numel(), blocksize)
-    packed = _row("the packed weight", packed, torch.uint8, layout.packed_bytes(shape.numel()), device)
-    absmax = _row("absmax", absmax, torch.float32 if absmax2 is None else torch.uint8, blocks, device)
+    numel, device = torch.Size(shape).numel(), packed.device
+    blocks = layout.block_count(numel, blocksize)
+    packed = _row("the packed weight", packed, torch.uint8, layout.packed_bytes(numel), device)
+    absmax = _row("absmax", absmax, torch.float32 if nested is None else torch.uint8, blocks, device)
     code = _row("code", code, torch.float32, 16, device)
-    nested = None
-    if absmax2 is not None:
-        if code2 is None or offset is None:
-            raise ValueError("this weight's scales are quantised, but their code or their offset is missing")
-        check_positive("the blocksize of the scales", blocksize2)
+    if nested is not None:
+        check_positive("the blocksize of the scales", nested.blocksize)
         nested = Nested(
-            _row("state2.absmax", absmax2, torch.float32, layout.block_count(blocks, blocksize2), device),
-            _row("state2.code", code2, torch.float32, 256, device),
-            _row("offset", offset, torch.float32, 1, device),
-            blocksize2,
+            _row("state2.absmax", nested.absmax, torch.float32, layout.block_count(blocks, nested.blocksize), device),
+            _row("state2.code", nested.code, torch.float32, 256, device),
+            _row("offset", nested.offset, torch.float32, 1, device),
+            nested.blocksize,
         )
-    return PackedWeight(packed, absmax, code, blocksize, tuple(shape), quant_type, nested)
-
-
-def check_prepared(
-    tensors: Sequence[Tensor], layout_name: str, shape: Sequence[int], blocksize: int
-) -> tuple[int, ...]:
-    """The shape of a weight in a backend's own layout, or a ValueError. What the layout wants, its backend checks."""
-    check_positive("blocksize", blocksize)
-    if layout_name == "canonical":
-        raise ValueError("a prepared weight is in a backend's own layout, not in the canonical one")
-    if not tensors or len(shape) not in (2, 3) or min(shape) < 0:
-        raise ValueError(
-            f"a prepared weight has tensors and a shape [N, K] or [E, N, K], got {len(tensors)} and {list(shape)}"
-        )
-    return tuple(shape)
+    return PackedWeight(packed, absmax, code, blocksize, shape, quant_type, nested)
 
 
 def _row(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> Tensor:

@@ -31,7 +31,7 @@ from .checks import (
     checked_weight,
 )
 from .running import run_op
-from .schemas import flatten, implement
+from .schemas import flatten, implement, unflatten
 
 __all__ = ["decode", "dequantize_4bit", "dequantize_blockwise", "quantize_4bit", "quantize_blockwise", "takes_scales"]
 
@@ -160,7 +160,7 @@ def _elementwise(op: str, tensor: Tensor, dtype: torch.dtype, blocksize: int, co
 
 def _op_of_dequantize(*args: Any) -> Tensor:
     *flat, dtype, backend = args
-    return decode(checked_weight(*flat), dtype, backend)
+    return decode(checked_weight(unflatten(*flat, backend)), dtype, backend)
 
 
 implement("quantize_4bit", _quantize_4bit)
