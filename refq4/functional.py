@@ -108,7 +108,7 @@ def quantize_4bit(
         from .internals.scale_search import search_scales  # of no use to a layer that is only loaded and called
 
         found = search_scales(A, found, blocksize, book.name, chosen, scales, importance)
-        packed, _ = codec.quantize_4bit(A, blocksize, book.name, allow_nonfinite, chosen, found)
+        packed, _ = codec.quantize_4bit(A, blocksize, book.name, allow_nonfinite, chosen, absmax=found)
     stored = layout.to_storage(packed, quant_storage)
     code = get_4bit_type(book.name, device=A.device)
     state = QuantState(found, A.shape, code, blocksize, book.name, A.dtype)

@@ -146,13 +146,7 @@ class QuantState:
             >>> F.QuantState.from_dict(state.as_dict(packed=True)) == state
             True
         """
-        found = Reader(qs_dict, allow_other_code, allow_other_nested_blocksize).read(device, packed)
-        state = cls(found.absmax, found.shape, found.code, found.blocksize, found.quant_type, found.dtype)
-        if found.nested is not None:
-            second = found.nested
-            state.offset = torch.tensor(second.offset, dtype=torch.float32, device=found.absmax.device)
-            state.state2 = cls(second.absmax, code=second.code, blocksize=second.blocksize, dtype=second.dtype)
-        return state.to(device)
+        return Reader(qs_dict, allow_other_code, allow_other_nested_blocksize).read(cls, device, packed)
 
     # --- use --------------------------------------------------------------------------------------------------------
 

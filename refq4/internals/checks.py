@@ -152,7 +152,7 @@ def checked_weight(weight: PackedWeight | PreparedWeight) -> PackedWeight:
         raise ValueError(f"this op reads a weight in the canonical layout, got {weight.layout!r}: restore_weight first")
     packed, absmax, code, blocksize, shape, quant_type, nested = weight
     check_positive("blocksize", blocksize)
-    if any(size < 0 for size in shape):
+    if min(shape, default=0) < 0:
         raise ValueError(f"a weight has no shape {list(shape)}")
     numel, device = torch.Size(shape).numel(), packed.device
     blocks = layout.block_count(numel, blocksize)

@@ -45,8 +45,7 @@ def product(op: str, A: Tensor, weight: Weight, bias: Tensor | None, backend: st
         type(weight) is not PackedWeight or not (wants_grad(A) or wants_grad(bias))
     ):
         return _product(op, A, weight, bias, backend)
-    out: Tensor = getattr(torch.ops.refq4, op).default(A, *flatten(weight), bias, _as_argument(backend))
-    return out
+    return _PRODUCTS[op](A, *flatten(weight), bias, _as_argument(backend))
 
 
 def grad_input(grad: Tensor, weight: Weight, backend: str | Resolved) -> Tensor:
@@ -56,8 +55,7 @@ def grad_input(grad: Tensor, weight: Weight, backend: str | Resolved) -> Tensor:
     """
     if isinstance(weight, PackedWeight) and _nothing_intercepts(grad, None, backend) and not wants_grad(grad):
         return _grad_input(grad, weight, backend)
-    out: Tensor = torch.ops.refq4.grad_input_4bit.default(grad, *flatten(weight), _as_argument(backend))
-    return out
+    return _op_of_grad_input(grad, *flatten(weight), _as_argument(backend))
 
 
 def _as_argument(backend: str | Resolved) -> str:
@@ -179,6 +177,7 @@ _SLOW_ON_CPU = _dtypes_without_cpu_products()
 
 
 def _op_of_product(op: str) -> Callable[..., Tensor]:
+    @implement(op)
     def kernel(A: Tensor, *args: Any) -> Tensor:
         *flat, bias, backend = args
         return _product(op, A, checked(unflatten(*flat, backend)), bias, backend)
@@ -186,20 +185,19 @@ def _op_of_product(op: str) -> Callable[..., Tensor]:
     return kernel
 
 
+_PRODUCTS = {op: _op_of_product(op) for op in ("gemv_4bit", "gemm_4bit")}
+
+
+@implement(GRAD_INPUT)
 def _op_of_grad_input(grad: Tensor, *args: Any) -> Tensor:
     *flat, backend = args
     return _grad_input(grad, checked_weight(unflatten(*flat, backend)), backend)
 
 
+@implement("restore_weight")
 def _op_of_restore(*args: Any) -> Tensor:
     *flat, name = args
     weight, backend = checked(unflatten(*flat, name)), registry.check_usable(name)
     if isinstance(weight, PackedWeight) or backend is None:
         raise ValueError('restore_weight needs a prepared weight and the name of its backend, which "auto" is not')
     return backend.restore_weight(weight).packed
-
-
-implement("gemv_4bit", _op_of_product("gemv_4bit"))
-implement("gemm_4bit", _op_of_product("gemm_4bit"))
-implement(GRAD_INPUT, _op_of_grad_input)
-implement("restore_weight", _op_of_restore)

@@ -87,8 +87,7 @@ def grouped_gemm_4bit(
     experts, engine = bound or (state.packed_weight(weight), choice)
     if isinstance(engine, Resolved):
         return _grouped(x, experts, bias, offsets, transposed, engine)
-    out: Tensor = torch.ops.refq4.grouped_gemm_4bit.default(x, *flatten(experts), bias, offsets, transposed, engine)
-    return out
+    return _op(x, *flatten(experts), bias, offsets, transposed, engine)
 
 
 def own_layout(weight: Any, state: QuantState, x: Tensor, choice: str) -> tuple[PreparedWeight, Resolved | str] | None:
@@ -245,6 +244,7 @@ def _checked_offsets(offsets: Tensor, experts: int, rows: int) -> Tensor:
 # --- the ops and their gradient ---------------------------------------------------------------------------------------
 
 
+@implement(OP)
 def _op(x: Tensor, *args: Any) -> Tensor:
     *flat, bias, offsets, transposed, backend = args
     return _grouped(x, checked(unflatten(*flat, backend)), bias, offsets, transposed, backend)
@@ -261,11 +261,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
         weight = tensors, *ctx.others
-        grad_x = torch.ops.refq4.grouped_gemm_4bit.default(
-            grad, *weight, None, offsets, not ctx.transposed, ctx.backend
-        )
+        grad_x = _op(grad, *weight, None, offsets, not ctx.transposed, ctx.backend)
     return (grad_x, [None] * len(tensors), *[None] * 9)
 
 
-implement(OP, _op)
 torch.library.register_autograd(f"refq4::{OP}", _backward, setup_context=_setup_context, lib=library)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from ..backend import Nested, PackedWeight, PreparedWeight
 __all__ = ["Weight", "flatten", "implement", "library", "unflatten"]
 
 Weight = PackedWeight | PreparedWeight
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Library.define and impl: about 3 µs a call on the way through, torch.library.custom_op about 12.
 library = torch.library.Library("refq4", "DEF")  # type: ignore[no-untyped-call]
@@ -60,14 +61,24 @@ def unflatten(*flat: Any) -> Weight:
     return PackedWeight(packed, absmax, code, blocksize, tuple(shape), quant_type, nested)
 
 
-def implement(name: str, kernel: Callable[..., Any]) -> None:
-    """Define op ``name`` with its schema and fake below, and ``kernel`` for tensors that hold numbers."""
+def implement(name: str) -> Callable[[F], F]:
+    """Define op ``name``: schema and fake stand below, the decorated function is the kernel; its name is then the op's.
+
+    Calling the op goes through torch's dispatcher, as calling ``torch.ops.refq4.<name>`` does.
+    """
     schema, fake = _OPS[name]
     library.define(f"{name}({schema}", tags=_TAGS)  # type: ignore[no-untyped-call]
-    library.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"refq4::{name}", fake, lib=library)
+    op: Any = getattr(torch.ops.refq4, name)
     if fake in (_product, _grad_input):
-        register_flop_formula(getattr(torch.ops.refq4, name))(_flops)
+        register_flop_formula(op)(_flops)
+
+    def with_kernel(kernel: F) -> F:
+        library.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        defined: F = op.default
+        return defined
+
+    return with_kernel
 
 
 def _flops(A: torch.Size, *_: Any, out_shape: torch.Size, **others: Any) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,33 +45,14 @@ from .format import (
 )
 from .prepared import Preparable
 
-__all__ = ["Fields", "NestedFields", "Reader", "json_to_tensor"]
+if TYPE_CHECKING:
+    from ..state import QuantState
 
-
-class NestedFields(NamedTuple):
-    """What double quantisation adds: the scales' own scales [nested blocks], their code [256], and the offset."""
-
-    absmax: Tensor
-    code: Tensor
-    blocksize: int
-    dtype: torch.dtype
-    offset: float
-
-
-class Fields(NamedTuple):
-    """What a state dict says of one weight, all of it checked."""
-
-    absmax: Tensor
-    shape: torch.Size
-    code: Tensor
-    blocksize: int
-    quant_type: str
-    dtype: torch.dtype
-    nested: NestedFields | None
+__all__ = ["Reader", "json_to_tensor"]
 
 
 class Reader:
-    """Reads the fields of one QuantState from a dict of unknown origin, checking each thing before it is used.
+    """Reads one QuantState from a dict of unknown origin, checking each thing before it is used.
 
     Args:
         source, allow_other_code, allow_other_nested_blocksize: as in :meth:`QuantState.from_dict`.
@@ -107,35 +88,37 @@ class Reader:
                 f"{shown(sorted(source))}"
             )
 
-    def read(self, device: torch.device | str | None, packed: Tensor | None) -> Fields:
-        """The fields; ``packed`` and ``device`` as in :meth:`QuantState.from_dict`."""
+    def read(self, new: type[QuantState], device: torch.device | str | None, packed: Tensor | None) -> QuantState:
+        """A ``new`` state; ``device`` and ``packed`` as in :meth:`QuantState.from_dict`."""
         nested = any(name in self.items for name in (*NESTED_TENSORS, *NESTED_JSON_FIELDS))
         wanted = {*JSON_FIELDS, "absmax", "quant_map"}
         self._check_fields(wanted | {*NESTED_TENSORS, *NESTED_JSON_FIELDS} if nested else wanted)
         quant_type, shape, blocksize = self._quant_type(), self._shape(), self._blocksize("blocksize", BLOCKSIZES)
         blocks = layout.block_count(shape.numel(), blocksize)
-        fields = Fields(
+        state = new(
             absmax=self._scales("absmax", torch.uint8 if nested else torch.float32, blocks),
             shape=shape,
             code=self._code("quant_map", get_codebook(quant_type).on("cpu").values),
             blocksize=blocksize,
             quant_type=quant_type,
             dtype=self._dtype("dtype", DTYPE_NAMES),
-            nested=self._nested(blocks) if nested else None,
         )
+        if nested:
+            offset = self._offset("nested_offset")
+            state.offset = torch.tensor(offset, dtype=torch.float32, device=state.absmax.device)
+            state.state2 = self._second_level(new, blocks)
         if packed is not None:
             self._check_packed(packed, shape)
         self._check_devices(device, packed)
-        return fields
+        return state.to(device)
 
-    def _nested(self, blocks: int) -> NestedFields:
+    def _second_level(self, new: type[QuantState], blocks: int) -> QuantState:
         blocksize = self._blocksize("nested_blocksize", self.nested_blocksizes)
-        return NestedFields(
+        return new(
             absmax=self._scales("nested_absmax", torch.float32, layout.block_count(blocks, blocksize)),
             code=self._code("nested_quant_map", *stored_dynamic_maps()),
             blocksize=blocksize,
             dtype=self._dtype("nested_dtype", {"float32": torch.float32}),
-            offset=self._offset("nested_offset"),
         )
 
     # --- which entries there are ------------------------------------------------------------------------------------
