@@ -20,7 +20,7 @@ from . import registry
 from .autograd import differentiable
 from .backend import Call, PackedWeight, PreparedWeight
 from .internals import codec, dispatch
-from .internals.checks import ACTIVATION_DTYPES, check_bias, check_features, check_floats, warn_caller, write_into
+from .internals.checks import check_bias, check_factors, check_features, warn_caller, write_into
 from .internals.dispatch import is_deferred, wants_grad
 from .registry import Resolved
 from .state import QuantState
@@ -283,16 +283,8 @@ def gemv_4bit(
         return write_into("out", out, dispatch.product(weight.route.op, A, weight.weight, None, weight.engine))
 
 
-def _check_matmul(A: Tensor, state: QuantState) -> torch.Size:
-    """[N, K] of the weight, or an error; the rest is checked with what is computed (refq4/internals/dispatch.py)."""
+def _check_matmul(A: Tensor, state: QuantState) -> tuple[int, int]:
+    """N and K of the weight, or an error; the rest is checked with what is computed (refq4/internals/dispatch.py)."""
     if not isinstance(state, QuantState):
         raise TypeError(f"quant_state must be the QuantState that quantize_4bit returned, got {state!r}")
-    shape, _ = state.geometry()
-    if len(shape) != 2:
-        raise ValueError(f"a product needs a weight of two dimensions [N, K], this one has shape {list(shape)}")
-    check_floats("A", A, ACTIVATION_DTYPES)
-    if A.device != state.absmax.device:
-        raise ValueError(
-            f"A is on {A.device}, the weight's quant_state on {state.absmax.device}: move one (layer.to(device))"
-        )
-    return shape
+    return check_factors("A", A, state.geometry()[0], state.absmax.device)

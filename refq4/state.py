@@ -163,7 +163,7 @@ class QuantState:
         shape, blocksize = self.geometry()
         if isinstance(stored, Preparable):
             stored = stored.readable()
-        self.check_packed(stored)
+        check_packed(stored, shape)
         if self.code is None:
             raise ValueError("this QuantState has no code: make it with quantize_4bit or from_dict")
         packed, name = layout.from_storage(stored, shape.numel()), self.quant_type or "custom"

@@ -59,6 +59,21 @@ def check_layers_shape(weight: Tensor, layer: object) -> None:
         )
 
 
+def check_factors(name: str, A: Tensor, shape: tuple[int, ...], device: torch.device) -> tuple[int, int]:
+    """N and K of a weight on ``device`` that floats can be multiplied with; a ValueError or TypeError if they can't."""
+    if len(shape) != 2:
+        raise ValueError(f"a product needs a weight of two dimensions [N, K], this one has shape {list(shape)}")
+    check_floats(name, A, ACTIVATION_DTYPES)
+    check_device(name, A, device, "the weight")
+    return shape[0], shape[1]
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device, other: str) -> None:
+    """Raise a ValueError unless ``tensor`` is where the ``other`` operand is."""
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, {other} on {device}: move one (layer.to(device), say)")
+
+
 def check_features(A: Tensor, shape: tuple[int, ...]) -> None:
     """Raise a ValueError unless ``A`` is [..., K] for a weight of ``shape`` [N, K]."""
     n, k = shape
@@ -84,14 +99,10 @@ def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device
     fits = fits and A.ndim > 0 and shape[1:] == (A.shape[-1],)
     if fits and (bias is None or (bias.shape == shape[:1] and bias.dtype == dtype and bias.device == device)):
         return  # all is well, as a rule: what follows says what is not
-    if len(shape) != 2:
-        raise ValueError(f"a product needs a weight of two dimensions [N, K], this one has shape {list(shape)}")
-    check_floats("A", A, ACTIVATION_DTYPES)
+    n, _ = check_factors("A", A, shape, device)
     check_features(A, shape)
-    if A.device != device:
-        raise ValueError(f"A is on {A.device}, the weight on {device}: move one (layer.to(device))")
     if bias is not None:
-        check_bias(bias, shape[0], shape)
+        check_bias(bias, n, shape)
         if bias.dtype != A.dtype or bias.device != device:
             raise ValueError(
                 f"bias must be {dtype_name(A.dtype)} on {device} as A is, got {show(bias)} on {bias.device}"
@@ -100,12 +111,10 @@ def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device
 
 def check_grad(grad: Tensor, shape: tuple[int, ...], device: torch.device) -> tuple[int, int]:
     """N and K of a weight, if ``grad`` [..., N] can be the gradient of a product with it; else a ValueError."""
-    check_floats("grad", grad, ACTIVATION_DTYPES)
-    if len(shape) != 2 or grad.ndim == 0 or grad.shape[-1] != shape[0] or grad.device != device:
-        raise ValueError(
-            f"grad must be [..., N] on {device} for a weight [N, K] = {list(shape)}, got {show(grad)} on {grad.device}"
-        )
-    return shape[0], shape[1]
+    n, k = check_factors("grad", grad, shape, device)
+    if grad.ndim == 0 or grad.shape[-1] != n:
+        raise ValueError(f"grad must be [..., N] for a weight [N, K] = {list(shape)}, got {show(grad)}")
+    return n, k
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
@@ -121,11 +130,11 @@ def check_memory(name: str, tensor: Tensor) -> None:
 
 def check_weight_memory(weight: PackedWeight) -> None:
     """:func:`check_memory` for each tensor of a weight."""
-    for name in ("packed", "absmax", "code"):
-        check_memory(name, getattr(weight, name))
+    for name, tensor in zip(("packed", "absmax", "code"), weight[:3], strict=True):
+        check_memory(name, tensor)
     if weight.nested is not None:
-        for name in ("absmax", "code", "offset"):
-            check_memory(f"nested {name}", getattr(weight.nested, name))
+        for name, tensor in zip(("nested absmax", "nested code", "offset"), weight.nested[:3], strict=True):
+            check_memory(name, tensor)
 
 
 def checked(weight: PackedWeight | PreparedWeight) -> PackedWeight | PreparedWeight:
@@ -171,12 +180,10 @@ def checked_weight(weight: PackedWeight | PreparedWeight) -> PackedWeight:
 
 
 def _row(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> Tensor:
-    if not isinstance(tensor, Tensor) or tensor.numel() != numel or tensor.dtype != dtype:
+    dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+    if not dense or tensor.numel() != numel or tensor.dtype != dtype:
         raise ValueError(f"this weight needs {numel} {dtype_name(dtype)} elements in {name}, it has {describe(tensor)}")
-    if tensor.layout != torch.strided:
-        raise ValueError(f"this weight needs a dense tensor in {name}, it has {describe(tensor)}")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, the packed weight on {device}: move one")
+    check_device(name, tensor, device, "the packed weight")
     return tensor.contiguous()
 
 
@@ -202,8 +209,7 @@ def check_code(code: Tensor, device: torch.device) -> None:
     """Raise a ValueError unless ``code`` is a table of the 8-bit stage: fp32 [2 to 256] on ``device``."""
     if code.dim() != 1 or not 2 <= code.numel() <= 256 or code.dtype != torch.float32:
         raise ValueError(f"code must be fp32 [2 to 256], got {show(code)}")
-    if code.device != device:
-        raise ValueError(f"code is on {code.device}, what it encodes on {device}: move one")
+    check_device("code", code, device, "what it encodes")
 
 
 def check_blockwise(q: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> None:
@@ -212,8 +218,7 @@ def check_blockwise(q: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> 
         raise TypeError(f"dequantize_blockwise decodes uint8 codes, got {show(q)}")
     check_code(code, q.device)
     check_scales(absmax, q.shape, blocksize)
-    if absmax.device != q.device:
-        raise ValueError(f"absmax is on {absmax.device}, the codes on {q.device}: move one")
+    check_device("absmax", absmax, q.device, "the codes")
     if code.numel() < 256 and q.numel() and not q.is_meta:
         largest = int(q.max())
         if largest >= code.numel():

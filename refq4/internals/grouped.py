@@ -25,6 +25,7 @@ from ..registry import Resolved
 from ..state import QuantState
 from .checks import (
     ACTIVATION_DTYPES,
+    check_device,
     check_floats,
     check_memory,
     check_weight_memory,
@@ -218,8 +219,7 @@ def _check(x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None
     if x.ndim != 2 or x.shape[1] != k:
         stored = "[E, K, N]" if transposed else "[E, N, K]"
         raise ValueError(f"x has shape {list(x.shape)}, the weight {stored} = {shape} needs [T, {k}]")
-    if x.device != device:
-        raise ValueError(f"x is on {x.device}, the weight on {device}: move one")
+    check_device("x", x, device, "the weight")
     if bias is not None and (bias.shape != (shape[0], n) or bias.dtype != x.dtype or bias.device != device):
         raise ValueError(
             f"bias must be {dtype_name(x.dtype)} [E, N] = [{shape[0]}, {n}] on {device}, "

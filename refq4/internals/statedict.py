@@ -43,7 +43,6 @@ from .format import (
     label,
     shown,
 )
-from .prepared import Preparable
 
 if TYPE_CHECKING:
     from ..state import QuantState
@@ -235,8 +234,7 @@ class Reader:
         if not isinstance(packed, Tensor) or packed.layout != torch.strided:
             raise ValueError(f"{key}: expected the packed weight as a dense tensor, got {describe(packed)}")
         check_packed(packed, shape, key)
-        if not isinstance(packed, Preparable):  # which may be a placeholder
-            self._check_holds(key, packed)
+        self._check_holds(key, packed)
 
     def _check_holds(self, key: str, value: Tensor) -> None:
         """A view may claim more elements than there is memory behind it; whoever copied it would allocate them."""
