@@ -131,7 +131,7 @@ def multiply(A: Tensor, weight: BoundWeight, bias: Tensor | None) -> tuple[Tenso
             f"in_features {A.shape[-1]} is not a multiple of the blocksize {stored.blocksize}, so a single token takes "
             f"the slower MatMul4Bit path instead of gemv_4bit"
         )
-    if by_autograd and isinstance(stored, PackedWeight):
+    if by_autograd:
         return differentiable(op, A, stored, bias, engine), path
     if bias is None or not wants_grad(bias):
         return dispatch.product(op, A, stored, bias, engine), path
@@ -204,7 +204,7 @@ def matmul_4bit(
     if bias is not None:  # it may be added after the product, where its gradient is wanted
         check_bias(bias, k if k_by_n else n, shape)
     if not k_by_n:
-        check_features(A, shape)
+        check_features("A", A, k, shape)
     step = recorder("matmul_4bit", A)
     dtype = under_autocast(A, A.dtype)
     A, bias = A.to(dtype), None if bias is None else bias.to(dtype)
@@ -277,7 +277,8 @@ def gemv_4bit(
     """
     if state is None:
         raise ValueError("gemv_4bit needs state=, the QuantState that quantize_4bit returned with the weight")
-    check_features(A, _check_matmul(A, state))
+    shape = _check_matmul(A, state)
+    check_features("A", A, shape[1], shape)
     with torch.no_grad():
         weight = _bind(A, B, state, registry.requested_backend(backend))
         return write_into("out", out, dispatch.product(weight.route.op, A, weight.weight, None, weight.engine))

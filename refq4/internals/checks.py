@@ -46,7 +46,7 @@ def check_input(x: Tensor, n: int, k: int) -> None:
     if type(x) is not Tensor or x.dtype not in ACTIVATION_DTYPES or x.layout is not torch.strided:
         check_floats("the input of a 4-bit layer", x, ACTIVATION_DTYPES)
     if x.ndim == 0 or x.shape[-1] != k:
-        check_features(x, (n, k))
+        check_features("A", x, k, (n, k))
 
 
 def check_layers_shape(weight: Tensor, layer: object) -> None:
@@ -74,12 +74,12 @@ def check_device(name: str, tensor: Tensor, device: torch.device, other: str) ->
         raise ValueError(f"{name} is on {tensor.device}, {other} on {device}: move one (layer.to(device), say)")
 
 
-def check_features(A: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError unless ``A`` is [..., K] for a weight of ``shape`` [N, K]."""
-    n, k = shape
-    if A.ndim == 0 or A.shape[-1] != k:
+def check_features(name: str, A: Tensor, features: int, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless ``A`` is [..., features], which is N or K of a weight of ``shape`` [N, K]."""
+    if A.ndim == 0 or A.shape[-1] != features:
         raise ValueError(
-            f"A has shape {list(A.shape)}, but the weight is [N, K] = [{n}, {k}]: A's last dimension must be {k}"
+            f"{name} has shape {list(A.shape)}, but the weight is [N, K] = {list(shape)}: {name}'s last dimension must "
+            f"be {features}"
         )
 
 
@@ -99,8 +99,8 @@ def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device
     fits = fits and A.ndim > 0 and shape[1:] == (A.shape[-1],)
     if fits and (bias is None or (bias.shape == shape[:1] and bias.dtype == dtype and bias.device == device)):
         return  # all is well, as a rule: what follows says what is not
-    n, _ = check_factors("A", A, shape, device)
-    check_features(A, shape)
+    n, k = check_factors("A", A, shape, device)
+    check_features("A", A, k, shape)
     if bias is not None:
         check_bias(bias, n, shape)
         if bias.dtype != A.dtype or bias.device != device:
@@ -112,8 +112,7 @@ def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device
 def check_grad(grad: Tensor, shape: tuple[int, ...], device: torch.device) -> tuple[int, int]:
     """N and K of a weight, if ``grad`` [..., N] can be the gradient of a product with it; else a ValueError."""
     n, k = check_factors("grad", grad, shape, device)
-    if grad.ndim == 0 or grad.shape[-1] != n:
-        raise ValueError(f"grad must be [..., N] for a weight [N, K] = {list(shape)}, got {show(grad)}")
+    check_features("grad", grad, n, shape)
     return n, k
 
 

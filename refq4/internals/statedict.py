@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,7 +92,8 @@ class Reader:
         nested = any(name in self.items for name in (*NESTED_TENSORS, *NESTED_JSON_FIELDS))
         wanted = {*JSON_FIELDS, "absmax", "quant_map"}
         self._check_fields(wanted | {*NESTED_TENSORS, *NESTED_JSON_FIELDS} if nested else wanted)
-        quant_type, shape, blocksize = self._quant_type(), self._shape(), self._blocksize("blocksize", BLOCKSIZES)
+        quant_type: str = self._one_of("quant_type", codebook_names(), " (register_codebook adds more)")
+        shape, blocksize = self._shape(), self._one_of("blocksize", BLOCKSIZES)
         blocks = layout.block_count(shape.numel(), blocksize)
         state = new(
             absmax=self._scales("absmax", torch.uint8 if nested else torch.float32, blocks),
@@ -100,7 +101,7 @@ class Reader:
             code=self._code("quant_map", get_codebook(quant_type).on("cpu").values),
             blocksize=blocksize,
             quant_type=quant_type,
-            dtype=self._dtype("dtype", DTYPE_NAMES),
+            dtype=DTYPE_NAMES[self._one_of("dtype", DTYPE_NAMES)],
         )
         if nested:
             offset = self._offset("nested_offset")
@@ -112,12 +113,14 @@ class Reader:
         return state.to(device)
 
     def _second_level(self, new: type[QuantState], blocks: int) -> QuantState:
-        blocksize = self._blocksize("nested_blocksize", self.nested_blocksizes)
+        hint = "; allow_other_nested_blocksize=True takes any that a blocksize can be"
+        blocksize = self._one_of("nested_blocksize", self.nested_blocksizes, hint)
+        self._one_of("nested_dtype", ["float32"])
         return new(
             absmax=self._scales("nested_absmax", torch.float32, layout.block_count(blocks, blocksize)),
             code=self._code("nested_quant_map", *stored_dynamic_maps()),
             blocksize=blocksize,
-            dtype=self._dtype("nested_dtype", {"float32": torch.float32}),
+            dtype=torch.float32,
         )
 
     # --- which entries there are ------------------------------------------------------------------------------------
@@ -163,10 +166,10 @@ class Reader:
             f"{self.keys[name]}: expected {wanted}, got {describe(item) if isinstance(item, Tensor) else shown(item)}"
         )
 
-    def _quant_type(self) -> str:
-        value = self.items["quant_type"]
-        if not isinstance(value, str) or value not in codebook_names():
-            raise self._fail("quant_type", f"one of {codebook_names()} (register_codebook adds more)")
+    def _one_of(self, name: str, allowed: Collection[Any], hint: str = "") -> Any:
+        value = self.items[name]
+        if type(value) not in (str, int) or value not in allowed:
+            raise self._fail(name, f"one of {list(allowed)}{hint}")
         return value
 
     def _shape(self) -> torch.Size:
@@ -177,19 +180,6 @@ class Reader:
             limit = f"2**{MAX_NUMEL.bit_length() - 1}"
             raise self._fail("shape", f"a list of at most 8 whole numbers with a product of at most {limit}")
         return torch.Size(value)
-
-    def _blocksize(self, name: str, allowed: tuple[int, ...]) -> int:
-        value = self.items[name]
-        if type(value) is not int or value not in allowed:
-            hint = "" if len(allowed) > 1 else "; allow_other_nested_blocksize=True takes any that a blocksize can be"
-            raise self._fail(name, f"one of {list(allowed)}{hint}")
-        return value
-
-    def _dtype(self, name: str, allowed: dict[str, torch.dtype]) -> torch.dtype:
-        value = self.items[name]
-        if not isinstance(value, str) or value not in allowed:
-            raise self._fail(name, f"one of {list(allowed)}")
-        return allowed[value]
 
     def _offset(self, name: str) -> float:
         value = self.items[name]  # the mean of scales, so not negative

@@ -212,7 +212,7 @@ def test_a_missing_state_or_scale_is_named():
     B, state = packed()
     with pytest.raises(ValueError, match="needs a quant_state, or absmax and out together"):
         F.dequantize_4bit(B)
-    with pytest.raises(ValueError, match="has 8 fp32 scales, got"):
+    with pytest.raises(ValueError, match="needs 8 float32 elements in absmax"):
         F.dequantize_4bit(B, absmax=torch.ones(7), out=torch.empty(8, 64))
     with pytest.raises(ValueError, match="needs state="):
         F.gemv_4bit(torch.randn(1, 64), B)
