@@ -62,90 +62,85 @@ def unflatten(*flat: Any) -> Weight:
 
 
 def implement(name: str) -> Callable[[F], F]:
-    """Define op ``name``: schema and fake stand below, the decorated function is the kernel; its name is then the op's.
+    """Make the decorated function the kernel of an op, for tensors that hold numbers; its name is then the op's.
 
     Calling the op goes through torch's dispatcher, as calling ``torch.ops.refq4.<name>`` does.
     """
-    schema, fake = _OPS[name]
-    library.define(f"{name}({schema}", tags=_TAGS)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"refq4::{name}", fake, lib=library)
-    op: Any = getattr(torch.ops.refq4, name)
-    if fake in (_product, _grad_input):
-        register_flop_formula(op)(_flops)
 
     def with_kernel(kernel: F) -> F:
         library.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-        defined: F = op.default
-        return defined
+        op: F = getattr(torch.ops.refq4, name).default
+        return op
 
     return with_kernel
 
 
-def _flops(A: torch.Size, *_: Any, out_shape: torch.Size, **others: Any) -> int:
-    """Operations of a product, for ``torch.utils.flop_counter``: K multiplications and additions for each result."""
-    return 2 * math.prod(out_shape) * A[-1]
+# --- the ops, each with its fake ------------------------------------------------------------------------------------
 
 
-# --- fakes ----------------------------------------------------------------------------------------------------------
+def _define(*names: str, takes: str, gives: str = "Tensor") -> Callable[[F], F]:
+    """Define ops; the decorated function is their fake: what they give, without its numbers."""
+
+    def with_fake(fake: F) -> F:
+        for name in names:
+            library.define(f"{name}({takes}) -> {gives}", tags=_TAGS)  # type: ignore[no-untyped-call]
+            torch.library.register_fake(f"refq4::{name}", fake, lib=library)
+        return fake
+
+    return with_fake
 
 
+@_define(
+    "quantize_4bit",
+    takes="Tensor A, int blocksize, str quant_type, bool allow_nonfinite, str backend, *, Tensor? absmax=None",
+    gives="(Tensor, Tensor)",
+)
 def _quantize_4bit(A: Tensor, blocksize: int, *_: Any, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     packed = A.new_empty(layout.packed_bytes(A.numel()), dtype=torch.uint8)
     return packed, A.new_empty(layout.block_count(A.numel(), blocksize), dtype=torch.float32)
 
 
+@_define("dequantize_4bit", takes=f"{WEIGHT}, ScalarType dtype, str backend")
 def _dequantize_4bit(tensors: list[Tensor], layout_name: str, shape: list[int], *args: Any) -> Tensor:
     return tensors[0].new_empty(shape, dtype=args[-2])
 
 
+@_define("quantize_blockwise", takes="Tensor A, Tensor code, int blocksize, str backend", gives="(Tensor, Tensor)")
 def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -> tuple[Tensor, Tensor]:
     blocks = layout.block_count(A.numel(), blocksize)
     return A.new_empty(A.shape, dtype=torch.uint8), A.new_empty(blocks, dtype=torch.float32)
 
 
+@_define(
+    "dequantize_blockwise",
+    takes="Tensor q, Tensor absmax, Tensor code, int blocksize, ScalarType dtype, str backend",
+)
 def _dequantize_blockwise(q: Tensor, *args: Any) -> Tensor:
     return q.new_empty(q.shape, dtype=args[-2])
 
 
+@_define("gemv_4bit", "gemm_4bit", takes=f"Tensor A, {WEIGHT}, Tensor? bias, str backend")
 def _product(A: Tensor, tensors: list[Tensor], layout_name: str, shape: list[int], *_: Any) -> Tensor:
     return A.new_empty((*A.shape[:-1], shape[0]))
 
 
+@_define("grad_input_4bit", takes=f"Tensor grad, {WEIGHT}, str backend")
 def _grad_input(grad: Tensor, tensors: list[Tensor], layout_name: str, shape: list[int], *_: Any) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], shape[1]))
 
 
+@_define("grouped_gemm_4bit", takes=f"Tensor x, {WEIGHT}, Tensor? bias, Tensor offsets, bool transposed, str backend")
 def _grouped(x: Tensor, tensors: list[Tensor], layout_name: str, shape: list[int], *args: Any) -> Tensor:
     transposed = args[-2]
     return x.new_empty(x.shape[0], shape[2 if transposed else 1])
 
 
+@_define("restore_weight", takes=f"{WEIGHT}, str backend")
 def _restore_weight(tensors: list[Tensor], layout_name: str, shape: list[int], *_: Any) -> Tensor:
     return tensors[0].new_empty(layout.packed_bytes(math.prod(shape)), dtype=torch.uint8)
 
 
-_PRODUCT = f"Tensor A, {WEIGHT}, Tensor? bias, str backend) -> Tensor"
-_OPS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "quantize_4bit": (
-        "Tensor A, int blocksize, str quant_type, bool allow_nonfinite, str backend, *, Tensor? absmax=None) "
-        "-> (Tensor, Tensor)",
-        _quantize_4bit,
-    ),
-    "dequantize_4bit": (f"{WEIGHT}, ScalarType dtype, str backend) -> Tensor", _dequantize_4bit),
-    "quantize_blockwise": (
-        "Tensor A, Tensor code, int blocksize, str backend) -> (Tensor, Tensor)",
-        _quantize_blockwise,
-    ),
-    "dequantize_blockwise": (
-        "Tensor q, Tensor absmax, Tensor code, int blocksize, ScalarType dtype, str backend) -> Tensor",
-        _dequantize_blockwise,
-    ),
-    "gemv_4bit": (_PRODUCT, _product),
-    "gemm_4bit": (_PRODUCT, _product),
-    "grad_input_4bit": (f"Tensor grad, {WEIGHT}, str backend) -> Tensor", _grad_input),
-    "grouped_gemm_4bit": (
-        f"Tensor x, {WEIGHT}, Tensor? bias, Tensor offsets, bool transposed, str backend) -> Tensor",
-        _grouped,
-    ),
-    "restore_weight": (f"{WEIGHT}, str backend) -> Tensor", _restore_weight),
-}
+@register_flop_formula([torch.ops.refq4.gemv_4bit, torch.ops.refq4.gemm_4bit, torch.ops.refq4.grad_input_4bit])
+def _flops(A: torch.Size, *_: Any, out_shape: torch.Size, **others: Any) -> int:
+    """Operations of a product, for ``torch.utils.flop_counter``: K multiplications and additions for each result."""
+    return 2 * math.prod(out_shape) * A[-1]
