@@ -28,10 +28,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .backend import PackedWeight
 from .internals import dispatch
 from .internals.dispatch import GRAD_INPUT
-from .internals.schemas import flatten, library, unflatten
+from .internals.schemas import Weight, flatten, library, unflatten
 from .registry import Resolved, requested_backend
 from .state import QuantState
 
@@ -76,7 +75,7 @@ class MatMul4Bit:
         return differentiable("gemm_4bit", A, quant_state.packed_weight(B), bias, requested_backend(backend))
 
 
-def differentiable(op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str | Resolved) -> Tensor:
+def differentiable(op: str, A: Tensor, weight: Weight, bias: Tensor | None, backend: str | Resolved) -> Tensor:
     """``gemv_4bit``, ``gemm_4bit`` or ``grad_input_4bit`` of A, with all its derivatives.
 
     Example:
@@ -97,7 +96,7 @@ class _Function(torch.autograd.Function):
     """What autograd and torch.func are told of the three ops."""
 
     @staticmethod
-    def forward(op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str | Resolved) -> Tensor:
+    def forward(op: str, A: Tensor, weight: Weight, bias: Tensor | None, backend: str | Resolved) -> Tensor:
         if op == GRAD_INPUT:
             return dispatch.grad_input(A, weight, backend)
         return dispatch.product(op, A, weight, bias, backend)
@@ -117,10 +116,8 @@ class _Function(torch.autograd.Function):
         return differentiable(ctx.op, A, _weight(ctx), bias, ctx.backend)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], op: str, A: Tensor, weight: PackedWeight, *rest: Any) -> Any:
-        (bias, backend), several = rest, _for_several(op)
-        run = lambda A, bias: differentiable(several, A, weight, bias, backend)  # noqa: E731
-        return _more_tokens(info.batch_size, A, in_dims[1], bias, in_dims[3], in_dims[2], run)
+    def vmap(info: Any, in_dims: tuple[Any, ...], op: str, *operands: Any) -> tuple[Tensor, int]:
+        return _more_tokens(differentiable, info.batch_size, in_dims[1:], op, *operands)
 
 
 # torch binds the arguments of each call to forward's signature; to find that takes longer than all the rest of apply
@@ -130,19 +127,16 @@ _Function.forward.__signature__ = inspect.signature(_Function.forward)  # type: 
 # --- one context, one backward, one rule for vmap -------------------------------------------------------------------
 
 
-def _remember(ctx: Any, op: str, A: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str | Resolved) -> None:
-    flat = flatten(weight)
-    tensors = [t for t in flat if isinstance(t, Tensor)]
+def _remember(ctx: Any, op: str, A: Tensor, weight: Weight, bias: Tensor | None, backend: str | Resolved) -> None:
+    tensors, *ctx.sizes = flatten(weight)
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
-    ctx.flat = [... if isinstance(t, Tensor) else t for t in flat]  # '...' stands for the next of the tensors
     ctx.op, ctx.backend = op, backend
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _weight(ctx: Any) -> PackedWeight:
-    tensors = iter(ctx.saved_tensors)
-    return unflatten(*[next(tensors) if t is ... else t for t in ctx.flat])
+def _weight(ctx: Any) -> Weight:
+    return unflatten(ctx.saved_tensors, *ctx.sizes, ctx.backend)
 
 
 def _gradients(ctx: Any, grad: Tensor, needs_A: bool, needs_bias: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -157,62 +151,48 @@ def _gradients(ctx: Any, grad: Tensor, needs_A: bool, needs_bias: bool) -> tuple
     return grad_A, grad_bias
 
 
-def _for_several(op: str) -> str:
-    """The op for a batch of such calls: one token for each entry is several in all."""
-    return "gemm_4bit" if op == "gemv_4bit" else op
-
-
-def _more_tokens(
-    batch: int,
-    A: Tensor,
-    dim_A: int | None,
-    bias: Tensor | None,
-    dim_bias: int | None,
-    dims_of_weight: Any,
-    run: Callable[[Tensor, Tensor | None], Tensor],
-) -> tuple[Tensor, int]:
-    """vmap's rule: a batch dimension is more tokens."""
+def _more_tokens(run: Callable[..., Tensor], batch: int, dims: Any, op: str, *operands: Any) -> tuple[Tensor, int]:
+    """vmap's rule: a batch dimension is more tokens. ``operands`` are A, weight, bias and backend, ``dims`` theirs."""
+    A, weight, bias, backend = operands
+    dim_A, *dims_of_weight, dim_bias, _ = dims
     if any(d is not None for d in tree_leaves(dims_of_weight)):
         raise NotImplementedError("vmap over quantised weights: loop over them instead, each has its own scales")
     A = A.movedim(dim_A, 0) if dim_A is not None else A.unsqueeze(0).expand(batch, *A.shape)
+    several = "gemm_4bit" if op == "gemv_4bit" else op  # one token for each entry is several in all
     if bias is None or dim_bias is None:
-        return run(A, bias), 0
+        return run(several, A, weight, bias, backend), 0
     rows = bias.movedim(dim_bias, 0)
-    return run(A, None) + rows.view(rows.shape[0], *[1] * (A.dim() - 2), rows.shape[-1]), 0
+    y = run(several, A, weight, None, backend)
+    return y + rows.view(batch, *[1] * (A.dim() - 2), rows.shape[-1]), 0
 
 
 # --- the same for the ops -------------------------------------------------------------------------------------------
 
 
 def _register(op: str) -> None:
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        A, *flat, backend = inputs
-        bias = None if op == GRAD_INPUT else flat.pop()
-        _remember(ctx, op, A, unflatten(*flat), bias, backend)
+    has_bias = op != GRAD_INPUT
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs_A, *others = ctx.needs_input_grad  # torch appends an argument of its own
-        has_bias = op != GRAD_INPUT
-        grad_A, grad_bias = _gradients(ctx, grad, needs_A, has_bias and others[10])
-        return (grad_A, *[None] * 10, grad_bias, None) if has_bias else (grad_A, *[None] * 10, None)
-
-    def batched(info: Any, in_dims: tuple[Any, ...], A: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    def operands(A: Tensor, *rest: Any) -> tuple[Tensor, Weight, Tensor | None, str]:
         *flat, backend = rest
-        bias, dim_bias = (None, None) if op == GRAD_INPUT else (flat.pop(), in_dims[-2])
-        weight, dims, several = unflatten(*flat), in_dims[1:11], _for_several(op)
-        run = lambda A, bias: _Function.forward(several, A, weight, bias, backend)  # noqa: E731
-        return _more_tokens(info.batch_size, A, in_dims[0], bias, dim_bias, dims, run)
+        bias = flat.pop() if has_bias else None
+        return A, unflatten(*flat, backend), bias, backend
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _remember(ctx, op, *operands(*inputs))
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        grad_A, grad_bias = _gradients(ctx, grad, needs[0], has_bias and needs[2 + len(ctx.sizes)])
+        of_weight = [None] * len(ctx.saved_tensors), *[None] * len(ctx.sizes)
+        return (grad_A, *of_weight, grad_bias, None) if has_bias else (grad_A, *of_weight, None)
+
+    def batched(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        dims = in_dims if has_bias else (*in_dims, None)
+        return _more_tokens(_Function.forward, info.batch_size, dims, op, *operands(*inputs))
 
     torch.library.register_autograd(f"refq4::{op}", backward, setup_context=setup_context, lib=library)
     torch.library.register_vmap(f"refq4::{op}", batched, lib=library)
 
 
-def _prepared_batched(info: Any, in_dims: tuple[Any, ...], A: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    *flat, bias, _, backend = rest
-    run = lambda A, bias: torch.ops.refq4.matmul_prepared.default(A, *flat, bias, "gemm_4bit", backend)  # noqa: E731
-    return _more_tokens(info.batch_size, A, in_dims[0], bias, in_dims[-3], in_dims[1:-3], run)
-
-
 for _op in ("gemv_4bit", "gemm_4bit", GRAD_INPUT):
     _register(_op)
-torch.library.register_vmap("refq4::matmul_prepared", _prepared_batched, lib=library)

@@ -245,9 +245,28 @@ _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
+_SIGNED_E2M1 = [v / 6 for v in _E2M1] + [0.0 - v / 6 for v in _E2M1]
+_E2M1_PIVOTS = [(a + b) / 12 for a, b in pairwise(_E2M1)]
+
+
 # --- the shelf ------------------------------------------------------------------------------------------------------
 
-_BOOKS: dict[str, Codebook] = {}
+_BOOKS = {
+    book.name: book
+    for book in (
+        Codebook("nf4", create_normal_map().tolist(), description="quantiles of the normal distribution (QLoRA)"),
+        Codebook(
+            "fp4",
+            create_fp4_map(),
+            sign_magnitude_thresholds(FP4_PIVOTS),
+            "bitsandbytes' 4-bit float: sign, 2 exponent bits, 1 mantissa bit",
+        ),
+        Codebook("e2m1", _SIGNED_E2M1, sign_magnitude_thresholds(_E2M1_PIVOTS), "OCP microscaling FP4 (E2M1)"),
+        Codebook("int4", [i / 7 for i in (*range(7, -1, -1), *range(0, -8, -1))], description="integers -7 ... 7"),
+        Codebook("af4", _AF4_POSITIVE + _AF4_NEGATIVE, description="AbnormalFloat for blocks of 64 (Yoshida 2023)"),
+        Codebook("iq4nl", [v / 127 for v in _IQ4_NL], description="the non-linear table of llama.cpp's IQ4_NL"),
+    )
+}
 
 
 def register_codebook(book: Codebook, *, replace: bool = False) -> Codebook:
@@ -295,25 +314,3 @@ def codebook_names() -> list[str]:
         True
     """
     return sorted(_BOOKS)
-
-
-def _build_shelf() -> None:
-    signed_e2m1 = [v / 6 for v in _E2M1] + [0.0 - v / 6 for v in _E2M1]
-    e2m1_pivots = [(a + b) / 12 for a, b in pairwise(_E2M1)]
-    for book in (
-        Codebook("nf4", create_normal_map().tolist(), description="quantiles of the normal distribution (QLoRA)"),
-        Codebook(
-            "fp4",
-            create_fp4_map(),
-            sign_magnitude_thresholds(FP4_PIVOTS),
-            "bitsandbytes' 4-bit float: sign, 2 exponent bits, 1 mantissa bit",
-        ),
-        Codebook("e2m1", signed_e2m1, sign_magnitude_thresholds(e2m1_pivots), "OCP microscaling FP4 (E2M1)"),
-        Codebook("int4", [i / 7 for i in (*range(7, -1, -1), *range(0, -8, -1))], description="integers -7 ... 7"),
-        Codebook("af4", _AF4_POSITIVE + _AF4_NEGATIVE, description="AbnormalFloat for blocks of 64 (Yoshida 2023)"),
-        Codebook("iq4nl", [v / 127 for v in _IQ4_NL], description="the non-linear table of llama.cpp's IQ4_NL"),
-    ):
-        register_codebook(book)
-
-
-_build_shelf()

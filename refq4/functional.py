@@ -20,7 +20,7 @@ from . import layout
 from .codebooks import create_dynamic_map, create_fp4_map, create_normal_map, get_codebook
 from .internals import codec
 from .internals.blockwise import dequantize_blockwise, quantize_blockwise, quantize_scales
-from .internals.checks import check_blocksize, check_floats, check_scales, check_storage, write_into
+from .internals.checks import check_blocksize, check_floats, check_storage, write_into
 from .internals.format import WEIGHT_DTYPES
 from .matmul import choose_path, gemv_4bit, matmul_4bit
 from .registry import requested_backend
@@ -108,7 +108,7 @@ def quantize_4bit(
         from .internals.scale_search import search_scales  # of no use to a layer that is only loaded and called
 
         found = search_scales(A, found, blocksize, book.name, chosen, scales, importance)
-        packed, _ = codec.quantize_4bit(A, blocksize, book.name, allow_nonfinite, chosen, found)
+        packed, _ = codec.quantize_4bit(A, blocksize, book.name, allow_nonfinite, chosen, absmax=found)
     stored = layout.to_storage(packed, quant_storage)
     code = get_4bit_type(book.name, device=A.device)
     state = QuantState(found, A.shape, code, blocksize, book.name, A.dtype)
@@ -159,7 +159,6 @@ def dequantize_4bit(
         blocksize = check_blocksize(blocksize if blocksize is not None else DEFAULT_BLOCKSIZE)
         code = get_4bit_type(get_codebook(quant_type).name, device=A.device)
         quant_state = QuantState(absmax, out.shape, code, blocksize, quant_type, out.dtype)
-        check_scales(absmax, out.shape, blocksize)
     weight, dtype = quant_state.packed_weight(A), quant_state.dtype or torch.float32
     result = write_into("out", out, codec.dequantize_4bit(weight, dtype, requested_backend(backend)))
     is_row = A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1

@@ -20,7 +20,7 @@ from . import registry
 from .autograd import differentiable
 from .backend import Call, PackedWeight, PreparedWeight
 from .internals import codec, dispatch
-from .internals.checks import ACTIVATION_DTYPES, check_bias, check_features, check_floats, warn_caller, write_into
+from .internals.checks import check_bias, check_factors, check_features, warn_caller, write_into
 from .internals.dispatch import is_deferred, wants_grad
 from .registry import Resolved
 from .state import QuantState
@@ -131,7 +131,7 @@ def multiply(A: Tensor, weight: BoundWeight, bias: Tensor | None) -> tuple[Tenso
             f"in_features {A.shape[-1]} is not a multiple of the blocksize {stored.blocksize}, so a single token takes "
             f"the slower MatMul4Bit path instead of gemv_4bit"
         )
-    if by_autograd and isinstance(stored, PackedWeight):
+    if by_autograd:
         return differentiable(op, A, stored, bias, engine), path
     if bias is None or not wants_grad(bias):
         return dispatch.product(op, A, stored, bias, engine), path
@@ -204,7 +204,7 @@ def matmul_4bit(
     if bias is not None:  # it may be added after the product, where its gradient is wanted
         check_bias(bias, k if k_by_n else n, shape)
     if not k_by_n:
-        check_features(A, shape)
+        check_features("A", A, k, shape)
     step = recorder("matmul_4bit", A)
     dtype = under_autocast(A, A.dtype)
     A, bias = A.to(dtype), None if bias is None else bias.to(dtype)
@@ -277,22 +277,15 @@ def gemv_4bit(
     """
     if state is None:
         raise ValueError("gemv_4bit needs state=, the QuantState that quantize_4bit returned with the weight")
-    check_features(A, _check_matmul(A, state))
+    shape = _check_matmul(A, state)
+    check_features("A", A, shape[1], shape)
     with torch.no_grad():
         weight = _bind(A, B, state, registry.requested_backend(backend))
         return write_into("out", out, dispatch.product(weight.route.op, A, weight.weight, None, weight.engine))
 
 
-def _check_matmul(A: Tensor, state: QuantState) -> torch.Size:
-    """[N, K] of the weight, or an error; the rest is checked with what is computed (refq4/internals/dispatch.py)."""
+def _check_matmul(A: Tensor, state: QuantState) -> tuple[int, int]:
+    """N and K of the weight, or an error; the rest is checked with what is computed (refq4/internals/dispatch.py)."""
     if not isinstance(state, QuantState):
         raise TypeError(f"quant_state must be the QuantState that quantize_4bit returned, got {state!r}")
-    shape, _ = state.geometry()
-    if len(shape) != 2:
-        raise ValueError(f"a product needs a weight of two dimensions [N, K], this one has shape {list(shape)}")
-    check_floats("A", A, ACTIVATION_DTYPES)
-    if A.device != state.absmax.device:
-        raise ValueError(
-            f"A is on {A.device}, the weight's quant_state on {state.absmax.device}: move one (layer.to(device))"
-        )
-    return shape
+    return check_factors("A", A, state.geometry()[0], state.absmax.device)

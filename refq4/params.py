@@ -26,6 +26,8 @@ from .state import QuantState
 
 __all__ = ["Params4bit"]
 
+SETTINGS = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "scales")
+
 
 class Params4bit(Preparable, nn.Parameter):
     """A weight that is quantised the first time it is moved to a device (the CPU counts). Frozen.
@@ -213,14 +215,7 @@ class Params4bit(Preparable, nn.Parameter):
 
     def _quantize(self, weight: Tensor) -> Params4bit:
         check_layers_shape(weight, self.module)
-        self.data, self.quant_state = quantize_4bit(
-            weight,
-            blocksize=self.blocksize,
-            compress_statistics=self.compress_statistics,
-            quant_type=self.quant_type,
-            quant_storage=self.quant_storage,
-            scales=self.scales,
-        )
+        self.data, self.quant_state = quantize_4bit(weight, **self._settings())
         self.bnb_quantized = True
         self._tell_module()
         return self
@@ -233,10 +228,12 @@ class Params4bit(Preparable, nn.Parameter):
 
     def _like(self, data: Tensor, state: QuantState | None) -> Params4bit:
         """The same settings around other data."""
-        return Params4bit(
-            data, self.requires_grad, state, self.blocksize, self.compress_statistics, self.quant_type,
-            self.quant_storage, self.module, self.bnb_quantized, scales=self.scales,
-        )  # fmt: skip
+        kept = {"module": self.module, "bnb_quantized": self.bnb_quantized, **self._settings()}
+        return Params4bit(data, self.requires_grad, state, **kept)
+
+    def _settings(self) -> dict[str, Any]:
+        """What quantises the weight, as ``quantize_4bit`` takes it."""
+        return {name: self.__dict__[name] for name in SETTINGS}
 
     # --- the layer that holds it: known by a weak reference, so that neither keeps the other alive ------------------
 
@@ -260,12 +257,10 @@ class Params4bit(Preparable, nn.Parameter):
         return self._like(self.stored(), self.quant_state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
-        if id(self) not in memo:
-            new = self._like(copy.deepcopy(self.stored(), memo), copy.deepcopy(self.quant_state, memo))
-            new.module = memo.get(id(self.module))
-            memo[id(self)] = new
-        found: Params4bit = memo[id(self)]
-        return found
+        new = self._like(copy.deepcopy(self.stored(), memo), copy.deepcopy(self.quant_state, memo))
+        new.module = memo.get(id(self.module))
+        memo[id(self)] = new
+        return new
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         settings = {k: v for k, v in self.__dict__.items() if k not in ("_module", "_form", "_restores")}

@@ -146,13 +146,7 @@ class QuantState:
             >>> F.QuantState.from_dict(state.as_dict(packed=True)) == state
             True
         """
-        found = Reader(qs_dict, allow_other_code, allow_other_nested_blocksize).read(device, packed)
-        state = cls(found.absmax, found.shape, found.code, found.blocksize, found.quant_type, found.dtype)
-        if found.nested is not None:
-            second = found.nested
-            state.offset = torch.tensor(second.offset, dtype=torch.float32, device=found.absmax.device)
-            state.state2 = cls(second.absmax, code=second.code, blocksize=second.blocksize, dtype=second.dtype)
-        return state.to(device)
+        return Reader(qs_dict, allow_other_code, allow_other_nested_blocksize).read(cls, device, packed)
 
     # --- use --------------------------------------------------------------------------------------------------------
 
@@ -169,13 +163,12 @@ class QuantState:
         shape, blocksize = self.geometry()
         if isinstance(stored, Preparable):
             stored = stored.readable()
-        self.check_packed(stored)
+        check_packed(stored, shape)
         if self.code is None:
             raise ValueError("this QuantState has no code: make it with quantize_4bit or from_dict")
         packed, name = layout.from_storage(stored, shape.numel()), self.quant_type or "custom"
         second = self._second_level()
-        flat = (None, None, None, 0) if second is None else second
-        return checked_weight(packed, self.absmax, self.code, blocksize, tuple(shape), name, *flat)
+        return checked_weight(PackedWeight(packed, self.absmax, self.code, blocksize, tuple(shape), name, second))
 
     def geometry(self) -> tuple[torch.Size, int]:
         """Shape and blocksize of a 4-bit state; a ValueError for the state of an 8-bit blockwise tensor."""

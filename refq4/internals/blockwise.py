@@ -64,8 +64,7 @@ def quantize_blockwise(
     q, scales = codec.quantize_blockwise(A.detach(), code, blocksize, chosen)
     state = QuantState(scales, code=code, blocksize=blocksize, dtype=A.dtype)
     if nested:
-        state.offset = scales.mean() if scales.numel() else scales.new_zeros(())
-        state.absmax, state.state2 = quantize_blockwise(scales - state.offset, blocksize=blocksize, backend=chosen)
+        state.absmax, state.offset, state.state2 = quantize_scales(scales, chosen, blocksize=blocksize)
     state.absmax = write_into("absmax", absmax, state.absmax)
     return write_into("out", out, q), state
 
@@ -119,7 +118,7 @@ def dequantize_blockwise(
 
 
 def quantize_scales(
-    scales: Tensor, backend: str | None = None, *, warn: bool = False
+    scales: Tensor, backend: str | None = None, *, blocksize: int = NESTED_BLOCKSIZE, warn: bool = False
 ) -> tuple[Tensor, Tensor, QuantState]:
     """Double quantisation: scales fp32 [blocks] -> (uint8 [blocks], their mean fp32 [], the 8-bit state).
 
@@ -132,9 +131,8 @@ def quantize_scales(
             "the tensor holds NaN or infinity, and with compress_statistics=True its mean scale does too: every "
             "element will decode to NaN. Without compress_statistics only the blocks concerned would."
         )
-    code = create_dynamic_map().to(scales.device)
-    q, absmax2 = codec.quantize_blockwise(scales - offset, code, NESTED_BLOCKSIZE, requested_backend(backend))
-    return q, offset, QuantState(absmax2, code=code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
+    q, state2 = quantize_blockwise(scales - offset, blocksize=blocksize, backend=backend)
+    return q, offset, state2
 
 
 def decode_scales(quant_state: QuantState, backend: str | None = None) -> Tensor:

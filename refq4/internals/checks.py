@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import layout
-from ..backend import Nested, PackedWeight
+from ..backend import Nested, PackedWeight, PreparedWeight
 from ..trace import show
 from .format import BLOCKSIZES, MAX_NUMEL, WEIGHT_DTYPES, describe, dtype_name
 
@@ -47,7 +46,7 @@ def check_input(x: Tensor, n: int, k: int) -> None:
     if type(x) is not Tensor or x.dtype not in ACTIVATION_DTYPES or x.layout is not torch.strided:
         check_floats("the input of a 4-bit layer", x, ACTIVATION_DTYPES)
     if x.ndim == 0 or x.shape[-1] != k:
-        check_features(x, (n, k))
+        check_features("A", x, k, (n, k))
 
 
 def check_layers_shape(weight: Tensor, layer: object) -> None:
@@ -60,12 +59,27 @@ def check_layers_shape(weight: Tensor, layer: object) -> None:
         )
 
 
-def check_features(A: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError unless ``A`` is [..., K] for a weight of ``shape`` [N, K]."""
-    n, k = shape
-    if A.ndim == 0 or A.shape[-1] != k:
+def check_factors(name: str, A: Tensor, shape: tuple[int, ...], device: torch.device) -> tuple[int, int]:
+    """N and K of a weight on ``device`` that floats can be multiplied with; a ValueError or TypeError if they can't."""
+    if len(shape) != 2:
+        raise ValueError(f"a product needs a weight of two dimensions [N, K], this one has shape {list(shape)}")
+    check_floats(name, A, ACTIVATION_DTYPES)
+    check_device(name, A, device, "the weight")
+    return shape[0], shape[1]
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device, other: str) -> None:
+    """Raise a ValueError unless ``tensor`` is where the ``other`` operand is."""
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, {other} on {device}: move one (layer.to(device), say)")
+
+
+def check_features(name: str, A: Tensor, features: int, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless ``A`` is [..., features], which is N or K of a weight of ``shape`` [N, K]."""
+    if A.ndim == 0 or A.shape[-1] != features:
         raise ValueError(
-            f"A has shape {list(A.shape)}, but the weight is [N, K] = [{n}, {k}]: A's last dimension must be {k}"
+            f"{name} has shape {list(A.shape)}, but the weight is [N, K] = {list(shape)}: {name}'s last dimension must "
+            f"be {features}"
         )
 
 
@@ -85,14 +99,10 @@ def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device
     fits = fits and A.ndim > 0 and shape[1:] == (A.shape[-1],)
     if fits and (bias is None or (bias.shape == shape[:1] and bias.dtype == dtype and bias.device == device)):
         return  # all is well, as a rule: what follows says what is not
-    if len(shape) != 2:
-        raise ValueError(f"a product needs a weight of two dimensions [N, K], this one has shape {list(shape)}")
-    check_floats("A", A, ACTIVATION_DTYPES)
-    check_features(A, shape)
-    if A.device != device:
-        raise ValueError(f"A is on {A.device}, the weight on {device}: move one (layer.to(device))")
+    n, k = check_factors("A", A, shape, device)
+    check_features("A", A, k, shape)
     if bias is not None:
-        check_bias(bias, shape[0], shape)
+        check_bias(bias, n, shape)
         if bias.dtype != A.dtype or bias.device != device:
             raise ValueError(
                 f"bias must be {dtype_name(A.dtype)} on {device} as A is, got {show(bias)} on {bias.device}"
@@ -101,12 +111,9 @@ def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device
 
 def check_grad(grad: Tensor, shape: tuple[int, ...], device: torch.device) -> tuple[int, int]:
     """N and K of a weight, if ``grad`` [..., N] can be the gradient of a product with it; else a ValueError."""
-    check_floats("grad", grad, ACTIVATION_DTYPES)
-    if len(shape) != 2 or grad.ndim == 0 or grad.shape[-1] != shape[0] or grad.device != device:
-        raise ValueError(
-            f"grad must be [..., N] on {device} for a weight [N, K] = {list(shape)}, got {show(grad)} on {grad.device}"
-        )
-    return shape[0], shape[1]
+    n, k = check_factors("grad", grad, shape, device)
+    check_features("grad", grad, n, shape)
+    return n, k
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
@@ -122,78 +129,60 @@ def check_memory(name: str, tensor: Tensor) -> None:
 
 def check_weight_memory(weight: PackedWeight) -> None:
     """:func:`check_memory` for each tensor of a weight."""
-    for name in ("packed", "absmax", "code"):
-        check_memory(name, getattr(weight, name))
+    for name, tensor in zip(("packed", "absmax", "code"), weight[:3], strict=True):
+        check_memory(name, tensor)
     if weight.nested is not None:
-        for name in ("absmax", "code", "offset"):
-            check_memory(f"nested {name}", getattr(weight.nested, name))
+        for name, tensor in zip(("nested absmax", "nested code", "offset"), weight.nested[:3], strict=True):
+            check_memory(name, tensor)
 
 
-def checked_weight(
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: int,
-    shape: tuple[int, ...],
-    quant_type: str,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    blocksize2: int,
-) -> PackedWeight:
+def checked(weight: PackedWeight | PreparedWeight) -> PackedWeight | PreparedWeight:
+    """The weight of an op that takes any layout, or a ValueError. A backend's own layout is checked by the backend."""
+    if isinstance(weight, PackedWeight):
+        return checked_weight(weight)
+    check_positive("blocksize", weight.blocksize)
+    if not weight.tensors or len(weight.shape) not in (2, 3) or min(weight.shape) < 0:
+        raise ValueError(
+            f"a prepared weight has tensors and a shape [N, K] or [E, N, K], got {len(weight.tensors)} and "
+            f"{list(weight.shape)}"
+        )
+    return weight
+
+
+def checked_weight(weight: PackedWeight | PreparedWeight) -> PackedWeight:
     """The weight in the form that a backend reads by address: contiguous, and as long as its sizes say.
 
-    Args:
-        packed, absmax, code, blocksize, shape, quant_type: the fields of :class:`~refq4.backend.PackedWeight`.
-        absmax2, code2, offset, blocksize2: those of :class:`~refq4.backend.Nested`; None, None, None and 0 where the
-            scales are not quantised.
-
     Raises:
-        ValueError: a size is no size, or a tensor does not fit it in length, dtype or device; the message names it.
+        ValueError: a size is no size, or a tensor does not fit it in length, dtype or device; the message names it. Or
+            the weight is in a backend's own layout, which this op does not read.
     """
+    if isinstance(weight, PreparedWeight):
+        raise ValueError(f"this op reads a weight in the canonical layout, got {weight.layout!r}: restore_weight first")
+    packed, absmax, code, blocksize, shape, quant_type, nested = weight
     check_positive("blocksize", blocksize)
-    if any(size < 0 for size in shape):
+    if min(shape, default=0) < 0:
         raise ValueError(f"a weight has no shape {list(shape)}")
-    shape, device = torch.Size(shape), packed.device
-    blocks = layout.block_count(shape.numel(), blocksize)
-    packed = _row("the packed weight", packed, torch.uint8, layout.packed_bytes(shape.numel()), device)
-    absmax = _row("absmax", absmax, torch.float32 if absmax2 is None else torch.uint8, blocks, device)
+    numel, device = torch.Size(shape).numel(), packed.device
+    blocks = layout.block_count(numel, blocksize)
+    packed = _row("the packed weight", packed, torch.uint8, layout.packed_bytes(numel), device)
+    absmax = _row("absmax", absmax, torch.float32 if nested is None else torch.uint8, blocks, device)
     code = _row("code", code, torch.float32, 16, device)
-    nested = None
-    if absmax2 is not None:
-        if code2 is None or offset is None:
-            raise ValueError("this weight's scales are quantised, but their code or their offset is missing")
-        check_positive("the blocksize of the scales", blocksize2)
+    if nested is not None:
+        check_positive("the blocksize of the scales", nested.blocksize)
         nested = Nested(
-            _row("state2.absmax", absmax2, torch.float32, layout.block_count(blocks, blocksize2), device),
-            _row("state2.code", code2, torch.float32, 256, device),
-            _row("offset", offset, torch.float32, 1, device),
-            blocksize2,
+            _row("state2.absmax", nested.absmax, torch.float32, layout.block_count(blocks, nested.blocksize), device),
+            _row("state2.code", nested.code, torch.float32, 256, device),
+            _row("offset", nested.offset, torch.float32, 1, device),
+            nested.blocksize,
         )
-    return PackedWeight(packed, absmax, code, blocksize, tuple(shape), quant_type, nested)
-
-
-def check_prepared(
-    tensors: Sequence[Tensor], layout_name: str, shape: Sequence[int], blocksize: int
-) -> tuple[int, ...]:
-    """The shape of a weight in a backend's own layout, or a ValueError. What the layout wants, its backend checks."""
-    check_positive("blocksize", blocksize)
-    if layout_name == "canonical":
-        raise ValueError("a prepared weight is in a backend's own layout, not in the canonical one")
-    if not tensors or len(shape) not in (2, 3) or min(shape) < 0:
-        raise ValueError(
-            f"a prepared weight has tensors and a shape [N, K] or [E, N, K], got {len(tensors)} and {list(shape)}"
-        )
-    return tuple(shape)
+    return PackedWeight(packed, absmax, code, blocksize, shape, quant_type, nested)
 
 
 def _row(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> Tensor:
-    if not isinstance(tensor, Tensor) or tensor.numel() != numel or tensor.dtype != dtype:
+    dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+    if not dense or tensor.numel() != numel or tensor.dtype != dtype:
         raise ValueError(f"this weight needs {numel} {dtype_name(dtype)} elements in {name}, it has {describe(tensor)}")
-    if tensor.layout != torch.strided:
-        raise ValueError(f"this weight needs a dense tensor in {name}, it has {describe(tensor)}")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, the packed weight on {device}: move one")
+    check_device(name, tensor, device, "the packed weight")
     return tensor.contiguous()
 
 
@@ -219,8 +208,7 @@ def check_code(code: Tensor, device: torch.device) -> None:
     """Raise a ValueError unless ``code`` is a table of the 8-bit stage: fp32 [2 to 256] on ``device``."""
     if code.dim() != 1 or not 2 <= code.numel() <= 256 or code.dtype != torch.float32:
         raise ValueError(f"code must be fp32 [2 to 256], got {show(code)}")
-    if code.device != device:
-        raise ValueError(f"code is on {code.device}, what it encodes on {device}: move one")
+    check_device("code", code, device, "what it encodes")
 
 
 def check_blockwise(q: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> None:
@@ -229,8 +217,7 @@ def check_blockwise(q: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> 
         raise TypeError(f"dequantize_blockwise decodes uint8 codes, got {show(q)}")
     check_code(code, q.device)
     check_scales(absmax, q.shape, blocksize)
-    if absmax.device != q.device:
-        raise ValueError(f"absmax is on {absmax.device}, the codes on {q.device}: move one")
+    check_device("absmax", absmax, q.device, "the codes")
     if code.numel() < 256 and q.numel() and not q.is_meta:
         largest = int(q.max())
         if largest >= code.numel():

@@ -1,7 +1,7 @@
-"""Quantising and decoding meet a backend here: the four ops, and the functions that call them.
+"""Quantising and decoding meet a backend here, in four ops of ``torch.ops.refq4``.
 
     functional.py, blockwise.py --> quantize_4bit, dequantize_4bit, quantize_blockwise, dequantize_blockwise
-                                      '- torch.ops.refq4.<op> --> its kernel, below: checks, and the backend
+                                      '- torch's dispatcher --> the kernel, which is the body: checks, and the backend
 
 The product has a file of its own, ``refq4/internals/dispatch.py``. What is checked, and why, is the same for both:
 ``refq4/internals/checks.py``.
@@ -31,47 +31,16 @@ from .checks import (
     checked_weight,
 )
 from .running import run_op
-from .schemas import flatten, implement
+from .schemas import flatten, implement, unflatten
 
 __all__ = ["decode", "dequantize_4bit", "dequantize_blockwise", "quantize_4bit", "quantize_blockwise", "takes_scales"]
 
 
+@implement("quantize_4bit")
 def quantize_4bit(
-    A: Tensor, blocksize: int, quant_type: str, allow_nonfinite: bool, backend: str, absmax: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """A [any shape] -> packed uint8 [ceil(numel/2)], absmax fp32 [blocks]: the largest magnitudes, or those given."""
-    packed, scales = torch.ops.refq4.quantize_4bit.default(
-        A, blocksize, quant_type, allow_nonfinite, backend, absmax=absmax
-    )
-    return packed, scales
-
-
-def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype, backend: str) -> Tensor:
-    """-> ``dtype`` [weight.shape]."""
-    out: Tensor = torch.ops.refq4.dequantize_4bit.default(*flatten(weight), dtype, backend)
-    return out
-
-
-def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -> tuple[Tensor, Tensor]:
-    """A [any shape], code fp32 [<= 256] -> codes uint8 [same shape], absmax fp32 [blocks]."""
-    q, absmax = torch.ops.refq4.quantize_blockwise.default(A, code, blocksize, backend)
-    return q, absmax
-
-
-def dequantize_blockwise(
-    q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, backend: str
-) -> Tensor:
-    """Codes uint8 [any shape] -> ``dtype`` [same shape]."""
-    out: Tensor = torch.ops.refq4.dequantize_blockwise.default(q, absmax, code, blocksize, dtype, backend)
-    return out
-
-
-# --- the kernels ------------------------------------------------------------------------------------------------------
-
-
-def _quantize_4bit(
     A: Tensor, blocksize: int, quant_type: str, allow_nonfinite: bool, backend: str, *, absmax: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    """A [any shape] -> packed uint8 [ceil(numel/2)], absmax fp32 [blocks]: the largest magnitudes, or those given."""
     check_quantisable(A, blocksize)
     A = A.contiguous()
     check_memory("A", A)
@@ -117,6 +86,17 @@ def _refuse_nonfinite(absmax: Tensor, blocksize: int) -> None:
         )
 
 
+def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype, backend: str) -> Tensor:
+    """-> ``dtype`` [weight.shape]."""
+    return _dequantize_4bit(*flatten(weight), dtype, backend)
+
+
+@implement("dequantize_4bit")
+def _dequantize_4bit(*args: Any) -> Tensor:
+    *flat, dtype, backend = args
+    return decode(checked_weight(unflatten(*flat, backend)), dtype, backend)
+
+
 def decode(weight: PackedWeight, dtype: torch.dtype, backend: str | Resolved) -> Tensor:
     """The kernel of dequantize_4bit, which the gradient of a product calls as well."""
     check_weight_memory(weight)
@@ -130,7 +110,9 @@ def decode(weight: PackedWeight, dtype: torch.dtype, backend: str | Resolved) ->
     return result
 
 
-def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -> tuple[Tensor, Tensor]:
+@implement("quantize_blockwise")
+def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -> tuple[Tensor, Tensor]:
+    """A [any shape], code fp32 [<= 256] -> codes uint8 [same shape], absmax fp32 [blocks]."""
     check_quantisable(A, blocksize)
     check_code(code, A.device)
     A = A.contiguous()
@@ -141,9 +123,11 @@ def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) -
     return q, absmax
 
 
-def _dequantize_blockwise(
+@implement("dequantize_blockwise")
+def dequantize_blockwise(
     q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
+    """Codes uint8 [any shape] -> ``dtype`` [same shape]."""
     q, absmax, code = q.contiguous(), absmax.contiguous(), code.contiguous()
     for name, tensor in (("codes", q), ("absmax", absmax), ("code", code)):
         check_memory(name, tensor)
@@ -156,14 +140,3 @@ def _dequantize_blockwise(
 
 def _elementwise(op: str, tensor: Tensor, dtype: torch.dtype, blocksize: int, code: str) -> Callable[[], Call]:
     return lambda: Call(op, tensor.device.type, dtype, 1, 1, tensor.numel(), blocksize, code)
-
-
-def _op_of_dequantize(*args: Any) -> Tensor:
-    *flat, dtype, backend = args
-    return decode(checked_weight(*flat), dtype, backend)
-
-
-implement("quantize_4bit", _quantize_4bit)
-implement("dequantize_4bit", _op_of_dequantize)
-implement("quantize_blockwise", _quantize_blockwise)
-implement("dequantize_blockwise", _dequantize_blockwise)

@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import registry
-from ..backend import Call, PackedWeight, PreparedWeight
+from ..backend import Call, PackedWeight
 from ..registry import Resolved
-from .checks import PLAIN, check_grad, check_memory, check_prepared, check_product, check_weight_memory, checked_weight
+from .checks import PLAIN, check_grad, check_memory, check_product, check_weight_memory, checked, checked_weight
 from .codec import decode
 from .running import run_op
-from .schemas import flatten, implement
+from .schemas import Weight, flatten, implement, unflatten
 
-__all__ = ["GRAD_INPUT", "flatten_prepared", "grad_input", "is_deferred", "product", "unflatten_prepared", "wants_grad"]
+__all__ = ["GRAD_INPUT", "grad_input", "is_deferred", "product", "wants_grad"]
 
 
 GRAD_INPUT = "grad_input_4bit"
@@ -35,9 +35,7 @@ GRAD_INPUT = "grad_input_4bit"
 # --- the product ----------------------------------------------------------------------------------------------------
 
 
-def product(
-    op: str, A: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, backend: str | Resolved
-) -> Tensor:
+def product(op: str, A: Tensor, weight: Weight, bias: Tensor | None, backend: str | Resolved) -> Tensor:
     """A [..., K] times the transpose of weight [N, K], plus bias [N] -> [..., N]; ``op`` is gemv_4bit or gemm_4bit.
 
     The way through torch's dispatcher costs as much as the product of a small layer. Where nothing there would act on
@@ -47,23 +45,17 @@ def product(
         type(weight) is not PackedWeight or not (wants_grad(A) or wants_grad(bias))
     ):
         return _product(op, A, weight, bias, backend)
-    if isinstance(weight, PreparedWeight):
-        prepared = flatten_prepared(weight)
-        out: Tensor = torch.ops.refq4.matmul_prepared.default(A, *prepared, bias, op, _as_argument(backend))
-    else:
-        out = getattr(torch.ops.refq4, op).default(A, *flatten(weight), bias, _as_argument(backend))
-    return out
+    return _PRODUCTS[op](A, *flatten(weight), bias, _as_argument(backend))
 
 
-def grad_input(grad: Tensor, weight: PackedWeight, backend: str | Resolved) -> Tensor:
+def grad_input(grad: Tensor, weight: Weight, backend: str | Resolved) -> Tensor:
     """The gradient of a product's input: grad [..., N] times weight [N, K] -> [..., K].
 
     An op, so that a compiler keeps its result's rounding: fused with what follows, bf16 would be computed in fp32.
     """
-    if _nothing_intercepts(grad, None, backend) and not wants_grad(grad):
+    if isinstance(weight, PackedWeight) and _nothing_intercepts(grad, None, backend) and not wants_grad(grad):
         return _grad_input(grad, weight, backend)
-    out: Tensor = torch.ops.refq4.grad_input_4bit.default(grad, *flatten(weight), _as_argument(backend))
-    return out
+    return _op_of_grad_input(grad, *flatten(weight), _as_argument(backend))
 
 
 def _as_argument(backend: str | Resolved) -> str:
@@ -103,9 +95,7 @@ def wants_grad(tensor: Tensor | None) -> bool:
     return (tensor.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
-def _product(
-    op: str, A: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None, backend: str | Resolved
-) -> Tensor:
+def _product(op: str, A: Tensor, weight: Weight, bias: Tensor | None, backend: str | Resolved) -> Tensor:
     first = weight.packed if type(weight) is PackedWeight else weight.tensors[0]  # type: ignore[union-attr]
     check_product(A, weight.shape, bias, first.device)
     n, k = weight.shape
@@ -187,45 +177,27 @@ _SLOW_ON_CPU = _dtypes_without_cpu_products()
 
 
 def _op_of_product(op: str) -> Callable[..., Tensor]:
+    @implement(op)
     def kernel(A: Tensor, *args: Any) -> Tensor:
         *flat, bias, backend = args
-        return _product(op, A, checked_weight(*flat), bias, backend)
+        return _product(op, A, checked(unflatten(*flat, backend)), bias, backend)
 
     return kernel
 
 
+_PRODUCTS = {op: _op_of_product(op) for op in ("gemv_4bit", "gemm_4bit")}
+
+
+@implement(GRAD_INPUT)
 def _op_of_grad_input(grad: Tensor, *args: Any) -> Tensor:
     *flat, backend = args
-    return _grad_input(grad, checked_weight(*flat), backend)
+    return _grad_input(grad, checked_weight(unflatten(*flat, backend)), backend)
 
 
-def flatten_prepared(weight: PreparedWeight) -> tuple[Any, ...]:
-    """The five arguments that a prepared weight is to an op; its backend is one more."""
-    return list(weight.tensors), weight.layout, weight.shape, weight.blocksize, weight.quant_type
-
-
-def unflatten_prepared(*flat: Any) -> PreparedWeight:
-    """The prepared weight of those six, or a ValueError if it is none."""
-    tensors, layout_name, shape, blocksize, quant_type, backend = flat
-    shape = check_prepared(tensors, layout_name, shape, blocksize)
-    return PreparedWeight(backend, layout_name, tuple(tensors), shape, blocksize, quant_type)
-
-
-def _op_of_prepared(A: Tensor, *args: Any) -> Tensor:
-    *flat, bias, op, backend = args
-    return _product(op, A, unflatten_prepared(*flat, backend), bias, backend)
-
-
+@implement("restore_weight")
 def _op_of_restore(*args: Any) -> Tensor:
     *flat, name = args
-    prepared, backend = unflatten_prepared(*flat, name), registry.check_usable(name)
-    if backend is None:
-        raise ValueError('restore_weight needs the name of the backend that prepared the weight, not "auto"')
-    return backend.restore_weight(prepared).packed
-
-
-implement("gemv_4bit", _op_of_product("gemv_4bit"))
-implement("gemm_4bit", _op_of_product("gemm_4bit"))
-implement(GRAD_INPUT, _op_of_grad_input)
-implement("matmul_prepared", _op_of_prepared)
-implement("restore_weight", _op_of_restore)
+    weight, backend = checked(unflatten(*flat, name)), registry.check_usable(name)
+    if isinstance(weight, PackedWeight) or backend is None:
+        raise ValueError('restore_weight needs a prepared weight and the name of its backend, which "auto" is not')
+    return backend.restore_weight(weight).packed

@@ -25,17 +25,18 @@ from ..registry import Resolved
 from ..state import QuantState
 from .checks import (
     ACTIVATION_DTYPES,
+    check_device,
     check_floats,
     check_memory,
     check_weight_memory,
-    checked_weight,
+    checked,
 )
 from .codec import decode
-from .dispatch import flatten_prepared, grad_input, is_deferred, product, unflatten_prepared, wants_grad
+from .dispatch import grad_input, is_deferred, product, wants_grad
 from .format import dtype_name
 from .prepared import MOST_RESTORES, Preparable
 from .running import run_op
-from .schemas import flatten, implement, library
+from .schemas import flatten, implement, library, unflatten
 
 __all__ = ["grouped_gemm_4bit", "one_expert", "own_layout"]
 
@@ -81,18 +82,13 @@ def grouped_gemm_4bit(
         expert = torch.searchsorted(offsets, torch.arange(x.shape[0], device=offsets.device), right=True) - 1
         rows = bias[expert.to(bias.device)]
         return grouped_gemm_4bit(x, weight, state, offsets, transposed=transposed, backend=backend) + rows
+    bound: tuple[PackedWeight | PreparedWeight, Resolved | str] | None = None
     if isinstance(weight, Preparable) and not transposed and not wants_grad(x) and weight._restores < MOST_RESTORES:
         bound = own_layout(weight, state, x, choice)
-        if bound is not None:
-            prepared, engine = bound
-            if isinstance(engine, Resolved):
-                return _grouped(x, prepared, bias, offsets, False, engine)
-            flat = flatten_prepared(prepared)
-            traced: Tensor = torch.ops.refq4.grouped_prepared.default(x, *flat, bias, offsets, engine)
-            return traced
-    packed = state.packed_weight(weight)
-    out: Tensor = torch.ops.refq4.grouped_gemm_4bit.default(x, *flatten(packed), bias, offsets, transposed, choice)
-    return out
+    experts, engine = bound or (state.packed_weight(weight), choice)
+    if isinstance(engine, Resolved):
+        return _grouped(x, experts, bias, offsets, transposed, engine)
+    return _op(x, *flatten(experts), bias, offsets, transposed, engine)
 
 
 def own_layout(weight: Any, state: QuantState, x: Tensor, choice: str) -> tuple[PreparedWeight, Resolved | str] | None:
@@ -223,8 +219,7 @@ def _check(x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None
     if x.ndim != 2 or x.shape[1] != k:
         stored = "[E, K, N]" if transposed else "[E, N, K]"
         raise ValueError(f"x has shape {list(x.shape)}, the weight {stored} = {shape} needs [T, {k}]")
-    if x.device != device:
-        raise ValueError(f"x is on {x.device}, the weight on {device}: move one")
+    check_device("x", x, device, "the weight")
     if bias is not None and (bias.shape != (shape[0], n) or bias.dtype != x.dtype or bias.device != device):
         raise ValueError(
             f"bias must be {dtype_name(x.dtype)} [E, N] = [{shape[0]}, {n}] on {device}, "
@@ -249,35 +244,25 @@ def _checked_offsets(offsets: Tensor, experts: int, rows: int) -> Tensor:
 # --- the ops and their gradient ---------------------------------------------------------------------------------------
 
 
+@implement(OP)
 def _op(x: Tensor, *args: Any) -> Tensor:
     *flat, bias, offsets, transposed, backend = args
-    return _grouped(x, checked_weight(*flat), bias, offsets, transposed, backend)
-
-
-def _op_prepared(x: Tensor, *args: Any) -> Tensor:
-    *flat, bias, offsets, backend = args
-    return _grouped(x, unflatten_prepared(*flat, backend), bias, offsets, False, backend)
+    return _grouped(x, checked(unflatten(*flat, backend)), bias, offsets, transposed, backend)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *flat, _, offsets, transposed, backend = inputs
-    ctx.save_for_backward(offsets, *(value for value in flat if isinstance(value, Tensor)))
-    ctx.flat = [None if isinstance(value, Tensor) else value for value in flat]
-    ctx.tensor_at = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
+    _, tensors, *ctx.others, _, offsets, transposed, backend = inputs
+    ctx.save_for_backward(offsets, *tensors)
     ctx.transposed, ctx.backend = transposed, backend
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     offsets, *tensors = ctx.saved_tensors
-    flat = list(ctx.flat)
-    for i, tensor in zip(ctx.tensor_at, tensors, strict=True):
-        flat[i] = tensor
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.refq4.grouped_gemm_4bit.default(grad, *flat, None, offsets, not ctx.transposed, ctx.backend)
-    return (grad_x, *[None] * 14)
+        weight = tensors, *ctx.others
+        grad_x = _op(grad, *weight, None, offsets, not ctx.transposed, ctx.backend)
+    return (grad_x, [None] * len(tensors), *[None] * 9)
 
 
-implement(OP, _op)
-implement("grouped_prepared", _op_prepared)
 torch.library.register_autograd(f"refq4::{OP}", _backward, setup_context=_setup_context, lib=library)

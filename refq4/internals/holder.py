@@ -115,17 +115,12 @@ class Holds4bitWeight(nn.Module):
 
     def _adopt(self, weight: Params4bit, moved: Tensor) -> None:
         """Make ``weight`` what ``moved`` is; a new parameter only where torch can't exchange the data (meta)."""
-        if isinstance(moved, Params4bit):
-            state, quantised = moved.quant_state, moved.bnb_quantized
-        else:
-            state, quantised = weight.quant_state, weight.bnb_quantized
-            if state is not None:
-                # from meta nothing can be moved: to_empty() leaves a layer that waits for a state dict
-                lost = state.absmax.is_meta and not moved.is_meta
-                state = None if lost else state.copy().to(moved.device)
+        state = moved.quant_state if isinstance(moved, Params4bit) else weight.quant_state
+        if state is not None and state.absmax.device != moved.device:
+            # from meta nothing can be moved: to_empty() leaves a layer that waits for a state dict
+            state = None if state.absmax.is_meta else state.copy().to(moved.device)
         if torch._has_compatible_shallow_copy_type(weight, moved):
-            weight.data = moved.data
-            weight.quant_state, weight.bnb_quantized = state, quantised
+            weight.data, weight.quant_state = moved.data, state
         else:
             setattr(self, self._held, weight._like(moved.data, state))
 

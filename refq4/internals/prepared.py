@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import layout
 from ..backend import Backend, PreparedWeight
+from .schemas import flatten
 
 if TYPE_CHECKING:
     from ..state import QuantState
@@ -150,10 +151,7 @@ class Preparable:
         if form is None or form.prepared is None:
             parameter: Tensor = self
             return parameter
-        p = form.prepared
-        restored: Tensor = torch.ops.refq4.restore_weight.default(
-            list(p.tensors), p.layout, p.shape, p.blocksize, p.quant_type, p.backend
-        )
+        restored: Tensor = torch.ops.refq4.restore_weight.default(*flatten(form.prepared), form.prepared.backend)
         return restored
 
     @classmethod

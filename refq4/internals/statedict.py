@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,35 +43,15 @@ from .format import (
     label,
     shown,
 )
-from .prepared import Preparable
 
-__all__ = ["Fields", "NestedFields", "Reader", "json_to_tensor"]
+if TYPE_CHECKING:
+    from ..state import QuantState
 
-
-class NestedFields(NamedTuple):
-    """What double quantisation adds: the scales' own scales [nested blocks], their code [256], and the offset."""
-
-    absmax: Tensor
-    code: Tensor
-    blocksize: int
-    dtype: torch.dtype
-    offset: float
-
-
-class Fields(NamedTuple):
-    """What a state dict says of one weight, all of it checked."""
-
-    absmax: Tensor
-    shape: torch.Size
-    code: Tensor
-    blocksize: int
-    quant_type: str
-    dtype: torch.dtype
-    nested: NestedFields | None
+__all__ = ["Reader", "json_to_tensor"]
 
 
 class Reader:
-    """Reads the fields of one QuantState from a dict of unknown origin, checking each thing before it is used.
+    """Reads one QuantState from a dict of unknown origin, checking each thing before it is used.
 
     Args:
         source, allow_other_code, allow_other_nested_blocksize: as in :meth:`QuantState.from_dict`.
@@ -107,35 +87,40 @@ class Reader:
                 f"{shown(sorted(source))}"
             )
 
-    def read(self, device: torch.device | str | None, packed: Tensor | None) -> Fields:
-        """The fields; ``packed`` and ``device`` as in :meth:`QuantState.from_dict`."""
+    def read(self, new: type[QuantState], device: torch.device | str | None, packed: Tensor | None) -> QuantState:
+        """A ``new`` state; ``device`` and ``packed`` as in :meth:`QuantState.from_dict`."""
         nested = any(name in self.items for name in (*NESTED_TENSORS, *NESTED_JSON_FIELDS))
         wanted = {*JSON_FIELDS, "absmax", "quant_map"}
         self._check_fields(wanted | {*NESTED_TENSORS, *NESTED_JSON_FIELDS} if nested else wanted)
-        quant_type, shape, blocksize = self._quant_type(), self._shape(), self._blocksize("blocksize", BLOCKSIZES)
+        quant_type: str = self._one_of("quant_type", codebook_names(), " (register_codebook adds more)")
+        shape, blocksize = self._shape(), self._one_of("blocksize", BLOCKSIZES)
         blocks = layout.block_count(shape.numel(), blocksize)
-        fields = Fields(
+        state = new(
             absmax=self._scales("absmax", torch.uint8 if nested else torch.float32, blocks),
             shape=shape,
             code=self._code("quant_map", get_codebook(quant_type).on("cpu").values),
             blocksize=blocksize,
             quant_type=quant_type,
-            dtype=self._dtype("dtype", DTYPE_NAMES),
-            nested=self._nested(blocks) if nested else None,
+            dtype=DTYPE_NAMES[self._one_of("dtype", DTYPE_NAMES)],
         )
+        if nested:
+            offset = self._offset("nested_offset")
+            state.offset = torch.tensor(offset, dtype=torch.float32, device=state.absmax.device)
+            state.state2 = self._second_level(new, blocks)
         if packed is not None:
             self._check_packed(packed, shape)
         self._check_devices(device, packed)
-        return fields
+        return state.to(device)
 
-    def _nested(self, blocks: int) -> NestedFields:
-        blocksize = self._blocksize("nested_blocksize", self.nested_blocksizes)
-        return NestedFields(
+    def _second_level(self, new: type[QuantState], blocks: int) -> QuantState:
+        hint = "; allow_other_nested_blocksize=True takes any that a blocksize can be"
+        blocksize = self._one_of("nested_blocksize", self.nested_blocksizes, hint)
+        self._one_of("nested_dtype", ["float32"])
+        return new(
             absmax=self._scales("nested_absmax", torch.float32, layout.block_count(blocks, blocksize)),
             code=self._code("nested_quant_map", *stored_dynamic_maps()),
             blocksize=blocksize,
-            dtype=self._dtype("nested_dtype", {"float32": torch.float32}),
-            offset=self._offset("nested_offset"),
+            dtype=torch.float32,
         )
 
     # --- which entries there are ------------------------------------------------------------------------------------
@@ -181,10 +166,10 @@ class Reader:
             f"{self.keys[name]}: expected {wanted}, got {describe(item) if isinstance(item, Tensor) else shown(item)}"
         )
 
-    def _quant_type(self) -> str:
-        value = self.items["quant_type"]
-        if not isinstance(value, str) or value not in codebook_names():
-            raise self._fail("quant_type", f"one of {codebook_names()} (register_codebook adds more)")
+    def _one_of(self, name: str, allowed: Collection[Any], hint: str = "") -> Any:
+        value = self.items[name]
+        if type(value) not in (str, int) or value not in allowed:
+            raise self._fail(name, f"one of {list(allowed)}{hint}")
         return value
 
     def _shape(self) -> torch.Size:
@@ -195,19 +180,6 @@ class Reader:
             limit = f"2**{MAX_NUMEL.bit_length() - 1}"
             raise self._fail("shape", f"a list of at most 8 whole numbers with a product of at most {limit}")
         return torch.Size(value)
-
-    def _blocksize(self, name: str, allowed: tuple[int, ...]) -> int:
-        value = self.items[name]
-        if type(value) is not int or value not in allowed:
-            hint = "" if len(allowed) > 1 else "; allow_other_nested_blocksize=True takes any that a blocksize can be"
-            raise self._fail(name, f"one of {list(allowed)}{hint}")
-        return value
-
-    def _dtype(self, name: str, allowed: dict[str, torch.dtype]) -> torch.dtype:
-        value = self.items[name]
-        if not isinstance(value, str) or value not in allowed:
-            raise self._fail(name, f"one of {list(allowed)}")
-        return allowed[value]
 
     def _offset(self, name: str) -> float:
         value = self.items[name]  # the mean of scales, so not negative
@@ -252,8 +224,7 @@ class Reader:
         if not isinstance(packed, Tensor) or packed.layout != torch.strided:
             raise ValueError(f"{key}: expected the packed weight as a dense tensor, got {describe(packed)}")
         check_packed(packed, shape, key)
-        if not isinstance(packed, Preparable):  # which may be a placeholder
-            self._check_holds(key, packed)
+        self._check_holds(key, packed)
 
     def _check_holds(self, key: str, value: Tensor) -> None:
         """A view may claim more elements than there is memory behind it; whoever copied it would allocate them."""

@@ -43,9 +43,9 @@ def ask_quantize_4bit(asked: Asked) -> None:
 def _ask_quantize_with_scales(asked: Asked, absmax: Tensor, allowed: bool) -> None:
     """The same with scales given, smaller than the largest magnitudes, so that values are clamped."""
     case = asked.case
-    wanted = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.against, absmax)
+    wanted = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.against, absmax=absmax)
     with trace() as t:
-        got = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.backend, absmax)
+        got = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.backend, absmax=absmax)
     asked.ran_here(t)
     assert_same_bits(one_nan(got[1]), one_nan(absmax), "absmax, which was given")
     assert_same_bits(got[0], wanted[0], "packed bytes, with absmax given")

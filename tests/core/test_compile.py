@@ -163,10 +163,10 @@ def test_opcheck_passes_for_the_other_ops():
     torch.library.opcheck(torch.ops.refq4.dequantize_blockwise.default, (q, absmax, code, 32, torch.float16, "auto"))
     backend = refq4.register_backend(Loopback(own_layout=True))
     B, state = F.quantize_4bit(torch.randn(6, 64), quant_type="nf4")
-    p = backend.prepare_weight(state.packed_weight(B))
-    flat = (list(p.tensors), p.layout, list(p.shape), 64, "nf4")
-    args = (torch.randn(2, 64), *flat, None, "gemm_4bit", "loopback")
-    torch.library.opcheck(torch.ops.refq4.matmul_prepared.default, args)
+    flat = schemas.flatten(backend.prepare_weight(state.packed_weight(B)))
+    for op, tokens in (("gemv_4bit", 1), ("gemm_4bit", 2)):
+        args = (torch.randn(tokens, 64), *flat, None, "loopback")
+        torch.library.opcheck(getattr(torch.ops.refq4, op).default, args)
     torch.library.opcheck(torch.ops.refq4.restore_weight.default, (*flat, "loopback"))
 
 

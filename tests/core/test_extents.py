@@ -329,8 +329,8 @@ def calls(backend: str) -> dict[str, list[Any]]:
         B, state = quantised(nested)
         prepared = registry.check_usable(backend).prepare_weight(state.packed_weight(B))
         if prepared is not None:
-            flat = [list(prepared.tensors), prepared.layout, list(prepared.shape), prepared.blocksize, "nf4"]
-            made[f"matmul_prepared nested={nested}"] = [torch.randn(3, K), *flat, torch.randn(N), "gemm_4bit", backend]
+            own = schemas.flatten(prepared)
+            made[f"gemm_4bit own layout, nested={nested}"] = [torch.randn(3, K), *own, torch.randn(N), backend]
     return made
 
 
@@ -344,7 +344,7 @@ def spoilt(value: Any) -> Iterator[Any]:
         yield value.to(torch.int64)
         yield value.new_empty(0)
     elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-        for i in range(2):  # what a product reads: the tiles and the code
+        for i in range(len(value) if len(value) % 3 == 0 else 2):  # of an own layout what a product reads: tiles, code
             for worse in spoilt(value[i]):
                 yield [*value[:i], worse, *value[i + 1 :]]
         yield value[:1]
@@ -358,7 +358,7 @@ def spoilt(value: Any) -> Iterator[Any]:
     elif isinstance(value, bool):
         return
     elif isinstance(value, int):
-        yield from (0, -1, -64, 7)
+        yield from {0, -1, -64, 7} - {value}
     elif isinstance(value, torch.dtype):
         yield from (torch.int32, torch.complex64)
 
@@ -369,12 +369,12 @@ FREE = {  # (op, place of the argument): changes that are no fault
     ("quantize_blockwise", 0): "any shape is quantised, of three dtypes",
     ("quantize_blockwise", 1): "a code may be shorter",
     ("quantize_blockwise", 2): "any blocksize above 0",
+    ("gemm_4bit own layout,", 6): "the backend's layout says by itself what its scales are",
 }
 
 
 @pytest.mark.parametrize("op", [
     "quantize_4bit", "quantize_blockwise", "dequantize_blockwise", "dequantize_4bit", "gemv_4bit", "gemm_4bit",
-    "matmul_prepared",
 ])  # fmt: skip
 def test_a_registered_op_refuses_each_argument_that_does_not_fit_the_others(op, backend):
     tried = 0
@@ -383,7 +383,7 @@ def test_a_registered_op_refuses_each_argument_that_does_not_fit_the_others(op, 
             continue
         getattr(torch.ops.refq4, op)(*arguments)
         for place, value in enumerate(arguments):
-            if (op, place) in FREE or arguments[place - 1] is None:  # scales that are not quantised have no blocksize
+            if (name.rpartition(" nested=")[0] or name, place) in FREE:
                 continue
             for worse in spoilt(value):
                 changed = [*arguments[:place], worse, *arguments[place + 1 :]]
@@ -393,10 +393,7 @@ def test_a_registered_op_refuses_each_argument_that_does_not_fit_the_others(op, 
                 except (ValueError, TypeError, refq4.BackendUnsupportedError):
                     continue
                 pytest.fail(f"{name}: argument {place} was {described(value)}, taken as {described(worse)}")
-    if op == "matmul_prepared" and backend == "reference":
-        assert tried == 0, "the reference has no layout of its own"
-    else:
-        assert tried > 5 or op.startswith("quantize"), tried
+    assert tried > 5 or op.startswith("quantize"), tried
 
 
 def described(value: Any) -> str:
@@ -438,19 +435,19 @@ def test_a_blocksize_of_the_scales_that_is_no_size_is_refused(blocksize, backend
         F.dequantize_blockwise(q, state)
 
 
-def test_a_prepared_weight_in_the_canonical_layout_is_refused(backend):
-    with pytest.raises(ValueError, match="not in the canonical one"):
-        torch.ops.refq4.matmul_prepared(
-            torch.randn(1, K),
-            [torch.zeros(9), torch.zeros(16)],
-            "canonical",
-            [N, K],
-            64,
-            "nf4",
-            None,
-            "gemv_4bit",
-            backend,
-        )
+def test_a_weight_that_says_it_is_in_another_layout_than_it_is_is_refused(backend):
+    B, state = quantised()
+    canonical = schemas.flatten(state.packed_weight(B))
+    own = ([torch.zeros(9), torch.zeros(16)], "rows", [N, K], 64, "nf4", 0)
+    with pytest.raises(ValueError, match=r"is three tensors, or six .* got 2 and blocksize2 = 0"):
+        torch.ops.refq4.gemv_4bit(torch.randn(1, K), own[0], "canonical", *own[2:], None, backend)
+    for op, operands in (("grad_input_4bit", (torch.randn(1, N),)), ("dequantize_4bit", ())):
+        rest = [torch.float32] if op == "dequantize_4bit" else []
+        with pytest.raises(ValueError, match="reads a weight in the canonical layout, got 'rows'"):
+            getattr(torch.ops.refq4, op)(*operands, *own, *rest, backend)
+    for weight, name in ((canonical, backend), (own, "auto")):
+        with pytest.raises(ValueError, match="needs a prepared weight and the name of its backend"):
+            torch.ops.refq4.restore_weight(*weight, name)
 
 
 @pytest.mark.parametrize("field", ["absmax", "code", "offset", "shape", "blocksize"])

@@ -74,7 +74,7 @@ FAULTS = {
     "any tensor is a row": ("_is_row", lambda value, dtype, numel: isinstance(value, torch.Tensor)),
     "views stay views": ("_plain", lambda value: value.requires_grad_(False) if value.is_leaf else value),
     "an offset of any number": ("Reader._offset", lambda self, name: float(self.items[name])),
-    "any blocksize": ("Reader._blocksize", lambda self, name, allowed: self.items[name]),
+    "any word or number": ("Reader._one_of", lambda self, name, allowed, hint="": self.items[name]),
     "entries of several weights": ("Reader._same_prefix", lambda self, key, prefix: None),
     "what a view claims": ("Reader._check_holds", lambda self, key, value: None),
     "what is on meta": ("Reader._check_devices", lambda self, device, packed: None),

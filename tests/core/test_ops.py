@@ -83,7 +83,7 @@ def test_whatever_acts_on_ops_sees_the_product_as_one_and_the_result_stays(recor
     layer.requires_grad_(False)
     with torch.no_grad(), refq4.use_backend("recorder"):
         wanted = layer(A)
-        product = torch.ops.refq4.matmul_prepared if recorder.own_layout else torch.ops.refq4.gemm_4bit
+        product = torch.ops.refq4.gemm_4bit
         if what == "dispatch mode":
             with Ops() as mode:
                 got = layer(A)
@@ -169,7 +169,7 @@ def test_every_op_says_on_meta_what_shapes_and_dtypes_it_will_give(dtype, layer)
     q, scales = codec.quantize_blockwise(x, F.create_dynamic_map(), 64, "reference")
     with registry.isolated_registry(), torch.no_grad():
         prepared = refq4.register_backend(Recorder(own_layout=True)).prepare_weight(weight)
-        own = ([*prepared.tensors], SWAPPED, [8, 128], 64, "nf4")
+        own = schemas.flatten(prepared)
         calls = [
             (torch.ops.refq4.quantize_4bit, (x, 64, "nf4", False, "reference")),
             (torch.ops.refq4.quantize_blockwise, (x, F.create_dynamic_map(), 64, "reference")),
@@ -177,7 +177,7 @@ def test_every_op_says_on_meta_what_shapes_and_dtypes_it_will_give(dtype, layer)
             (torch.ops.refq4.dequantize_4bit, (*schemas.flatten(weight), dtype, "reference")),
             (torch.ops.refq4.gemm_4bit, (x, *schemas.flatten(weight), None, "reference")),
             (torch.ops.refq4.gemv_4bit, (x[:1, :1], *schemas.flatten(weight), None, "reference")),
-            (torch.ops.refq4.matmul_prepared, (x, *own, None, "gemm_4bit", "recorder")),
+            (torch.ops.refq4.gemm_4bit, (x, *own, None, "recorder")),
             (torch.ops.refq4.restore_weight, (*own, "recorder")),
             (torch.ops.refq4.grad_input_4bit, (x[..., :8], *schemas.flatten(weight), "reference")),
         ]  # fmt: skip
