@@ -119,10 +119,8 @@ class Codebook:
         thresholds = midpoints(sorted(values)) if thresholds is None else tuple(fp32(t) for t in thresholds)
         if len(thresholds) != 15 or not all(a <= b for a, b in pairwise(thresholds)):
             raise ValueError(f"codebook {name!r} needs 15 ascending thresholds, got {thresholds}")
-        for key, value in zip(
-            ("name", "values", "thresholds", "description"), (name, values, thresholds, description), strict=True
-        ):
-            object.__setattr__(self, key, value)
+        # frozen: there is no other assignment
+        self.__dict__.update(name=name, values=values, thresholds=thresholds, description=description)
 
     @cached_property
     def order(self) -> tuple[int, ...]:

@@ -165,9 +165,7 @@ def choice_in_effect() -> str:
 def _from_environment() -> str:
     if ENVIRONMENT_VARIABLE not in os.environ:  # asked in every call: get() would raise and catch two errors first
         return AUTO
-    name = os.environ[ENVIRONMENT_VARIABLE]
-    if not name or name == AUTO:
-        return AUTO
+    name = os.environ[ENVIRONMENT_VARIABLE] or AUTO
     try:
         check_usable(name)
     except (UnknownBackendError, BackendUnavailableError) as error:

@@ -111,18 +111,23 @@ def check_usable(name: str) -> Backend | None:
     """The backend of that name, ready to use (None for "auto"); raises what :func:`set_backend` documents."""
     if name == AUTO:
         return None
-    entries = _entries or known_entries()
-    entry = entries.get(name) if type(name) is str else None
-    if entry is None:
-        if not entries:
-            raise UnknownBackendError(f"unknown backend {name!r}: {not_installed()}")
-        near = difflib.get_close_matches(str(name), [*entries, AUTO], n=1)
-        hint, known = f" Did you mean {near[0]!r}?" if near else "", ", ".join([*sorted(entries), AUTO])
-        raise UnknownBackendError(f"unknown backend {name!r}.{hint} Known: {known}. {_HOW_KNOWN}")
+    entry = _find(name)
     backend = entry.load()
     if backend is None:
         raise BackendUnavailableError(f"backend {name!r} is not available: {entry.problem}")
     return backend
+
+
+def _find(name: str) -> Entry:
+    entries = _entries or known_entries()
+    if type(name) is str and name in entries:
+        return entries[name]
+    if not entries:
+        raise UnknownBackendError(f"unknown backend {name!r}: {not_installed()}")
+    known = [each for each in (*sorted(entries), AUTO) if each != name]  # "auto" has no entry
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UnknownBackendError(f"unknown backend {name!r}.{hint} Known: {', '.join(known)}. {_HOW_KNOWN}")
 
 
 def not_installed() -> str:
@@ -207,8 +212,7 @@ def unregister_backend(name: str) -> None:
     """
     global _ordered
     with lock:
-        if known_entries().pop(name, None) is None:
-            raise UnknownBackendError(f"unknown backend {name!r}; known: {', '.join(sorted(known_entries()))}")
+        del known_entries()[_find(name).name]
         _ordered = None
         ready.clear()
 
@@ -276,9 +280,7 @@ def backend_info(name: str) -> dict[str, Any]:
         >>> refq4.backend_info("reference")["available"]
         True
     """
-    if name not in known_entries():
-        check_usable(name)  # raises with the nearest names
-    entry = known_entries()[name]
+    entry = _find(name)
     backend = entry.load() or entry.backend
     info: dict[str, Any] = {
         "name": name,

@@ -59,14 +59,13 @@ class Form(NamedTuple):
     versions: tuple[tuple[Tensor, int], ...]
 
 
-class Preparable:
+class Preparable(Tensor):
     """What ``Params4bit`` inherits, beside ``nn.Parameter``; its constructor sets the two attributes.
 
     They live on the instance so that compiled code is guarded by them: a graph traced before a weight was prepared or
     restored is traced anew.
     """
 
-    data: Tensor
     quant_state: QuantState | None
     _form: Form | None = None
     _restores: int = 0
@@ -76,12 +75,12 @@ class Preparable:
         """Whether the bytes are in a backend's own layout."""
         return self._form is not None and self._form.prepared is not None
 
-    def form(self: Any, state: QuantState, deferred: bool = False) -> Form | None:
+    def form(self, state: QuantState, deferred: bool = False) -> Form | None:
         """The form that was made of these bytes and of ``state`` as it is now; None if there is none.
 
         A call that is ``deferred`` (traced, say) takes no notice of edits of the scales in place.
         """
-        form: Form | None = self._form
+        form = self._form
         if form is None or (state.shape, state.blocksize) != form.geometry:
             return None
         second = state.state2
@@ -96,10 +95,10 @@ class Preparable:
                     return None
         return form
 
-    def prepare(self: Any, state: QuantState, backend: Backend, choice: str) -> Form:
+    def prepare(self, state: QuantState, backend: Backend, choice: str) -> Form:
         """Let ``backend`` lay the weight out, and the stored bytes go if it does."""
         with _lock:
-            form: Form | None = self.form(state)
+            form = self.form(state)
             if form is not None and form.backend is backend:
                 return form  # another thread was quicker
             self.restore()
@@ -115,21 +114,21 @@ class Preparable:
                     self.data = torch.empty(1, dtype=self.dtype, device=self.device).expand(self.shape)
             return form
 
-    def restore(self: Any) -> Tensor:
+    def restore(self) -> Tensor:
         """The stored bytes as a plain tensor; the parameter holds them again, and has no form any more."""
         with _lock, torch._C.DisableTorchFunctionSubclass():
-            bytes_: Tensor = self.stored()
+            bytes_ = self.stored()
             if self.prepared:
                 self.data = bytes_
                 self._restores += 1
             self._form = None  # last: until then a thread that meets the placeholder finds the way back
         return bytes_
 
-    def stored(self: Any) -> Tensor:
+    def stored(self) -> Tensor:
         """The stored bytes as a plain tensor, wherever they are; the form stays."""
         with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
             for _ in range(100):  # twice only if another thread restores them between the two looks
-                here: Tensor = self.data
+                here = self.data
                 if not self.prepared and here.numel() * here.itemsize <= here.untyped_storage().nbytes():
                     return here
                 form = self._form
@@ -139,18 +138,16 @@ class Preparable:
                         return layout.to_storage(packed, here.dtype).view(self.shape)
         raise ValueError("the weight's memory is not there: its storage was freed or cut")
 
-    def readable(self: Any) -> Tensor:
+    def readable(self) -> Tensor:
         """What an op may read: :meth:`stored`, or while compiling the parameter itself.
 
         A graph for the stored bytes that is traced while the weight is prepared restores them each time it runs.
         """
         if not torch.compiler.is_compiling():
-            bytes_: Tensor = self.stored()
-            return bytes_
-        form: Form | None = self._form
+            return self.stored()
+        form = self._form
         if form is None or form.prepared is None:
-            parameter: Tensor = self
-            return parameter
+            return self
         restored: Tensor = torch.ops.refq4.restore_weight.default(*flatten(form.prepared), form.prepared.backend)
         return restored
 

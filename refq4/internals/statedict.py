@@ -65,23 +65,18 @@ class Reader:
         self.keys: dict[str, str] = {}  # field -> the caller's key, for messages
         self.items: dict[str, Any] = {}
         self.prefix: str | None = None
-        json_keys = []
         for key, value in source.items():
             if not isinstance(key, str):
                 raise ValueError(f"{shown(key)}: keys are text, this one is {article(key)}")
             before, found, _ = key.rpartition(JSON_KEY)
             if found and (not before or before.endswith(".")):
-                json_keys.append(key)
                 self._same_prefix(key, before.removesuffix("."))
+                self._add_json(key, value)
             else:
                 prefix, _, name = key.rpartition(".")
                 self._add(name, key, value)
                 self._same_prefix(key, prefix)
-        if len(json_keys) > 1:
-            raise ValueError(f"one quant_state entry expected, found {len(json_keys)}: {shown(sorted(json_keys))}")
-        if json_keys:
-            self._add_json(json_keys[0], source[json_keys[0]])
-        elif "quant_type" not in self.items:
+        if "quant_type" not in self.items:
             raise ValueError(
                 f"no quantisation state here: neither a '{JSON_KEY}<type>' entry nor a 'quant_type' among "
                 f"{shown(sorted(source))}"

@@ -76,10 +76,10 @@ DAMAGE = {
     "an unknown entry": (saved() | {"extra": torch.ones(1)}, "extra: not part of a quantisation state"),
     "two states": (
         saved() | {"quant_state.bitsandbytes__fp4": saved()[JSON]},
-        "one quant_state entry expected, found 2",
+        "'quant_type' is there twice, also as quant_state.bitsandbytes__",
     ),
     "an entry twice": (saved() | {"a.absmax": saved()["absmax"]}, "a.absmax: 'absmax' is there twice, also as absmax"),
-    "json twice": (saved() | {"blocksize": 64}, "'blocksize' is there twice, also as blocksize"),
+    "json twice": (saved() | {"blocksize": 64}, "'blocksize' is there twice, also as quant_state"),
     "json that is no tensor": (replaced(JSON, "{}"), f"{JSON}: expected JSON in a uint8 tensor .*got str"),
     "json of another dtype": (replaced(JSON, torch.zeros(3)), r"got float32 \[3\]"),
     "json that is none": (

@@ -186,6 +186,9 @@ def test_the_nearest_name_is_suggested():
         refq4.backend_info("quux")
     with pytest.raises(refq4.UnknownBackendError, match="unknown backend 'quux'"):
         refq4.unregister_backend("quux")
+    for ask in (refq4.backend_info, refq4.unregister_backend):
+        with pytest.raises(refq4.UnknownBackendError, match=r"unknown backend 'auto'\. Known: (?!.*auto)"):
+            ask("auto")
 
 
 @pytest.mark.parametrize(
