@@ -82,9 +82,8 @@ picture.show(
 # positive side, and so does every NF4 file since: this is a convention, nothing in the weights asks for it.
 #
 # So the two halves are spaced separately: eight steps above zero, seven below. How far from the ends is half a slice?
-# Eight numbers on either side are 16, and half of 16 slices is 1/32. Seven on either side and the zero are 15, and half
-# of 15 slices is 1/30. NF4 has eight and seven, and starts at the mean of 1/32 and 1/30 at both ends. Divided by the
-# outermost number, the ends become 1 and -1.
+# Of 16 equal slices, one for each number, half a slice is 1/32. Of 15, if the zero counted for both halves, it is 1/30.
+# NF4 takes the mean of the two at both ends. Divided by the outermost number, the ends become 1 and -1.
 
 # %%
 outermost = (
@@ -444,7 +443,7 @@ picture.table(
 )
 
 # %% [markdown]
-# **Summary:** NF4's values are quantiles of the normal distribution, with a zero added, scaled so that
+# **Summary:** NF4's values are 0 and fifteen quantiles of the normal distribution, scaled so that
 # the ends are ±1. They are close together where most weights are. For blocks of 64 normal weights hardly any format
 # is better. For uniform weights int4 is better, whose steps are equal, and for weights with heavy tails AF4, whose
 # values are nearer to zero.

@@ -163,7 +163,8 @@ picture.show(
 # ## What an outlier does
 #
 # The other layer has a weight that is 175 standard deviations from zero. This is not an accident: trained models have
-# a few such weights. This weight becomes the scale of its block. Here you can make one in a block of 16 weights:
+# a few such weights. This weight becomes the scale of its block, and every weight of less than a 25th of it becomes 0
+# (a 22nd, if the weight is negative). Here you can make one in a block of 16 weights:
 #
 # <div class="playground" id="figure-outlier">(In the documentation you can drag an outlier here.)</div>
 #

@@ -350,7 +350,7 @@ picture.show(
 # %% [markdown]
 # How long did a call take, and how exact was it? `explain` shows the trace, the error compared with 64-bit arithmetic,
 # and the bytes that were moved. It reports the second call, because the first one may compile kernels and choose
-# between them. (The times are those of the machine that made this page.)
+# between them; for step 4 the layer forgets the first. (The times are those of the machine that made this page.)
 
 # %% tags=["timing"]
 report = refq4.explain(new_layer(), one)

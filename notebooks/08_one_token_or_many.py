@@ -3,7 +3,7 @@
 #
 # **When is a second token nearly free?**
 #
-# - You will be able to say when memory is the limit and when arithmetic is, and why a layer has two paths.
+# - You will be able to say when memory is the limit and when arithmetic is, and why bitsandbytes 0.49.1 has two paths.
 # - You need notebook 6. The notebook takes 15 minutes.
 # - To run it yourself: `pip install -e '.[notebooks]'` in a checkout of refq4 ([how](README.md)).
 #
@@ -355,8 +355,8 @@ shown
 
 # %% [markdown]
 # **Summary:** a second token is nearly free as long as the machine waits for the weights anyway. With
-# four bits the machine waits for a seventh of the bytes of fp32. Fewer further tokens fit into this shorter time, but
-# no number of tokens is slower than with fp32.
+# four bits the machine waits for a seventh of the bytes of fp32, so fewer further tokens are free. But no number of
+# tokens takes longer than with fp32.
 
 # %% [markdown]
 # ## Exercises

@@ -189,8 +189,8 @@ picture.show(
 
 # %% [markdown]
 # The error grows, but after six layers it is not six times as large as after one. With NF4 it is two and a half times
-# as large, which is about the square root of six. A sum of independent random errors grows in this way. The rounding
-# errors of the weights are practically random, and most of them cancel in sums of hundreds of terms.
+# as large, which is about the square root of six. A sum of independent random errors grows in this way, and the
+# rounding errors of the weights are practically random.
 #
 # ## Which sentences are similar?
 #
@@ -339,8 +339,8 @@ picture.show(
 
 # %% [markdown]
 # **Summary:** the error of the weights is a tenth of their size (a ratio of norms; single weights may be exact or
-# become 0), but in a random direction. In sums of hundreds of terms most of these errors cancel, and a model computes
-# with such sums, not with single weights.
+# become 0), in random directions. A layer's output is wrong by about as much, and over the layers the error grows like
+# the square root of their number, not like the number.
 
 # %% [markdown]
 # ## Exercises

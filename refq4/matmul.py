@@ -128,8 +128,8 @@ def multiply(A: Tensor, weight: BoundWeight, bias: Tensor | None) -> tuple[Tenso
     stored, (path, op, by_autograd), engine = weight
     if path is STRADDLING and not torch.compiler.is_compiling():
         warn_caller(
-            f"in_features {A.shape[-1]} is not a multiple of the blocksize {stored.blocksize}, so a single token takes "
-            f"the slower MatMul4Bit path instead of gemv_4bit"
+            f"in_features {A.shape[-1]} is not a multiple of the blocksize {stored.blocksize}: blocks straddle rows, "
+            f"which no fast kernel reads; one token takes MatMul4Bit, not gemv_4bit. Choose a blocksize that divides it"
         )
     if by_autograd:
         return differentiable(op, A, stored, bias, engine), path

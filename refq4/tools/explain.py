@@ -36,9 +36,10 @@ class Explanation(Shown):
     Attributes:
         trace: the seven steps.
         error: the largest absolute error of the output. The oracle multiplies the same 4-bit weight: this is the
-            rounding of the kernel alone, not what 4 bits cost a model.
-        reference_error: the same for the reference backend in the same dtypes.
-        allowed: the smallest allowance of the error budget over the outputs.
+            rounding of the kernel, and of the casts where the compute dtype is not the input's; not what 4 bits cost
+            a model.
+        reference_error: the same for the reference backend in the input's dtype.
+        allowed: the smallest allowance of the error budget over the outputs, in the input's dtype.
         largest_output: the largest magnitude of an output, to set the errors beside.
         bytes_moved: bytes by operand: "weight", "scales", "input", "bias", "output".
         flops: 2 * M * N * K.
@@ -70,7 +71,10 @@ class Explanation(Shown):
             f"largest absolute error against fp64: {self.error:.3g}, of outputs up to {self.largest_output:.3g} "
             f"(reference: {self.reference_error:.3g}; the error budget allows each output {self.allowed:.3g} or more)"
         )
-        yield "both sides use the same 4-bit weight: this is the rounding of the kernel alone"
+        what = "this is the rounding of the kernel alone"
+        if any(step.number == 5 and step.choice == "cast" for call in self.trace.calls for step in call.steps):
+            what = "this is the rounding of kernel and casts; those of the reference and the budget have no casts"
+        yield f"both sides use the same 4-bit weight: {what}"
         yield "what 4 bits cost a model: python -m refq4 eval, python -m refq4 tour"
         yield f"bytes to move: {total:,} ({parts})"
         yield f"flops: {self.flops:,}, {self.flops / max(total, 1):.2f} a byte"
@@ -80,7 +84,7 @@ def explain(layer: Linear4bit, x: Tensor) -> Explanation:
     """Run a layer and report its steps, its error against the fp64 oracle and the bytes that it moves.
 
     The call that is reported is the second one. The first may compile kernels, choose between them and rearrange the
-    weight, which can take thousands of times as long.
+    weight, which can take thousands of times as long. The layer then forgets it, so step 4 decides as in a first call.
 
     Args:
         layer: a quantised layer of weight [N, K].

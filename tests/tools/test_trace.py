@@ -97,6 +97,12 @@ def test_in_jupyter_a_report_is_shown_once_as_html_and_as_its_text(monkeypatch):
     assert not shown
 
 
+def test_explain_says_whether_the_casts_are_in_its_error():
+    x = torch.randn(1, 64)
+    assert "this is the rounding of the kernel alone" in refq4.explain(layer_of(), x).text(width=300)
+    assert "of kernel and casts" in refq4.explain(layer_of(compute_dtype=torch.bfloat16), x).text(width=300)
+
+
 def test_each_step_has_its_name_and_shows_what_it_gave():
     layer = layer_of(compute_dtype=torch.bfloat16)
     with torch.no_grad(), refq4.use_backend("reference"), refq4.trace() as t:
