@@ -230,9 +230,8 @@ def train(model, pieces, steps, rate):
 
 
 torch.manual_seed(0)
-manual = "\n".join(topics.topics[name] for name in sorted(topics.topics)).encode()[
-    :200_000
-]
+pages = "\n".join(topics.topics[name] for name in sorted(topics.topics))
+manual = pages.encode()[:200_000]
 base = ByteModel()
 losses = train(base, windows(manual), steps=150, rate=3e-3)
 print(
@@ -370,7 +369,8 @@ bars = {
     "LoRA on 32 bits": (4 * matrices, 16 * learning),
     "LoRA on 4 bits (QLoRA)": (packed_bytes, 16 * learning),
 }
-print({name: f"{sum(parts):,} bytes" for name, parts in bars.items()})
+for name, parts in bars.items():
+    print(f"{name}: {sum(parts):,} bytes")
 
 figure, axes = picture.canvas(height=1.9)
 for row, parts in enumerate(bars.values()):

@@ -153,9 +153,8 @@ gained = [
 ]
 print(f"{saved:.3f} bits per weight saved, {saved / bits['NF4']:.1%}")
 print(
-    f"error of a layer larger by {sum(gained) / 36:.6f} on average; FP4's is larger by "
-    "",
-    end="",
+    f"error of a layer larger by {sum(gained) / 36:.6f} on average; FP4's is larger by",
+    end=" ",
 )
 print(f"{(sum(weights['FP4']) - sum(weights['NF4'])) / 36:.4f}")
 assert sum(gained) / 36 < 0.001

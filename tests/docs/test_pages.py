@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "scripts" / "docs"))
 import drawing  # noqa: E402 (how the site is built is no package)
 import glossary  # noqa: E402
 import kernels_code  # noqa: E402
+import maths  # noqa: E402
 import places  # noqa: E402
 import sizes  # noqa: E402
 import steps  # noqa: E402
@@ -298,7 +299,7 @@ BROKEN = "tests/<wbr>test_<wbr>memory.<wbr>py::<wbr>test_<wbr>a_<wbr>long_<wbr>n
         ("<td>4096 × 4096</td>", '<td class="short">4096 × 4096</td>'),
         ('<td style="text-align: right;">a &lt; b</td>', '<td class="short" style="text-align: right;">a &lt; b</td>'),
         ("<td><code>REFQ4_CUDA_EMULATOR_ARCH</code> or so</td>", None),
-        ("<td>a sentence of more than twenty-two characters</td>", None),
+        ("<td>a sentence of more than twenty-seven characters</td>", None),
         ('<td class="code"><pre>1</pre></td>', None),
         (r"<td><code>a \|\| b</code></td>", '<td class="short"><code>a || b</code></td>'),
         (
@@ -319,3 +320,20 @@ BROKEN = "tests/<wbr>test_<wbr>memory.<wbr>py::<wbr>test_<wbr>a_<wbr>long_<wbr>n
 )
 def test_a_table_s_cell_breaks_only_where_it_may(cell, wanted):
     assert wrapping.in_tables(f"<tr>{cell}</tr>") == f"<tr>{wanted or cell}</tr>"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("<p><code>qlora --steps 20</code></p>", '<p><code>qlora <span class="short">--steps</span> 20</code></p>'),
+        ("<pre><code>a --b</code></pre>", None),
+        ("<p>a half-open one, <code>a - b</code></p>", None),
+    ],
+    ids=["an option", "a listing", "no name"],
+)
+def test_an_option_in_a_sentence_is_not_broken_at_its_hyphens(text, wanted):
+    assert wrapping.in_code(text) == (wanted or text)
+
+
+def test_the_bars_of_a_norm_stand_close_to_it():
+    assert maths.mathml(r"|W| + \lVert x \rVert", block=False).count('<mo lspace="0" rspace="0"') == 4
