@@ -17,7 +17,9 @@
 # The forward pass is $y = x W^\top + b$. From the gradient $g_y$ of the loss with respect to $y$, the chain rule
 # gives three more:
 #
-# $$g_x = g_y W, \qquad g_b = \textstyle\sum g_y, \qquad g_W = g_y^\top x.$$
+# $$g_x = g_y W, \qquad g_b = \textstyle\sum g_y,$$
+#
+# $$g_W = g_y^\top x.$$
 #
 # `MatMul4Bit` computes only the first two. The third one is expensive, and training adapters does not need it. For
 # $g_x$ the weight is decoded a second time.
@@ -74,6 +76,7 @@ axes.set(
     xlabel="gradient through 32-bit weights",
     ylabel="through 4-bit weights",
     aspect="equal",
+    anchor="W",
 )
 picture.show(
     figure,

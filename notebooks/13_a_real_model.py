@@ -202,7 +202,9 @@ before, after = (e @ e.T for e in (exact, embedded["NF4"][0]))
 figure, axes = picture.canvas(height=3.6)
 axes.axline((0, 0), slope=1, color=picture.GREY, linewidth=1)
 axes.plot(before[*pairs], after[*pairs], ".", color=picture.BLUE, markersize=3)
-axes.set(xlabel="similarity with 32 bits", ylabel="with 4 bits", aspect="equal")
+axes.set(
+    xlabel="similarity with 32 bits", ylabel="with 4 bits", aspect="equal", anchor="W"
+)
 picture.show(
     figure,
     "Similarities of all pairs of sentences, with 4 bits against with 32: along the "
