@@ -191,6 +191,7 @@ axes.set(
     xlabel="output with 32-bit weights",
     ylabel="output with 4-bit weights",
     aspect="equal",
+    anchor="W",
 )
 picture.show(
     figure,

@@ -27,9 +27,8 @@ everything = torch.cat(
 blocks = everything.view(-1, 64)
 scaled = (blocks / blocks.abs().amax(dim=1, keepdim=True)).flatten()
 
-weights = blocks[
-    ::8
-].flatten()  # every eighth block: what the rest of this page works on
+# every eighth block: what the rest of this page works on
+weights = blocks[::8].flatten()
 print(f"{scaled.numel():,} weights, standard deviation {scaled.std().item():.3f}")
 print(
     f"{100 * (scaled.abs() == 1).float().mean().item():.2f} % of them are at an end: "
@@ -86,9 +85,8 @@ picture.show(
 # NF4 takes the mean of the two at both ends. Divided by the outermost number, the ends become 1 and -1.
 
 # %%
-outermost = (
-    (1 - 1 / 32) + (1 - 1 / 30)
-) / 2  # half a slice in from the end: of 16 slices, or of 15
+# half a slice in from the end: of 16 slices, or of 15
+outermost = ((1 - 1 / 32) + (1 - 1 / 30)) / 2
 above = torch.linspace(outermost, 0.5, 9)[:-1]
 below = 1 - torch.linspace(outermost, 0.5, 8)[:-1]
 
@@ -96,7 +94,8 @@ probabilities = torch.cat([below, torch.tensor([0.5]), above.flip(0)])
 quantiles = torch.tensor([NormalDist().inv_cdf(p) for p in probabilities.tolist()])
 nf4 = quantiles / quantiles.max()
 
-print(" ".join(f"{value:.4f}" for value in nf4.tolist()))
+for half in nf4.view(2, 8).tolist():
+    print(*(f"{value:7.4f}" for value in half))
 assert torch.allclose(nf4, create_normal_map(), rtol=0, atol=1e-6)
 assert get_codebook("nf4").values == tuple(create_normal_map().tolist())
 
@@ -315,7 +314,7 @@ for i, name in enumerate(winners):
 axes.set(
     xlabel="magnitude of the scaled weight",
     ylabel="error, root mean square",
-    ylim=(0, 0.12),
+    ylim=(0, None),
 )
 axes.legend(ncols=5)
 picture.show(
@@ -343,7 +342,7 @@ contest = {
     for shape, drawn in shapes.items()
 }
 best = {shape: min(row, key=row.get) for shape, row in contest.items()}
-print(best)
+print(*(f"{shape}: {name}" for shape, name in best.items()), sep="\n")
 assert best == dict(zip(shapes, ("nf4", "nf4", "int4", "af4"), strict=True))
 
 figure, axes = picture.canvas(height=2.8)

@@ -302,7 +302,7 @@ calls = {
     "one, gradient\nwanted": (new_layer(), one.clone().requires_grad_()),
     "state lost": (lost, one),
     "compute dtype\nbfloat16": (new_layer(compute_dtype=torch.bfloat16), one),
-    "bfloat16 input,\ncomputes in float32": (
+    "bfloat16 input,\ncomputes\nin float32": (
         new_layer(compute_dtype=torch.float32),
         one.bfloat16(),
     ),

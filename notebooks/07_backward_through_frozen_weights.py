@@ -17,7 +17,9 @@
 # The forward pass is $y = x W^\top + b$. From the gradient $g_y$ of the loss with respect to $y$, the chain rule
 # gives three more:
 #
-# $$g_x = g_y W, \qquad g_b = \textstyle\sum g_y, \qquad g_W = g_y^\top x.$$
+# $$g_x = g_y W, \qquad g_b = \textstyle\sum g_y,$$
+#
+# $$g_W = g_y^\top x.$$
 #
 # `MatMul4Bit` computes only the first two. The third one is expensive, and training adapters does not need it. For
 # $g_x$ the weight is decoded a second time.
@@ -74,6 +76,7 @@ axes.set(
     xlabel="gradient through 32-bit weights",
     ylabel="through 4-bit weights",
     aspect="equal",
+    anchor="W",
 )
 picture.show(
     figure,
@@ -230,9 +233,8 @@ def train(model, pieces, steps, rate):
 
 
 torch.manual_seed(0)
-manual = "\n".join(topics.topics[name] for name in sorted(topics.topics)).encode()[
-    :200_000
-]
+pages = "\n".join(topics.topics[name] for name in sorted(topics.topics))
+manual = pages.encode()[:200_000]
 base = ByteModel()
 losses = train(base, windows(manual), steps=150, rate=3e-3)
 print(
@@ -370,7 +372,8 @@ bars = {
     "LoRA on 32 bits": (4 * matrices, 16 * learning),
     "LoRA on 4 bits (QLoRA)": (packed_bytes, 16 * learning),
 }
-print({name: f"{sum(parts):,} bytes" for name, parts in bars.items()})
+for name, parts in bars.items():
+    print(f"{name}: {sum(parts):,} bytes")
 
 figure, axes = picture.canvas(height=1.9)
 for row, parts in enumerate(bars.values()):

@@ -190,9 +190,8 @@ class Decodes(Quantises):
         codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[
             : int(np.prod(weight.shape))
         ]
-        if (
-            weight.nested is not None
-        ):  # double quantisation: the scales are 8-bit codes with scales of their own
+        # double quantisation: the scales are 8-bit codes with scales of their own
+        if weight.nested is not None:
             second = weight.nested
             absmax = self.dequantize_blockwise(
                 absmax, second.absmax, second.code, second.blocksize, torch.float32

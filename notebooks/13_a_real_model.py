@@ -153,9 +153,8 @@ gained = [
 ]
 print(f"{saved:.3f} bits per weight saved, {saved / bits['NF4']:.1%}")
 print(
-    f"error of a layer larger by {sum(gained) / 36:.6f} on average; FP4's is larger by "
-    "",
-    end="",
+    f"error of a layer larger by {sum(gained) / 36:.6f} on average; FP4's is larger by",
+    end=" ",
 )
 print(f"{(sum(weights['FP4']) - sum(weights['NF4'])) / 36:.4f}")
 assert sum(gained) / 36 < 0.001
@@ -203,7 +202,9 @@ before, after = (e @ e.T for e in (exact, embedded["NF4"][0]))
 figure, axes = picture.canvas(height=3.6)
 axes.axline((0, 0), slope=1, color=picture.GREY, linewidth=1)
 axes.plot(before[*pairs], after[*pairs], ".", color=picture.BLUE, markersize=3)
-axes.set(xlabel="similarity with 32 bits", ylabel="with 4 bits", aspect="equal")
+axes.set(
+    xlabel="similarity with 32 bits", ylabel="with 4 bits", aspect="equal", anchor="W"
+)
 picture.show(
     figure,
     "Similarities of all pairs of sentences, with 4 bits against with 32: along the "

@@ -187,7 +187,7 @@ class Trace(Shown):
 
         tables = []
         for call in self.calls:
-            table = Table(title=call.title, title_justify="left", title_style="bold")
+            table = Table(title=call.title, title_justify="left", title_style="bold", show_lines=True)
             for column in ("step", "decision", "because", "gives"):
                 table.add_column(column, overflow="fold")
             table.add_column("µs", justify="right")

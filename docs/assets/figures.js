@@ -138,7 +138,7 @@
       const fraction = parseInt(bits.slice(one + 1).join("") || "0", 2);
       const rank = 2 ** wide - 1 + fraction, code = bits[0] ? 126 - rank : 128 + rank;
       told.textContent =
-        `${zeros} zeros: times 10^-${zeros}; step ${fraction} of ${2 ** wide} from 0.1 to 1. ` +
+        `${zeros} zeros: ${zeros ? `divided by ${10 ** zeros}` : "as it is"}; step ${fraction} of ${2 ** wide} from 0.1 to 1. ` +
         `The value is ${Number(map[code].toPrecision(7))}, number ${code} of the sorted 256.`;
     }
     parts.forEach((button, i) => button.addEventListener("click", () => ((bits[i] ^= 1), update())));

@@ -30,7 +30,9 @@ _TAG = re.compile(r"<[^>]*>")
 _TEXT = re.compile(r'(<div class="[^"]*\bjp-RenderedMarkdown\b[^>]*>)(.*?)(</div>\s*</div>)', re.DOTALL)
 _NOT_PROSE = re.compile(r"(<(?:pre|code)\b.*?</(?:pre|code)>)", re.DOTALL)
 _FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^$\n]+?)\$(?![\w$])", re.DOTALL)
-_PLAIN = re.compile(r'(<div class="highlight"><pre>)(?:<span></span>)?(.*?)(</pre>)', re.DOTALL)
+_PLAIN = re.compile(r'<div class="highlight"><pre>(?:<span></span>)?(.*?)</pre>', re.DOTALL)
+_PRINTED = re.compile(r'(<div class="[^"]*\bjp-RenderedText\b[^>]*>\s*)<pre>(.*?</pre>)', re.DOTALL)
+_IN_COLUMNS = re.compile(r"^.*?(?:\S {2,}(?=\S).*?){3}$", re.MULTILINE)
 _NO_WORDS = re.compile(r'alt="No description has been provided for this image"')
 _LINK = re.compile(r'(<a [^>]*href=")([^"]+)(")')
 
@@ -45,6 +47,7 @@ def clean(page: str, path: str) -> str:
     descriptions = _descriptions(path)
     page = _NO_WORDS.sub(lambda _: f'alt="{html.escape(next(descriptions, ""), quote=True)}"', page)
     page = _CODE.sub(lambda match: _code(match[1]), _OUT.sub("", page))
+    page = _PRINTED.sub(_printed, page)
     return _TEXT.sub(lambda match: f"{match[1]}{_text(match[2], path)}{match[3]}", page)
 
 
@@ -67,9 +70,21 @@ def _code(cell: str) -> str:
     return f"{''.join(parts)}<div>"  # which the cell's own end closes
 
 
+def _printed(match: re.Match[str]) -> str:
+    """What was printed: a line with three gaps is a row of a table, and on a phone its columns stay in order."""
+    opening = '<pre class="columns">' if _IN_COLUMNS.search(match[2]) else "<pre>"
+    return f"{match[1]}{opening}{match[2]}"
+
+
+def _listing(match: re.Match[str]) -> str:
+    """A block of code in Markdown, or of letters where no language has coloured it."""
+    language = "" if "<span" in match[1] else "language-text "
+    return f'<div class="{language}highlight"><pre><code>{match[1]}</code></pre>'
+
+
 def _text(cell: str, path: str) -> str:
     """A cell of Markdown, or a table that was shown: formulas outside code, links as the site has them."""
-    parts = _NOT_PROSE.split(_PLAIN.sub(r"\1<code>\2</code>\3", cell))
+    parts = _NOT_PROSE.split(_PLAIN.sub(_listing, cell))
     parts[::2] = [_FORMULA.sub(_formula, part) for part in parts[::2]]
     return _LINK.sub(lambda match: f"{match[1]}{places.relative_url(match[2], path)}{match[3]}", "".join(parts))
 

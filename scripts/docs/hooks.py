@@ -7,7 +7,7 @@ maths                  LaTeX becomes MathML while the site is built: no script, 
 notebooks              what mkdocs-jupyter renders loses its scripts and styles                           (cells.py)
 figures                a notebook that has one to move gets the numbers that it computes with             (tables.py)
 glossary               the first of each of its words has its entry as a tooltip                         (glossary.py)
-tables                 names in cells break after their joints, short cells not at all                    (wrapping.py)
+lines                  long names break after their joints, options and short cells not at all            (wrapping.py)
 wide pages             a table that needs the whole screen has no navigation beside it
 """
 
@@ -64,8 +64,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:
-    """Maths, in pages and in notebooks, and where tables may break."""
+    """Maths, in pages and in notebooks, and where lines may break."""
     notebook = page.file.src_uri.endswith(".ipynb")
     html = cells.clean(html, page.file.src_uri) if notebook else maths.render(html)
     data = tables.figure_data() if 'id="figure-' in html else ""
-    return glossary.mark(wrapping.in_tables(html), page.file.src_uri) + data
+    return glossary.mark(wrapping.in_page(html), page.file.src_uri) + data

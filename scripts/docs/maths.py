@@ -15,6 +15,7 @@ _MARKED = re.compile(
     r'<(span|div) class="arithmatex">\\(?P<open>[(\[])(?P<latex>.*?)\\[)\]]</\1>',
     re.DOTALL,
 )
+_BAR = re.compile(r"<mo((?: [^>]*)?>&#x(?:0007C|02016);)")  # of a norm: browsers space it like a relation
 
 
 def render(page: str) -> str:
@@ -25,6 +26,7 @@ def render(page: str) -> str:
 def mathml(latex: str, block: bool) -> str:
     """One formula; the LaTeX stays with it, for those who copy it and for screen readers without MathML."""
     markup: str = convert(latex.strip(), display="block" if block else "inline")
+    markup = _BAR.sub(r'<mo lspace="0" rspace="0"\1', markup)
     label = html.escape(latex.strip(), quote=True)
     markup = markup.replace("<math ", f'<math aria-label="{label}" ', 1) if block else markup
     return f'<div class="formula" tabindex="0">{markup}</div>' if block else markup

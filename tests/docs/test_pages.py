@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "scripts" / "docs"))
 import drawing  # noqa: E402 (how the site is built is no package)
 import glossary  # noqa: E402
 import kernels_code  # noqa: E402
+import maths  # noqa: E402
 import places  # noqa: E402
 import sizes  # noqa: E402
 import steps  # noqa: E402
@@ -289,33 +290,75 @@ def test_the_name_of_a_kernel_s_file_leads_to_its_page():
 
 
 LONG = "tests/test_memory.py::test_a_long_name"
-BROKEN = "tests/<wbr>test_<wbr>memory.<wbr>py::<wbr>test_<wbr>a_<wbr>long_<wbr>name"
+BROKEN = "tests/<wbr>test_<wbr>memory.py::<wbr>test_<wbr>a_<wbr>long_<wbr>name"
+VARIABLE = "REFQ4_CUDA_EMULATOR_ARCH"
 
 
 @pytest.mark.parametrize(
     ("cell", "wanted"),
     [
-        ("<td>4096 × 4096</td>", '<td class="short">4096 × 4096</td>'),
-        ('<td style="text-align: right;">a &lt; b</td>', '<td class="short" style="text-align: right;">a &lt; b</td>'),
-        ("<td><code>REFQ4_CUDA_EMULATOR_ARCH</code> or so</td>", None),
-        ("<td>a sentence of more than twenty-two characters</td>", None),
+        ("<td>4096 × 4096</td>", '<td class="short brief">4096 × 4096</td>'),
+        ("<td>the read limit</td>", '<td class="short">the read limit</td>'),
+        ('<td style="color: red">a &lt; b</td>', '<td class="short brief" style="color: red">a &lt; b</td>'),
+        (
+            f"<td><code>{VARIABLE}</code> or so</td>",
+            f"<td><code>{VARIABLE.replace('_', '_<wbr class=narrow>')}</code> or so</td>".replace("narrow", '"narrow"'),
+        ),
+        ("<td>a sentence of more than twenty-seven characters</td>", None),
         ('<td class="code"><pre>1</pre></td>', None),
-        (r"<td><code>a \|\| b</code></td>", '<td class="short"><code>a || b</code></td>'),
+        (r"<td><code>a \|\| b</code></td>", '<td class="short brief name"><code>a || b</code></td>'),
         (
             f"<td><code>pytest {LONG}</code></td>",
-            f"<td><code>pytest {BROKEN}</code></td>",
+            f'<td class="name"><code>pytest {BROKEN}</code></td>',
         ),
         (
             "<td>no AmbiguousAttributeErrorOfLayers in it</td>",
             "<td>no Ambiguous<wbr>Attribute<wbr>Error<wbr>Of<wbr>Layers in it</td>",
         ),
-        ("<th>M = 1</th>", '<th class="short">M = 1</th>'),
+        ("<th>M = 1</th>", '<th class="short brief">M = 1</th>'),
         ("<th>bitsandbytes packed</th>", None),
     ],
     ids=[
-        *("short", "entities", "a variable", "a sentence", "a listing", "an escaped bar", "a long name", "a class"),
+        *(
+            "a number",
+            "short",
+            "entities",
+            "a variable",
+            "a sentence",
+            "a listing",
+            "an escaped bar",
+            "a long name",
+            "a class",
+        ),
         *("a short heading", "a heading"),
     ],
 )
 def test_a_table_s_cell_breaks_only_where_it_may(cell, wanted):
-    assert wrapping.in_tables(f"<tr>{cell}</tr>") == f"<tr>{wanted or cell}</tr>"
+    assert wrapping.in_page(f"<tr>{cell}</tr>") == f"<tr>{wanted or cell}</tr>"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (f"<p><code>{LONG}_here</code></p>", f"<p><code>{BROKEN}_<wbr>here</code></p>"),
+        (f"<p><code>{LONG}</code></p>", None),
+        ("<h2>refq4.integrations.peft</h2>", "<h2>refq4.<wbr>integrations.<wbr>peft</h2>"),
+        ("<p>a look-up: [N] -&gt; [M]</p>", '<p>a look-up: [N] <span class="whole">-&gt;</span> [M]</p>'),
+        ("<p><code>run --quick</code></p>", '<p><code>run <span class="whole">--quick</span></code></p>'),
+        ("<pre><code>w[i - 1] ----</code></pre>", None),
+        ("<pre><code>w-&gt;b</code></pre>", '<pre><code>w<span class="whole">-&gt;</span>b</code></pre>'),
+        ('<pre><code>w<span class="o">-&gt;</span>b</code></pre>', None),
+        ("<svg><text>a_long_name_in_a_drawing -&gt;</text></svg>", None),
+        *((f'<div class="language-text highlight"><pre>{drawn}</pre></div>', None) for drawn in ("a   b", "  a")),
+        (
+            '<div class="language-text highlight"><pre>run  it</pre></div>',
+            '<div class="language-text lines highlight"><pre>run  it</pre></div>',
+        ),
+    ],
+)
+def test_a_line_breaks_in_no_option_and_no_arrow_and_a_name_breaks_after_its_joints(text, wanted):
+    assert wrapping.in_page(text) == (wanted or text)
+
+
+def test_the_bars_of_a_norm_stand_close_to_it():
+    assert maths.mathml(r"|W| + \lVert x \rVert", block=False).count('<mo lspace="0" rspace="0"') == 4

@@ -24,7 +24,8 @@ async ({ phone, scheme }) => {
     if (page > 0) about(document.body, `is ${page} px too wide`);
     const scrolls = (e) => !["visible", "clip"].includes(getComputedStyle(e).overflowX);
     const column = phone ? innerWidth : article.getBoundingClientRect().right; // the theme lets code touch a phone's edge
-    const box = (e) => e.matches("pre[style]") || e.querySelector("table, img, math, pre[style]");
+    const printed = "pre:is([style], .columns)";
+    const box = (e) => e.matches(printed) || e.querySelector(`table, img, math, ${printed}`);
     const moves = (e) => phone && (box(e) || e.closest(".language-text"));
     const inside = (e) => e !== article && (scrolls(e) || inside(e.parentElement));
     for (const e of article.querySelectorAll(":not(svg *, math *, code *)")) {
@@ -44,10 +45,36 @@ async ({ phone, scheme }) => {
       const off = numbers.offsetHeight - numbers.closest("tr").querySelector(".code pre").offsetHeight;
       if (numbers.checkVisibility() && Math.abs(off) > 1) about(numbers, `ends ${off} px off its code`);
     }
+    for (const heading of article.querySelectorAll("h1, h2, h3, h4")) {
+      const words = document.createRange();
+      words.selectNodeContents(heading);
+      if (heading.lastElementChild?.matches(".headerlink, .anchor-link")) words.setEndBefore(heading.lastElementChild);
+      const gap = Math.round(heading.getBoundingClientRect().bottom - words.getBoundingClientRect().bottom);
+      if (gap > parseFloat(style(heading).fontSize)) about(heading, `ends ${gap} px below its words`);
+    }
+    for (const button of phone ? article.querySelectorAll("pre > .md-code__nav > button") : []) {
+      const code = button.closest("pre").querySelector("code");
+      if (button.checkVisibility() && liesUnder(code, button)) about(code, "lies under its copy button");
+    }
     for (const link of article.querySelectorAll("svg a")) {
       const { width, height } = link.getBoundingClientRect();
       if (link.checkVisibility() && Math.min(width, height) < LINK) about(link, `is hard to hit, ${width} × ${height} px`);
     }
+  }
+
+  // Letter by letter, since spaces at a line's end hang out of it.
+  function liesUnder(code, button) {
+    const { left, bottom } = button.getBoundingClientRect(), walker = document.createTreeWalker(code, NodeFilter.SHOW_TEXT);
+    const letter = document.createRange();
+    while (walker.nextNode())
+      for (const { index } of walker.currentNode.data.matchAll(/\S/g)) {
+        letter.setStart(walker.currentNode, index);
+        letter.setEnd(walker.currentNode, index + 1);
+        const { right, top } = letter.getBoundingClientRect();
+        if (top > bottom - 2) return false;
+        if (right > left + 1) return true;
+      }
+    return false;
   }
 
   // --- colours --------------------------------------------------------------------------------------------------------
