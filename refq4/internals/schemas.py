@@ -30,6 +30,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Library.define and impl: about 3 µs a call on the way through, torch.library.custom_op about 12.
 library = torch.library.Library("refq4", "DEF")  # type: ignore[no-untyped-call]
 
+# tensors    canonical   packed, absmax, code; with double quantisation also absmax, code and offset of the scales
+#            otherwise   what the backend's prepare_weight gave
 WEIGHT = "Tensor[] tensors, str layout, SymInt[] shape, int blocksize, str quant_type, int blocksize2"
 CANONICAL = "canonical"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
