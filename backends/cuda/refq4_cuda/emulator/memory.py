@@ -125,13 +125,11 @@ class GlobalMemory:
             self.last_atomic[self.numbers[lanes] // self.block_size] = self.clock
         buffer, offset = self._one(address, element * count)
         if buffer is not None:
-            if buffer.writers is not None:
-                self._check_order(buffer, offset, lanes)
+            self._note_read(buffer, offset, lanes, element * count, strong)
             return buffer.view(element, count).take(offset // (element * count), axis=0)
         result = np.empty((len(address), count) if count > 1 else len(address), unsigned[element])
         for buffer, at, offset in self._each(address, lanes, element * count, "reads"):
-            if buffer.writers is not None:
-                self._check_order(buffer, offset, lanes[at])
+            self._note_read(buffer, offset, lanes[at], element * count, strong)
             result[at] = buffer.view(element, count)[offset // (element * count)]
         return result
 
@@ -140,15 +138,7 @@ class GlobalMemory:
         element, count = values.itemsize, values.shape[1] if values.ndim > 1 else 1
         self.clock += 1
         for buffer, at, offset in self._each(address, lanes, element * count, "writes"):
-            first = offset - (buffer.base - buffer.start)
-            clash = buffer.record(first, element * count, self.numbers[lanes[at]], self.clock)
-            if clash is not None:
-                raise Fault(
-                    RaceError,
-                    lanes[at][clash],
-                    f"writes byte {int(first[clash][0])} of {buffer.what}, which another thread writes too: a race",
-                    "look for two blocks or lanes that own the same output, or a missing tail mask",
-                )
+            self._note_write(buffer, offset, lanes[at], element * count, strong, values[at])
             buffer.view(element, count)[offset // (element * count)] = values[at]
         if strong:
             self.count_in(lanes)
@@ -162,6 +152,7 @@ class GlobalMemory:
         """
         found = np.empty(len(address), unsigned[size])
         for buffer, at, offset in self._each(address, lanes, size, "updates"):
+            self._note_write(buffer, offset, lanes[at], size, True, None)
             view, cells = buffer.view(size, 1), offset // size
             found[at] = before = view[cells]
             view[cells] = function(before, at)
@@ -186,9 +177,26 @@ class GlobalMemory:
         inside = k >= 0 and address - self.bases[k] < self.buffers[k].nbytes
         return f"{self.buffers[k].what} + {address - self.bases[k]}" if inside else None
 
-    def _check_order(self, buffer: Buffer, offset: np.ndarray, lanes: np.ndarray) -> None:
+    def _note_write(
+        self, buffer: Buffer, offset: np.ndarray, lanes: np.ndarray, size: int, strong: bool, values: np.ndarray | None
+    ) -> None:
+        """Raise if another thread writes here, too. An atomic has no ``values``, and may."""
+        if values is None:
+            return
+        first = offset - (buffer.base - buffer.start)
+        clash = buffer.record(first, size, self.numbers[lanes], self.clock)
+        if clash is not None:
+            raise Fault(
+                RaceError,
+                lanes[clash],
+                f"writes byte {int(first[clash][0])} of {buffer.what}, which another thread writes too: a race",
+                "look for two blocks or lanes that own the same output, or a missing tail mask",
+            )
+
+    def _note_read(self, buffer: Buffer, offset: np.ndarray, lanes: np.ndarray, size: int, strong: bool) -> None:
         """Raise if another block wrote here and no atomics stand between."""
-        assert buffer.writers is not None
+        if buffer.writers is None:
+            return
         first = offset - (buffer.base - buffer.start)
         writer = buffer.writers[first]
         theirs, ours = writer // self.block_size, self.numbers[lanes] // self.block_size

@@ -15,7 +15,7 @@ in order with one another, and what only they have written may be read at any ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -67,38 +67,14 @@ class OrderedMemory(GlobalMemory):
         self.clock += 1
         self.warp_syncs[lanes] = self.clock
 
-    def read(
-        self, address: np.ndarray, lanes: np.ndarray, element: int, count: int, strong: bool = False
-    ) -> np.ndarray:
-        values = super().read(address, lanes, element, count, strong)
-        for buffer, at, offset in self._each(address, lanes, element * count, "reads"):
-            shadow, (cells, who) = self.shadows[buffer.base], self._cells(offset, lanes[at], element * count)
-            plain = ~shadow.strong[cells]
-            self._require_order(shadow.writer, shadow.written, cells, who, plain, buffer, ("reads", "writes"))
-            if not strong:
-                self.clock += 1
-                shadow.read[cells], threads = self.clock, self.numbers[who]
-                shadow.high_reader[cells], shadow.low_reader[cells[::-1]] = threads, threads[::-1]
-        return values
-
-    def write(self, address: np.ndarray, lanes: np.ndarray, values: np.ndarray, strong: bool = False) -> None:
-        size = values.itemsize * (values.shape[1] if values.ndim > 1 else 1)
-        for buffer, at, offset in self._each(address, lanes, size, "writes"):
-            self._note_write(buffer, offset, lanes[at], size, strong, values[at])
-            view = buffer.view(values.itemsize, size // values.itemsize)
-            view[offset // size] = values[at]
-        if strong:
-            self.count_in(lanes)
-
-    def update(
-        self, address: np.ndarray, lanes: np.ndarray, size: int, function: Callable[[np.ndarray, Any], np.ndarray]
-    ) -> np.ndarray:
-        for buffer, at, offset in self._each(address, lanes, size, "updates"):
-            self._note_write(buffer, offset, lanes[at], size, True, None)
-        return super().update(address, lanes, size, function)
-
-    def _check_order(self, buffer: Buffer, offset: np.ndarray, lanes: np.ndarray) -> None:
-        """What the parent checks is part of the order here."""
+    def _note_read(self, buffer: Buffer, offset: np.ndarray, lanes: np.ndarray, size: int, strong: bool) -> None:
+        shadow, (cells, who) = self.shadows[buffer.base], self._cells(offset, lanes, size)
+        plain = ~shadow.strong[cells]
+        self._require_order(shadow.writer, shadow.written, cells, who, plain, buffer, ("reads", "writes"))
+        if not strong:
+            self.clock += 1
+            shadow.read[cells], threads = self.clock, self.numbers[who]
+            shadow.high_reader[cells], shadow.low_reader[cells[::-1]] = threads, threads[::-1]
 
     def _cells(self, offset: np.ndarray, lanes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         count = max(size // self.grain, 1)
