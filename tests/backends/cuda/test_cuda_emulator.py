@@ -208,6 +208,20 @@ def test_comparisons_with_a_nan_are_false_and_the_unordered_ones_true(name):
     assert_same(got, (plain | nan).astype("u4"))
 
 
+def test_the_rarer_ways_to_compare_and_to_multiply():
+    a, b = pairs(SPECIAL_F32)
+    less = a < b
+    assert_same(compute("set.lt.u32.f32 {0}, {1}, {2};", "u4", a, b), np.where(less, 2**32 - 1, 0).astype("u4"))
+    assert_same(compute("set.lt.f32.f32 {0}, {1}, {2};", "f4", a, b), less.astype("f4"))
+    assert_same(compute("testp.finite.f32 %p1, {1}; selp.u32 {0}, 1, 0, %p1;", "u4", a), np.isfinite(a).astype("u4"))
+    x, y = pairs(SPECIAL_U32)
+    wanted = np.where(y.view("i4") >= 0, x, ~x)
+    assert_same(compute("not.b32 %r1, {1}; slct.u32.s32 {0}, {1}, %r1, {2};", "u4", x, y.view("i4")), wanted)
+    low = np.uint32(2**24 - 1)
+    assert_same(compute("mul24.lo.u32 {0}, {1}, {2};", "u4", x, y), (x & low) * (y & low))
+    assert_same(compute("cnot.b32 {0}, {1};", "u4", x), (x == 0).astype("u4"))
+
+
 def every_rounding() -> np.ndarray:
     """Every bf16 number, and beside each the values at which its rounding from fp32 changes."""
     high = np.arange(2**16, dtype="u4") << np.uint32(16)

@@ -21,6 +21,7 @@ addresses in them are those of CPU tensors. ``docs/cuda-without-a-gpu.md`` says 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -223,35 +224,22 @@ def _execute(
     With ``args``, global memory is what they and the module's arrays span, and the order of all accesses is checked.
     """
     _check_launch(program, launch)
-    if not program.arrays:
-        return _all_blocks(program, launch, seed, checks, watcher, args)
-    with program.running:  # another thread's launch has the same arrays
+    with program.running if program.arrays else nullcontext():  # another thread's launch has the same arrays
         for array, initial in program.arrays.values():
             array[:] = np.frombuffer(initial, np.uint8)
-        return _all_blocks(program, launch, seed, checks, watcher, args)
-
-
-def _all_blocks(
-    program: Program,
-    launch: Launch,
-    seed: int | None,
-    checks: bool,
-    watcher: Watcher | None,
-    args: Sequence[Argument] | None,
-) -> list[int]:
-    regions = regions_of(program.kernel, args or (), program.arrays)
-    sizes = int(np.prod(launch.grid)), int(np.prod(launch.block))
-    if args is None:
-        memory = GlobalMemory(launch.buffers, *sizes, regions)
-    else:
-        memory = OrderedMemory((), *sizes, regions, smallest_global_access(program.kernel))
-    threads = -(-int(np.prod(launch.block)) // WARP) * WARP
-    counts = [0] * len(program.steps)
-    with np.errstate(all="ignore"):
-        for blocks in batches(int(np.prod(launch.grid)), max(LANES // threads, 1)):
-            batch = Batch(program, launch.grid, launch.block, blocks, launch.shared, launch.arguments, memory, checks)
-            Scheduler(batch, counts, seed, watcher).run()
-    return counts
+        regions = regions_of(program.kernel, args or (), program.arrays)
+        grid, block = launch.grid, launch.block
+        total, threads = int(np.prod(grid)), int(np.prod(block))
+        if args is None:
+            memory = GlobalMemory(launch.buffers, total, threads, regions)
+        else:
+            memory = OrderedMemory((), total, threads, regions, smallest_global_access(program.kernel))
+        counts, lanes = [0] * len(program.steps), -(-threads // WARP) * WARP
+        with np.errstate(all="ignore"):
+            for blocks in batches(total, max(LANES // lanes, 1)):
+                batch = Batch(program, grid, block, blocks, launch.shared, launch.arguments, memory, checks)
+                Scheduler(batch, counts, seed, watcher).run()
+        return counts
 
 
 MOST_SHARED = 227 * 1024  # of the largest GPU that the emulator knows, sm_90

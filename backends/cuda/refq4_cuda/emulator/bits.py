@@ -6,21 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from .integer import each, leading_zeros, shift_left, shift_right
+from .integer import constant, each, shift_left, shift_right
 from .semantics import Pure, dtype_of, family, pure
 
 Row = Any  # a numpy row, one element per lane
 U32, U64, S64 = np.uint32, np.uint64, np.int64
 
 
-def _clz(a: Row) -> Row:
+def _leading_zeros(a: Row) -> Row:
+    """clz. The exponent that frexp finds is exact: 32 bits fit into a double."""
     if a.itemsize == 4:
-        return leading_zeros(a)
+        return 32 - np.frexp(a.astype(np.float64))[1]
     high = (a >> U64(32)).astype(U32)
-    return np.where(high != 0, leading_zeros(high), 32 + leading_zeros(a.astype(U32)))
+    return np.where(high != 0, _leading_zeros(high), 32 + _leading_zeros(a.astype(U32)))
 
 
 for _bits in ("32", "64"):
+    pure(f"clz.b{_bits}", f"u32 = u{_bits}")(_leading_zeros)
     pure(f"popc.b{_bits}", f"u32 = u{_bits}")(lambda a: np.bitwise_count(a).astype(U32))
     pure(f"cnot.b{_bits}", f"u{_bits} = u{_bits}")(lambda a: (a == 0).astype(a.dtype))
 
@@ -29,7 +31,7 @@ def _highest_bit(a: Row, shift: bool) -> Row:
     """bfind: where the highest bit stands that differs from the sign; all ones if there is none."""
     unsigned = a.view(f"u{a.itemsize}")
     significant = np.where(a < 0, ~unsigned, unsigned) if a.dtype.kind == "i" else unsigned
-    zeros = _clz(significant).astype(np.int64)
+    zeros = _leading_zeros(significant).astype(np.int64)
     width = a.itemsize * 8
     place = zeros if shift else width - 1 - zeros
     return np.where(zeros == width, 0xFFFFFFFF, place).astype(U32)
@@ -75,12 +77,20 @@ for _kind in ("u32", "s32", "u64", "s64"):
     pure(f"bfe.{_kind}", f"{_kind} = {_kind} u32 u32")(_field)
 
 
-@pure("bfi.b64", "u64 = u64 u64 u32 u32")
-def _(field: Row, into: Row, position: Row, length: Row) -> Row:
-    position, length = np.minimum(position & 255, 64), np.minimum(length & 255, 64)
-    ones = np.where(length >= 64, ~U64(0), shift_left(np.ones(len(field), U64), length) - U64(1))
+def _insert(field: Row, into: Row, position: Row, length: Row) -> Row:
+    """bfi: the lowest ``length`` bits of the field, put into bits ``position`` and up; what sticks out is lost."""
+    width, whole = field.itemsize * 8, field.dtype.type
+    if (at := constant(position)) is not None and (many := constant(length)) is not None and at < width:
+        mask = whole(((1 << (many & 255)) - 1) << at & (1 << width) - 1)
+        return (field << whole(at) & mask) | (into & ~mask)
+    position, length = np.minimum(position & 255, width), np.minimum(length & 255, width)
+    ones = np.where(length >= width, ~whole(0), shift_left(np.ones(len(field), field.dtype), length) - whole(1))
     mask = shift_left(ones, position)
     return (shift_left(field, position) & mask) | (into & ~mask)
+
+
+for _kind in ("u32", "u64"):
+    pure(f"bfi.b{_kind[1:]}", f"{_kind} = {_kind} {_kind} u32 u32")(_insert)
 
 
 @pure("lop3.b32", "u32 = u32 u32 u32 u32")

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from .halves import decode_half
-from .integer import COMPARISONS
-from .semantics import Pure, family, pure
+from .semantics import Pure, family, flush, pure
 
-__all__: list[str] = []
+__all__ = ["complement"]
 
 Row = Any  # a numpy row, one element per lane
+COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+               "ge": np.greater_equal}  # fmt: skip
 _JOINS = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 _UNSIGNED_NAMES = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 
@@ -37,10 +38,6 @@ def _comparison(name: str) -> Callable[[Row, Row], Row] | None:
     return None
 
 
-def _ftz(a: Row) -> Row:
-    return np.where(np.abs(a) < np.float32(2.0**-126), np.float32(0), a)
-
-
 def _compare(name: str, kind: str, flushes: bool) -> tuple[str, Callable[[Row, Row], Row]] | None:
     """The type in which operands are read, and the comparison."""
     half = kind.removesuffix("x2")
@@ -51,13 +48,12 @@ def _compare(name: str, kind: str, flushes: bool) -> tuple[str, Callable[[Row, R
     if kind in ("f32", "f64"):
         if (compare := _comparison(name)) is None:
             return None
-        return kind, (lambda a, b: compare(_ftz(a), _ftz(b))) if flushes and kind == "f32" else compare
+        return kind, (lambda a, b: compare(flush(a), flush(b))) if flushes and kind == "f32" else compare
     plain = COMPARISONS.get(_UNSIGNED_NAMES.get(name, name))
     return None if plain is None else (kind.replace("b", "u"), plain)
 
 
-@family("setp")
-def _setp(parts: list[str]) -> Pure | None:
+def _setp(parts: list[str], negated: bool = False) -> Pure | None:
     """``setp.CmpOp{.BoolOp}{.ftz}.type``; the second result is made by the decoder, with ``complement``."""
     name, *middle, kind = parts[1:]
     join = next((_JOINS[part] for part in middle if part in _JOINS), None)
@@ -65,37 +61,29 @@ def _setp(parts: list[str]) -> Pure | None:
     if found is None or set(middle) - {*_JOINS, "ftz"}:
         return None
     read, compare = found
+    holds: Callable[[Row, Row], Row] = (lambda a, b: ~compare(a, b)) if negated else compare
     if join is None:
-        return Pure("pred", (read, read), compare)
-    return Pure("pred", (read, read, "pred"), lambda a, b, p: join(compare(a, b), p))
+        return Pure("pred", (read, read), holds)
+    return Pure("pred", (read, read, "pred"), lambda a, b, p: join(holds(a, b), p))
+
+
+family("setp")(_setp)
 
 
 def complement(opcode: str) -> Pure | None:
     """The second result of a setp with two: the comparison negated, then joined."""
-    name, *middle, kind = opcode.split(".")[1:]
-    found = _compare(name, kind, "ftz" in middle)
-    join = next((_JOINS[part] for part in middle if part in _JOINS), None)
-    if found is None:
-        return None
-    read, compare = found
-    if join is None:
-        return Pure("pred", (read, read), lambda a, b: ~compare(a, b))
-    return Pure("pred", (read, read, "pred"), lambda a, b, p: join(~compare(a, b), p))
+    return _setp(opcode.split("."), negated=True)
 
 
 @family("set")
 def _set(parts: list[str]) -> Pure | None:
     """``set.CmpOp{.BoolOp}{.ftz}.dtype.stype``: all ones, or 1.0, where the comparison holds."""
-    name, *middle, result, kind = parts[1:]
-    found = _compare(name, kind, "ftz" in middle)
-    join = next((_JOINS[part] for part in middle if part in _JOINS), None)
-    if found is None or result not in ("u32", "s32", "f32"):
+    *compared, result, kind = parts
+    found = _setp([*compared, kind]) if result in ("u32", "s32", "f32") else None
+    if found is None:
         return None
-    read, compare = found
     true = np.uint32(0x3F800000 if result == "f32" else 0xFFFFFFFF)
-    if join is None:
-        return Pure("u32", (read, read), lambda a, b: np.where(compare(a, b), true, np.uint32(0)))
-    return Pure("u32", (read, read, "pred"), lambda a, b, p: np.where(join(compare(a, b), p), true, np.uint32(0)))
+    return Pure("u32", found.sources, lambda *operands: np.where(found.function(*operands), true, np.uint32(0)))
 
 
 for _bits in ("16", "32", "64"):

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from .integer import COMPARISONS
 from .semantics import pure
 
-__all__ = ["canonical", "exact_fma_64", "from_bfloat", "fused_multiply_add", "rounded_to_odd", "to_bfloat", "to_half"]
+__all__ = [
+    "canonical", "exact_fma_64", "from_bfloat", "fused_multiply_add",
+    "rounded_to_odd", "to_bfloat", "to_half", "two_sum",
+]  # fmt: skip
 
 Row = Any  # a numpy row, one element per lane
 
@@ -40,14 +42,20 @@ def fused_multiply_add(a: Row, b: Row, c: Row) -> Row:
     product = a.astype(np.float64) * b
     total = product + c
     if not (total.view(np.uint64) & np.uint64((1 << 28) - 1)).all():
-        total = rounded_to_odd(total, product, c.astype(np.float64))
+        total = rounded_to_odd(product, c.astype(np.float64))
     return canonical(total.astype(np.float32))
 
 
-def rounded_to_odd(total: Row, x: Row, y: Row) -> Row:
-    """x + y in fp64, of which ``total`` is the sum rounded to nearest, rounded to odd instead."""
-    y_part = total - x
-    lost = (x - (total - y_part)) + (y - y_part)  # exact (Knuth's two-sum); a NaN where total is not finite
+def two_sum(x: Row, y: Row) -> tuple[Row, Row]:
+    """The sum, rounded to nearest, and what was rounded off, exact (Knuth); a NaN where the sum is not finite."""
+    total = x + y
+    part = total - x
+    return total, (x - (total - part)) + (y - part)
+
+
+def rounded_to_odd(x: Row, y: Row) -> Row:
+    """x + y in fp64, rounded to odd."""
+    total, lost = two_sum(x, y)
     bits = total.view(np.int64)
     move = (lost != 0) & np.isfinite(lost) & (bits & 1 == 0)
     step = np.where((lost > 0) == (total > 0), 1, -1)  # of the magnitude, towards what was lost
@@ -60,13 +68,9 @@ def exact_fma_64(a: Row, b: Row, c: Row) -> Row:
     a1, b1 = (v * 134217729.0 - (v * 134217729.0 - v) for v in (a, b))  # the upper 26 bits of each
     a2, b2 = a - a1, b - b1
     low = a2 * b2 - (((high - a1 * b1) - a2 * b1) - a1 * b2)
-    total = c + low
-    part = total - c
-    lost = (c - (total - part)) + (low - part)
-    upper = high + total
-    rest = upper - high
-    upper_lost = (high - (upper - rest)) + (total - rest)
-    result = upper + rounded_to_odd(upper_lost + lost, upper_lost, lost)
+    total, lost = two_sum(c, low)
+    upper, upper_lost = two_sum(high, total)
+    result = upper + rounded_to_odd(upper_lost, lost)
     return np.where(np.isfinite(result), result, a * b + c)  # overflow in between, infinities and NaN
 
 
@@ -94,25 +98,6 @@ pure("min.f32", "f32 = f32 f32")(_extreme(np.fmin, np.bitwise_or))
 pure("max.f32", "f32 = f32 f32")(_extreme(np.fmax, np.bitwise_and))
 pure("abs.f32", "u32 = u32")(lambda a: a & np.uint32(0x7FFFFFFF))
 pure("neg.f32", "u32 = u32")(lambda a: a ^ np.uint32(0x80000000))
-
-
-# --- comparisons: the plain ones are false for a NaN, those with a u are true -----------------------------------------
-
-
-def _either_nan(a: Row, b: Row) -> Row:
-    return np.isnan(a) | np.isnan(b)
-
-
-def _or_unordered(compare: Callable[..., Row]) -> Callable[..., Row]:
-    return lambda a, b: compare(a, b) | _either_nan(a, b)
-
-
-for name, compare in COMPARISONS.items():
-    ordered = compare if name != "ne" else (lambda a, b: (a < b) | (a > b))
-    pure(f"setp.{name}.f32", "pred = f32 f32")(ordered)
-    pure(f"setp.{name}u.f32", "pred = f32 f32")(_or_unordered(compare))
-pure("setp.nan.f32", "pred = f32 f32")(_either_nan)
-pure("setp.num.f32", "pred = f32 f32")(lambda a, b: ~_either_nan(a, b))
 
 
 # --- conversions ------------------------------------------------------------------------------------------------------

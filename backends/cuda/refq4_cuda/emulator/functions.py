@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .floating import canonical, exact_fma_64
+from .floating import canonical, exact_fma_64, two_sum
 from .semantics import pure
 
 __all__ = ["nudged"]
@@ -38,10 +38,8 @@ def nudged(mode: str, nearest: Row, error: Row) -> Row:
 
 
 def _sum_error(x: Row, y: Row, nearest: Row) -> Row:
-    """The sign of x + y - nearest, for fp64 x and y and an fp32 number (Knuth's two-sum gives the last part)."""
-    total = x + y
-    part = total - x
-    lost = (x - (total - part)) + (y - part)
+    """The sign of x + y - nearest, for fp64 x and y and an fp32 number."""
+    total, lost = two_sum(x, y)
     difference = total - nearest
     return np.where(difference != 0, difference, lost)
 

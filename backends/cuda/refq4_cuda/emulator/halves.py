@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .floating import HALF_NAN, from_bfloat, rounded_to_odd
+from .floating import HALF_NAN, from_bfloat, rounded_to_odd, to_bfloat
 from .semantics import Pure, family, pure
 
 __all__ = ["decode_half", "encode_half"]
@@ -35,17 +35,12 @@ def encode_half(values: Row, kind: str) -> Row:
         error = np.where(np.isfinite(cut), values - cut, 0.0)
         inexact = (error != 0) & (words & 1 == 0)
         away = np.where((error > 0) == (values > 0), 1, -1).astype(np.int32)
-        words = np.where(inexact, words + away, words).view(np.uint32)
-        bits = ((words + (np.uint32(0x7FFF) + (words >> np.uint32(16) & np.uint32(1)))) >> np.uint32(16)).astype("u2")
+        bits = to_bfloat(np.where(inexact, words + away, words).view(F32))
     return np.where(np.isnan(values), HALF_NAN, bits)
 
 
-def _sum(a: Row, b: Row) -> Row:
-    return rounded_to_odd(a + b, a, b)
-
-
 def _fma(a: Row, b: Row, c: Row) -> Row:
-    return _sum(a * b, c)  # the product of two halves is exact in fp64
+    return rounded_to_odd(a * b, c)  # the product of two halves is exact in fp64
 
 
 def _extreme(pick: Callable[..., Row], larger: bool) -> Callable[..., Row]:
@@ -60,8 +55,8 @@ def _extreme(pick: Callable[..., Row], larger: bool) -> Callable[..., Row]:
 
 
 _FUNCTIONS: dict[str, tuple[int, Callable[..., Row]]] = {
-    "add": (2, _sum),
-    "sub": (2, lambda a, b: _sum(a, -b)),
+    "add": (2, rounded_to_odd),
+    "sub": (2, lambda a, b: rounded_to_odd(a, -b)),
     "mul": (2, np.multiply),
     "fma": (3, _fma),
     "min": (2, _extreme(np.fmin, False)),

@@ -1,4 +1,4 @@
-"""Integers, bits, predicates and moves: wrap-around arithmetic, clamped shifts, comparisons, conversions."""
+"""Integers, predicates and moves: wrap-around arithmetic, clamped shifts, bytes chosen from a register."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from .semantics import dtype_of, pure
 
-__all__ = ["COMPARISONS"]
+__all__ = ["constant", "each", "shift_left", "shift_right"]
 
 Row = Any  # a numpy row, one element per lane
 SIZES = ("16", "32", "64")
@@ -67,7 +67,7 @@ each("div", "s u", divide)
 each("rem", "s u", lambda a, b: a - divide(a, b) * b)
 
 
-# --- shifts, fields, bytes --------------------------------------------------------------------------------------------
+# --- shifts, bytes ---------------------------------------------------------------------------------------------------
 
 
 def constant(row: Row) -> int | None:
@@ -96,18 +96,6 @@ each("shl", "b", shift_left, "{t} = {t} u32")
 each("shr", "s u", shift_right, "{t} = {t} u32")
 
 
-@pure("bfi.b32", "u32 = u32 u32 u32 u32")
-def _(field: Row, into: Row, position: Row, length: Row) -> Row:
-    """The lowest ``length`` bits of the field, put into bits ``position`` and up; what sticks out is lost."""
-    if (at := constant(position)) is not None and (many := constant(length)) is not None and at < 32:
-        mask = np.uint32(((1 << (many & 255)) - 1) << at & 0xFFFFFFFF)
-        return (field << np.uint32(at) & mask) | (into & ~mask)
-    position, length = position & 255, length & 255
-    ones = shift_left(np.ones(length.shape, np.uint64), length) - np.uint64(1)
-    mask = shift_left(ones.astype(np.uint32), position)
-    return (shift_left(field, position) & mask) | (into & ~mask)
-
-
 @pure("prmt.b32", "u32 = u32 u32 u32")
 def _(a: Row, b: Row, selector: Row) -> Row:
     """Each nibble of the selector picks one of the eight bytes of (b, a); its top bit asks for that byte's sign."""
@@ -117,42 +105,3 @@ def _(a: Row, b: Row, selector: Row) -> Row:
     if (nibbles & 8).any():
         picked = np.where(nibbles & 8, (picked >> 7) * np.uint8(255), picked)
     return picked.view(np.uint32)[:, 0]
-
-
-@pure("clz.b32", "u32 = u32")
-def leading_zeros(a: Row) -> Row:
-    """The exponent that frexp finds is exact: 32 bits fit into a double."""
-    return 32 - np.frexp(a.astype(np.float64))[1]
-
-
-@pure("clz.b64", "u32 = u64")
-def _(a: Row) -> Row:
-    high = (a >> np.uint64(32)).astype(np.uint32)
-    return np.where(high != 0, leading_zeros(high), 32 + leading_zeros(a.astype(np.uint32)))
-
-
-# --- comparisons ------------------------------------------------------------------------------------------------------
-
-COMPARISONS = {
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-}
-for name, compare in COMPARISONS.items():
-    each(f"setp.{name}", "b s u", compare, "pred = {t} {t}")
-
-
-# --- conversions ------------------------------------------------------------------------------------------------------
-
-
-def _converting(target: Any) -> Callable[[Row], Row]:
-    return lambda a: a.astype(target)
-
-
-_INTEGERS = [f"{kind}{size}" for kind in "us" for size in ("8", *SIZES)]
-for source in _INTEGERS:
-    for target in _INTEGERS:
-        pure(f"cvt.{target}.{source}", f"{target} = {source}")(_converting(dtype_of(target)))
