@@ -11,8 +11,8 @@ import html
 import re
 from collections import Counter
 
-SHORT = {"td": 27, "th": 8}  # characters that stay on one line: "70% of the dot-product peak"; "M = 1" as a heading
-BRIEF, NUMBER = 12, 22  # the same on a phone: "the read limit" breaks there, "3.247 (1.63x)" does not
+SHORT, SHORT_NUMBER = {"td": 22, "th": 8}, 27  # characters that stay on one line: "70% of the dot-product peak"
+BRIEF, BRIEF_NUMBER = 12, 22  # the same on a phone: "the read limit" breaks there, "3.247 (1.63x)" does not
 LONG_NAME = 29  # from here on a name in a cell may break; no environment variable is as long
 NAME_ON_A_PHONE = 14  # the same on a phone
 LONGEST_IN_PROSE, LONGEST_IN_A_HEADING = 40, 20  # characters in a phone's line
@@ -52,7 +52,8 @@ def _cell(match: re.Match[str]) -> str:
         return match[0]
     content = _CODE.sub(lambda code: code[0].replace(r"\|", "|"), content)  # as GitHub shows it
     text = html.unescape(_TAG.sub("", content)).strip()
-    most = {"short": SHORT[tag], "brief": NUMBER if text.lstrip("-")[:1].isdigit() else BRIEF}
+    number = text.lstrip("-")[:1].isdigit()
+    most = {"short": SHORT_NUMBER if number else SHORT[tag], "brief": BRIEF_NUMBER if number else BRIEF}
     kinds = [kind for kind, longest in most.items() if len(text) <= longest]
     kinds += ["name"] if _NAME_ALONE.fullmatch(content) else []
     attributes = f' class="{" ".join(kinds)}"{attributes}' if kinds else attributes
