@@ -11,7 +11,8 @@ them, too.
 
 With ``--device cuda`` the same on a GPU, by its own clock, launched from Python and replayed from a CUDA graph.
 
-Files: ``peers`` (who is measured), ``measure`` and ``gpu`` (how), ``show`` (tables), ``plot`` (pictures), ``command``.
+Files: ``peers`` and ``ggml`` (who is measured), ``measure`` and ``gpu`` (how), ``show`` (tables), ``plot`` (pictures),
+``command``.
 Not here: correctness, which is ``python -m refq4 verify``.
 """
 

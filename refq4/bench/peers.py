@@ -10,6 +10,7 @@ torch bf16, torch fp32  nn.functional.linear on the unquantised weight
 torch int4              torch._weight_int4pack_mm_for_cpu, groups of 64
 onnxruntime             MatMulNBits, 4 bits, blocks of 64, its fp32 kernel (x is cast): needs onnxruntime and onnx
 openvino                i4 weights, groups of 64, fp16 scales; computes in bf16 where it can: needs openvino
+llama.cpp q4_0 int8     q4_0: blocks of 32, fp16 scales; rounds activations to int8: needs llama-cpp-python
 
 on a GPU
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from ..functional import dequantize_4bit, quantize_4bit
 from ..nn import Linear4bit
 from ..registry import use_backend
+from .ggml import Q4Products
 
 __all__ = [
     "DEVICE_DTYPES",
@@ -177,6 +179,10 @@ def _openvino(backend: str, weights: list[Tensor], dtype: torch.dtype) -> Produc
     return lambda x, i: requests[i][0].infer([x.float().numpy()], share_inputs=True, share_outputs=True)
 
 
+def _llama_cpp(backend: str, weights: list[Tensor], dtype: torch.dtype) -> Product:
+    return Q4Products(weights)
+
+
 PEERS = (
     Peer("refq4", _refq4(train=False)),
     Peer("refq4 canonical", _refq4(train=True)),
@@ -187,6 +193,7 @@ PEERS = (
     Peer("torch int4", _torch_int4),
     Peer("onnxruntime", _onnxruntime, usual=False),
     Peer("openvino", _openvino, usual=False),
+    Peer("llama.cpp q4_0 int8", _llama_cpp, usual=False),
 )
 GPU_PEERS = (
     Peer("refq4", _refq4(train=False)),

@@ -24,6 +24,7 @@ PEERS = (
     "torch int4",
     "onnxruntime",
     "openvino",
+    "llama.cpp q4_0 int8",
 )
 GPU_PEERS = ("refq4", "bitsandbytes", "torch bf16", "dequantize + torch")
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 
 import cpu_rungs  # noqa: E402 (the scripts are no package)
 
-CPU, AVX2, RUNGS, ZEN5, ZEN5_FP16, ZEN5_FP32, MODEL = (
+CPU, AVX2, RUNGS, ZEN5, ZEN5_FP16, ZEN5_FP32, LLAMA, MODEL = (
     json.loads((ROOT / "docs" / "benchmarks" / f"{name}.json").read_text())
     for name in (
         "cpu",
@@ -38,6 +38,7 @@ CPU, AVX2, RUNGS, ZEN5, ZEN5_FP16, ZEN5_FP32, MODEL = (
         "cpu-zen5",
         "cpu-zen5-fp16",
         "cpu-zen5-fp32",
+        "cpu-zen5-llama",
         "rungs/cpu-zen5-model",
     )
 )
@@ -137,6 +138,17 @@ def test_the_rows_of_a_layer_in_short_are_those_of_the_file():
         assert ours == to_digits_of(ours, times(CPU, int(m))["refq4"])
         for who, printed in zip(("bitsandbytes packed", "torch int4", "torch bf16"), others, strict=True):
             assert printed == to_digits_of(printed, ratio(CPU, who, int(m))), (m, who)
+
+
+def test_the_ratios_of_llama_cpp_are_those_of_the_file():
+    text = (ROOT / BENCHMARKS).read_text().partition("\n## Beside llama.cpp\n")[2].partition("\n## ")[0]
+    found: dict[str, str] = {}
+    for row in LLAMA["products"]:
+        n, k, m = row["n"], row["k"], row["m"]
+        found.setdefault(f"{n} × {k}", "")
+        found[f"{n} × {k}"] += f" {ratio(LLAMA, 'llama.cpp q4_0 int8', m, n, k):.2f}× |"
+    assert re.findall(r"^\| (\d+ × \d+) \|(.* \|)$", text, re.M) == list(found.items())
+    assert f"| N × K |{''.join(f' {m} |' for m in dict.fromkeys(row['m'] for row in LLAMA['products']))}\n" in text
 
 
 def to_digits_of(printed: str, figure: float) -> str:
