@@ -81,8 +81,9 @@ picture.show(
 # positive side, and so does every NF4 file since: this is a convention, nothing in the weights asks for it.
 #
 # So the two halves are spaced separately: eight steps above zero, seven below. How far from the ends is half a slice?
-# Of 16 equal slices, one for each number, half a slice is 1/32. Of 15, if the zero counted for both halves, it is 1/30.
-# NF4 takes the mean of the two at both ends. Divided by the outermost number, the ends become 1 and -1.
+# Of 16 equal slices, one for each number, half a slice is 1/32. Two halves of eight numbers that share the zero have 15
+# different numbers, and half of a fifteenth is 1/30. NF4 takes the mean of 1/32 and 1/30 at both ends. Divided by the
+# outermost number, the ends become 1 and -1.
 
 # %%
 # half a slice in from the end: of 16 slices, or of 15

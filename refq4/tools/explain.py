@@ -41,7 +41,7 @@ class Explanation(Shown):
         reference_error: the same for the reference backend in the input's dtype.
         allowed: the smallest allowance of the error budget over the outputs, in the input's dtype.
         largest_output: the largest magnitude of an output, to set the errors beside.
-        bytes_moved: bytes by operand: "weight", "scales", "input", "bias", "output".
+        bytes_moved: bytes by operand, the weight as it is stored: "weight", "scales", "input", "bias", "output".
         flops: 2 * M * N * K.
 
     Example:
@@ -76,7 +76,7 @@ class Explanation(Shown):
             what = "this is the rounding of kernel and casts; those of the reference and the budget have no casts"
         yield f"both sides use the same 4-bit weight: {what}"
         yield "what 4 bits cost a model: python -m refq4 eval, python -m refq4 tour"
-        yield f"bytes to move: {total:,} ({parts})"
+        yield f"bytes to move, as stored: {total:,} ({parts})"
         yield f"flops: {self.flops:,}, {self.flops / max(total, 1):.2f} a byte"
 
 
