@@ -19,8 +19,8 @@ def add(commands: Any) -> None:
         help="show the seven steps of one call, for a shape, a dtype and a backend",
         description="Make a random layer of weight [N, K], run M tokens through it, and show each step of the second "
         "call with its decision and its reason, the error against fp64, and the bytes moved. Both sides of the error "
-        "use the same 4-bit weight, so it is the rounding of the kernel, and of casts in steps 5 and 7 if there are any; "
-        "what 4 bits cost a model is measured by 'eval' and 'tour'.",
+        "use the same 4-bit weight, so it is the rounding of the kernel, and of casts in steps 5 and 7 if there are "
+        "any; what 4 bits cost a model is measured by 'eval' and 'tour'.",
         epilog=options.examples(
             "python -m refq4 explain 4096x11008",
             "python -m refq4 explain 4096x4096 --tokens 16 --dtype bfloat16 --backend cpu",
