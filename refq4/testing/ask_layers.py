@@ -16,7 +16,7 @@ from ..registry import use_backend
 from ..state import QuantState
 from ..trace import Trace, trace
 from .asked import Asked, one_nan
-from .budget import Budget, assert_same_bits, error_budget
+from .budget import Budget, assert_same_bits, error_budget, product_budget
 from .diagnose import diagnose_product
 
 
@@ -34,7 +34,8 @@ def ask_forward(asked: Asked) -> None:
     _same_decisions(t, expected)
     budget = error_budget(asked.x, layer.weight.stored(), layer.weight.quant_state, layer.bias, backend=asked.against)
     assert_same_bits(reference, budget.reference, "the judge's layer and its product")
-    hint = lambda: diagnose_product(got, asked.x, layer.weight.stored(), layer.weight.quant_state, layer.bias)  # noqa: E731
+    stored, state = layer.weight.stored(), layer.weight.quant_state
+    hint = lambda: diagnose_product(got, budget, asked.x, stored, state, layer.bias)  # noqa: E731
     asked.product_within(budget, got, "layer's output", hint)
     assert_same_bits(asked.x.contiguous(), x.contiguous(), "the caller's activations afterwards")
     for key, value in layer.state_dict().items():
@@ -58,9 +59,11 @@ def ask_backward(asked: Asked) -> None:
         got = _gradients(asked, B, state, g, asked.backend)
     asked.ran_here(t)
     W = codec.dequantize_4bit(state.packed_weight(B), torch.float32, asked.against)
-    exact = [g.double() @ W.double(), g.double().sum(0)]
-    for name, mine, theirs, true in zip(("grad_A", "grad_bias"), got, wanted, exact, strict=False):
-        asked.product_within(Budget.of(true, theirs, theirs.dtype), mine, name, str)
+    budgets = [product_budget(g.double() @ W.double(), wanted[0], g, W.t())]
+    if len(wanted) > 1:
+        budgets.append(Budget.of(g.double().sum(0), wanted[1], wanted[1].dtype))
+    for name, mine, budget in zip(("grad_A", "grad_bias"), got, budgets, strict=False):
+        asked.product_within(budget, mine, name, str)
 
 
 def _gradients(asked: Asked, B: Tensor, state: QuantState, g: Tensor, backend: str) -> list[Tensor]:

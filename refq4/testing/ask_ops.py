@@ -92,7 +92,7 @@ def ask_product(asked: Asked) -> None:
         got = dispatch.product(case.check, asked.x, state.packed_weight(B), asked.bias, asked.backend)
     asked.ran_here(t)
     budget = error_budget(asked.x, B, state, asked.bias, backend=asked.against)
-    asked.product_within(budget, got, "product", lambda: diagnose_product(got, asked.x, B, state, asked.bias))
+    asked.product_within(budget, got, "product", lambda: diagnose_product(got, budget, asked.x, B, state, asked.bias))
 
 
 def ask_grouped(asked: Asked) -> None:
@@ -127,7 +127,7 @@ def ask_own_layout(asked: Asked) -> None:
         got = dispatch.product(op, asked.x, prepared, asked.bias, prepared.backend)
     asked.ran_here(t)
     budget = error_budget(asked.x, B, state, asked.bias, backend=asked.against)
-    hint = lambda: diagnose_product(got, asked.x, B, state, asked.bias)  # noqa: E731
+    hint = lambda: diagnose_product(got, budget, asked.x, B, state, asked.bias)  # noqa: E731
     asked.product_within(budget, got, "product on the prepared weight", hint)
     restored = engine.restore_weight(prepared)
     assert_same_bits(restored.packed, weight.packed, "packed bytes after prepare and restore")

@@ -31,7 +31,7 @@ class Outcome:
         status: "same", "differs", "refused" (the backend said it can't), or "no such thing" (an optional part it
             does not have).
         message: what differs and where, or the backend's reason.
-        hint: the bug that would give exactly these numbers, where one is known.
+        hint: the bug that would give exactly these numbers, where one is known, or that it is a matter of rounding.
         error: for products, the largest error as a fraction of what is allowed (above 1: it fails).
         ulps: for products, each element's error in units in the last place, int64 [5]: up to 1/2, 1, 2, 8, more.
 

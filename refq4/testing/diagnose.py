@@ -3,7 +3,9 @@
 A comparison says where two results differ. The person who reads it wants to know why, and most first versions of a
 kernel go wrong in one of a dozen ways. Each way is a hypothesis that can be computed: the weight with its nibbles
 swapped, with the offset of its scales forgotten, the product without its bias. If the result under test is what such
-a hypothesis gives, the message says so; if none fits, it says nothing.
+a hypothesis gives, the message says so. A product must also be much nearer to the hypothesis than to the right result:
+in many cases a bug changes nothing, and then it explains nothing. An error just above its budget that no bug explains
+is one of rounding, and the message says that.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from .. import layout
 from ..codebooks import get_codebook
 from ..internals.blockwise import decode_scales
 from ..state import QuantState
+from .budget import Budget
 from .cases import Case
+
+MUCH_NEARER, JUST_ABOVE = 4, 2  # times
 
 __all__ = ["diagnose_product", "diagnose_quantised"]
 
@@ -52,16 +57,20 @@ def diagnose_quantised(got: Tensor, wanted: Tensor, W: Tensor, absmax: Tensor, c
     return where, _likely(_wrong_bytes(wanted, W, absmax, case), lambda bytes_: torch.equal(bytes_, got))
 
 
-def diagnose_product(got: Tensor, x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None) -> str:
+def diagnose_product(got: Tensor, budget: Budget, x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None) -> str:
     """The bugs that would give this product, as a line, or "" if no known one does."""
-    if got.dim() == 0 or got.shape[-1] != (state.shape or (0,))[0]:
+    if got.shape != budget.oracle.shape or not got.numel():
         return ""
-    size = float(got.double().abs().nan_to_num().max()) if got.numel() else 0.0
-    close = 1e-4 if got.dtype == torch.float32 else 4 * torch.finfo(got.dtype).eps
-    return _likely(
-        _wrong_products(x.double(), B, state, bias),
-        lambda product: bool(((got.double() - product).abs() <= close * size).all()),
-    )
+    size = float(got.double().abs().nan_to_num().max())
+    close = size * (1e-4 if got.dtype == torch.float32 else 4 * torch.finfo(got.dtype).eps)
+    error = (got.double() - budget.oracle).abs()
+    close = min(close, float(error.max()) / MUCH_NEARER)
+    products = _wrong_products(x.double(), B, state, bias)
+    bug = _likely(products, lambda product: bool(((got.double() - product).abs() <= close).all()))
+    share = float((error / budget.allowed).max())
+    if bug or not 1 < share < JUST_ABOVE:
+        return bug
+    return f"no known bug gives this; at {share:.2f} of what is allowed, look at roundings and at the order of the sum"
 
 
 def _likely(hypotheses: Iterator[tuple[str, Tensor]], fits: Callable[[Tensor], bool]) -> str:

@@ -225,10 +225,13 @@ class Report(Shown):
     def _verdict(self) -> str:
         """The last line. A check in which every case was refused has shown nothing, and the line says so."""
         asked = [c for c in self.checks if c.cases]
-        shown = [c for c in asked if c.cases > c.refused.total()]
-        verdict = f"{self.backend} {'agrees with' if self.agrees else 'DIFFERS from'} {self.against}"
-        refused = f" in {len(shown)} of {len(asked)} checks; it refused all cases of the others"
-        return verdict + refused * (0 < len(shown) < len(asked))
+        ran = [c for c in asked if c.cases > c.refused.total()]
+        if differ := sum(c.differs > 0 for c in ran):
+            of = f"{len(ran)} checks" if ran == asked else f"the {len(ran)} checks that it ran (of {len(asked)})"
+            return f"{self.backend} DIFFERS from {self.against} in {differ} of {of}"
+        refused = f" in {len(ran)} of {len(asked)} checks; it refused all cases of the others"
+        verdict = "agrees with" if self.agrees else "DIFFERS from"
+        return f"{self.backend} {verdict} {self.against}{refused * (0 < len(ran) < len(asked))}"
 
 
 def verify(
