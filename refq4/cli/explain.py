@@ -6,7 +6,7 @@ import argparse
 import warnings
 from typing import Any
 
-from . import options
+from . import imports, options
 from .console import show
 
 __all__ = ["add"]
@@ -37,6 +37,7 @@ def add(commands: Any) -> None:
     command.add_argument("--seed", type=int, default=0, help="seed of the random weight and tokens (%(default)s)")
     options.add_format(command, compute_dtype="that of the tokens")
     options.add_backend(command)
+    imports.add(command)
     options.add_json(command)
     command.set_defaults(run=_run)
 
@@ -48,6 +49,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from ..registry import requested_backend, use_backend
     from ..tools.explain import explain
 
+    imports.run(arguments.imports)
     (n, k), m = arguments.shape, arguments.tokens
     if m < 1:
         raise ValueError(f"--tokens {m}: at least one token is wanted")

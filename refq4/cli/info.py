@@ -8,7 +8,7 @@ import platform
 from typing import Any
 
 from .. import __version__
-from . import options
+from . import imports, options
 from .console import print_json
 
 __all__ = ["add"]
@@ -17,6 +17,7 @@ __all__ = ["add"]
 def add(commands: Any) -> None:
     """The subcommand."""
     command = commands.add_parser("info", help="list the backends of this machine, and why each is or isn't available")
+    imports.add(command)
     options.add_json(command)
     command.set_defaults(run=_info)
 
@@ -27,6 +28,7 @@ def _info(arguments: argparse.Namespace) -> int:
     from ..codebooks import codebook_names, get_codebook
     from ..internals.verbatim import console
 
+    imports.run(arguments.imports)
     info = _gather_info()
     if arguments.json:
         print_json(info)

@@ -465,6 +465,8 @@ def test_an_import_that_brings_no_backend_is_an_error_that_says_so(text, says, t
     if text is not None:
         path.write_text(text)
     assert cli.main(["verify", "--import", str(path), "--backend", "reference", "--quick"]) == 1
+    for command in (["explain", "4x32"], ["info"]):
+        assert cli.main([*command, "--import", str(path)]) == 1
     assert re.search(rf"--import .*brings_nothing\.py: .*{says}", capsys.readouterr().err)
 
 

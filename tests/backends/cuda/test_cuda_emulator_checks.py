@@ -128,12 +128,12 @@ REFUSED = {
         "ld.shared.u32 %r3, [%rd5];",
     ),
     "another warp's word after a mere __syncwarp": (
-        emulator.RaceError, r"missing __syncthreads\(\)",
+        emulator.RaceError, r"The other access: PTX line \d+:  st\.shared\.u32 .*\n.*missing __syncthreads\(\)",
         TO_ROOM + STORE + "bar.warp.sync -1; xor.b32 %r2, %r0, 32; mul.wide.s32 %rd5, %r2, 4; add.s64 %rd5, %rd1, %rd5;"
         "ld.shared.u32 %r3, [%rd5];",
     ),
     "a word overwritten while another thread may still read it": (
-        emulator.RaceError, "writes shared byte 0, read by thread",
+        emulator.RaceError, r"writes shared byte 0, read by thread[\s\S]*The other access: PTX line \d+:  ld\.shared",
         TO_ROOM + STORE + "bar.sync 0; ld.shared.u32 %r3, [%rd1]; setp.eq.s32 %p1, %r0, 40;"
         "@%p1 st.shared.u32 [%rd1], %r0;",
     ),

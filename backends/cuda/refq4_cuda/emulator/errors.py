@@ -61,8 +61,11 @@ class Fault(Exception):  # noqa: N818 (it is caught, named and raised as one of 
         lanes: the batch's lanes at fault; the first one is named.
         what: what happened, as the end of a sentence that starts with the thread's name.
         look: what to look for in the source.
+        other: the instruction that made the other access of a race, where it is known.
     """
 
-    def __init__(self, kind: type[EmulatorError], lanes: np.ndarray, what: str, look: str) -> None:
+    def __init__(
+        self, kind: type[EmulatorError], lanes: np.ndarray, what: str, look: str, other: int | None = None
+    ) -> None:
         super().__init__(what)
-        self.kind, self.lanes, self.what, self.look = kind, lanes, what, look
+        self.kind, self.lanes, self.what, self.look, self.other = kind, lanes, what, look, other

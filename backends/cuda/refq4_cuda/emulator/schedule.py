@@ -97,6 +97,7 @@ class Scheduler:
                         return
                     s, many = m.selection(lanes), len(lanes)
                 counts[pc] += many
+                m.shared.instruction = pc
                 if watcher:
                     watcher(m, pc, s, False)
                 step(m, s)
@@ -222,14 +223,19 @@ class Scheduler:
         )
 
     def _error(self, pc: int, fault: Fault) -> EmulatorError:
-        m, instruction = self.m, self.program.kernel.code[pc]
-        (x, y, z), thread = m.where(int(fault.lanes[0]))
-        source = f" ({instruction.source})" if instruction.source else ""
+        (x, y, z), thread = self.m.where(int(fault.lanes[0]))
         others = f" (and {len(fault.lanes) - 1} more)" if len(fault.lanes) > 1 else ""
         return fault.kind(
-            f"kernel {self.program.kernel.name}, PTX line {instruction.line}{source}:  {instruction.text}\n"
-            f"block ({x}, {y}, {z}), thread {thread}{others} {fault.what}.\n{fault.look[0].upper()}{fault.look[1:]}."
+            f"kernel {self.program.kernel.name}, {self._place(pc)}\n"
+            f"block ({x}, {y}, {z}), thread {thread}{others} {fault.what}.\n"
+            f"{'' if fault.other is None else f'The other access: {self._place(fault.other)}' + chr(10)}"
+            f"{fault.look[0].upper()}{fault.look[1:]}."
         )
+
+    def _place(self, pc: int) -> str:
+        instruction = self.program.kernel.code[pc]
+        source = f" ({instruction.source})" if instruction.source else ""
+        return f"PTX line {instruction.line}{source}:  {instruction.text}"
 
 
 def _joined(some: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ as written by that thread at that moment, and other threads still need a barrier
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,8 @@ class Shared:
         self.views |= {(n, c): self.views[n, 1].reshape(-1, c) for n in (1, 2, 4, 8) for c in (2, 4) if n * c <= 16}
         self.origin = np.repeat(np.arange(blocks, dtype=np.int64) * self.stride, lanes)
         self.checks, self.grain = checks, grain
-        self.clock = 0
+        self.clock, self.instruction = 0, 0  # the scheduler keeps the instruction that is running
+        self.history = array("i", [0])  # at each tick of the clock, the instruction
         self.atomic: np.ndarray | None = None  # per grain: whether an atomic wrote it last; made with the first one
         self.lane = np.arange(blocks * lanes, dtype=np.int64)
         if checks:
@@ -118,7 +120,7 @@ class Shared:
                 self._check_writer(grains[plain], lanes[plain])
             for readers in (self.low_reader, self.high_reader):
                 self._refuse(readers[grains], grains, lanes, "updates", "read")
-            self.clock += 1
+            self._tick()
             self.writer[grains], self.atomic[grains] = self.clock << LANE_BITS | lanes, True
         view = self.views[size, 1]
         before = view[at // size]
@@ -147,7 +149,7 @@ class Shared:
         """Wait for all groups but the ``newest`` ones, or (None) for every copy, committed or not."""
         waiting = np.zeros(len(self.commits), bool)
         waiting[s] = True
-        self.clock += 1
+        self._tick()
         left = []
         for copy in self.copies:
             done = waiting[copy.lanes]
@@ -167,13 +169,13 @@ class Shared:
 
     def barrier(self, s: Any) -> None:
         """Every thread of the blocks in ``s`` has arrived."""
-        self.clock += 1
+        self._tick()
         self.block_barrier[s] = self.warp_barrier[s] = self.clock << LANE_BITS
         self.oldest_barrier = int(self.block_barrier.min())
 
     def warp_sync(self, s: Any) -> None:
         """Every thread of the warps in ``s`` has arrived."""
-        self.clock += 1
+        self._tick()
         self.warp_barrier[s] = self.clock << LANE_BITS
 
     # --- checks -----------------------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ class Shared:
 
     def _check_read(self, grains: np.ndarray, lanes: np.ndarray) -> None:
         self._check_writer(grains, lanes)
-        self.clock += 1
+        self._tick()
         stamp = self.clock << LANE_BITS | lanes
         self.high_reader[grains] = stamp
         self.low_reader[grains[::-1]] = stamp[::-1]
@@ -237,7 +239,7 @@ class Shared:
             before = shadow[grains]
             if int(before.max()) >= self.oldest_barrier:
                 self._refuse(before, grains, lanes, "writes", verb)
-        self.clock += 1
+        self._tick()
         stamp = self.clock << LANE_BITS | lanes
         self.writer[grains] = stamp
         if self.atomic is not None:
@@ -258,8 +260,14 @@ class Shared:
                 RaceError,
                 lanes[wrong],
                 f"{does} shared byte {byte}, {verb} by thread {thread} with no barrier between: a race",
-                f"look for a missing {barrier} between the two",
+                f"look for a missing {barrier} between the two, in a loop also at its end: they may be of different "
+                "rounds",
+                self.history[int(before[wrong][0] & ~PENDING) >> LANE_BITS],
             )
+
+    def _tick(self) -> None:
+        self.clock += 1
+        self.history.append(self.instruction)
 
     def _byte(self, grains: np.ndarray) -> int:
         return int(grains[0]) * self.grain % self.stride
