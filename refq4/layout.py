@@ -124,4 +124,5 @@ def from_storage(stored: Tensor, numel: int) -> Tensor:
         >>> stored.shape, from_storage(stored, 5).tolist()
         (torch.Size([1, 1]), [1, 2, 3])
     """
-    return stored.reshape(-1).view(torch.uint8)[: packed_bytes(numel)]
+    flat = stored.reshape(-1)  # vmap of torch 2.8 stops at any view(dtype)
+    return (flat if flat.dtype is torch.uint8 else flat.view(torch.uint8))[: packed_bytes(numel)]

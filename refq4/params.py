@@ -289,7 +289,8 @@ class Params4bit(Preparable, nn.Parameter):
         return self._like(part, slice_state(self.quant_state, int(start), int(stop)) if part.is_contiguous() else None)
 
 
-_SPLITTERS = {torch.chunk, torch.split, torch.Tensor.chunk, torch.Tensor.split}
+# A dict, for Dynamo of torch 2.8, as in internals/prepared.py.
+_SPLITTERS = dict.fromkeys((torch.chunk, torch.split, torch.Tensor.chunk, torch.Tensor.split))
 
 
 def _rebuild_params4bit(data: Tensor, requires_grad: bool, settings: dict[str, Any]) -> Params4bit:

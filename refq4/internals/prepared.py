@@ -156,9 +156,6 @@ class Preparable(Tensor):
         """Before a torch function sees prepared parameters of this class: restore them, if it reads them."""
         if func in _ABOUT:
             return
-        if func is _SET_DATA:
-            args[0]._form, args[0]._restores = None, 0
-            return
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, cls) and tensor.prepared and not _dynamo_asks():
                 tensor.restore()
@@ -185,13 +182,13 @@ def _dynamo_asks() -> bool:
 
 
 _lock = threading.RLock()
-_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _PROPERTIES = (
     "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_meta is_cuda is_cpu is_sparse is_quantized "
     "itemsize nbytes _backward_hooks"
 )
 _METHODS = "size dim numel nelement element_size is_floating_point is_complex requires_grad_ is_inference __hash__"
-# What a placeholder answers as well as the bytes would.
-_ABOUT = {getattr(Tensor, name).__get__ for name in _PROPERTIES.split()} | {
-    getattr(Tensor, name) for name in _METHODS.split()
+# What a placeholder answers as well as the bytes would. A dict, because Dynamo of torch 2.8 traces no `in` for a set of
+# functions.
+_ABOUT = {getattr(Tensor, name).__get__: None for name in _PROPERTIES.split()} | {
+    getattr(Tensor, name): None for name in _METHODS.split()
 }
