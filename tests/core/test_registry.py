@@ -249,8 +249,7 @@ def twice_known(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delitem(sys.modules, "twice_known", raising=False)
     point = EntryPoint("twice", "twice_known:Mine", "refq4.backends")
     monkeypatch.setattr(discovery, "entry_points", lambda group: [point])
-    monkeypatch.setattr(discovery, "_entries", None)
-    monkeypatch.setattr(discovery, "_ordered", None)
+    discovery.restore_entries(discovery.installed())
 
 
 def test_the_error_for_an_unknown_backend_says_how_one_becomes_known():
@@ -264,8 +263,7 @@ def test_auto_imports_nothing_that_it_may_not_take(monkeypatch):
         "refq4.backends.by_name": [EntryPoint("away", "no_such_module:Backend", "refq4.backends.by_name")],
     }
     monkeypatch.setattr(discovery, "entry_points", lambda group: points[group])
-    monkeypatch.setattr(discovery, "_entries", None)
-    monkeypatch.setattr(discovery, "_ordered", None)
+    discovery.restore_entries(discovery.installed())
     assert refq4.list_backends() == ["reference", "away"]
     F.quantize_4bit(torch.ones(64))
     assert discovery.known_entries()["away"].problem is None, "it has not been imported"
@@ -279,8 +277,7 @@ def test_a_plug_in_that_fails_to_import_is_listed_with_its_error_and_breaks_noth
         EntryPoint("reference", "refq4.reference:ReferenceBackend", "refq4.backends"),
     ]
     monkeypatch.setattr(discovery, "entry_points", lambda group: points)
-    monkeypatch.setattr(discovery, "_entries", None)
-    monkeypatch.setattr(discovery, "_ordered", None)
+    discovery.restore_entries(discovery.installed())
     assert refq4.list_backends() == ["broken", "reference"]
     info = refq4.backend_info("broken")
     assert not info["available"]
@@ -304,8 +301,7 @@ def test_a_plug_in_that_fails_when_asked_whether_it_is_available_is_listed_with_
 
 def test_an_uninstalled_checkout_finds_no_backends_and_hints_at_installing(monkeypatch):
     monkeypatch.setattr(discovery, "entry_points", lambda group: [])
-    monkeypatch.setattr(discovery, "_entries", None)
-    monkeypatch.setattr(discovery, "_ordered", None)
+    discovery.restore_entries(discovery.installed())
     with pytest.raises(refq4.BackendUnavailableError, match=re.escape(remedies.install())):
         F.quantize_4bit(torch.ones(64))
     with pytest.raises(refq4.UnknownBackendError, match=re.escape(remedies.install())):
