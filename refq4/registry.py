@@ -1,4 +1,4 @@
-"""Choose a backend, find the one that runs a call, and say why.
+"""Choose a backend, find the one that runs a call, say why, and let it run.
 
 A backend can be chosen in five places; the first that is set is used:
 
@@ -17,7 +17,8 @@ public names are imported from here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -43,6 +44,7 @@ from .internals.discovery import (
     restore_entries,
     unregister_backend,
 )
+from .trace import OpRecord, current
 
 __all__ = [
     "AUTO",
@@ -59,6 +61,7 @@ __all__ = [
     "registered",
     "requested_backend",
     "resolve",
+    "run_op",
     "set_backend",
     "unregister_backend",
     "use_backend",
@@ -209,6 +212,26 @@ def resolve(call: Call, requested: str) -> Resolved:
     if not entries:
         raise BackendUnavailableError(not_installed())
     raise BackendUnsupportedError(f"no backend can run {call}: " + "; ".join(f"{n}: {r}" for n, r in passed_over))
+
+
+def run_op(describe: Callable[[], Call], backend: str | Resolved, op: str, *operands: Any) -> Any:
+    """Let the backend compute, and tell the trace; an error in the middle says whose it was.
+
+    The operands have been checked: refq4/internals/dispatch.py and codec.py.
+    """
+    found = resolve(describe(), backend) if isinstance(backend, str) else backend
+    listener = current()
+    start = time.perf_counter_ns() if listener is not None else 0
+    try:
+        result = getattr(found.backend, op)(*operands)
+    except Exception as error:
+        error.add_note(f"raised while backend {found.backend.name!r} ran {describe()}")
+        raise
+    if listener is not None:
+        micros, call = (time.perf_counter_ns() - start) / 1e3, describe()
+        name, kernel = found.backend.name, found.backend.kernel(call)
+        listener.op(OpRecord(call.op, name, kernel, str(call), list(found.passed_over), micros))
+    return result
 
 
 @contextmanager
