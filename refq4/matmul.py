@@ -40,11 +40,10 @@ FROM_K_BY_N = Decision("dequantize + linear", "deprecated: the weight was quanti
 
 
 class Route(NamedTuple):
-    """The path of a product, the op that a backend runs on it, and whether MatMul4Bit carries its gradient."""
+    """The path of a product, and the op that a backend runs on it."""
 
     path: Decision
     op: str
-    differentiable: bool = False
 
 
 _OWN = {op: Route(OWN_LAYOUT, op) for op in ("gemv_4bit", "gemm_4bit")}  # to make one takes two calls in each forward
@@ -70,13 +69,13 @@ def route(tokens: int, k: int, blocksize: int, gradient: bool, own_layout: bool)
     if own_layout:
         return _OWN[op]
     if tokens == 0 or k == 0:
-        return Route(NOTHING, op, True)
+        return Route(NOTHING, op)
     if tokens > 1:
-        return Route(SEVERAL_TOKENS, op, True)
+        return Route(SEVERAL_TOKENS, op)
     if gradient:
-        return Route(WANTS_GRADIENT, op, True)
+        return Route(WANTS_GRADIENT, op)
     if k % blocksize:
-        return Route(STRADDLING, op, True)
+        return Route(STRADDLING, op)
     return Route(ONE_TOKEN, op)
 
 
@@ -125,13 +124,13 @@ def multiply(A: Tensor, weight: BoundWeight, bias: Tensor | None) -> tuple[Tenso
         >>> y.shape, decision.choice
         (torch.Size([3, 8]), 'MatMul4Bit')
     """
-    stored, (path, op, by_autograd), engine = weight
+    stored, (path, op), engine = weight
     if path is STRADDLING and not torch.compiler.is_compiling():
         warn_caller(
             f"in_features {A.shape[-1]} is not a multiple of the blocksize {stored.blocksize}: blocks straddle rows, "
             f"which no fast kernel reads; one token takes MatMul4Bit, not gemv_4bit. Choose a blocksize that divides it"
         )
-    if by_autograd:
+    if path.choice == "MatMul4Bit":
         return differentiable(op, A, stored, bias, engine), path
     if bias is None or not wants_grad(bias):
         return dispatch.product(op, A, stored, bias, engine), path

@@ -186,13 +186,13 @@ MUTANTS = [
     Mutant(
         "a single token whose gradient is wanted takes the GEMV path",
         "refq4/matmul.py",
-        "    if gradient:\n        return Route(WANTS_GRADIENT, op, True)\n",
+        "    if gradient:\n        return Route(WANTS_GRADIENT, op)\n",
         "",
     ),
     Mutant(
         "blocks that straddle rows take the GEMV path",
         "refq4/matmul.py",
-        "    if k % blocksize:\n        return Route(STRADDLING, op, True)\n",
+        "    if k % blocksize:\n        return Route(STRADDLING, op)\n",
         "",
     ),
     Mutant(

@@ -472,7 +472,7 @@ def test_one_function_decides_path_and_op_for_the_trace_the_call_and_the_kernel(
     backend.can_run = lambda call: asked.append(call.op)
     refq4.set_backend("loopback")
     layer, x = layer_of(), torch.randn(1, 64)
-    flipped = matmul.Route(matmul.SEVERAL_TOKENS, "gemm_4bit", differentiable=True)
+    flipped = matmul.Route(matmul.SEVERAL_TOKENS, "gemm_4bit")
     for way, op in ((matmul.route, "gemv_4bit"), (lambda *_: flipped, "gemm_4bit")):
         monkeypatch.setattr(matmul, "route", way)
         asked.clear()
