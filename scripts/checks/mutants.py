@@ -81,9 +81,9 @@ MUTANTS = [
     ),
     Mutant(
         "8-bit ties go to the upper entry",
-        "refq4/internals/rounding.py",
-        "t if (t := fp32(m)) <= m else next_below(t)",
-        "next_below(t) if (t := fp32(m)) >= m else t",
+        "refq4/codebooks.py",
+        "torch.where(nearest > middles,",
+        "torch.where(nearest >= middles,",
     ),
     Mutant(
         "first element in the low nibble",
