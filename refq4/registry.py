@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ContextDecorator, contextmanager
+from collections.abc import Callable
+from contextlib import ContextDecorator
 from contextvars import ContextVar
 from typing import Any
 
@@ -36,12 +36,10 @@ from .internals.discovery import (
     check_usable,
     find,
     is_installed,
-    known_entries,
     list_backends,
     not_installed,
     register_backend,
     registered,
-    restore_entries,
     unregister_backend,
 )
 from .trace import OpRecord, current
@@ -95,10 +93,16 @@ def set_backend(name: str) -> None:
         'reference'
         >>> refq4.set_backend("auto")
     """
-    global _chosen
     check_usable(name)
-    _chosen = name
+    choose(name)
+
+
+def choose(name: str | None) -> str | None:
+    """Take that choice for the process without a look at it, or none; returns the one before."""
+    global _chosen
+    before, _chosen = _chosen, name
     _mirror()
+    return before
 
 
 class use_backend(ContextDecorator):  # noqa: N801  (reads as a verb: with use_backend("cpu"), @use_backend("cpu"))
@@ -232,18 +236,3 @@ def run_op(describe: Callable[[], Call], backend: str | Resolved, op: str, *oper
         name, kernel = found.backend.name, found.backend.kernel(call)
         listener.op(OpRecord(call.op, name, kernel, str(call), list(found.passed_over), micros))
     return result
-
-
-@contextmanager
-def isolated_registry() -> Iterator[None]:
-    """For tests: no choice is in effect inside at first, and what is registered or chosen is undone at the end."""
-    global _chosen
-    entries, chosen = known_entries(), _chosen
-    _chosen = None
-    _mirror()
-    try:
-        yield
-    finally:
-        restore_entries(entries)
-        _chosen = chosen
-        _mirror()

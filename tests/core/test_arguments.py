@@ -21,7 +21,7 @@ from refq4.backend import OPS, Call, PackedWeight
 from refq4.internals import dispatch
 from refq4.internals.blockwise import slice_state
 from refq4.reference import ReferenceBackend
-from refq4.registry import isolated_registry
+from refq4.testing.isolation import isolated_registry
 
 pytestmark = pytest.mark.reference_only("it names its engine itself")
 

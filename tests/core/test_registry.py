@@ -27,6 +27,7 @@ from refq4.backend import OPS, Backend, Call
 from refq4.internals import discovery, remedies
 from refq4.reference import ReferenceBackend
 from refq4.testing import assert_same_bits
+from refq4.testing.isolation import isolated_registry
 
 ROOT = Path(refq4.__file__).parent
 A = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
@@ -34,7 +35,7 @@ A = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(autouse=True)
 def isolated():
-    with registry.isolated_registry():  # nothing chosen, and no backend but the reference
+    with isolated_registry():  # nothing chosen, and no backend but the reference
         for name in refq4.list_backends():
             if name != "reference":
                 refq4.unregister_backend(name)
@@ -357,7 +358,7 @@ def test_a_backend_is_asked_once_whether_it_is_available_and_need_not_describe_i
         def available(self) -> None:
             asked.append(self)
 
-    with registry.isolated_registry():
+    with isolated_registry():
         refq4.register_backend(Quiet())
         with refq4.use_backend("quiet"):
             for _ in range(3):
@@ -503,7 +504,7 @@ def test_a_backend_that_says_nothing_of_fp64_is_not_given_it():
             return (x.float() @ ReferenceBackend().dequantize_4bit(weight, torch.float32).T).to(x.dtype)
 
     layer, x = refq4.nn.LinearNF4(64, 8, bias=False).to("cpu").eval(), torch.randn(1, 64).double()
-    with registry.isolated_registry(), torch.no_grad():
+    with isolated_registry(), torch.no_grad():
         exact = layer(x)
         refq4.register_backend(Float32Only())
         assert torch.equal(layer(x), exact)
