@@ -44,7 +44,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .internals.dynamic_map import create_dynamic_map, thresholds_and_order
+from .internals.dynamic_map import create_dynamic_map
 from .internals.rounding import fp32, midpoints, next_below
 
 __all__ = [
@@ -155,8 +155,12 @@ def code_from_values(values: Tensor) -> Code:
     Args:
         values: fp32 [C] with 2 <= C <= 256, finite, in any order.
     """
-    thresholds, order = thresholds_and_order(tuple(values.detach().reshape(-1).tolist()))
-    return Code(values, thresholds.to(values.device), order.to(values.device))
+    ascending, order = values.detach().cpu().sort(stable=True)
+    middles = (ascending[:-1].double() + ascending[1:].double()) / 2
+    nearest = middles.float()
+    # Rounded *down* to fp32: for fp32 x, x > threshold then says exactly whether x is nearer the upper value.
+    thresholds = torch.where(nearest > middles, nearest.nextafter(torch.tensor(-math.inf)), nearest)
+    return Code(values, thresholds.to(values.device), order.to(values.device, torch.uint8))
 
 
 # --- the formats ----------------------------------------------------------------------------------------------------

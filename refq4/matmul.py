@@ -20,7 +20,7 @@ from . import registry
 from .autograd import differentiable
 from .backend import Call, PackedWeight, PreparedWeight
 from .internals import codec, dispatch
-from .internals.checks import check_bias, check_factors, check_features, warn_caller, write_into
+from .internals.checks import check_bias, check_operand, warn_caller, write_into
 from .internals.dispatch import is_deferred, wants_grad
 from .registry import Resolved
 from .state import QuantState
@@ -40,11 +40,10 @@ FROM_K_BY_N = Decision("dequantize + linear", "deprecated: the weight was quanti
 
 
 class Route(NamedTuple):
-    """The path of a product, the op that a backend runs on it, and whether MatMul4Bit carries its gradient."""
+    """The path of a product, and the op that a backend runs on it."""
 
     path: Decision
     op: str
-    differentiable: bool = False
 
 
 _OWN = {op: Route(OWN_LAYOUT, op) for op in ("gemv_4bit", "gemm_4bit")}  # to make one takes two calls in each forward
@@ -70,13 +69,13 @@ def route(tokens: int, k: int, blocksize: int, gradient: bool, own_layout: bool)
     if own_layout:
         return _OWN[op]
     if tokens == 0 or k == 0:
-        return Route(NOTHING, op, True)
+        return Route(NOTHING, op)
     if tokens > 1:
-        return Route(SEVERAL_TOKENS, op, True)
+        return Route(SEVERAL_TOKENS, op)
     if gradient:
-        return Route(WANTS_GRADIENT, op, True)
+        return Route(WANTS_GRADIENT, op)
     if k % blocksize:
-        return Route(STRADDLING, op, True)
+        return Route(STRADDLING, op)
     return Route(ONE_TOKEN, op)
 
 
@@ -125,13 +124,13 @@ def multiply(A: Tensor, weight: BoundWeight, bias: Tensor | None) -> tuple[Tenso
         >>> y.shape, decision.choice
         (torch.Size([3, 8]), 'MatMul4Bit')
     """
-    stored, (path, op, by_autograd), engine = weight
+    stored, (path, op), engine = weight
     if path is STRADDLING and not torch.compiler.is_compiling():
         warn_caller(
             f"in_features {A.shape[-1]} is not a multiple of the blocksize {stored.blocksize}: blocks straddle rows, "
             f"which no fast kernel reads; one token takes MatMul4Bit, not gemv_4bit. Choose a blocksize that divides it"
         )
-    if by_autograd:
+    if path.choice == "MatMul4Bit":
         return differentiable(op, A, stored, bias, engine), path
     if bias is None or not wants_grad(bias):
         return dispatch.product(op, A, stored, bias, engine), path
@@ -199,12 +198,11 @@ def matmul_4bit(
         >>> matmul_4bit(torch.randn(2, 3, 64), B, state).shape
         torch.Size([2, 3, 8])
     """
-    n, k = shape = _check_matmul(A, quant_state)
-    k_by_n = A.ndim > 0 and A.shape[-1] == n != k
+    shape = _shape_of(quant_state)
+    k_by_n = isinstance(A, Tensor) and A.shape[-1:] == shape[:1] != shape[1:]
+    check_operand("A", A, 0 if k_by_n else 1, shape, quant_state.absmax.device)
     if bias is not None:  # it may be added after the product, where its gradient is wanted
-        check_bias(bias, k if k_by_n else n, shape)
-    if not k_by_n:
-        check_features("A", A, k, shape)
+        check_bias(bias, shape[1 if k_by_n else 0], shape)
     step = recorder("matmul_4bit", A)
     dtype = under_autocast(A, A.dtype)
     A, bias = A.to(dtype), None if bias is None else bias.to(dtype)
@@ -277,15 +275,13 @@ def gemv_4bit(
     """
     if state is None:
         raise ValueError("gemv_4bit needs state=, the QuantState that quantize_4bit returned with the weight")
-    shape = _check_matmul(A, state)
-    check_features("A", A, shape[1], shape)
+    check_operand("A", A, 1, _shape_of(state), state.absmax.device)
     with torch.no_grad():
         weight = _bind(A, B, state, registry.requested_backend(backend))
         return write_into("out", out, dispatch.product(weight.route.op, A, weight.weight, None, weight.engine))
 
 
-def _check_matmul(A: Tensor, state: QuantState) -> tuple[int, int]:
-    """N and K of the weight, or an error; the rest is checked with what is computed (refq4/internals/dispatch.py)."""
+def _shape_of(state: QuantState) -> torch.Size:
     if not isinstance(state, QuantState):
         raise TypeError(f"quant_state must be the QuantState that quantize_4bit returned, got {state!r}")
-    return check_factors("A", A, state.geometry()[0], state.absmax.device)
+    return state.geometry()[0]

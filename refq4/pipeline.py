@@ -37,6 +37,7 @@ from .internals.dispatch import is_deferred, wants_grad
 from .internals.holder import parameter
 from .internals.prepared import MOST_RESTORES, Preparable, as_stored
 from .matmul import BoundWeight, describe, multiply, under_autocast
+from .registry import Resolved
 from .state import QuantState
 from .trace import Decision, recorder
 
@@ -167,32 +168,23 @@ def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[Boun
     gradient = wants_grad(x)  # a bias gets its gradient whatever the weight's layout is
     dtype, _ = choose_compute_dtype(layer, x)
     stays = _must_stay(layer, weight, gradient)
-    if is_deferred() or 0 in x.shape or layer.out_features == 0:
-        return _bind_unresolved(weight, state, x, dtype, gradient, stays)
-    form = weight.form(state) if stays is None else None  # what a backend made of the weight as it is now
+    nothing = 0 in x.shape or layer.out_features == 0
+    deferred = nothing or is_deferred()
+    choice = registry.requested_backend(None) if deferred else registry.choice_in_effect()
+    form = weight.form(state, deferred) if stays is None else None  # what a backend made of the weight as it is now
+    if deferred and form is not None and form.choice != choice:
+        form = None
     call, route = describe(x, state, dtype, gradient, own_layout=form is not None and form.prepared is not None)
-    choice = registry.choice_in_effect()
-    resolved = registry.resolve(call, choice)
-    if stays is None and (form is None or form.backend is not resolved.backend):
-        form = weight.prepare(state, resolved.backend, choice)
+    engine = choice if deferred else registry.resolve(call, choice)
+    if stays is None and isinstance(engine, Resolved) and (form is None or form.backend is not engine.backend):
+        form = weight.prepare(state, engine.backend, choice)
         _, route = describe(x, state, dtype, gradient, own_layout=form.prepared is not None)  # the same op
     if form is not None and form.prepared is not None:  # in a form without, the backend reads the stored bytes
-        return BoundWeight(form.prepared, route, resolved), LAYOUT_OWN
-    return BoundWeight(state.packed_weight(as_stored(weight)), route, resolved), stays or LAYOUT_STORED
-
-
-def _bind_unresolved(
-    weight: Tensor, state: QuantState, x: Tensor, dtype: torch.dtype, gradient: bool, stays: Decision | None
-) -> tuple[BoundWeight, Decision]:
-    """Step 2 where no backend may be asked. A weight that was prepared under the same choice serves as it is."""
-    choice = registry.requested_backend(None)  # choice_in_effect, or while compiling its mirror
-    form = weight.form(state, deferred=True) if stays is None and isinstance(weight, Preparable) else None
-    if form is not None and form.prepared is not None and form.choice == choice:
-        _, route = describe(x, state, dtype, gradient, own_layout=True)
-        return BoundWeight(form.prepared, route, choice), LAYOUT_OWN
-    _, route = describe(x, state, dtype, gradient)
-    packed = state.packed_weight(weight)  # of a prepared weight it takes a copy of the stored bytes
-    return BoundWeight(packed, route, choice), stays or (LAYOUT_NOTHING if 0 in x.shape else LAYOUT_TRACED)
+        return BoundWeight(form.prepared, route, engine), LAYOUT_OWN
+    # of a prepared weight a call that is deferred takes a copy of the stored bytes
+    packed = state.packed_weight(weight if deferred else as_stored(weight))
+    why = LAYOUT_NOTHING if nothing else LAYOUT_TRACED if deferred else LAYOUT_STORED
+    return BoundWeight(packed, route, engine), stays or why
 
 
 def _must_stay(layer: Linear4bit, weight: Tensor, gradient: bool) -> Decision | None:

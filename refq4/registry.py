@@ -1,4 +1,4 @@
-"""Choose a backend, find the one that runs a call, and say why.
+"""Choose a backend, find the one that runs a call, say why, and let it run.
 
 A backend can be chosen in five places; the first that is set is used:
 
@@ -17,38 +17,38 @@ public names are imported from here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ContextDecorator, contextmanager
+import time
+from collections.abc import Callable
+from contextlib import ContextDecorator
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from .backend import Backend, BackendUnavailableError, BackendUnsupportedError, Call, UnknownBackendError
+from .backend import BackendUnavailableError, BackendUnsupportedError, Call, UnknownBackendError
 from .internals.discovery import (
     AUTO,
     ENTRY_POINT_GROUP,
-    Entry,
+    Resolved,
     automatic_backends,
     backend_info,
     by_priority,
     check_usable,
+    find,
     is_installed,
-    known_entries,
     list_backends,
-    lock,
     not_installed,
-    ready,
     register_backend,
     registered,
-    restore_entries,
     unregister_backend,
 )
+from .trace import OpRecord, current
 
 __all__ = [
     "AUTO",
     "ENTRY_POINT_GROUP",
     "ENVIRONMENT_VARIABLE",
+    "Resolved",
     "automatic_backends",
     "backend_info",
     "check_usable",
@@ -59,6 +59,7 @@ __all__ = [
     "registered",
     "requested_backend",
     "resolve",
+    "run_op",
     "set_backend",
     "unregister_backend",
     "use_backend",
@@ -92,10 +93,16 @@ def set_backend(name: str) -> None:
         'reference'
         >>> refq4.set_backend("auto")
     """
-    global _chosen
     check_usable(name)
-    _chosen = name
+    choose(name)
+
+
+def choose(name: str | None) -> str | None:
+    """Take that choice for the process without a look at it, or none; returns the one before."""
+    global _chosen
+    before, _chosen = _chosen, name
     _mirror()
+    return before
 
 
 class use_backend(ContextDecorator):  # noqa: N801  (reads as a verb: with use_backend("cpu"), @use_backend("cpu"))
@@ -181,13 +188,6 @@ def _mirror() -> None:
 _mirror()
 
 
-class Resolved(NamedTuple):
-    """The backend that runs a call, and who was passed over for it with the reason."""
-
-    backend: Backend
-    passed_over: Sequence[tuple[str, str]] = ()
-
-
 def resolve(call: Call, requested: str) -> Resolved:
     """Find the backend that runs a call.
 
@@ -196,7 +196,7 @@ def resolve(call: Call, requested: str) -> Resolved:
         BackendUnsupportedError: the backend asked for by name can't run this call.
     """
     if requested != AUTO:
-        found = ready[requested] if requested in ready else _make_ready(requested)
+        found = find(requested).usable()
         reason = found.backend.can_run(call)
         if reason is not None:
             raise BackendUnsupportedError(
@@ -205,46 +205,34 @@ def resolve(call: Call, requested: str) -> Resolved:
             )
         return found
     passed_over: list[tuple[str, str]] = []
-    for entry in by_priority():
+    entries = by_priority()
+    for entry in entries:
         if entry.only_by_name:
             continue
-        backend, reason = _for_call(entry, call)
-        if backend is not None and reason is None:
-            return Resolved(backend, passed_over)
+        reason = entry.refusal(call)
+        if reason is None and entry.backend is not None:
+            return Resolved(entry.backend, passed_over)
         passed_over.append((entry.name, str(reason)))
-    if not known_entries():
+    if not entries:
         raise BackendUnavailableError(not_installed())
     raise BackendUnsupportedError(f"no backend can run {call}: " + "; ".join(f"{n}: {r}" for n, r in passed_over))
 
 
-def _make_ready(name: str) -> Resolved:
-    backend = check_usable(name)
-    assert backend is not None
-    ready[name] = Resolved(backend)
-    return ready[name]
+def run_op(describe: Callable[[], Call], backend: str | Resolved, op: str, *operands: Any) -> Any:
+    """Let the backend compute, and tell the trace; an error in the middle says whose it was.
 
-
-def _for_call(entry: Entry, call: Call) -> tuple[Backend | None, str | None]:
-    """The backend and why it can't run the call; the device first, since asking for availability may start a driver."""
-    backend = entry.imported()
-    if backend is not None and (reason := backend.wrong_device(call)) is not None:
-        return backend, reason
-    backend = entry.load()
-    return backend, entry.problem if backend is None else backend.can_run(call)
-
-
-@contextmanager
-def isolated_registry() -> Iterator[None]:
-    """For tests: no choice is in effect inside at first, and what is registered or chosen is undone at the end."""
-    global _chosen
-    with lock:
-        entries, chosen = dict(known_entries()), _chosen
-        _chosen = None
-    _mirror()
+    The operands have been checked: refq4/internals/dispatch.py and codec.py.
+    """
+    found = resolve(describe(), backend) if isinstance(backend, str) else backend
+    listener = current()
+    start = time.perf_counter_ns() if listener is not None else 0
     try:
-        yield
-    finally:
-        with lock:
-            restore_entries(entries)
-            _chosen = chosen
-        _mirror()
+        result = getattr(found.backend, op)(*operands)
+    except Exception as error:
+        error.add_note(f"raised while backend {found.backend.name!r} ran {describe()}")
+        raise
+    if listener is not None:
+        micros, call = (time.perf_counter_ns() - start) / 1e3, describe()
+        name, kernel = found.backend.name, found.backend.kernel(call)
+        listener.op(OpRecord(call.op, name, kernel, str(call), list(found.passed_over), micros))
+    return result

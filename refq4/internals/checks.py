@@ -46,7 +46,7 @@ def check_input(x: Tensor, n: int, k: int) -> None:
     if type(x) is not Tensor or x.dtype not in ACTIVATION_DTYPES or x.layout is not torch.strided:
         check_floats("the input of a 4-bit layer", x, ACTIVATION_DTYPES)
     if x.ndim == 0 or x.shape[-1] != k:
-        check_features("A", x, k, (n, k))
+        check_operand("A", x, 1, (n, k), x.device)
 
 
 def check_layers_shape(weight: Tensor, layer: object) -> None:
@@ -59,28 +59,23 @@ def check_layers_shape(weight: Tensor, layer: object) -> None:
         )
 
 
-def check_factors(name: str, A: Tensor, shape: tuple[int, ...], device: torch.device) -> tuple[int, int]:
-    """N and K of a weight on ``device`` that floats can be multiplied with; a ValueError or TypeError if they can't."""
+def check_operand(name: str, A: Tensor, side: int, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise unless A is floats on ``device``, [..., K] (where ``side`` is 0, [..., N]) of a weight of shape [N, K]."""
     if len(shape) != 2:
         raise ValueError(f"a product needs a weight of two dimensions [N, K], this one has shape {list(shape)}")
     check_floats(name, A, ACTIVATION_DTYPES)
     check_device(name, A, device, "the weight")
-    return shape[0], shape[1]
+    if A.ndim == 0 or A.shape[-1] != shape[side]:
+        raise ValueError(
+            f"{name} has shape {list(A.shape)}, but the weight is [N, K] = {list(shape)}: {name}'s last dimension must "
+            f"be {shape[side]}"
+        )
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, other: str) -> None:
     """Raise a ValueError unless ``tensor`` is where the ``other`` operand is."""
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, {other} on {device}: move one (layer.to(device), say)")
-
-
-def check_features(name: str, A: Tensor, features: int, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError unless ``A`` is [..., features], which is N or K of a weight of ``shape`` [N, K]."""
-    if A.ndim == 0 or A.shape[-1] != features:
-        raise ValueError(
-            f"{name} has shape {list(A.shape)}, but the weight is [N, K] = {list(shape)}: {name}'s last dimension must "
-            f"be {features}"
-        )
 
 
 def check_bias(bias: Tensor, n: int, shape: tuple[int, ...]) -> Tensor:
@@ -99,32 +94,26 @@ def check_product(A: Tensor, shape: tuple[int, ...], bias: Tensor | None, device
     fits = fits and A.ndim > 0 and shape[1:] == (A.shape[-1],)
     if fits and (bias is None or (bias.shape == shape[:1] and bias.dtype == dtype and bias.device == device)):
         return  # all is well, as a rule: what follows says what is not
-    n, k = check_factors("A", A, shape, device)
-    check_features("A", A, k, shape)
+    check_operand("A", A, 1, shape, device)
     if bias is not None:
-        check_bias(bias, n, shape)
+        check_bias(bias, shape[0], shape)
         if bias.dtype != A.dtype or bias.device != device:
             raise ValueError(
                 f"bias must be {dtype_name(A.dtype)} on {device} as A is, got {show(bias)} on {bias.device}"
             )
 
 
-def check_grad(grad: Tensor, shape: tuple[int, ...], device: torch.device) -> tuple[int, int]:
-    """N and K of a weight, if ``grad`` [..., N] can be the gradient of a product with it; else a ValueError."""
-    n, k = check_factors("grad", grad, shape, device)
-    check_features("grad", grad, n, shape)
-    return n, k
-
-
-def check_memory(name: str, tensor: Tensor) -> None:
-    """Raise a ValueError unless the memory of a contiguous operand is all there: a storage can be freed or cut.
+def check_memory(name: str, tensor: Tensor) -> Tensor:
+    """The operand as it can be read by its address: contiguous, or a ValueError if its memory is not all there.
 
     FSDP frees the storage of parameters that it has sharded; a wrapper subclass has none of its own.
     """
+    tensor = tensor.contiguous()
     size = tensor.nbytes
     end = tensor.storage_offset() * tensor.itemsize + size
     if size and (end > tensor.untyped_storage().nbytes() or (type(tensor) not in PLAIN and tensor.data_ptr() == 0)):
         raise ValueError(f"{name} {show(tensor)} has no memory: its storage was freed, cut or never allocated")
+    return tensor
 
 
 def check_weight_memory(weight: PackedWeight) -> None:

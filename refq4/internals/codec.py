@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backend import Call, PackedWeight
 from ..codebooks import code_from_values, get_codebook
-from ..registry import Resolved, resolve
+from ..registry import Resolved, resolve, run_op
 from .checks import (
     check_blockwise,
     check_code,
@@ -30,7 +30,6 @@ from .checks import (
     check_weight_memory,
     checked_weight,
 )
-from .running import run_op
 from .schemas import flatten, implement, unflatten
 
 __all__ = ["decode", "dequantize_4bit", "dequantize_blockwise", "quantize_4bit", "quantize_blockwise", "takes_scales"]
@@ -42,15 +41,14 @@ def quantize_4bit(
 ) -> tuple[Tensor, Tensor]:
     """A [any shape] -> packed uint8 [ceil(numel/2)], absmax fp32 [blocks]: the largest magnitudes, or those given."""
     check_quantisable(A, blocksize)
-    A = A.contiguous()
-    check_memory("A", A)
+    A = check_memory("A", A)
     call = _elementwise("quantize_4bit", A, A.dtype, blocksize, quant_type)
     code = get_codebook(quant_type).on(A.device)
     if absmax is None:
         packed, scales = run_op(call, backend, "quantize_4bit", A, code, blocksize)
     else:
         check_scales(absmax, A.shape, blocksize)
-        check_memory("absmax", absmax)
+        absmax = check_memory("absmax", absmax)
         found = _for_given_scales(call(), backend)
         packed, scales = run_op(call, found, "quantize_4bit", A, code, blocksize, absmax)
     if not allow_nonfinite:
@@ -115,9 +113,7 @@ def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, backend: str) ->
     """A [any shape], code fp32 [<= 256] -> codes uint8 [same shape], absmax fp32 [blocks]."""
     check_quantisable(A, blocksize)
     check_code(code, A.device)
-    A = A.contiguous()
-    check_memory("A", A)
-    check_memory("code", code)
+    A, code = check_memory("A", A), check_memory("code", code)
     call = _elementwise("quantize_blockwise", A, A.dtype, blocksize, f"{code.numel()} values")
     q, absmax = run_op(call, backend, "quantize_blockwise", A, code_from_values(code), blocksize)
     return q, absmax
@@ -128,9 +124,7 @@ def dequantize_blockwise(
     q: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
     """Codes uint8 [any shape] -> ``dtype`` [same shape]."""
-    q, absmax, code = q.contiguous(), absmax.contiguous(), code.contiguous()
-    for name, tensor in (("codes", q), ("absmax", absmax), ("code", code)):
-        check_memory(name, tensor)
+    q, absmax, code = check_memory("codes", q), check_memory("absmax", absmax), check_memory("code", code)
     check_blockwise(q, absmax, code, blocksize)
     check_target(dtype)
     call = _elementwise("dequantize_blockwise", q, dtype, blocksize, f"{code.numel()} values")

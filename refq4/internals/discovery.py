@@ -14,20 +14,24 @@ from __future__ import annotations
 
 import difflib
 import sys
-import threading
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from ..backend import OPS, OPTIONAL, Backend, BackendUnavailableError, UnknownBackendError
+from ..backend import OPS, OPTIONAL, Backend, BackendUnavailableError, Call, UnknownBackendError
 from . import remedies
-
-if TYPE_CHECKING:
-    from ..registry import Resolved
 
 ENTRY_POINT_GROUP = "refq4.backends"
 BY_NAME_GROUP = f"{ENTRY_POINT_GROUP}.by_name"
 AUTO = "auto"
+
+
+class Resolved(NamedTuple):
+    """The backend that runs a call, and who was passed over for it with the reason."""
+
+    backend: Backend
+    passed_over: Sequence[tuple[str, str]] = ()
 
 
 @dataclass
@@ -39,7 +43,7 @@ class Entry:
     entry_point: EntryPoint | None = None
     backend: Backend | None = None
     problem: str | None = None
-    checked: bool = field(default=False)
+    ready: Resolved | None = None  # once it has been found available
 
     @property
     def only_by_name(self) -> bool:
@@ -67,64 +71,68 @@ class Entry:
                 self.problem = f"importing it failed: {type(error).__name__}: {error}"
         return self.backend
 
-    def load(self) -> Backend | None:
+    def load(self) -> Resolved | None:
         """The instance, imported and asked for availability once; None (with ``problem`` set) if that failed."""
-        if self.checked:
-            return None if self.problem else self.backend
-        if (backend := self.imported()) is not None:
+        if self.ready is None and self.problem is None and (backend := self.imported()) is not None:
             try:
                 self.problem = backend.available()
             except Exception as error:
                 self.problem = f"asking whether it is available failed: {type(error).__name__}: {error}"
-        self.checked = True
-        return None if self.problem else self.backend
+            self.ready = None if self.problem else Resolved(backend)
+        return self.ready
+
+    def usable(self) -> Resolved:
+        """The instance, ready to use; BackendUnavailableError if it can't work here."""
+        found = self.ready or self.load()
+        if found is None:
+            raise BackendUnavailableError(f"backend {self.name!r} is not available: {self.problem}")
+        return found
+
+    def refusal(self, call: Call) -> str | None:
+        """Why it can't run the call; the device first, since asking for availability may start a driver."""
+        backend = self.imported()
+        if backend is not None and (reason := backend.wrong_device(call)) is not None:
+            return reason
+        found = self.load()
+        return self.problem if found is None else found.backend.can_run(call)
 
 
-lock = threading.RLock()
-_entries: dict[str, Entry] | None = None
+def installed() -> dict[str, Entry]:
+    """The backends of the packages that are installed, by name; none is imported yet."""
+    return {
+        point.name: Entry(point.name, f"entry point {point.value}", entry_point=point)
+        for group in (ENTRY_POINT_GROUP, BY_NAME_GROUP)
+        for point in entry_points(group=group)
+    }
+
+
+_entries = installed()  # and those that are registered by hand
 _ordered: list[Entry] | None = None  # by_priority, until the registry changes
-ready: dict[str, Resolved] = {}  # for registry.resolve: those that were named and can work, until the registry changes
 
 
 def known_entries() -> dict[str, Entry]:
-    """Every backend by its name, from the entry points and from what was registered."""
-    global _entries
-    with lock:
-        if _entries is None:
-            _entries = {
-                point.name: Entry(point.name, f"entry point {point.value}", entry_point=point)
-                for group in (ENTRY_POINT_GROUP, BY_NAME_GROUP)
-                for point in entry_points(group=group)
-            }
-        return _entries
+    """A copy of all that is known, for :func:`restore_entries`."""
+    return dict(_entries)
 
 
 def restore_entries(entries: dict[str, Entry]) -> None:
-    """Put back what :func:`known_entries` gave before, and forget what was derived from it."""
+    """Know these entries, and no others."""
     global _entries, _ordered
-    with lock:
-        _entries, _ordered = entries, None
-        ready.clear()
+    _entries, _ordered = entries, None
 
 
 def check_usable(name: str) -> Backend | None:
     """The backend of that name, ready to use (None for "auto"); raises what :func:`set_backend` documents."""
-    if name == AUTO:
-        return None
-    entry = _find(name)
-    backend = entry.load()
-    if backend is None:
-        raise BackendUnavailableError(f"backend {name!r} is not available: {entry.problem}")
-    return backend
+    return None if name == AUTO else find(name).usable().backend
 
 
-def _find(name: str) -> Entry:
-    entries = _entries or known_entries()
-    if type(name) is str and name in entries:
-        return entries[name]
-    if not entries:
+def find(name: str) -> Entry:
+    """The entry of that name; UnknownBackendError if there is none."""
+    if type(name) is str and name in _entries:
+        return _entries[name]
+    if not _entries:
         raise UnknownBackendError(f"unknown backend {name!r}: {not_installed()}")
-    known = [each for each in (*sorted(entries), AUTO) if each != name]  # "auto" has no entry
+    known = [each for each in (*sorted(_entries), AUTO) if each != name]  # "auto" has no entry
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UnknownBackendError(f"unknown backend {name!r}.{hint} Known: {', '.join(known)}. {_HOW_KNOWN}")
@@ -177,17 +185,15 @@ def register_backend(backend: Backend, *, replace: bool = False) -> Backend:
         raise TypeError(f"register_backend needs an instance of refq4.backend.Backend, got {backend!r}")
     if not backend.name or backend.name == AUTO:
         raise ValueError(f"a backend needs a name other than {AUTO!r}, got {backend.name!r}")
-    with lock:
-        known = known_entries().get(backend.name)
-        if known is not None and not replace:
-            if not known.awaits(backend):
-                raise ValueError(_taken(known))
-            known.backend = backend
-        else:
-            where = f"{type(backend).__module__}.{type(backend).__qualname__}"
-            known_entries()[backend.name] = Entry(backend.name, f"register_backend({where})", backend=backend)
-        _ordered = None
-        ready.clear()
+    known = _entries.get(backend.name)
+    if known is not None and not replace:
+        if not known.awaits(backend):
+            raise ValueError(_taken(known))
+        known.backend = backend
+    else:
+        where = f"{type(backend).__module__}.{type(backend).__qualname__}"
+        _entries[backend.name] = Entry(backend.name, f"register_backend({where})", backend=backend)
+    _ordered = None
     return backend
 
 
@@ -211,10 +217,8 @@ def unregister_backend(name: str) -> None:
         False
     """
     global _ordered
-    with lock:
-        del known_entries()[_find(name).name]
-        _ordered = None
-        ready.clear()
+    del _entries[find(name).name]
+    _ordered = None
 
 
 # --- listing --------------------------------------------------------------------------------------------------------
@@ -222,7 +226,7 @@ def unregister_backend(name: str) -> None:
 
 def is_installed(name: str) -> bool:
     """Whether every process finds this backend by itself: through an entry point."""
-    entry = known_entries().get(name)
+    entry = _entries.get(name)
     return entry is not None and entry.entry_point is not None
 
 
@@ -230,10 +234,10 @@ def by_priority() -> list[Entry]:
     """All entries, highest priority first; one that failed to load goes by name, where its reason is still told."""
     global _ordered
     if _ordered is None:
-        for entry in list(known_entries().values()):  # a module may register further backends when it is imported
+        for entry in list(_entries.values()):  # a module may register further backends when it is imported
             if not entry.only_by_name:
                 entry.imported()
-        _ordered = sorted(known_entries().values(), key=_rank)
+        _ordered = sorted(_entries.values(), key=_rank)
     return _ordered
 
 
@@ -256,7 +260,7 @@ def list_backends() -> list[str]:
 
 def registered() -> list[tuple[str, Backend | None]]:
     """Every name with the backend that stands for it, if that has been imported: what registering one changes."""
-    return [(entry.name, entry.backend) for entry in known_entries().values()]
+    return [(entry.name, entry.backend) for entry in _entries.values()]
 
 
 def automatic_backends() -> list[str]:
@@ -280,8 +284,9 @@ def backend_info(name: str) -> dict[str, Any]:
         >>> refq4.backend_info("reference")["available"]
         True
     """
-    entry = _find(name)
-    backend = entry.load() or entry.backend
+    entry = find(name)
+    entry.load()
+    backend = entry.backend
     info: dict[str, Any] = {
         "name": name,
         "available": entry.problem is None,

@@ -21,10 +21,9 @@ from torch.autograd import forward_ad
 
 from .. import registry
 from ..backend import Call, PackedWeight
-from ..registry import Resolved
-from .checks import PLAIN, check_grad, check_memory, check_product, check_weight_memory, checked, checked_weight
+from ..registry import Resolved, run_op
+from .checks import PLAIN, check_memory, check_operand, check_product, check_weight_memory, checked, checked_weight
 from .codec import decode
-from .running import run_op
 from .schemas import Weight, flatten, implement, unflatten
 
 __all__ = ["GRAD_INPUT", "grad_input", "is_deferred", "product", "wants_grad"]
@@ -101,11 +100,9 @@ def _product(op: str, A: Tensor, weight: Weight, bias: Tensor | None, backend: s
     n, k = weight.shape
     if 0 in A.shape or n == 0:
         return _nothing_to_sum(A, n, bias)
-    x = (A if A.ndim == 2 else A.reshape(-1, k)).contiguous()
-    check_memory("A", x)
+    x = check_memory("A", A if A.ndim == 2 else A.reshape(-1, k))
     if bias is not None:
-        bias = bias.contiguous()
-        check_memory("bias", bias)
+        bias = check_memory("bias", bias)
     if type(weight) is PackedWeight:
         check_weight_memory(weight)
     m = x.shape[0]
@@ -144,14 +141,14 @@ def _grad_input(grad: Tensor, weight: PackedWeight, backend: str | Resolved) -> 
     decoded to grad's dtype with a single rounding. On processors on which torch takes tens of times as long for a
     product in half precision, the rounded numbers are multiplied as fp32.
     """
-    n, k = check_grad(grad, weight.shape, weight.packed.device)
+    check_operand("grad", grad, 0, weight.shape, weight.packed.device)
+    n, k = weight.shape
     dtype, device, nested = grad.dtype, grad.device.type, weight.nested is not None
     rows = grad.numel() // n if n else 0
     call = Call(GRAD_INPUT, device, dtype, rows, n, k, weight.blocksize, weight.quant_type, nested)
     found = registry.resolve(call, backend) if isinstance(backend, str) else backend
     if rows and k and found.backend.has(GRAD_INPUT) and found.backend.can_run(call) is None:
-        grad_y = grad.reshape(-1, n).contiguous()
-        check_memory("grad", grad_y)
+        grad_y = check_memory("grad", grad.reshape(-1, n))
         check_weight_memory(weight)
         return _as_rows_of(grad, run_op(lambda: call, found, GRAD_INPUT, grad_y, weight))
     within = torch.float32 if device == "cpu" and dtype in _SLOW_ON_CPU else dtype

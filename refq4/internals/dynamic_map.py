@@ -1,19 +1,15 @@
-"""The 256 values of the 8-bit stage: bitsandbytes' dynamic map, and the rule that picks one of up to 256 values.
+"""The 256 values of the 8-bit stage: bitsandbytes' dynamic map.
 
-Double quantisation stores the scales of a weight with it. ``refq4/codebooks.py``, which has the sixteen-value codes, is
-where :func:`create_dynamic_map` is imported from, and where the rule becomes a ``Code`` for backends.
+Double quantisation stores the scales of a weight with it. ``refq4/codebooks.py``, which has the sixteen-value codes and
+the rule that picks a value, is where :func:`create_dynamic_map` is imported from.
 """
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-
 import torch
 from torch import Tensor
 
-from .rounding import exact_midpoints
-
-__all__ = ["create_dynamic_map", "stored_dynamic_maps", "thresholds_and_order"]
+__all__ = ["create_dynamic_map", "stored_dynamic_maps"]
 
 
 def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
@@ -68,19 +64,9 @@ def _dynamic_map_values(signed: bool, max_exponent_bits: int, total_bits: int) -
 _USUAL_DYNAMIC_MAP = _dynamic_map_values(True, 7, 8)  # a constant, so that torch.compile sees one
 
 
-@cache
 def stored_dynamic_maps() -> tuple[Tensor, Tensor]:
     """The map, and what nested checkpoints hold that bitsandbytes up to 0.49 wrote on a CPU: its first entry is -1."""
     table = create_dynamic_map()
     old = table.clone()
     old[0] = -1.0
     return table, old
-
-
-@lru_cache(maxsize=64)
-def thresholds_and_order(values: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """The thresholds fp32 [C-1] and the order uint8 [C] of C values, of which the nearest is to win."""
-    order = sorted(range(len(values)), key=lambda i: (values[i], i))
-    with torch.inference_mode(False):
-        thresholds = torch.tensor(exact_midpoints([values[i] for i in order]), dtype=torch.float32)
-        return thresholds, torch.tensor(order, dtype=torch.uint8)

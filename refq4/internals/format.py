@@ -1,6 +1,6 @@
 """The constants of the stored format, and how its parts are named in messages.
 
-What may be stored (block sizes, dtypes, the keys of a state dict) and the limits on what a file may claim. The checks
+What may be stored (block sizes, dtypes) and the limits on what a file may claim. The checks
 (``refq4/internals/checks.py``) and the reader of state dicts (``refq4/internals/statedict.py``) share them.
 """
 
@@ -34,13 +34,7 @@ Example:
     False
 """
 JSON_KEY = "quant_state.bitsandbytes__"
-
-DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
-JSON_FIELDS = ("quant_type", "blocksize", "dtype", "shape")
-NESTED_JSON_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
-NESTED_TENSORS = ("nested_absmax", "nested_quant_map")
 MAX_NUMEL = 2**48  # no tensor is larger; keeps arithmetic on a file's claims small
-MAX_JSON = 2**16  # bytes; bitsandbytes writes about 200
 
 
 # --- how things are shown: short, and printable whatever a file holds -------------------------------------------------
@@ -65,11 +59,6 @@ def shown(value: Any) -> str:
         return " ".join(_short.repr(value).split())  # on one line
     except (ValueError, RecursionError):  # an integer of more digits than Python prints
         return f"{article(value)} too long to show"
-
-
-def label(key: str) -> str:
-    """A key as it is, or where it can't be printed or is long as a short literal."""
-    return key if key.isprintable() and len(key) <= 200 else shown(key)
 
 
 def article(value: Any) -> str:

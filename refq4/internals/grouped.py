@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import layout, registry
 from ..backend import Call, Nested, PackedWeight, PreparedWeight
-from ..registry import Resolved
+from ..registry import Resolved, run_op
 from ..state import QuantState
 from .checks import (
     ACTIVATION_DTYPES,
@@ -35,7 +35,6 @@ from .codec import decode
 from .dispatch import grad_input, is_deferred, product, wants_grad
 from .format import dtype_name
 from .prepared import MOST_RESTORES, Preparable
-from .running import run_op
 from .schemas import flatten, implement, library, unflatten
 
 __all__ = ["grouped_gemm_4bit", "one_expert", "own_layout"]
@@ -122,11 +121,9 @@ def _grouped(
     backend: str | Resolved,
 ) -> Tensor:
     n = _check(x, weight, bias, transposed)
-    x, offsets = x.resolve_neg().contiguous(), _checked_offsets(offsets, weight.shape[0], x.shape[0])
-    check_memory("x", x)
+    x, offsets = check_memory("x", x.resolve_neg()), _checked_offsets(offsets, weight.shape[0], x.shape[0])
     if bias is not None:
-        bias = bias.resolve_neg().contiguous()
-        check_memory("bias", bias)
+        bias = check_memory("bias", bias.resolve_neg())
     if isinstance(weight, PackedWeight):
         check_weight_memory(weight)
     if 0 in x.shape or n == 0:

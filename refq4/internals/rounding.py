@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-__all__ = ["exact_midpoints", "fp32", "midpoints", "next_below"]
+__all__ = ["fp32", "midpoints", "next_below"]
 
 
 def fp32(x: float) -> float:
@@ -25,9 +25,3 @@ def next_below(x: float) -> float:
 def midpoints(ascending: Sequence[float]) -> tuple[float, ...]:
     """Midpoints of neighbours, exact in fp64, then one rounding to fp32."""
     return tuple(fp32((a + b) / 2) for a, b in pairwise(ascending))
-
-
-def exact_midpoints(ascending: Sequence[float]) -> tuple[float, ...]:
-    """Midpoints rounded *down* to fp32: for fp32 x, ``x > t`` then says exactly whether x is nearer the upper one."""
-    middles = [(a + b) / 2 for a, b in pairwise(ascending)]
-    return tuple(t if (t := fp32(m)) <= m else next_below(t) for m in middles)

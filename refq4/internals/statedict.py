@@ -29,18 +29,13 @@ from .checks import check_packed
 from .dynamic_map import stored_dynamic_maps
 from .format import (
     BLOCKSIZES,
-    DTYPE_NAMES,
-    JSON_FIELDS,
     JSON_KEY,
-    MAX_JSON,
     MAX_NUMEL,
     NESTED_BLOCKSIZE,
-    NESTED_JSON_FIELDS,
-    NESTED_TENSORS,
+    WEIGHT_DTYPES,
     article,
     describe,
     dtype_name,
-    label,
     shown,
 )
 
@@ -48,6 +43,11 @@ if TYPE_CHECKING:
     from ..state import QuantState
 
 __all__ = ["Reader", "json_to_tensor"]
+
+FIELDS = {"quant_type", "blocksize", "dtype", "shape", "absmax", "quant_map"}
+NESTED_FIELDS = {"nested_blocksize", "nested_dtype", "nested_offset", "nested_absmax", "nested_quant_map"}
+DTYPES = {dtype_name(dtype): dtype for dtype in WEIGHT_DTYPES}
+MAX_JSON = 2**16  # bytes; bitsandbytes writes about 200
 
 
 class Reader:
@@ -84,9 +84,8 @@ class Reader:
 
     def read(self, new: type[QuantState], device: torch.device | str | None, packed: Tensor | None) -> QuantState:
         """A ``new`` state; ``device`` and ``packed`` as in :meth:`QuantState.from_dict`."""
-        nested = any(name in self.items for name in (*NESTED_TENSORS, *NESTED_JSON_FIELDS))
-        wanted = {*JSON_FIELDS, "absmax", "quant_map"}
-        self._check_fields(wanted | {*NESTED_TENSORS, *NESTED_JSON_FIELDS} if nested else wanted)
+        nested = bool(NESTED_FIELDS & self.items.keys())
+        self._check_fields(FIELDS | NESTED_FIELDS if nested else FIELDS)
         quant_type: str = self._one_of("quant_type", codebook_names(), " (register_codebook adds more)")
         shape, blocksize = self._shape(), self._one_of("blocksize", BLOCKSIZES)
         blocks = layout.block_count(shape.numel(), blocksize)
@@ -96,7 +95,7 @@ class Reader:
             code=self._code("quant_map", get_codebook(quant_type).on("cpu").values),
             blocksize=blocksize,
             quant_type=quant_type,
-            dtype=DTYPE_NAMES[self._one_of("dtype", DTYPE_NAMES)],
+            dtype=DTYPES[self._one_of("dtype", DTYPES)],
         )
         if nested:
             offset = self._offset("nested_offset")
@@ -125,29 +124,29 @@ class Reader:
             self.prefix = prefix
         elif prefix != self.prefix:
             raise ValueError(
-                f"{label(key)}: belongs to {label(prefix)!r}, entries before it to {label(self.prefix)!r}; "
+                f"{_label(key)}: belongs to {_label(prefix)!r}, entries before it to {_label(self.prefix)!r}; "
                 f"give the entries of one weight"
             )
 
     def _add(self, name: str, key: str, value: Any) -> None:
         if name in self.items:
-            raise ValueError(f"{label(key)}: {label(name)!r} is there twice, also as {self.keys[name]}")
-        self.items[name], self.keys[name] = value, label(key)
+            raise ValueError(f"{_label(key)}: {_label(name)!r} is there twice, also as {self.keys[name]}")
+        self.items[name], self.keys[name] = value, _label(key)
 
     def _add_json(self, key: str, value: Any) -> None:
-        for name, item in _tensor_to_json(value, label(key)).items():
+        for name, item in _tensor_to_json(value, _label(key)).items():
             self._add(name, f"{key} {name}", item)
         json_type = key.rpartition(JSON_KEY)[2]
         if self.items.get("quant_type") != json_type:
             raise ValueError(
-                f"{label(key)}: the key says {label(json_type)!r}, the quant_type in it "
+                f"{_label(key)}: the key says {_label(json_type)!r}, the quant_type in it "
                 f"{shown(self.items.get('quant_type'))}"
             )
 
     def _check_fields(self, wanted: set[str]) -> None:
         missing, unknown = wanted - self.items.keys(), self.items.keys() - wanted
         if missing:
-            found = ", ".join(sorted(map(label, self.items)))
+            found = ", ".join(sorted(map(_label, self.items)))
             raise ValueError(f"{', '.join(sorted(missing))}: missing; found {found}")
         if unknown:
             key = self.keys[min(unknown)]
@@ -182,28 +181,27 @@ class Reader:
             raise self._fail(name, "a finite fp32 number that is not negative")
         return float(value)
 
-    def _scales(self, name: str, dtype: torch.dtype, numel: int) -> Tensor:
+    def _row(self, name: str, dtype: torch.dtype, numel: int, where: str = "") -> Tensor:
+        """A tensor of one dimension that is as long as it must be, and has its memory."""
         value = self.items[name]
         if not _is_row(value, dtype, numel):
-            where = f"for shape {list(self.items['shape'])} and blocksize {self.items['blocksize']}"
-            raise self._fail(name, f"a {dtype_name(dtype)} tensor of {numel} {where}")
-        self._check_holds(self.keys[name], value)
-        if dtype.is_floating_point and not value.is_meta:
-            right = value.isfinite() & (value >= 0)
-            if not bool(right.all()):
-                at = int((~right).nonzero()[0])
-                raise ValueError(
-                    f"{self.keys[name]}: scales are finite and not negative, got {value[at].item()} at {at}"
-                )
+            raise self._fail(name, f"a {dtype_name(dtype)} tensor of {numel}{where}")
+        _check_holds(self.keys[name], value)
         return _plain(value)
 
+    def _scales(self, name: str, dtype: torch.dtype, numel: int) -> Tensor:
+        where = f" for shape {list(self.items['shape'])} and blocksize {self.items['blocksize']}"
+        value = self._row(name, dtype, numel, where)
+        wrong = ~(value.isfinite() & (value >= 0))
+        if not value.is_meta and bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            raise ValueError(f"{self.keys[name]}: scales are finite and not negative, got {value[at].item()} at {at}")
+        return value
+
     def _code(self, name: str, expected: Tensor, *variants: Tensor) -> Tensor:
-        value = self.items[name]
-        if not _is_row(value, torch.float32, expected.numel()):
-            raise self._fail(name, f"a float32 tensor of {expected.numel()}")
-        self._check_holds(self.keys[name], value)
+        value = self._row(name, torch.float32, expected.numel())
         if value.is_meta:
-            return _plain(value)
+            return value
         if not bool(value.isfinite().all()):
             raise self._fail(name, f"{expected.numel()} finite values")
         if not self.allow_other_code and not any(torch.equal(value.cpu(), known) for known in (expected, *variants)):
@@ -212,20 +210,14 @@ class Reader:
                 f"{self.keys[name]}: entry {at} is {value[at].item()}, the published table has {expected[at].item()}; "
                 f"pass allow_other_code=True to decode with the values in the file"
             )
-        return _plain(value)
+        return value
 
     def _check_packed(self, packed: Any, shape: torch.Size) -> None:
         key = self.prefix or "weight"
         if not isinstance(packed, Tensor) or packed.layout != torch.strided:
             raise ValueError(f"{key}: expected the packed weight as a dense tensor, got {describe(packed)}")
         check_packed(packed, shape, key)
-        self._check_holds(key, packed)
-
-    def _check_holds(self, key: str, value: Tensor) -> None:
-        """A view may claim more elements than there is memory behind it; whoever copied it would allocate them."""
-        claims, holds = value.numel() * value.itemsize, value.untyped_storage().nbytes()
-        if not value.is_meta and claims > holds:
-            raise ValueError(f"{key}: {describe(value)} claims {claims} bytes, and there are {holds}")
+        _check_holds(key, packed)
 
     def _check_devices(self, device: torch.device | str | None, packed: Tensor | None) -> None:
         """A tensor on meta has no values: it can't be moved, and what belongs to it must be there, too."""
@@ -274,3 +266,15 @@ def _plain(value: Tensor) -> Tensor:
     """What a backend may read by its address: the tensor itself where its elements lie side by side."""
     plain: Tensor = value.detach().resolve_neg().contiguous()
     return plain
+
+
+def _check_holds(key: str, value: Tensor) -> None:
+    """A view may claim more elements than there is memory behind it; whoever copied it would allocate them."""
+    claims, holds = value.nbytes, value.untyped_storage().nbytes()
+    if not value.is_meta and claims > holds:
+        raise ValueError(f"{key}: {describe(value)} claims {claims} bytes, and there are {holds}")
+
+
+def _label(key: str) -> str:
+    """A key as it is, or where it can't be printed or is long as a short literal."""
+    return key if key.isprintable() and len(key) <= 200 else shown(key)

@@ -23,9 +23,10 @@ from .. import layout
 from ..backend import PackedWeight, PreparedWeight
 from ..codebooks import Code
 from ..reference import ReferenceBackend, nested_absmax
-from ..registry import isolated_registry, register_backend
+from ..registry import register_backend
 from .cases import Case
 from .conformance import check
+from .isolation import isolated_registry
 from .peer import BitsandbytesBackend, type_of
 
 __all__ = ["ENTRIES", "explain"]

@@ -18,6 +18,7 @@ import torch
 
 from .. import registry
 from ..backend import BackendUnavailableError, BackendUnsupportedError, UnknownBackendError
+from .isolation import isolated_registry
 
 REFERENCE = "reference"
 
@@ -86,7 +87,7 @@ def backend_name(request: pytest.FixtureRequest) -> str:
 def _the_same_start_for_every_test(backend_name: str) -> Iterator[None]:
     """Seeded, on the backend under test, and what a test registers or chooses is undone."""
     torch.manual_seed(0)
-    with registry.isolated_registry():
+    with isolated_registry():
         registry.set_backend(backend_name)
         yield
 

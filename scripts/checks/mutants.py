@@ -81,9 +81,9 @@ MUTANTS = [
     ),
     Mutant(
         "8-bit ties go to the upper entry",
-        "refq4/internals/rounding.py",
-        "t if (t := fp32(m)) <= m else next_below(t)",
-        "next_below(t) if (t := fp32(m)) >= m else t",
+        "refq4/codebooks.py",
+        "torch.where(nearest > middles,",
+        "torch.where(nearest >= middles,",
     ),
     Mutant(
         "first element in the low nibble",
@@ -186,13 +186,13 @@ MUTANTS = [
     Mutant(
         "a single token whose gradient is wanted takes the GEMV path",
         "refq4/matmul.py",
-        "    if gradient:\n        return Route(WANTS_GRADIENT, op, True)\n",
+        "    if gradient:\n        return Route(WANTS_GRADIENT, op)\n",
         "",
     ),
     Mutant(
         "blocks that straddle rows take the GEMV path",
         "refq4/matmul.py",
-        "    if k % blocksize:\n        return Route(STRADDLING, op, True)\n",
+        "    if k % blocksize:\n        return Route(STRADDLING, op)\n",
         "",
     ),
     Mutant(

@@ -15,8 +15,7 @@ import torch
 
 import refq4
 from refq4 import cli
-from refq4.codebooks import codebook_names, create_dynamic_map, get_codebook
-from refq4.internals.dynamic_map import thresholds_and_order
+from refq4.codebooks import code_from_values, codebook_names, create_dynamic_map, get_codebook
 
 _VARIABLE_ROW = re.compile(r"^\| `(?:REFQ4_\w+|CC)` \|.*\|$", re.MULTILINE)
 _COMMAND = re.compile(r"^    (\w+) +\S", re.MULTILINE)
@@ -47,8 +46,7 @@ def codebook_data(page: str) -> str:
         for name in codebook_names()
         for book in [get_codebook(name)]
     }
-    values = tuple(create_dynamic_map().tolist())
-    thresholds, order = (part.tolist() for part in thresholds_and_order(values))
+    values, thresholds, order = (part.tolist() for part in code_from_values(create_dynamic_map()))
     dynamic_map = _json("dynamic-map", {"values": values, "thresholds": thresholds, "order": order})
     return _json("codebooks", data) + dynamic_map
 

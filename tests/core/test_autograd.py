@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 import refq4
 import refq4.functional as F
-from refq4 import registry
 from refq4.autograd import MatMul4Bit
 from refq4.internals import dispatch, schemas
 from refq4.reference import ReferenceBackend
 from refq4.testing import assert_same_bits
+from refq4.testing.isolation import isolated_registry
 
 
 @pytest.fixture(params=[False, True], ids=["plain scales", "double quantisation"])
@@ -185,9 +185,7 @@ def test_matmul4bit_refuses_out_and_a_missing_state(packed):
 def test_backward_keeps_the_backend_of_forward():
     from loopback import Loopback
 
-    from refq4 import registry
-
-    with registry.isolated_registry():
+    with isolated_registry():
         backend = refq4.register_backend(Loopback())
         B, state = F.quantize_4bit(torch.randn(6, 64), backend="reference")
         A = torch.randn(2, 64, requires_grad=True)
@@ -219,7 +217,7 @@ class WithGradient(ReferenceBackend):
 @pytest.mark.parametrize("leading", [(2,), (2, 3), ()], ids=["[M, K]", "[2, 3, K]", "[K]"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "as an op"])
 def test_a_backend_with_a_gradient_of_its_own_computes_it_and_the_trace_says_so(leading, compiled):
-    with registry.isolated_registry():
+    with isolated_registry():
         backend = refq4.register_backend(WithGradient())
         B, state = F.quantize_4bit(torch.randn(6, 64), backend="reference")
         A = torch.randn(*leading, 64, requires_grad=True)
@@ -253,7 +251,7 @@ def test_the_raw_op_has_the_same_gradients(packed, op):
 def test_forward_mode_goes_through_an_inference_layer_whose_weight_is_in_an_own_layout(packed):
     from loopback import Loopback
 
-    with registry.isolated_registry():
+    with isolated_registry():
         refq4.register_backend(Loopback(own_layout=True))
         layer = refq4.nn.Linear4bit(64, 8, bias=False, quant_type="nf4").to("cpu").eval()
         x, tangent = torch.randn(1, 64), torch.randn(1, 64)

@@ -13,16 +13,16 @@ from torch import nn
 
 import refq4
 import refq4.functional as F
-from refq4 import registry
 from refq4.codebooks import create_dynamic_map
 from refq4.internals import codec, schemas
 from refq4.testing import assert_same_bits
+from refq4.testing.isolation import isolated_registry
 
 
 @pytest.fixture(autouse=True)
 def fresh():
     torch._dynamo.reset()
-    with registry.isolated_registry():
+    with isolated_registry():
         yield
     torch._dynamo.reset()
 

@@ -21,8 +21,8 @@ from threads import faults_of
 
 import refq4
 from refq4.internals.prepared import MOST_RESTORES
-from refq4.registry import isolated_registry
 from refq4.testing import assert_same_bits
+from refq4.testing.isolation import isolated_registry
 
 N, K = 96, 128
 

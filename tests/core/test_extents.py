@@ -22,6 +22,7 @@ from refq4.codebooks import create_dynamic_map
 from refq4.internals import codec, schemas
 from refq4.internals.checks import check_blockwise
 from refq4.testing import assert_same_bits
+from refq4.testing.isolation import isolated_registry
 
 N, K, BLOCKSIZE = 48, 128, 64
 SIZES = {"N": N, "K - 1": K - 1, "K + 1": K + 1, "the blocksize": BLOCKSIZE, "half the elements": N * K // 2, "one": 1}
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.reference_only("it names its backends itself")
 
 @pytest.fixture(autouse=True)
 def isolated() -> Iterator[None]:
-    with registry.isolated_registry():
+    with isolated_registry():
         yield
 
 

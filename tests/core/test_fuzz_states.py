@@ -76,7 +76,7 @@ FAULTS = {
     "an offset of any number": ("Reader._offset", lambda self, name: float(self.items[name])),
     "any word or number": ("Reader._one_of", lambda self, name, allowed, hint="": self.items[name]),
     "entries of several weights": ("Reader._same_prefix", lambda self, key, prefix: None),
-    "what a view claims": ("Reader._check_holds", lambda self, key, value: None),
+    "what a view claims": ("_check_holds", lambda key, value: None),
     "what is on meta": ("Reader._check_devices", lambda self, device, packed: None),
     "any field": ("Reader._check_fields", lambda self, wanted: None),
     "a shape unchecked": ("Reader._shape", lambda self: torch.Size(self.items["shape"])),

@@ -16,6 +16,7 @@ from refq4.internals.grouped import grouped_gemm_4bit
 from refq4.params import Params4bit
 from refq4.reference import ReferenceBackend
 from refq4.state import QuantState
+from refq4.testing.isolation import isolated_registry
 
 BACKENDS = ["reference", "cpu"]
 OFFSETS = [0, 3, 3, 4, 9]
@@ -161,7 +162,7 @@ class OnlyGemm(ReferenceBackend):
 def test_a_backend_without_a_grouped_product_is_asked_for_one_product_an_expert() -> None:
     packed, state = experts()
     backend = OnlyGemm()
-    with refq4.registry.isolated_registry():
+    with isolated_registry():
         refq4.register_backend(backend)
         with refq4.trace() as t:
             y = grouped_gemm_4bit(rows(K), packed, state, torch.tensor(OFFSETS), backend="only-gemm")
@@ -172,7 +173,7 @@ def test_a_backend_without_a_grouped_product_is_asked_for_one_product_an_expert(
 
 def test_a_backend_without_any_product_says_so() -> None:
     packed, state = experts()
-    with refq4.registry.isolated_registry():
+    with isolated_registry():
         refq4.register_backend(type("Empty", (Backend,), {"name": "empty"})())
         with pytest.raises(refq4.BackendUnsupportedError, match=r"4 experts.*it has no gemm_4bit"):
             grouped_gemm_4bit(rows(K), packed, state, torch.tensor(OFFSETS), backend="empty")

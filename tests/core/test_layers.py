@@ -19,8 +19,8 @@ import refq4
 import refq4.functional as F
 from refq4.internals.blockwise import slice_state
 from refq4.nn import Embedding4bit, EmbeddingFP4, EmbeddingNF4, Linear4bit, LinearFP4, LinearNF4, Params4bit
-from refq4.registry import isolated_registry
 from refq4.testing import assert_same_bits, assert_within_budget
+from refq4.testing.isolation import isolated_registry
 
 A = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
 

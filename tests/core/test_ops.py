@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import refq4
 import refq4.functional as F
-from refq4 import registry
 from refq4.autograd import MatMul4Bit
 from refq4.backend import PreparedWeight
 from refq4.internals import codec, dispatch, schemas
 from refq4.nn import LinearNF4
 from refq4.reference import ReferenceBackend
+from refq4.testing.isolation import isolated_registry
 
 pytestmark = pytest.mark.reference_only("it names its engine itself")
 A = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
@@ -32,7 +32,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @pytest.fixture(params=[False, True], ids=["canonical layout", "own layout"])
 def recorder(request):
-    with registry.isolated_registry():
+    with isolated_registry():
         yield refq4.register_backend(Recorder(request.param))
 
 
@@ -125,7 +125,7 @@ def test_a_gradient_wanted_for_the_bias_alone_takes_the_way_that_tracks_it():
         def gemm_4bit(self, x: Any, weight: Any, bias: Any) -> torch.Tensor:
             return super().gemm_4bit(x, weight, bias).detach()
 
-    with registry.isolated_registry():
+    with isolated_registry():
         refq4.register_backend(Foreign())
         dispatch.product("gemm_4bit", A, state.packed_weight(B), bias, "foreign").sum().backward()
     assert torch.equal(bias.grad, torch.full((8,), 8.0))
@@ -144,7 +144,7 @@ def test_forward_mode_follows_the_bias_alone_and_vmap_keeps_the_backend(recorder
 def test_vmap_adds_a_bias_per_batch_entry_to_a_product_on_an_own_layout(layer):
     B, state = F.quantize_4bit(A, quant_type="nf4")
     x, bias = torch.randn(5, 2, 128), torch.randn(5, 8)
-    with registry.isolated_registry(), torch.no_grad():
+    with isolated_registry(), torch.no_grad():
         prepared = refq4.register_backend(Recorder(own_layout=True)).prepare_weight(state.packed_weight(B))
         got = torch.vmap(lambda a, b: dispatch.product("gemm_4bit", a, prepared, b, "recorder"))(x, bias)
     wanted = torch.stack(
@@ -167,7 +167,7 @@ def test_every_op_says_on_meta_what_shapes_and_dtypes_it_will_give(dtype, layer)
     B, state = F.quantize_4bit(A, quant_type="nf4")
     weight, x = state.packed_weight(B), A.to(dtype).view(2, 4, 128)
     q, scales = codec.quantize_blockwise(x, F.create_dynamic_map(), 64, "reference")
-    with registry.isolated_registry(), torch.no_grad():
+    with isolated_registry(), torch.no_grad():
         prepared = refq4.register_backend(Recorder(own_layout=True)).prepare_weight(weight)
         own = schemas.flatten(prepared)
         calls = [

@@ -15,10 +15,11 @@ from torch import nn
 
 import refq4
 import refq4.functional as F
-from refq4 import matmul, pipeline, registry
+from refq4 import matmul, pipeline
 from refq4.backend import Backend, PackedWeight
 from refq4.nn import LinearNF4
 from refq4.testing import assert_same_bits, assert_within_budget
+from refq4.testing.isolation import isolated_registry
 
 A = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
 
@@ -157,7 +158,7 @@ def test_a_copy_does_not_carry_the_prepared_layout():
 
 @pytest.mark.reference_only("it names its engine itself")
 def test_another_compute_dtype_asks_the_backend_again():
-    with registry.isolated_registry():
+    with isolated_registry():
         asked = []
 
         class Choosy(Recorder):
@@ -176,7 +177,7 @@ def test_another_compute_dtype_asks_the_backend_again():
 
 @pytest.mark.reference_only("it names its engine itself")
 def test_a_weight_that_accelerate_brings_for_each_call_gets_no_own_layout(layer):
-    with registry.isolated_registry():
+    with isolated_registry():
         refq4.register_backend(Recorder(own_layout=True))
         with torch.no_grad(), refq4.use_backend("recorder"):
             wanted = layer(A)
@@ -472,7 +473,7 @@ def test_one_function_decides_path_and_op_for_the_trace_the_call_and_the_kernel(
     backend.can_run = lambda call: asked.append(call.op)
     refq4.set_backend("loopback")
     layer, x = layer_of(), torch.randn(1, 64)
-    flipped = matmul.Route(matmul.SEVERAL_TOKENS, "gemm_4bit", differentiable=True)
+    flipped = matmul.Route(matmul.SEVERAL_TOKENS, "gemm_4bit")
     for way, op in ((matmul.route, "gemv_4bit"), (lambda *_: flipped, "gemm_4bit")):
         monkeypatch.setattr(matmul, "route", way)
         asked.clear()

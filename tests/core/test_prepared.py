@@ -17,11 +17,11 @@ from torch import nn
 
 import refq4
 import refq4.functional as F
-from refq4 import registry
 from refq4.internals.prepared import MOST_RESTORES
 from refq4.nn import LinearNF4
 from refq4.pipeline import LAYOUT_IN_USE, LAYOUT_OWN
 from refq4.testing import assert_same_bits
+from refq4.testing.isolation import isolated_registry
 
 pytestmark = pytest.mark.reference_only("it registers a backend with a layout of its own")
 STORAGES = pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
@@ -105,7 +105,7 @@ def test_a_state_dict_taken_before_inference_keeps_its_bytes():
 
 
 def test_preparing_in_inference_mode_leaves_an_ordinary_parameter():
-    with registry.isolated_registry():
+    with isolated_registry():
         refq4.register_backend(Recorder(own_layout=True))
         layer = LinearNF4(256, 64).to("cpu").eval()
         with torch.inference_mode(), refq4.use_backend("recorder"):
@@ -137,7 +137,7 @@ def test_whoever_reads_the_parameter_gets_the_bytes_and_they_stay(read):
 
 
 def test_a_prepared_weight_is_restored_where_it_is_read_by_keyword():
-    with registry.isolated_registry():
+    with isolated_registry():
         refq4.register_backend(Recorder(own_layout=True))
         layer = LinearNF4(256, 64).to("cpu").eval()
         wanted = layer.weight.stored().clone()
@@ -234,7 +234,7 @@ def test_setting_data_replaces_what_was_prepared():
 
 
 def test_new_data_for_a_prepared_weight_has_no_old_form():
-    with registry.isolated_registry():
+    with isolated_registry():
         refq4.register_backend(Recorder(own_layout=True))
         layer = LinearNF4(256, 64).to("cpu").eval()
         with torch.no_grad(), refq4.use_backend("recorder"):

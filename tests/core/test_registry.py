@@ -27,6 +27,7 @@ from refq4.backend import OPS, Backend, Call
 from refq4.internals import discovery, remedies
 from refq4.reference import ReferenceBackend
 from refq4.testing import assert_same_bits
+from refq4.testing.isolation import isolated_registry
 
 ROOT = Path(refq4.__file__).parent
 A = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
@@ -34,7 +35,7 @@ A = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(autouse=True)
 def isolated():
-    with registry.isolated_registry():  # nothing chosen, and no backend but the reference
+    with isolated_registry():  # nothing chosen, and no backend but the reference
         for name in refq4.list_backends():
             if name != "reference":
                 refq4.unregister_backend(name)
@@ -249,8 +250,7 @@ def twice_known(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delitem(sys.modules, "twice_known", raising=False)
     point = EntryPoint("twice", "twice_known:Mine", "refq4.backends")
     monkeypatch.setattr(discovery, "entry_points", lambda group: [point])
-    monkeypatch.setattr(discovery, "_entries", None)
-    monkeypatch.setattr(discovery, "_ordered", None)
+    discovery.restore_entries(discovery.installed())
 
 
 def test_the_error_for_an_unknown_backend_says_how_one_becomes_known():
@@ -264,8 +264,7 @@ def test_auto_imports_nothing_that_it_may_not_take(monkeypatch):
         "refq4.backends.by_name": [EntryPoint("away", "no_such_module:Backend", "refq4.backends.by_name")],
     }
     monkeypatch.setattr(discovery, "entry_points", lambda group: points[group])
-    monkeypatch.setattr(discovery, "_entries", None)
-    monkeypatch.setattr(discovery, "_ordered", None)
+    discovery.restore_entries(discovery.installed())
     assert refq4.list_backends() == ["reference", "away"]
     F.quantize_4bit(torch.ones(64))
     assert discovery.known_entries()["away"].problem is None, "it has not been imported"
@@ -279,8 +278,7 @@ def test_a_plug_in_that_fails_to_import_is_listed_with_its_error_and_breaks_noth
         EntryPoint("reference", "refq4.reference:ReferenceBackend", "refq4.backends"),
     ]
     monkeypatch.setattr(discovery, "entry_points", lambda group: points)
-    monkeypatch.setattr(discovery, "_entries", None)
-    monkeypatch.setattr(discovery, "_ordered", None)
+    discovery.restore_entries(discovery.installed())
     assert refq4.list_backends() == ["broken", "reference"]
     info = refq4.backend_info("broken")
     assert not info["available"]
@@ -304,8 +302,7 @@ def test_a_plug_in_that_fails_when_asked_whether_it_is_available_is_listed_with_
 
 def test_an_uninstalled_checkout_finds_no_backends_and_hints_at_installing(monkeypatch):
     monkeypatch.setattr(discovery, "entry_points", lambda group: [])
-    monkeypatch.setattr(discovery, "_entries", None)
-    monkeypatch.setattr(discovery, "_ordered", None)
+    discovery.restore_entries(discovery.installed())
     with pytest.raises(refq4.BackendUnavailableError, match=re.escape(remedies.install())):
         F.quantize_4bit(torch.ones(64))
     with pytest.raises(refq4.UnknownBackendError, match=re.escape(remedies.install())):
@@ -361,7 +358,7 @@ def test_a_backend_is_asked_once_whether_it_is_available_and_need_not_describe_i
         def available(self) -> None:
             asked.append(self)
 
-    with registry.isolated_registry():
+    with isolated_registry():
         refq4.register_backend(Quiet())
         with refq4.use_backend("quiet"):
             for _ in range(3):
@@ -507,7 +504,7 @@ def test_a_backend_that_says_nothing_of_fp64_is_not_given_it():
             return (x.float() @ ReferenceBackend().dequantize_4bit(weight, torch.float32).T).to(x.dtype)
 
     layer, x = refq4.nn.LinearNF4(64, 8, bias=False).to("cpu").eval(), torch.randn(1, 64).double()
-    with registry.isolated_registry(), torch.no_grad():
+    with isolated_registry(), torch.no_grad():
         exact = layer(x)
         refq4.register_backend(Float32Only())
         assert torch.equal(layer(x), exact)

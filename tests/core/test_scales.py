@@ -15,6 +15,7 @@ import refq4.functional as F
 from refq4 import registry
 from refq4.codebooks import codebook_names
 from refq4.testing import assert_same_bits
+from refq4.testing.isolation import isolated_registry
 from refq4.tools.tour import packaged_matrices
 
 
@@ -117,7 +118,7 @@ def test_every_backend_finds_the_references_bytes(backend):
 
 
 def test_a_backend_that_takes_no_scales_goes_on_working_and_the_trace_says_who_assigned():
-    with registry.isolated_registry():
+    with isolated_registry():
         loopback = refq4.register_backend(Loopback())
         A = torch.randn(4, 64)
         with refq4.trace() as t:

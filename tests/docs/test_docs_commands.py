@@ -22,7 +22,8 @@ import pytest
 import torch
 import transformers
 
-from refq4 import cli, registry
+from refq4 import cli
+from refq4.testing.isolation import isolated_registry
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
@@ -148,7 +149,7 @@ def run_here(page: Path) -> list[str]:
 def test_the_programs_of_a_page_run(page, directory, capsys):
     """One after the other, in one namespace, as a reader would type them (the README's are in test_conventions.py)."""
     names: dict[str, object] = {"__name__": "__main__"}
-    with registry.isolated_registry(), warnings.catch_warnings():
+    with isolated_registry(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for i, program in enumerate(run_here(page), 1):
             exec(compile(program, f"{page.name}, program {i}", "exec"), names)
@@ -162,7 +163,7 @@ def test_a_page_runs_as_printed_from_an_empty_directory(page, tmp_path, monkeypa
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     names: dict[str, object] = {"__name__": "__main__"}
     shown = printed = 0
-    with registry.isolated_registry(), warnings.catch_warnings():
+    with isolated_registry(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for kind, block in re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
             if kind == "bash" and not prefix_of(block, NOT_RUN):

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "scripts" / "docs"), str(ROOT / "notebooks")]
 
 import notebooks  # noqa: E402 (a script)
-from refq4 import codebooks, registry  # noqa: E402
+from refq4 import codebooks  # noqa: E402
+from refq4.testing.isolation import isolated_registry  # noqa: E402
 from support import exercises  # noqa: E402 (beside the notebooks)
 
 pytestmark = pytest.mark.reference_only("an exercise chooses its backends itself")
@@ -60,7 +61,7 @@ WRONG = {
 @pytest.fixture(autouse=True)
 def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(codebooks, "_BOOKS", dict(codebooks._BOOKS))
-    with registry.isolated_registry():
+    with isolated_registry():
         yield
 
 

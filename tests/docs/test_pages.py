@@ -16,7 +16,7 @@ from public_names import PAGES as API
 from public_names import names
 
 import refq4
-from refq4 import registry
+from refq4.testing.isolation import isolated_registry
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -44,7 +44,7 @@ PYTHON_PAGES = ["index.md", *(f"how-to/{name}.md" for name in HOW_TO)]
 
 @pytest.fixture(autouse=True)
 def isolated():
-    with registry.isolated_registry():
+    with isolated_registry():
         yield
 
 

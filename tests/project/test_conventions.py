@@ -52,9 +52,9 @@ README_NAMES: dict[str, object] = {}
 
 @pytest.fixture(autouse=True)
 def isolated():
-    from refq4 import registry
+    from refq4.testing.isolation import isolated_registry
 
-    with registry.isolated_registry():
+    with isolated_registry():
         yield
 
 

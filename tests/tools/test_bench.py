@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from refq4 import cli, registry
+from refq4 import cli
 from refq4.bench import gpu
 from refq4.bench.measure import interleaved
 from refq4.bench.plot import speedups
@@ -16,6 +16,7 @@ from refq4.bench.show import _figure, gpu_ops_table, gpu_table, weight_bytes
 from refq4.cli.bench import _cores
 from refq4.internals.verbatim import Console
 from refq4.registry import check_usable
+from refq4.testing.isolation import isolated_registry
 
 pytestmark = pytest.mark.reference_only("it names its backends itself")
 
@@ -69,7 +70,7 @@ def test_a_backend_in_a_file_can_be_timed(tmp_path, capsys):
         "class Mine(ReferenceBackend):\n    name = 'in a file'\n\n\nrefq4.register_backend(Mine())\n"
     )
     sizes = ["--shapes", "64x64", "--m", "1", "--rounds", "15", "--layers", "1", "--no-ops", "--peers", "torch bf16"]
-    with registry.isolated_registry():
+    with isolated_registry():
         assert cli.main(["bench", "--import", str(file), "--backend", "in a file", *sizes]) == 0
     out = capsys.readouterr().out
     assert "in a file" in out
@@ -85,7 +86,7 @@ def test_a_backend_with_two_ops_is_timed_in_what_it_has(tmp_path, capsys):
         "refq4.register_backend(Two())\n"
     )
     sizes = ["--shapes", "64x64", "--layers", "1", "--peers", "torch bf16", "--quick"]
-    with registry.isolated_registry():
+    with isolated_registry():
         assert cli.main(["bench", "--import", str(file), "--backend", "two ops", *sizes, "--m", "1"]) == 0
         out = capsys.readouterr().out
         assert cli.main(["bench", "--backend", "two ops", *sizes, "--m", "4", "1", "2"]) == 0

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from refq4 import cli
 from refq4.internals import remedies
+from refq4.testing.isolation import isolated_registry
 from refq4.tools import tour
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "measure-the-cost.md"
@@ -172,7 +173,6 @@ def test_tune_says_why_there_is_nothing_to_measure():
 
 def test_tune_hands_shapes_and_rising_numbers_of_tokens_on_and_prints_what_it_is_told(capsys):
     import refq4
-    from refq4 import registry
 
     class Tunable(refq4.backend.Backend):
         name = "tunable"
@@ -181,7 +181,7 @@ def test_tune_hands_shapes_and_rising_numbers_of_tokens_on_and_prints_what_it_is
             yield f"{shapes} {tokens}"
             yield "kept"
 
-    with registry.isolated_registry():
+    with isolated_registry():
         refq4.register_backend(Tunable())
         assert cli.main(["tune", "--backend", "tunable", "--shapes", "32x128", "--m", "16", "8"]) == 0
         assert cli.main(["tune", "--backend", "tunable"]) == 0

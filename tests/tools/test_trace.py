@@ -17,6 +17,7 @@ import refq4.functional as F
 from refq4 import registry
 from refq4.nn import LinearNF4
 from refq4.testing import assert_same_bits, error_budget
+from refq4.testing.isolation import isolated_registry
 from refq4.tools.explain import _first_difference
 from refq4.trace import current
 
@@ -379,7 +380,7 @@ def test_compare_sees_nan_against_a_number_and_a_missing_step():
 
 @pytest.mark.reference_only("it names its engine itself")
 def test_a_comparison_names_each_backend_once_and_tells_all_it_knows(layer):
-    with registry.isolated_registry():
+    with isolated_registry():
         refq4.register_backend(Recorder())
         report = refq4.compare(layer, A)
         assert len(set(report.backends)) == len(report.backends)
@@ -420,7 +421,7 @@ def test_a_backend_with_fewer_steps_or_calls_differs_where_they_end(layer):
             layer(x)
         return x
 
-    with registry.isolated_registry():
+    with isolated_registry():
         refq4.register_backend(Recorder())
         names = ["reference", "recorder"]
         assert refq4.compare(fewer_calls, A, backends=names).first_difference == {"recorder": (1, 0)}

@@ -27,6 +27,7 @@ from refq4.backend import OPS, Call, PackedWeight, PreparedWeight
 from refq4.codebooks import get_codebook
 from refq4.internals import remedies
 from refq4.internals.buildcache import CacheError
+from refq4.testing.isolation import isolated_registry
 
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
 from refq4_cuda import CudaBackend, CudaEmulatorBackend, emulated, launch, nvrtc
@@ -121,7 +122,7 @@ def test_auto_asks_a_backend_of_another_device_not_even_whether_it_is_available(
 
 @pytest.fixture
 def reference_alone():
-    with registry.isolated_registry():
+    with isolated_registry():
         for name in refq4.list_backends():
             if name != "reference":
                 refq4.unregister_backend(name)

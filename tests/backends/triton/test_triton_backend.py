@@ -12,6 +12,7 @@ import torch
 
 import refq4
 from refq4.testing import Case, check
+from refq4.testing.isolation import isolated_registry
 
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
 refq4_triton = pytest.importorskip("refq4_triton", reason="the package refq4_triton is not installed: pip install -e .")
@@ -33,7 +34,7 @@ ONES = [
 @pytest.fixture(autouse=True)
 def emulated():
     """Whatever is installed: the tests find the backend that lies beside them."""
-    with refq4.registry.isolated_registry():
+    with isolated_registry():
         refq4.register_backend(refq4_triton.TritonEmulatorBackend(), replace=True)
         yield
 
