@@ -16,15 +16,11 @@ What "the same" means: bits and bytes bit for bit; a product may err, against an
 dequantised weight, by at most twice what the reference errs there, plus one unit in the last place of the output.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .asked import Outcome
-    from .budget import Budget, assert_same_bits, assert_within_budget, error_budget, oracle, ulp
-    from .cases import Case, catalogue
-    from .conformance import CHECKS, check
-    from .verification import CheckReport, Failure, Report, shrink, verify
+from .asked import Outcome
+from .budget import Budget, assert_same_bits, assert_within_budget, error_budget, oracle, ulp
+from .cases import Case, catalogue
+from .conformance import CHECKS, check
+from .verification import CheckReport, Failure, Report, shrink, verify
 
 __all__ = [
     "CHECKS",
@@ -44,26 +40,3 @@ __all__ = [
     "ulp",
     "verify",
 ]
-
-# The names of each module. They are loaded on first use: this package also holds peer.py, a backend that "auto" imports
-# to learn its priority, and a layer's first call needs nothing of the kit.
-_MODULES = {
-    "asked": ("Outcome",),
-    "budget": ("Budget", "assert_same_bits", "assert_within_budget", "error_budget", "oracle", "ulp"),
-    "cases": ("Case", "catalogue"),
-    "conformance": ("CHECKS", "check"),
-    "verification": ("CheckReport", "Failure", "Report", "shrink", "verify"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            found = getattr(importlib.import_module(f".{module}", __name__), name)
-            globals()[name] = found
-            return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

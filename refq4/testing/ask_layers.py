@@ -28,9 +28,8 @@ def ask_forward(asked: Asked) -> None:
     with torch.no_grad():
         with trace() as expected, use_backend(asked.against):
             reference = layer(asked.x)
-        with trace() as t, use_backend(asked.backend):
+        with asked.answering() as t, use_backend(asked.backend):
             got = layer(asked.x)
-    asked.ran_here(t)
     _same_decisions(t, expected)
     budget = error_budget(asked.x, layer.weight.stored(), layer.weight.quant_state, layer.bias, backend=asked.against)
     assert_same_bits(reference, budget.reference, "the judge's layer and its product")
@@ -54,10 +53,7 @@ def ask_backward(asked: Asked) -> None:
     B, state = asked.quantised()
     g = torch.randn(asked.case.m, asked.case.n, generator=torch.Generator().manual_seed(asked.case.seed + 1))
     g = g.to(asked.case.torch_dtype).to(asked.device)
-    wanted = _gradients(asked, B, state, g, asked.against)
-    with trace() as t:
-        got = _gradients(asked, B, state, g, asked.backend)
-    asked.ran_here(t)
+    got, wanted = asked.both(lambda by: _gradients(asked, B, state, g, by))
     W = codec.dequantize_4bit(state.packed_weight(B), torch.float32, asked.against)
     budgets = [product_budget(g.double() @ W.double(), wanted[0], g, W.t())]
     if len(wanted) > 1:
@@ -75,9 +71,8 @@ def _gradients(asked: Asked, B: Tensor, state: QuantState, g: Tensor, backend: s
 
 def ask_state_dict(asked: Asked) -> None:
     """Quantise, infer, save, load, infer again."""
-    with trace() as t:
+    with asked.answering():
         layer = _layer(asked, asked.backend)
-    asked.ran_here(t)
     wanted = _layer(asked, asked.against).state_dict()
     with torch.no_grad(), use_backend(asked.backend):
         first = layer(asked.x)
@@ -99,9 +94,8 @@ def ask_embedding(asked: Asked) -> None:
         table.to(asked.device)
         ids = torch.arange(case.n, device=asked.device).flip(0)
         wanted = table(ids)
-    with trace() as t, use_backend(asked.backend):
+    with asked.answering(), use_backend(asked.backend):
         got = table(ids)
-    asked.ran_here(t)
     assert_same_bits(one_nan(got), one_nan(wanted), "rows")
 
 

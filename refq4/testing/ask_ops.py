@@ -6,6 +6,8 @@ the one that counts as right, on the same operands.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,6 @@ from ..internals import codec, dispatch
 from ..internals.grouped import grouped_gemm_4bit
 from ..matmul import describe
 from ..registry import check_usable
-from ..trace import trace
 from .asked import Asked, ExplainedError, NoSuchThing, one_nan
 from .budget import assert_same_bits, error_budget, grouped_budget
 from .diagnose import diagnose_product, diagnose_quantised
@@ -25,10 +26,7 @@ def ask_quantize_4bit(asked: Asked) -> None:
     """Packed bytes and absmax of a tensor."""
     case = asked.case
     allowed = case.weights == "not finite"
-    wanted = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.against)
-    with trace() as t:
-        got = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.backend)
-    asked.ran_here(t)
+    got, wanted = asked.both(lambda by: codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, by))
     assert_same_bits(one_nan(got[1]), one_nan(wanted[1]), "absmax")
     try:
         assert_same_bits(got[0], wanted[0], "packed bytes")
@@ -43,10 +41,8 @@ def ask_quantize_4bit(asked: Asked) -> None:
 def _ask_quantize_with_scales(asked: Asked, absmax: Tensor, allowed: bool) -> None:
     """The same with scales given, smaller than the largest magnitudes, so that values are clamped."""
     case = asked.case
-    wanted = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.against, absmax=absmax)
-    with trace() as t:
-        got = codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, asked.backend, absmax=absmax)
-    asked.ran_here(t)
+    ask = partial(codec.quantize_4bit, asked.W, case.blocksize, case.code, allowed, absmax=absmax)
+    got, wanted = asked.both(ask)
     assert_same_bits(one_nan(got[1]), one_nan(absmax), "absmax, which was given")
     assert_same_bits(got[0], wanted[0], "packed bytes, with absmax given")
 
@@ -55,20 +51,14 @@ def ask_dequantize_4bit(asked: Asked) -> None:
     """Packed bytes decoded, with plain or nested scales."""
     B, state = asked.quantised()
     weight = state.packed_weight(B)
-    wanted = codec.dequantize_4bit(weight, asked.case.torch_dtype, asked.against)
-    with trace() as t:
-        got = codec.dequantize_4bit(weight, asked.case.torch_dtype, asked.backend)
-    asked.ran_here(t)
+    got, wanted = asked.both(lambda by: codec.dequantize_4bit(weight, asked.case.torch_dtype, by))
     assert_same_bits(one_nan(got), one_nan(wanted), "decoded weight")
 
 
 def ask_quantize_blockwise(asked: Asked) -> None:
     """8-bit codes and absmax."""
     code = create_dynamic_map().to(asked.device)
-    wanted = codec.quantize_blockwise(asked.W, code, asked.case.blocksize, asked.against)
-    with trace() as t:
-        got = codec.quantize_blockwise(asked.W, code, asked.case.blocksize, asked.backend)
-    asked.ran_here(t)
+    got, wanted = asked.both(lambda by: codec.quantize_blockwise(asked.W, code, asked.case.blocksize, by))
     assert_same_bits(one_nan(got[1]), one_nan(wanted[1]), "absmax")
     assert_same_bits(got[0], wanted[0], "8-bit codes")
 
@@ -77,10 +67,8 @@ def ask_dequantize_blockwise(asked: Asked) -> None:
     """8-bit codes decoded."""
     case, code = asked.case, create_dynamic_map().to(asked.device)
     q, absmax = codec.quantize_blockwise(asked.W, code, case.blocksize, asked.against)
-    wanted = codec.dequantize_blockwise(q, absmax, code, case.blocksize, case.torch_dtype, asked.against)
-    with trace() as t:
-        got = codec.dequantize_blockwise(q, absmax, code, case.blocksize, case.torch_dtype, asked.backend)
-    asked.ran_here(t)
+    ask = partial(codec.dequantize_blockwise, q, absmax, code, case.blocksize, case.torch_dtype)
+    got, wanted = asked.both(ask)
     assert_same_bits(one_nan(got), one_nan(wanted), "decoded values")
 
 
@@ -88,9 +76,8 @@ def ask_product(asked: Asked) -> None:
     """A product on the canonical layout."""
     case = asked.case
     B, state = asked.quantised()
-    with trace() as t:
+    with asked.answering():
         got = dispatch.product(case.check, asked.x, state.packed_weight(B), asked.bias, asked.backend)
-    asked.ran_here(t)
     budget = error_budget(asked.x, B, state, asked.bias, backend=asked.against)
     asked.product_within(budget, got, "product", lambda: diagnose_product(got, budget, asked.x, B, state, asked.bias))
 
@@ -104,11 +91,10 @@ def ask_grouped(asked: Asked) -> None:
     bias = None if asked.bias is None else torch.stack([asked.bias, -asked.bias, asked.bias.flip(0)])
     the_other_way = torch.randn(m, case.n, generator=torch.Generator().manual_seed(case.seed)).to(asked.x)
     for transposed, x, added in ((False, asked.x, bias), (True, the_other_way, None)):
-        with trace() as t:
+        with asked.answering():
             got = grouped_gemm_4bit(
                 x, B, state, torch.tensor(offsets), added, transposed=transposed, backend=asked.backend
             )
-        asked.ran_here(t)
         budget = grouped_budget(x, B, state, offsets, added, transposed, asked.against)
         stored = "[E, K, N]" if transposed else "[E, N, K]"
         asked.product_within(budget, got, f"grouped product with the weight stored as {stored}", lambda: "")
@@ -122,10 +108,9 @@ def ask_own_layout(asked: Asked) -> None:
     prepared = engine.prepare_weight(weight) if engine is not None else None
     if engine is None or prepared is None:
         raise NoSuchThing("it reads this weight in the canonical layout")
-    with trace() as t:
+    with asked.answering():
         op = describe(asked.x, state, asked.x.dtype, gradient=False, own_layout=True)[1].op
         got = dispatch.product(op, asked.x, prepared, asked.bias, prepared.backend)
-    asked.ran_here(t)
     budget = error_budget(asked.x, B, state, asked.bias, backend=asked.against)
     hint = lambda: diagnose_product(got, budget, asked.x, B, state, asked.bias)  # noqa: E731
     asked.product_within(budget, got, "product on the prepared weight", hint)

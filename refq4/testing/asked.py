@@ -6,16 +6,18 @@ The functions that ask are in ``ask_ops.py`` (one op at a time) and ``ask_layers
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..functional import quantize_4bit
 from ..state import QuantState
-from ..trace import Trace
+from ..trace import Trace, trace
 from .budget import Budget, ulp
 from .cases import Case
 
@@ -52,6 +54,7 @@ class Outcome:
         return "\n".join(line for line in (f"{self.case!r}: {self.status}", self.message, self.hint) if line)
 
 
+Answer = TypeVar("Answer")
 ULP_EDGES = (0.5, 1.0, 2.0, 8.0)
 
 
@@ -107,8 +110,17 @@ class Asked:
                 torch.bucketize(units.cpu(), torch.tensor(ULP_EDGES, dtype=torch.float64)), minlength=5
             )
 
-    def ran_here(self, t: Trace) -> None:
-        """Every op of the trace was computed by the backend that was named."""
+    def both(self, ask: Callable[[str], Answer]) -> tuple[Answer, Answer]:
+        """What the backend under test answers, and what the judge does; ``ask`` takes the name of a backend."""
+        with self.answering():
+            got = ask(self.backend)
+        return got, ask(self.against)
+
+    @contextmanager
+    def answering(self) -> Iterator[Trace]:
+        """Trace what the backend is asked inside; every op must be computed by the backend that was named."""
+        with trace() as t:
+            yield t
         ran = {op.backend for op in t.ops}
         if ran != {self.backend}:
             raise AssertionError(f"asked {self.backend!r}, but {sorted(ran) or 'nobody'} computed")

@@ -1,7 +1,7 @@
 """State dicts of quantised weights, changed: fields, JSON text, tensors, keys; some of them are valid still.
 
-All choices come from one ``random.Random``, so a number (fuzz_states.py), hypothesis (its test) or a fuzzer's bytes
-(atheris) can make them. Which results are valid is for ``state_oracle.expected`` to say.
+All choices come from one ``random.Random``, so a number or hypothesis can make them (tests/core/test_fuzz_states.py).
+Which results are valid is for ``state_oracle.expected`` to say.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 ``expected`` is written from the table at the top of refq4/internals/statedict.py and not from the code below it, in
 other terms (numpy, plain Python), so that one checks the other. ``check`` asks from_dict and compares what it says,
-what it read, what that decodes to, and what it saves again. Used by scripts/checks/fuzz_states.py and
-tests/core/test_fuzz_states.py.
+what it read, what that decodes to, and what it saves again. Used by tests/core/test_fuzz_states.py.
 """
 
 from __future__ import annotations
