@@ -138,18 +138,20 @@ REFUSED = {
         "@%p1 st.shared.u32 [%rd1], %r0;",
     ),
     "two lanes that write one word": (
-        emulator.RaceError, "another thread writes another value there", TO_ROOM + "st.shared.u32 [%rd1], %r0;",
+        emulator.RaceError, "and another thread writes there too, in the same instruction",
+        TO_ROOM + "st.shared.u32 [%rd1], %r0;",
     ),
     "two threads that write one word of a tensor": (
-        emulator.RaceError, "which another thread writes too", "st.global.u32 [%at0], %r0;",
+        emulator.RaceError, r"writes byte 0 of int32 .*, and another thread writes there too",
+        "st.global.u32 [%at0], %r0;",
     ),
     "a word that another block wrote, with no atomics between": (
-        emulator.RaceError, "which block number 1 writes, with no atomic of both between",
+        emulator.RaceError, "written by thread 0 of block number 1 with no atomic of both between",
         "mov.u32 %r2, %ctaid.x; setp.eq.s32 %p1, %r2, 1; setp.eq.s32 %p2, %r0, 64; @%p2 st.global.u32 [%at0], %r0;"
         "@!%p1 ld.global.u32 %r3, [%at0];",
     ),
     "a word of a block whose other thread counted it in too early": (
-        emulator.RaceError, "which block number 0 writes, with no atomic of both between that speaks for it",
+        emulator.RaceError, "written by thread 1 of block number 0 with no atomic of both between",
         COUNTED_IN.format(barrier=""),
     ),
     "a barrier that half of the threads take": (

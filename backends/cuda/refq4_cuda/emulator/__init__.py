@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .batch import WARP, Batch
+from .batch import Batch
 from .decode import prepare
 from .errors import (
     AccessError,
@@ -39,9 +39,8 @@ from .errors import (
     UninitialisedError,
     UnknownInstructionError,
 )
-from .flow import smallest_global_access
-from .memory import GlobalMemory
-from .order import OrderedMemory
+from .memory import GlobalMemory, Region, name_of
+from .order import WARP, Order
 from .program import Program
 from .ptx import Argument, launch_of, regions_of
 from .schedule import Scheduler, Watcher, batches
@@ -227,16 +226,18 @@ def _execute(
     with program.running if program.arrays else nullcontext():  # another thread's launch has the same arrays
         for array, initial in program.arrays.values():
             array[:] = np.frombuffer(initial, np.uint8)
-        regions = regions_of(program.kernel, args or (), program.arrays)
         grid, block = launch.grid, launch.block
         total, threads = int(np.prod(grid)), int(np.prod(block))
-        if args is None:
-            memory = GlobalMemory(launch.buffers, total, threads, regions)
+        padded = -(-threads // WARP) * WARP
+        if args is None:  # the project's own kernels never write what they read: readers need not be remembered
+            regions = [Region(t.data_ptr(), t.numel() * t.element_size(), name_of(t)) for t in launch.buffers]
         else:
-            memory = OrderedMemory((), total, threads, regions, smallest_global_access(program.kernel))
-        counts, lanes = [0] * len(program.steps), -(-threads // WARP) * WARP
+            regions = regions_of(program.kernel, args, program.arrays)
+        order = Order(total, padded)
+        memory = GlobalMemory(regions, order, program.grain["global"], checks, readers=args is not None)
+        counts = [0] * len(program.steps)
         with np.errstate(all="ignore"):
-            for blocks in batches(total, max(LANES // lanes, 1)):
+            for blocks in batches(total, max(LANES // padded, 1)):
                 batch = Batch(program, grid, block, blocks, launch.shared, launch.arguments, memory, checks)
                 Scheduler(batch, counts, seed, watcher).run()
         return counts

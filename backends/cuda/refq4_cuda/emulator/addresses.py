@@ -9,48 +9,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .memory import Memory, unsigned
 from .parse import Instruction
-from .program import UNSIGNED, Step
+from .program import UNSIGNED, Step, selection
 
 if TYPE_CHECKING:
     from .batch import Batch
     from .decode import Decoder
 
-__all__ = ["ADDRESSES", "LOCAL_WINDOW", "SHARED_WINDOW", "Made", "address_of", "windows"]
+__all__ = ["ADDRESSES", "Generic", "LOCAL_WINDOW", "SHARED_WINDOW", "Made", "address_of"]
 
 SHARED_WINDOW, LOCAL_WINDOW = 1 << 61, 1 << 62  # no tensor's address is that large
+WINDOWS = {"global": 0, "shared": SHARED_WINDOW, "local": LOCAL_WINDOW}
 Made = Callable[["Decoder", Instruction], Step]
 ADDRESSES: dict[str, Made] = {}
 
 
 def address_of(m: Batch, s: Any, slot: int, width: int, offset: int) -> np.ndarray:
-    """The address of each lane as a uint64; a 32-bit base wraps in 32 bits."""
+    """The address of each lane as an int64; a 32-bit base wraps in 32 bits."""
     base = m.rows[UNSIGNED][slot][s]
     if offset:
         base = base + base.dtype.type(offset & ((1 << 8 * width) - 1))
-    address: np.ndarray = base.astype(np.uint64, copy=False)
+    address: np.ndarray = base.view(np.int64) if width == 8 else base.astype(np.int64)
     return address
 
 
-def windows(m: Batch, s: Any, address: np.ndarray) -> list[tuple[str, Any, np.ndarray, Any]]:
-    """Generic addresses by memory: (space, selection, address within it, which of the lanes)."""
-    if int(address.max()) < SHARED_WINDOW:
-        return [("global", s, address, slice(None))]
-    parts = []
-    for space, low, high in (("global", 0, SHARED_WINDOW), ("shared", SHARED_WINDOW, LOCAL_WINDOW),
-                             ("local", LOCAL_WINDOW, 1 << 64)):  # fmt: skip
-        here = (address >= np.uint64(low)) & (address <= np.uint64(high - 1))
-        if here.any():
-            parts.append((space, m.selection(m.lanes[s][here]), address[here] - np.uint64(low), here))
-    return parts
+class Generic:
+    """Addresses that say by their size which memory they mean."""
 
+    def __init__(self, **memories: Memory) -> None:
+        self.memories = memories
 
-_WINDOWS = {"shared": SHARED_WINDOW, "shared::cta": SHARED_WINDOW, "local": LOCAL_WINDOW, "global": 0, "const": 0}
+    def read(self, address: np.ndarray, s: Any, element: int, count: int, strong: bool = False) -> np.ndarray:
+        """As ``Memory.read``."""
+        result = np.empty((len(address), count) if count > 1 else len(address), unsigned[element])
+        for memory, inside, some, at in self._split(address, s):
+            result[at] = memory.read(inside, some, element, count, strong)
+        return result
+
+    def write(self, address: np.ndarray, s: Any, values: np.ndarray, strong: bool = False) -> None:
+        """As ``Memory.write``."""
+        for memory, inside, some, at in self._split(address, s):
+            memory.write(inside, some, values[at], strong)
+
+    def update(self, address: np.ndarray, s: Any, size: int, function: Callable[..., Any], *rows: Any) -> np.ndarray:
+        """As ``Memory.update``."""
+        found = np.empty(len(address), unsigned[size])
+        for memory, inside, some, at in self._split(address, s):
+            found[at] = memory.update(inside, some, size, function, *(row[at] for row in rows))
+        return found
+
+    def _split(self, address: np.ndarray, s: Any) -> Iterator[tuple[Memory, np.ndarray, Any, Any]]:
+        """Memory, addresses within it, selection, and which of the lanes."""
+        lanes = self.memories["shared"].order.lanes[s]
+        starts = np.searchsorted([SHARED_WINDOW, LOCAL_WINDOW], address, "right")
+        for k, (space, window) in enumerate(WINDOWS.items()):
+            if (here := starts == k).any():
+                yield self.memories[space], address[here] - window, selection(lanes[here]), here
 
 
 def _convert_address(to_generic: bool, window: int, bits: int) -> Made:
@@ -81,7 +101,7 @@ def _is_in(low: int, high: int) -> Made:
     return decode
 
 
-for _space, _window in _WINDOWS.items():
+for _space, _window in (WINDOWS | {"shared::cta": SHARED_WINDOW, "const": 0}).items():
     ADDRESSES[f"cvta.{_space}.u64"] = _convert_address(True, _window, 64)
     if _window:
         ADDRESSES[f"cvta.to.{_space}.u64"] = _convert_address(False, _window, 64)

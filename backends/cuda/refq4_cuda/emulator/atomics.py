@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .addresses import address_of, windows
+from .addresses import address_of
 from .halves import decode_half, encode_half
 from .memory import unsigned
 from .parse import Instruction, width_of
@@ -95,7 +95,7 @@ def _atomic(decoder: Decoder, instruction: Instruction) -> Step:
         values = [m.rows[UNSIGNED][slot][s].astype(unsigned[size], copy=False) for slot in slots]
         found = np.empty(len(lanes), unsigned[size])
         for some in _turns(address):
-            found[some] = _update(m, lanes[some], space, address[some], size, function, [v[some] for v in values])
+            found[some] = m.spaces[space].update(address[some], lanes[some], size, function, *(v[some] for v in values))
         if to is not None:
             m.rows[UNSIGNED][to][s] = found
 
@@ -109,23 +109,3 @@ def _turns(address: np.ndarray) -> Iterator[np.ndarray]:
         first = np.sort(np.unique(address[left], return_index=True)[1])
         yield left[first]
         left = np.delete(left, first)
-
-
-def _update(
-    m: Batch, lanes: np.ndarray, space: str, address: np.ndarray, size: int, function: Any, values: list[np.ndarray]
-) -> np.ndarray:
-    s = m.selection(lanes)
-    parts = windows(m, s, address) if space == "generic" else [(space, s, address, slice(None))]
-    found = np.empty(len(lanes), unsigned[size])
-    for one, some, inside, at in parts:
-        operands = [value[at] for value in values]
-
-        def changed(old: np.ndarray, which: Any, operands: list[np.ndarray] = operands) -> np.ndarray:
-            result: np.ndarray = function(old, *(value[which] for value in operands))
-            return result
-
-        if one == "shared":
-            found[at] = m.shared.update(inside.view(np.int64), some, size, changed)
-        else:
-            found[at] = m.memory.update(inside, m.lanes[some], size, changed)
-    return found

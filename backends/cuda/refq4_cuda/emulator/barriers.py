@@ -81,8 +81,7 @@ def _ask(operation: str) -> Any:
         read = decoder.predicate(operand, instruction)
 
         def step(m: Batch, s: Any) -> None:
-            m.shared.barrier(s)
-            m.memory.barrier(m.lanes[s])
+            m.order.barrier(s)
             block = m.block[s]
             yes = np.bincount(block, read(m, s), len(m.blocks)).astype(np.uint32)[block]
             all_of_them = np.bincount(block, minlength=len(m.blocks))[block]

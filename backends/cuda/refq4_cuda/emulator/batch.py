@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from .addresses import Generic
 from .errors import Fault, UninitialisedError
-from .local import Local
 from .meetings import Meetings
-from .memory import GlobalMemory, unsigned
+from .memory import GlobalMemory, Memory, PrivateMemory, unsigned
+from .order import WARP
 from .program import Program
 from .shared import Shared
 
-__all__ = ["WARP", "Batch"]
-
-WARP = 32
+__all__ = ["Batch"]
 
 
 class Batch:
@@ -45,32 +44,37 @@ class Batch:
         memory: GlobalMemory,
         checks: bool,
     ) -> None:
-        self.program, self.arguments, self.memory, self.checks = program, arguments, memory, checks
+        self.program, self.memory, self.checks = program, memory, checks
         self.grid, self.shape, self.blocks = grid, shape, blocks
         in_block = shape[0] * shape[1] * shape[2]
         self.padded = -(-in_block // WARP) * WARP
         self.count = count = len(blocks) * self.padded
-        self.lanes = np.arange(count)
+        self.order = memory.order
+        self.order.start(int(blocks[0]) * self.padded, count)
+        self.lanes = self.order.lanes
         self.thread = self.lanes % self.padded
         self.block, self.warp = self.lanes // self.padded, self.lanes // WARP
         self.existing = self.thread < in_block
         self.live = self.existing.copy()
-        memory.numbers = (blocks[self.block] * in_block + self.thread).astype(np.int32)
-        memory.start(count)
         self.meetings = Meetings(self)
         self.carry, self.ticks = np.zeros(count, bool), 0
-        self.local = Local(count if program.local else 0, program.local, checks)
         self.dynamic_shared = shared
-        self.shared = Shared(len(blocks), self.padded, program.static_shared + shared, program.grain, checks)
+        self.shared = Shared(self.order, len(blocks), program.static_shared + shared, program.grain["shared"], checks)
+        local = PrivateMemory(
+            self.order, "local", count if program.local else 0, program.local, program.grain["local"], checks
+        )
+        given = PrivateMemory(self.order, "argument", 1, len(arguments), 1, False, arguments)
+        self.spaces: dict[str, Memory | Generic] = {
+            "global": memory,
+            "shared": self.shared,
+            "local": local,
+            "param": given,
+        }
+        self.spaces["generic"] = Generic(**self.spaces)  # type: ignore[arg-type]
         none: list[Any] = [None] * len(program.slots)
         self.rows: tuple[list[np.ndarray], ...] = (none, none.copy(), none.copy())
         self._make_rows()
         self.written = {slot: np.zeros(count, bool) for slot in program.watched}
-
-    def selection(self, index: np.ndarray) -> Any:
-        """Sorted lanes as a slice where they follow one another, else as they are."""
-        first, last = int(index[0]), int(index[-1])
-        return slice(first, last + 1) if last - first + 1 == len(index) else index
 
     def require_written(self, slot: int, s: Any) -> None:
         """Raise if a lane is about to read a register that it has not written."""

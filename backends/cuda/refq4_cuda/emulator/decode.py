@@ -26,17 +26,17 @@ from .compare import complement
 from .errors import UnknownInstructionError
 from .flow import (
     block_ends,
+    grain,
     is_branch,
     is_exit,
     read_registers,
-    smallest_shared_access,
     targets_of,
     watched,
     written_registers,
 )
 from .memory import unsigned
 from .parse import Address, Instruction, Operand, Vector, parse
-from .program import FLOAT, SIGNED, UNSIGNED, Program, Step
+from .program import FLOAT, SIGNED, UNSIGNED, Program, Step, selection
 from .semantics import Pure, dtype_of, find
 from .slots import assign_slots, lay_out
 from .transfer import find_transfer, split_or_join
@@ -79,7 +79,7 @@ class Decoder:
         """Every instruction, in order."""
         program = self.program
         program.ends = block_ends(self.kernel)
-        program.grain = smallest_shared_access(self.kernel)
+        program.grain = {space: grain(self.kernel, space) for space in ("global", "shared", "local")}
         program.watched = {program.names[name]: name for name in self._doubtful}
         for pc, instruction in enumerate(self.kernel.code):
             if is_branch(instruction) or is_exit(instruction):
@@ -254,7 +254,7 @@ class Decoder:
             if count == len(holds):
                 step(m, s)
             elif count:
-                step(m, m.selection(m.lanes[s][holds]))
+                step(m, selection(m.lanes[s][holds]))
 
         return guarded
 

@@ -11,12 +11,11 @@ from .parse import Address, Instruction, Kernel, Vector, width_of
 
 __all__ = [
     "block_ends",
+    "grain",
     "is_branch",
     "is_exit",
     "live_ranges",
     "read_registers",
-    "smallest_global_access",
-    "smallest_shared_access",
     "splits",
     "targets_of",
     "watched",
@@ -162,30 +161,18 @@ def _needed_after(kernel: Kernel, end: int, needed: dict[int, int]) -> int:
     return mask
 
 
-def smallest_shared_access(kernel: Kernel) -> int:
-    """The finest grain in which shared memory is read or written, in bytes: what the race check counts in."""
-    return _smallest(kernel, {"param", "global", "local", "const"})
-
-
-def smallest_global_access(kernel: Kernel) -> int:
-    """The same of global memory; what cp.async reads counts in bytes, since it may read fewer than it fills."""
-    copies = any(instruction.opcode.startswith("cp.async.c") for instruction in kernel.code)
-    return min(4 if copies else 16, _smallest(kernel, {"param", "shared", "shared::cta", "local"}))
-
-
-def _smallest(kernel: Kernel, elsewhere: set[str]) -> int:
+def grain(kernel: Kernel, space: str) -> int:
+    """The smallest access to a memory, in bytes: what the race check counts in."""
     sizes = [16]
     for instruction in kernel.code:
-        parts = instruction.opcode.split(".")
-        if parts[0] in ("ld", "ldu", "st", "atom", "red") and not elsewhere & set(parts):
-            sizes.append(width_of(parts[-1]))
-        elif (
-            parts[0] == "cp"
-            and "shared" not in elsewhere
-            and instruction.opcode.startswith("cp.async.c")
-            and len(instruction.operands) > 2
-        ):
-            sizes.append(int(str(instruction.operands[2]), 0))
+        family, *modifiers = instruction.opcode.split(".")
+        elsewhere = {m.partition("::")[0] for m in modifiers} & {"param", "global", "shared", "local", "const"} - {
+            space
+        }
+        if family in ("ld", "ldu", "st", "atom", "red") and not elsewhere:
+            sizes.append(width_of(modifiers[-1]))
+        elif instruction.opcode.startswith("cp.async.c") and len(instruction.operands) > 2:
+            sizes.append(int(str(instruction.operands[2]), 0) if space == "shared" else 4)
     return min(sizes)
 
 

@@ -42,5 +42,4 @@ class Meetings:
     def _complete(self, lanes: np.ndarray) -> None:
         self.passes[lanes] = self.changed = True
         if len(lanes):
-            self.m.shared.barrier(lanes)
-            self.m.memory.barrier(lanes)
+            self.m.order.barrier(lanes)

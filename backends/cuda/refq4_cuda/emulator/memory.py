@@ -1,11 +1,15 @@
-"""Global memory: the tensors of a launch, at the addresses that stand in the kernel's argument bytes.
+"""The memories of a launch: bytes at addresses. Every access is checked for bounds and alignment, then for its order.
 
-                base                          base + nbytes
-    ... nothing |  x                          | nothing ... | packed         | nothing ...
-                ^ an address is inside one buffer, or it is an error
+    global       the tensors of a launch, at the addresses that stand in the kernel's argument bytes
+                     base                          base + nbytes
+         ... nothing |  x                          | nothing ... | packed         | nothing ...
+                     ^ an address is inside one buffer, or it is an error
+    shared       from 0 on, of each block; poisoned with 0xFF
+    local        from 0 on, of each thread: arrays that are indexed at run time, spilled numbers, what calls pass
+    argument     from 0 on, the launch's argument bytes
 
-Each buffer keeps numpy views of its bytes, one per access size. A view starts at the aligned address at or below the
-buffer, so that an aligned access is one element of it whatever the buffer's own alignment.
+A buffer keeps numpy views of its bytes, one per access size. They start at the aligned address at or below it, so that
+an aligned access is one element of a view whatever the buffer's own alignment. ``order.py`` has the check for races.
 """
 
 from __future__ import annotations
@@ -19,15 +23,15 @@ import numpy as np
 from torch import Tensor
 
 from .errors import AccessError, Fault, RaceError
+from .order import THREAD, Order, Shadow
 
-__all__ = ["GlobalMemory", "Region", "name_of", "unsigned"]
+__all__ = ["GlobalMemory", "Memory", "PrivateMemory", "Region", "name_of", "unsigned"]
 
 unsigned: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-NOBODY = -1
 
 
 class Region(NamedTuple):
-    """Memory that is no tensor of the launch by itself: a module's array, or what an argument's strides span."""
+    """Memory that a launch may touch: a tensor, a module's array, or what an argument's strides span."""
 
     base: int
     nbytes: int
@@ -41,235 +45,239 @@ def name_of(tensor: Tensor) -> str:
 
 
 class Buffer:
-    """One region's bytes, and for each byte written in this launch, which thread did it and when."""
+    """Bytes, seen as elements of any size, and their shadow, which is made when it is needed."""
 
-    def __init__(self, region: Region) -> None:
-        self.base, self.nbytes, self.what, self.element = region
-        self.start = self.base & ~15
+    def __init__(self, memory: np.ndarray) -> None:
+        self.bytes = memory
+        self.shadow: Shadow | None = None
         self._views: dict[tuple[int, int], np.ndarray] = {}
-        self.writers: np.ndarray | None = None
-        self.times = np.zeros(0, np.int64)
 
     def view(self, element: int, count: int) -> np.ndarray:
         """The memory as rows of ``count`` elements (or as elements, for one)."""
         found = self._views.get((element, count))
         if found is None:
             row = element * count
-            rows = (self.base + self.nbytes - self.start) // row
-            memory = (ctypes.c_uint8 * (rows * row)).from_address(self.start)
-            flat = np.frombuffer(memoryview(memory), unsigned[element])
+            flat = self.bytes[: len(self.bytes) // row * row].view(unsigned[element])
             found = self._views[element, count] = flat.reshape(-1, count) if count > 1 else flat
         return found
 
-    def record(self, first: np.ndarray, size: int, threads: np.ndarray, clock: int) -> np.ndarray | None:
-        """Note who writes ``size`` bytes from ``first`` on, and say where another thread does too (None: nowhere)."""
-        if self.writers is None:
-            self.writers, self.times = np.full(self.nbytes, NOBODY, np.int32), np.zeros(self.nbytes, np.int64)
-        clash = None
-        for byte in range(size):
-            at = first + byte
-            before = self.writers[at]
-            self.writers[at] = threads
-            self.times[at] = clock
-            wrong = ((before != NOBODY) & (before != threads)) | (self.writers[at] != threads)
-            clash = wrong if clash is None else clash | wrong
-        return clash if clash is not None and clash.any() else None
+
+Part = tuple[Buffer, Any, np.ndarray]  # a buffer, which of the lanes access it, and where (offsets of its bytes)
 
 
-class GlobalMemory:
-    """All buffers of a launch, and what orders its blocks: their atomics.
-
-        block 0    threads write; __syncthreads(); thread 0: atomic
-        block 1                                                       thread 0: atomic; threads read
-
-    What one block writes, another may read if the first has counted itself in with an atomic since, and the second has
-    with a later one. The thread that does it for the first block speaks for itself and for what lies before the block's
-    last barrier.
+class Memory:
+    """What all memories have in common; where an address lies says the subclass.
 
     Args:
-        tensors: the buffers; ``regions`` are further ones.
-        blocks, threads: of the grid, and of a block.
-
-    Attributes:
-        numbers: for each lane of the batch that is running, its thread's number in the grid.
+        order: of the launch.
+        grain: the smallest access in bytes, which is a cell of a shadow.
+        checks: whether there are shadows; ``readers``: whether they remember who reads.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], blocks: int, threads: int, regions: Sequence[Region] = ()) -> None:
-        self.block_size = threads
-        self.numbers = np.zeros(0, np.int32)
-        self.clock = 0
-        self.last_barrier = np.zeros(blocks, np.int64)
-        self.last_atomic = np.zeros(blocks, np.int64)
-        self.released = np.zeros(blocks, np.int64)  # the last barrier before the last atomic
-        self.counted_by = np.full(blocks, NOBODY, np.int32)  # the thread that made it
-        plain = [Region(t.data_ptr(), t.numel() * t.element_size(), name_of(t)) for t in tensors if t.numel()]
-        seen = {region[:2]: region for region in [*plain, *regions]}
-        self.buffers = [Buffer(seen[key]) for key in sorted(seen)]
-        self.bases = [buffer.base for buffer in self.buffers]
+    of_grid = False
 
-    def start(self, lanes: int) -> None:
-        """A batch of so many lanes begins."""
+    def __init__(self, order: Order, grain: int, checks: bool, readers: bool = True) -> None:
+        self.order, self.grain, self.checks, self.readers = order, grain, checks, readers
 
-    def warp_sync(self, lanes: np.ndarray) -> None:
-        """These lanes of a warp have met: here it orders nothing that is checked."""
+    def parts(self, address: np.ndarray, s: Any, size: int, does: str) -> list[Part]:
+        """The lanes sorted by buffer, bounds and alignment checked; ``does`` is what a message says that they do."""
+        raise NotImplementedError
 
-    def read(
-        self, address: np.ndarray, lanes: np.ndarray, element: int, count: int, strong: bool = False
-    ) -> np.ndarray:
-        """The values at ``address`` (uint64, one per lane): [lanes] for one element, [lanes, count] for a vector.
+    def name(self, buffer: Buffer, byte: int) -> str:
+        """A byte of a buffer as messages name it."""
+        raise NotImplementedError
+
+    def read(self, address: np.ndarray, s: Any, element: int, count: int, strong: bool = False) -> np.ndarray:
+        """The values at ``address`` (int64, one per lane of ``s``): [lanes] for one element, [lanes, count] for more.
 
         A ``strong`` one (volatile, relaxed, acquire) sees what other blocks released before.
         """
+        size, strong = element * count, strong and self.of_grid
+        parts = self.parts(address, s, size, "reads")
         if strong:
-            self.clock += 1
-            self.last_atomic[self.numbers[lanes] // self.block_size] = self.clock
-        buffer, offset = self._one(address, element * count)
-        if buffer is not None:
-            self._note_read(buffer, offset, lanes, element * count, strong)
-            return buffer.view(element, count).take(offset // (element * count), axis=0)
+            self.order.acquire(s)
         result = np.empty((len(address), count) if count > 1 else len(address), unsigned[element])
-        for buffer, at, offset in self._each(address, lanes, element * count, "reads"):
-            self._note_read(buffer, offset, lanes[at], element * count, strong)
-            result[at] = buffer.view(element, count)[offset // (element * count)]
+        for buffer, at, offset in parts:
+            if self.checks and (self.readers or buffer.shadow is not None):  # else nobody has written there
+                self.shadow(buffer).read(*self.cells(offset, self.order.lanes[s][at], size), strong)
+            values: np.ndarray = buffer.view(element, count).take(offset // size, axis=0)
+            if len(parts) == 1:
+                return values
+            result[at] = values
         return result
 
-    def write(self, address: np.ndarray, lanes: np.ndarray, values: np.ndarray, strong: bool = False) -> None:
+    def write(self, address: np.ndarray, s: Any, values: np.ndarray, strong: bool = False) -> None:
         """Store ``values`` [lanes] or [lanes, count]; a ``strong`` one (volatile, release) counts its block in."""
         element, count = values.itemsize, values.shape[1] if values.ndim > 1 else 1
-        self.clock += 1
-        for buffer, at, offset in self._each(address, lanes, element * count, "writes"):
-            self._note_write(buffer, offset, lanes[at], element * count, strong, values[at])
-            buffer.view(element, count)[offset // (element * count)] = values[at]
+        size, strong = element * count, strong and self.of_grid
+        for buffer, at, offset in self.parts(address, s, size, "writes"):
+            view, places = buffer.view(element, count), offset // size
+            view[places] = values[at]
+            if self.checks:
+                lanes, shadow = self.order.lanes[s][at], self.shadow(buffer)
+                cells, who = self.cells(offset, lanes, size)
+                stamp = shadow.write(cells, who, "writes", strong)
+                last = shadow.writer[cells]
+                if (last != stamp).any():  # several lanes write to one place, in one instruction
+                    foreign = (last & THREAD) // self.order.padded != (stamp & THREAD) // self.order.padded
+                    wrong = _rows(view[places] != values[at], lanes) | _rows(foreign, lanes)
+                    if wrong.any():
+                        name = self.name(buffer, int(offset[wrong][0]))
+                        raise Fault(
+                            RaceError,
+                            lanes[wrong],
+                            f"writes {name}, and another thread writes there too, in the same instruction: a race",
+                            "look for two blocks or lanes that compute the same index, or a missing tail mask",
+                        )
         if strong:
-            self.count_in(lanes)
+            self.order.count_in(s)
 
-    def update(
-        self, address: np.ndarray, lanes: np.ndarray, size: int, function: Callable[[np.ndarray, Any], np.ndarray]
-    ) -> np.ndarray:
-        """One atomic of each lane, no two at one address; what was there before.
-
-        ``function`` makes the new values from the old ones and from which of the lanes they belong to.
-        """
+    def update(self, address: np.ndarray, s: Any, size: int, function: Callable[..., Any], *rows: Any) -> np.ndarray:
+        """One atomic of each lane, no two at one address; what was there before, of which and ``rows`` it makes new."""
         found = np.empty(len(address), unsigned[size])
-        for buffer, at, offset in self._each(address, lanes, size, "updates"):
-            self._note_write(buffer, offset, lanes[at], size, True, None)
-            view, cells = buffer.view(size, 1), offset // size
-            found[at] = before = view[cells]
-            view[cells] = function(before, at)
-        self.count_in(lanes)
+        for buffer, at, offset in self.parts(address, s, size, "updates"):
+            if self.checks:
+                cells, lanes = self.cells(offset, self.order.lanes[s][at], size)
+                self.shadow(buffer).write(cells, lanes, "updates", True)
+            view, places = buffer.view(size, 1), offset // size
+            found[at] = before = view[places]
+            view[places] = function(before, *(row[at] for row in rows))
+        if self.of_grid:
+            self.order.count_in(s)
         return found
 
-    def count_in(self, lanes: np.ndarray) -> None:
-        """The blocks of these lanes release what lies before their last barrier."""
-        self.clock += 1
-        block = self.numbers[lanes] // self.block_size
-        self.last_atomic[block], self.released[block] = self.clock, self.last_barrier[block]
-        self.counted_by[block] = self.numbers[lanes]
+    def shadow(self, buffer: Buffer) -> Shadow:
+        """A buffer's shadow, made when it is asked for first."""
+        if buffer.shadow is None:
+            cells = len(buffer.bytes) // self.grain + 1
+            name = lambda byte: self.name(buffer, byte)  # noqa: E731
+            buffer.shadow = Shadow(self.order, cells, self.grain, name, self.of_grid, self.readers)
+        return buffer.shadow
 
-    def barrier(self, lanes: np.ndarray) -> None:
-        """All threads of the blocks of these lanes have met."""
-        self.clock += 1
-        self.last_barrier[self.numbers[lanes] // self.block_size] = self.clock
+    def cells(self, offset: np.ndarray, lanes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The cells that accesses touch, flat, and the lane of each."""
+        count = size // self.grain
+        if count <= 1:
+            return offset // self.grain, lanes
+        return ((offset // self.grain)[:, None] + np.arange(count)).reshape(-1), np.repeat(lanes, count)
 
-    def place(self, address: int) -> str | None:
-        """An address inside a buffer as ``uint8 [128] + 20``, else None."""
-        k = bisect_right(self.bases, address) - 1
-        inside = k >= 0 and address - self.bases[k] < self.buffers[k].nbytes
-        return f"{self.buffers[k].what} + {address - self.bases[k]}" if inside else None
 
-    def _note_write(
-        self, buffer: Buffer, offset: np.ndarray, lanes: np.ndarray, size: int, strong: bool, values: np.ndarray | None
+_LOOK = {
+    "shared": "the size given at launch, and at the index",
+    "local": "the index into an array of the thread's own",
+    "argument": "the index into the struct",
+}
+
+
+class PrivateMemory(Memory):
+    """Memory of its own for each block or thread, addressed from 0 on.
+
+    Args:
+        space: shared, local or argument.
+        copies: how many there are; ``origin`` says for each lane where its own begins.
+        size: of one, in bytes.
+        initial: its bytes, if they are not poison.
+    """
+
+    def __init__(
+        self, order: Order, space: str, copies: int, size: int, grain: int, checks: bool, initial: bytes = b""
     ) -> None:
-        """Raise if another thread writes here, too. An atomic has no ``values``, and may."""
-        if values is None:
-            return
-        first = offset - (buffer.base - buffer.start)
-        clash = buffer.record(first, size, self.numbers[lanes], self.clock)
-        if clash is not None:
-            raise Fault(
-                RaceError,
-                lanes[clash],
-                f"writes byte {int(first[clash][0])} of {buffer.what}, which another thread writes too: a race",
-                "look for two blocks or lanes that own the same output, or a missing tail mask",
-            )
+        super().__init__(order, grain, checks)
+        self.space, self.size, self.stride = space, size, -(-max(size, 1) // 16) * 16
+        self.buffer = Buffer(np.full(copies * self.stride, 0xFF, np.uint8))
+        self.buffer.bytes[: len(initial)] = np.frombuffer(initial, np.uint8)
+        self.origin = np.repeat(np.arange(copies, dtype=np.int64) * self.stride, len(order.lanes) // max(copies, 1))
 
-    def _note_read(self, buffer: Buffer, offset: np.ndarray, lanes: np.ndarray, size: int, strong: bool) -> None:
-        """Raise if another block wrote here and no atomics stand between."""
-        if buffer.writers is None:
-            return
-        first = offset - (buffer.base - buffer.start)
-        writer = buffer.writers[first]
-        theirs, ours = writer // self.block_size, self.numbers[lanes] // self.block_size
-        counted_in = self.last_atomic[theirs]
-        spoken_for = (buffer.times[first] <= self.released[theirs]) | (writer == self.counted_by[theirs])
-        ordered = (counted_in > 0) & (counted_in < self.last_atomic[ours]) & spoken_for
-        wrong = (writer != NOBODY) & (theirs != ours) & ~ordered
-        if wrong.any():
-            raise Fault(
-                RaceError,
-                lanes[wrong],
-                f"reads byte {int(first[wrong][0])} of {buffer.what}, which block number {int(theirs[wrong][0])} "
-                "writes, with no atomic of both between that speaks for it: a race",
-                "look at the counter that says whose sums are complete, and the __syncthreads() before it is raised",
-            )
+    def parts(self, address: np.ndarray, s: Any, size: int, does: str) -> list[Part]:
+        wrong = None
+        if int(np.bitwise_or.reduce(address)) & (size - 1):
+            wrong, what = address & (size - 1) != 0, f"which is not a multiple of {size}"
+            look = "a vector access to a row whose stride is not a multiple of the vector"
+        elif int(address.min()) < 0 or int(address.max()) > self.size - size:
+            wrong, what = (address < 0) | (address > self.size - size), f"outside its {self.size} bytes"
+            look = _LOOK[self.space]
+        if wrong is not None:
+            where = f"{does} {size} {self.space} bytes at {int(address[wrong][0])}, {what}"
+            raise Fault(AccessError, self.order.lanes[s][wrong], where, f"look at {look}")
+        return [(self.buffer, slice(None), self.origin[s] + address)]
 
-    def _one(self, address: np.ndarray, size: int) -> tuple[Buffer | None, np.ndarray]:
-        """The usual case, quickly: all lanes in one buffer, in bounds, aligned. The offset is from the view's start."""
-        k = bisect_right(self.bases, int(address[0])) - 1
-        if k < 0:
-            return None, address
-        buffer = self.buffers[k]
-        offset = address - np.uint64(buffer.start)
-        shift = buffer.base - buffer.start
-        inside = int(offset.max()) <= buffer.nbytes + shift - size and (shift == 0 or int(offset.min()) >= shift)
-        if not inside or int(np.bitwise_or.reduce(offset)) & (size - 1):
-            return None, address
-        return buffer, offset.view(np.int64)
+    def name(self, buffer: Buffer, byte: int) -> str:
+        return f"{self.space} byte {byte % self.stride}"
 
-    def _each(
-        self, address: np.ndarray, lanes: np.ndarray, size: int, does: str
-    ) -> list[tuple[Buffer, Any, np.ndarray]]:
-        """The lanes sorted by buffer, every check made."""
-        buffer, offset = self._one(address, size)
-        if buffer is not None:
-            return [(buffer, slice(None), offset)]
-        self.require_aligned(address, lanes, size, does)
-        which = np.searchsorted(np.array(self.bases, np.uint64), address, "right") - 1
-        found: list[tuple[Buffer, Any, np.ndarray]] = []
-        for k in np.unique(which):
+
+class GlobalMemory(Memory):
+    """All buffers of a launch."""
+
+    of_grid = True
+
+    def __init__(self, regions: Sequence[Region], order: Order, grain: int, checks: bool, readers: bool) -> None:
+        super().__init__(order, grain, checks, readers)
+        unique = {region[:2]: region for region in regions if region.nbytes}
+        self.regions = [unique[key] for key in sorted(unique)]
+        self.bases = [region.base for region in self.regions]
+        self.starts = [base & ~15 for base in self.bases]
+        self.buffers = [
+            Buffer(_bytes(start, r.base + r.nbytes)) for start, r in zip(self.starts, self.regions, strict=True)
+        ]
+
+    def parts(self, address: np.ndarray, s: Any, size: int, does: str) -> list[Part]:
+        if (k := bisect_right(self.bases, int(address[0])) - 1) >= 0:  # the usual case, quickly: all in one buffer
+            region, start = self.regions[k], self.starts[k]
+            offset, shift = address - start, region.base - start
+            inside = int(offset.max()) <= shift + region.nbytes - size and int(offset.min()) >= shift
+            if inside and not int(np.bitwise_or.reduce(offset)) & (size - 1):
+                return [(self.buffers[k], slice(None), offset)]
+        self.require_aligned(address, s, size, does)
+        which = np.searchsorted(np.array(self.bases, np.int64), address, "right") - 1
+        found: list[Part] = []
+        for k in np.unique(which).tolist():
             at = np.nonzero(which == k)[0]
-            outside = np.ones(len(at), bool)
-            buffer = self.buffers[k] if k >= 0 else None  # below the first one, or there are none
-            if buffer is not None and size <= buffer.nbytes:
-                outside = address[at] - np.uint64(buffer.base) > np.uint64(buffer.nbytes - size)
-            if buffer is None or outside.any():
+            last = self.bases[k] + self.regions[k].nbytes - size if k >= 0 else -(1 << 63)  # below the first, or none
+            outside = address[at] > last
+            if outside.any():
                 raise Fault(
                     AccessError,
-                    lanes[at][outside],
-                    f"{does} {size} bytes at {self._name(int(address[at][outside][0]))}, outside every buffer",
+                    self.order.lanes[s][at][outside],
+                    f"{does} {size} bytes at {self._named(int(address[at][outside][0]))}, outside every buffer",
                     "look for a missing tail mask, a wrong row stride, or an index that wraps in 32 bits",
                 )
-            found.append((buffer, at, (address[at] - np.uint64(buffer.start)).view(np.int64)))
+            found.append((self.buffers[k], at, address[at] - self.starts[k]))
         return found
 
-    def require_aligned(self, address: np.ndarray, lanes: np.ndarray, size: int, does: str = "reads") -> None:
+    def require_aligned(self, address: np.ndarray, s: Any, size: int, does: str = "reads") -> None:
         """Raise unless every address is a multiple of the access's size."""
-        misaligned = address & np.uint64(size - 1) != 0
+        misaligned = address & (size - 1) != 0
         if misaligned.any():
             at = int(address[misaligned][0])
             raise Fault(
                 AccessError,
-                lanes[misaligned],
-                f"{does} {size} bytes at {self._name(at)}: address {at:#x} is not a multiple of {size}",
+                self.order.lanes[s][misaligned],
+                f"{does} {size} bytes at {self._named(at)}: address {at:#x} is not a multiple of {size}",
                 "look for a vector access on a row whose start is not aligned, or a missing check at launch",
             )
 
-    def _name(self, address: int) -> str:
-        """An address in terms of the nearest buffer below (or the first one)."""
-        if not self.buffers:
+    def place(self, address: int) -> str | None:
+        """An address inside a buffer as ``uint8 [128] + 20``, else None."""
+        k = bisect_right(self.bases, address) - 1
+        inside = k >= 0 and address - self.bases[k] < self.regions[k].nbytes
+        return f"{self.regions[k].what} + {address - self.bases[k]}" if inside else None
+
+    def name(self, buffer: Buffer, byte: int) -> str:
+        return self._named(self.starts[self.buffers.index(buffer)] + byte)
+
+    def _named(self, address: int) -> str:
+        """An address in terms of the buffer that it is in, or the nearest."""
+        if not self.regions:
             return f"address {address:#x} (the launch has no buffers)"
-        below = self.buffers[max(bisect_right(self.bases, address) - 1, 0)]
-        gap = min(self.buffers, key=lambda b: min(abs(address - b.base), abs(address - b.base - b.nbytes)))
-        near = below if below.base <= address < below.base + below.nbytes else gap
+        near = min(self.regions, key=lambda r: max(r.base - address, address - (r.base + r.nbytes - 1)))
         element = f"element {(address - near.base) // near.element}, " if near.element > 1 else ""
         return f"{element}byte {address - near.base} of {near.what} ({near.nbytes} bytes)"
+
+
+def _bytes(start: int, end: int) -> np.ndarray:
+    return np.frombuffer(memoryview((ctypes.c_uint8 * (end - start)).from_address(start)), np.uint8)
+
+
+def _rows(wrong: Any, lanes: np.ndarray) -> np.ndarray:
+    """Which lanes have something wrong, of one or several things each."""
+    return np.any(np.reshape(wrong, (len(lanes), -1)), axis=1)  # type: ignore[no-any-return]

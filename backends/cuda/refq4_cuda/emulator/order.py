@@ -1,148 +1,201 @@
-"""Global memory with a shadow: what ``run_ptx`` checks of kernels of which nothing is known.
+"""Whether accesses to memory are in order: the check for races and for unwritten bytes, one for all memories.
 
-The project's own kernels never write what they read, and ``memory.py`` checks just that, fast. Here each cell (the
-smallest access that the kernel makes) remembers its last writer and the last instruction's readers, as shared memory
-does:
+    writer                  | stamp | stamp | ...    of each cell: clock << 31 | thread, or NEVER, or with PENDING
+    low_reader, high_reader | stamp | stamp | ...    the lowest and the highest thread of the last instruction that read
 
-    writer    | thread, time, atomic? |        thread: its number in the grid; time: the clock of the accesses
-    readers   | lowest, highest, time |        of the last instruction that read the cell
+A cell is the smallest access that the kernel makes to that memory. The clock ticks with every access and every barrier,
+so "a barrier lies between" is a comparison of stamps. Two accesses to a cell, one of them a write, are in order
 
-Two accesses, one of them a write, are in order if one thread makes both; if both threads are of one block and it has
-met at a barrier since (one warp: or at __syncwarp); or if the first one's block has counted itself in by an atomic or a
-volatile store, behind a barrier, and the second one's by a later one (``memory.py``). Atomics and volatile accesses are
-in order with one another, and what only they have written may be read at any time.
+    if one thread makes both
+    within a block      if the block has met at a barrier since the first one (one warp: or at __syncwarp)
+    between blocks      if the first one's block has counted itself in since, by an atomic or a volatile store, and the
+                        second one's with a later one. The thread that does it speaks for itself, and for what lies
+                        before its block's last barrier
+
+Atomics are in order with one another, in global memory volatile accesses as well; what only they have written there may
+be read at any time. Of readers in several instructions between two barriers only the last are kept.
+
+What cp.async copies is PENDING from its issue until the thread that issued it has waited for its group; then it counts
+as written by that thread at that moment, and other threads still need a barrier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from .errors import Fault, RaceError
-from .memory import NOBODY, Buffer, GlobalMemory, Region
+from .errors import Fault, RaceError, UninitialisedError
 
-__all__ = ["OrderedMemory"]
+__all__ = ["PENDING", "WARP", "Order", "Shadow"]
 
 WARP = 32
+THREAD_BITS = 31
+THREAD = (1 << THREAD_BITS) - 1
+PENDING = 1 << 62
+NEVER = -1
+
+
+class Order:
+    """The clock of a launch, and who has met whom and when.
+
+    Args:
+        blocks: of the grid.
+        padded: threads of a block, in whole warps: a thread's number is its block's times this, and its own.
+
+    Attributes:
+        lanes, first: of the batch that is running, and the number of its first thread.
+        instruction: what is running; ``history`` has it for each tick of the clock.
+    """
+
+    def __init__(self, blocks: int, padded: int) -> None:
+        self.padded, self.first, self.clock, self.instruction = padded, 0, 0, 0
+        self.history = array("i", [0])
+        self.barriers, self.atomics, self.released = (np.zeros(blocks, np.int64) for _ in range(3))
+        self.counted_by = np.full(blocks, NEVER, np.int64)
+        self.start(0, 0)
+
+    def start(self, first: int, lanes: int) -> None:
+        """A batch of so many lanes begins."""
+        self.first, self.lanes = first, np.arange(lanes)
+        self.block_met, self.warp_met = np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)
+        self.oldest = 0  # barrier of any lane: what is older is in order for all of them, within their blocks
+
+    def tick(self) -> int:
+        """The next stamp, without a thread."""
+        self.clock += 1
+        self.history.append(self.instruction)
+        return self.clock << THREAD_BITS
+
+    def barrier(self, s: Any) -> None:
+        """All threads of the blocks in ``s`` have met."""
+        now = self.tick()
+        self.block_met[s] = self.warp_met[s] = self.barriers[self._block(s)] = now
+        self.oldest = int(self.block_met.min())
+
+    def warp_sync(self, s: Any) -> None:
+        """All threads of the warps in ``s``, as far as they take part, have met."""
+        self.warp_met[s] = self.tick()
+
+    def acquire(self, s: Any) -> None:
+        """These lanes see what other blocks have released."""
+        self.atomics[self._block(s)] = self.tick()
+
+    def count_in(self, s: Any) -> None:
+        """These lanes release what lies before their blocks' last barriers, and what they have done themselves."""
+        block = self._block(s)
+        self.acquire(s)
+        self.released[block], self.counted_by[block] = self.barriers[block], self.lanes[s] + self.first
+
+    def _block(self, s: Any) -> np.ndarray:
+        block: np.ndarray = (self.lanes[s] + self.first) // self.padded
+        return block
+
+    def counted(self, before: np.ndarray, theirs: np.ndarray, ours: np.ndarray) -> np.ndarray:
+        """Whether atomics of both blocks stand between stamps of one and now."""
+        spoken_for = (before < self.released[theirs]) | (before & THREAD == self.counted_by[theirs])
+        both: np.ndarray = (self.atomics[theirs] > 0) & (self.atomics[theirs] < self.atomics[ours]) & spoken_for
+        return both
 
 
 class Shadow:
-    """The last accesses to one buffer, by cell."""
-
-    def __init__(self, buffer: Buffer, grain: int) -> None:
-        cells = (buffer.base + buffer.nbytes - buffer.start) // grain + 1
-        self.writer = np.full(cells, NOBODY, np.int64)
-        self.low_reader, self.high_reader = self.writer.copy(), self.writer.copy()
-        self.written, self.read = np.zeros(cells, np.int64), np.zeros(cells, np.int64)
-        self.strong = np.zeros(cells, bool)
-
-
-class OrderedMemory(GlobalMemory):
-    """``GlobalMemory`` that checks the order of all accesses.
+    """The last accesses to the cells of one buffer.
 
     Args:
-        tensors, blocks, threads, regions: as for ``GlobalMemory``.
-        grain: the smallest access to global memory, in bytes.
+        cells: how many; ``grain`` bytes each.
+        name: what a message calls a byte of the buffer.
+        of_grid: the launch's blocks share it, and found it written; else it is one block's or one thread's.
+        readers: whether to remember who reads.
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor], blocks: int, threads: int, regions: Sequence[Region] = (), grain: int = 1
+        self, order: Order, cells: int, grain: int, name: Callable[[int], str], of_grid: bool, readers: bool
     ) -> None:
-        super().__init__(tensors, blocks, threads, regions)
-        self.grain = grain
-        self.shadows = {buffer.base: Shadow(buffer, grain) for buffer in self.buffers}
-        self.barriers = self.warp_syncs = np.zeros(0, np.int64)
+        self.order, self.grain, self.name, self.of_grid = order, grain, name, of_grid
+        self.writer = np.full(cells, NEVER, np.int64)
+        self.readers = [self.writer.copy(), self.writer.copy()] if readers else []
+        self.strong: np.ndarray | None = None  # cells that an atomic or volatile access wrote last; made with the first
 
-    def start(self, lanes: int) -> None:
-        self.barriers, self.warp_syncs = np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)
+    def read(self, cells: np.ndarray, lanes: np.ndarray, strong: bool) -> None:
+        """Raise where what is read there is not written, or not in order; note a read that is not ``strong``."""
+        writer = self.writer[cells]
+        exempt = self.strong[cells] if self.of_grid and self.strong is not None else None
+        if not self.of_grid:
+            self._require_written(writer, cells, lanes)
+        self._require_order(writer, cells, lanes, "reads", "written", exempt)
+        if self.readers and not strong:
+            stamp = self.order.tick() | lanes + self.order.first
+            low, high = self.readers
+            high[cells], low[cells[::-1]] = stamp, stamp[::-1]
 
-    def barrier(self, lanes: np.ndarray) -> None:
-        super().barrier(lanes)
-        self.barriers[lanes] = self.warp_syncs[lanes] = self.clock
+    def write(self, cells: np.ndarray, lanes: np.ndarray, does: str, strong: bool) -> np.ndarray:
+        """Raise where the write is not in order; note it, and give its stamps."""
+        writer = self.writer[cells]
+        exempt = self.strong[cells] if strong and self.strong is not None else None
+        if does == "updates" and not self.of_grid:
+            self._require_written(writer, cells, lanes)
+        self._require_order(writer, cells, lanes, does, "written", exempt)
+        for readers in () if strong and self.of_grid else self.readers:
+            self._require_order(readers[cells], cells, lanes, does, "read", None)
+        stamp: np.ndarray = self.order.tick() | lanes + self.order.first
+        self.writer[cells] = stamp
+        if strong and self.strong is None:
+            self.strong = np.zeros(len(self.writer), bool)
+        if self.strong is not None:
+            self.strong[cells] = strong
+        return stamp
 
-    def warp_sync(self, lanes: np.ndarray) -> None:
-        self.clock += 1
-        self.warp_syncs[lanes] = self.clock
-
-    def _note_read(self, buffer: Buffer, offset: np.ndarray, lanes: np.ndarray, size: int, strong: bool) -> None:
-        shadow, (cells, who) = self.shadows[buffer.base], self._cells(offset, lanes, size)
-        plain = ~shadow.strong[cells]
-        self._require_order(shadow.writer, shadow.written, cells, who, plain, buffer, ("reads", "writes"))
-        if not strong:
-            self.clock += 1
-            shadow.read[cells], threads = self.clock, self.numbers[who]
-            shadow.high_reader[cells], shadow.low_reader[cells[::-1]] = threads, threads[::-1]
-
-    def _cells(self, offset: np.ndarray, lanes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        count = max(size // self.grain, 1)
-        return ((offset // self.grain)[:, None] + np.arange(count)).reshape(-1), np.repeat(lanes, count)
-
-    def _note_write(
-        self, buffer: Buffer, offset: np.ndarray, lanes: np.ndarray, size: int, strong: bool, values: np.ndarray | None
-    ) -> None:
-        shadow, (cells, who) = self.shadows[buffer.base], self._cells(offset, lanes, size)
-        verbs = ("writes", "writes")
-        considered = ~shadow.strong[cells] if strong else np.ones(len(cells), bool)
-        self._require_order(shadow.writer, shadow.written, cells, who, considered, buffer, verbs)
-        if not strong:
-            for readers in (shadow.low_reader, shadow.high_reader):
-                self._require_order(readers, shadow.read, cells, who, considered, buffer, ("writes", "reads"))
-        self.clock += 1
-        threads = self.numbers[who]
-        shadow.writer[cells], shadow.written[cells], shadow.strong[cells] = threads, self.clock, strong
-        if values is not None and (clash := shadow.writer[cells] != threads).any():
-            self._refuse_twice(shadow, buffer, offset, lanes, values, clash.reshape(len(offset), -1).any(axis=1))
-
-    def _refuse_twice(
-        self, shadow: Shadow, buffer: Buffer, offset: np.ndarray, lanes: np.ndarray, values: np.ndarray, clash: Any
-    ) -> None:
-        """Several lanes write one place in one instruction: well only if of one block, and the same value."""
-        order = np.lexsort((np.arange(len(offset)), offset))
-        rows = np.ascontiguousarray(values).reshape(len(values), -1)
-        same_place = offset[order][1:] == offset[order][:-1]
-        block = self.numbers[lanes] // self.block_size
-        differs = (rows[order][1:] != rows[order][:-1]).any(axis=1) | (block[order][1:] != block[order][:-1])
-        wrong = np.zeros(len(offset), bool)
-        wrong[order[1:][same_place & differs]] = True
-        if wrong.any():
-            self._race(buffer, offset, lanes, wrong, "writes", "another thread writes it, too, in the same instruction")
+    def _require_written(self, writer: np.ndarray, cells: np.ndarray, lanes: np.ndarray) -> None:
+        for wrong, what, look in (
+            (writer == NEVER if int(writer.min()) == NEVER else None, "nobody has written",
+             "look for an array, a table or a tile that is filled only in part, or a wrong offset between two"),
+            (writer >= PENDING if int(writer.max()) >= PENDING else None, "cp.async is still filling",
+             "look for a wait_group that leaves too many groups open, or a missing wait"),
+        ):  # fmt: skip
+            if wrong is not None:
+                name = self.name(int(cells[wrong][0]) * self.grain)
+                raise Fault(UninitialisedError, lanes[wrong], f"reads {name}, which {what}", look)
 
     def _require_order(
-        self, before: np.ndarray, times: np.ndarray, cells: np.ndarray, lanes: np.ndarray, considered: np.ndarray,
-        buffer: Buffer, verbs: tuple[str, str],
-    ) -> None:  # fmt: skip
-        other, when = before[cells], times[cells]
-        mine = self.numbers[lanes]
-        doubtful = considered & (other != NOBODY) & (other != mine)
-        if not doubtful.any():
-            return
-        theirs, ours = other // self.block_size, mine // self.block_size
-        same_warp = other % self.block_size // WARP == mine % self.block_size // WARP
-        met = when < np.where(same_warp, self.warp_syncs[lanes], self.barriers[lanes])
-        counted_in = self.last_atomic[theirs]
-        spoken_for = (when <= self.released[theirs]) | (other == self.counted_by[theirs])
-        counted = (counted_in > 0) & (counted_in < self.last_atomic[ours]) & spoken_for
-        wrong = doubtful & ~np.where(theirs == ours, met, counted)
-        if wrong.any():
-            first = int(np.nonzero(wrong)[0][0])
-            there = f"thread {int(other[first]) % self.block_size} of block number {int(theirs[first])}"
-            between = "__syncwarp() or __syncthreads()" if same_warp[first] else "__syncthreads()"
-            if theirs[first] != ours[first]:
-                between = "order: blocks meet only by atomics, or by another launch"
-            self._race(
-                buffer, cells * self.grain, lanes, wrong, verbs[0], f"{there} {verbs[1]} it, too, with no {between}"
-            )
-
-    def _race(
-        self, buffer: Buffer, offset: np.ndarray, lanes: np.ndarray, wrong: np.ndarray, does: str, too: str
+        self, before: np.ndarray, cells: np.ndarray, lanes: np.ndarray, does: str, did: str, exempt: np.ndarray | None
     ) -> None:
-        place = self._name(buffer.start + int(offset[wrong][0]))
+        order = self.order
+        doubtful_from = 0 if self.of_grid else order.oldest
+        if int(before.max()) < doubtful_from:
+            return
+        mine = lanes + order.first
+        doubtful = (before >= doubtful_from) & ((before & THREAD != mine) | (before >= PENDING))
+        at = np.nonzero(doubtful if exempt is None else doubtful & ~exempt)[0]
+        if not len(at):
+            return
+        before, mine = before[at], mine[at]
+        other = before & THREAD
+        theirs, ours, same_warp = other // order.padded, mine // order.padded, other // WARP == mine // WARP
+        settled = before < np.where(same_warp, order.warp_met[lanes[at]], order.block_met[lanes[at]])
+        if (theirs != ours).any():
+            settled = np.where(theirs == ours, settled, order.counted(before, theirs, ours))
+        if settled.all():
+            return
+        k = int(np.nonzero(~settled)[0][0])
+        who, between = f"thread {int(other[k]) % order.padded}", "barrier"
+        barrier = "__syncwarp()" if same_warp[k] else "__syncthreads()"
+        look = (
+            f"look for a missing {barrier} between the two, in a loop also at its end: they may be of different rounds"
+        )
+        if self.of_grid:
+            look += "; or for two threads that own the same element, or a missing tail mask"
+        if theirs[k] != ours[k]:
+            who, between = f"{who} of block number {int(theirs[k])}", "atomic of both"
+            look = (
+                "blocks meet only by atomics, or by another launch: look for two blocks that own the same element, a "
+                "missing tail mask, or the counter that says what is complete, and the __syncthreads() before it"
+            )
         raise Fault(
             RaceError,
-            lanes[wrong],
-            f"{does} {place}; {too}: a race",
-            "look for two threads that own the same element, a missing tail mask, or a missing barrier between the two",
+            lanes[at][~settled],
+            f"{does} {self.name(int(cells[at[k]]) * self.grain)}, {did} by {who} with no {between} between: a race",
+            look,
+            order.history[int(before[k] & ~PENDING) >> THREAD_BITS],
         )

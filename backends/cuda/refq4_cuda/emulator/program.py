@@ -15,10 +15,16 @@ from .parse import Kernel
 if TYPE_CHECKING:
     from .batch import Batch
 
-__all__ = ["FLOAT", "SIGNED", "UNSIGNED", "Program", "Step"]
+__all__ = ["FLOAT", "SIGNED", "UNSIGNED", "Program", "Step", "selection"]
 
 Step = Callable[["Batch", Any], None]
 UNSIGNED, SIGNED, FLOAT = 0, 1, 2  # the three ways to read a row
+
+
+def selection(lanes: np.ndarray) -> Any:
+    """Sorted lanes as a slice where they follow one another, which costs numpy no copy, else as they are."""
+    first, last = int(lanes[0]), int(lanes[-1])
+    return slice(first, last + 1) if last - first + 1 == len(lanes) else lanes
 
 
 @dataclass
@@ -36,7 +42,7 @@ class Program:
         specials: slot of each special register that is used.
         names: the slot of each register and special register.
         watched: slots of the registers that are watched for reads before writes, and their names.
-        grain: the finest access to shared memory, in bytes.
+        grain: the finest access to each memory, in bytes.
         local: bytes of local memory per thread.
         arrays: the module's own arrays: their memory, and what is in it when a launch begins.
         running: held by a launch, whose arrays they are until it ends.
@@ -57,7 +63,7 @@ class Program:
     static_shared: int = 0
     local: int = 0
     arrays: dict[str, tuple[np.ndarray, bytes]] = field(default_factory=dict)
-    grain: int = 4
+    grain: dict[str, int] = field(default_factory=dict)
     running: Any = field(default_factory=threading.RLock)
 
     @cached_property

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from .batch import WARP, Batch
+from .batch import Batch
 from .errors import AccessError, ConvergenceError, EmulatorError, Fault, RunawayError
-from .program import UNSIGNED
+from .order import WARP
+from .program import UNSIGNED, selection
 
 __all__ = ["Scheduler"]
 
@@ -81,7 +82,7 @@ class Scheduler:
         """From ``start`` to the end of its basic block; then to wherever the lanes go."""
         m, steps, gather, counts, watcher = self.m, self.program.steps, self.program.gather, self.counts, self.watcher
         end = self.program.ends[start]
-        s, many = m.selection(lanes), len(lanes)
+        s, many = selection(lanes), len(lanes)
         try:
             for pc in range(start, end):
                 step = steps[pc]
@@ -91,13 +92,13 @@ class Scheduler:
                 if pc in gather:
                     if pc in self.program.guards:
                         lanes = self._parted(pc, lanes, s)
-                        s = m.selection(lanes) if len(lanes) else s
+                        s = selection(lanes) if len(lanes) else s
                     lanes = self._gathered(pc, lanes, s) if len(lanes) else lanes
                     if not len(lanes):
                         return
-                    s, many = m.selection(lanes), len(lanes)
+                    s, many = selection(lanes), len(lanes)
                 counts[pc] += many
-                m.shared.instruction = pc
+                m.order.instruction = pc
                 if watcher:
                     watcher(m, pc, s, False)
                 step(m, s)
@@ -111,7 +112,7 @@ class Scheduler:
         """Of these lanes and those that wait at ``pc``, the ones whose company is complete; the others wait (on)."""
         if pc in self.waiting:
             lanes = _joined(lanes, self.waiting.pop(pc))
-            s = self.m.selection(lanes)
+            s = selection(lanes)
         present: np.ndarray | None = self.program.gather[pc](self.m, s)
         if present is None:
             return lanes
@@ -140,7 +141,7 @@ class Scheduler:
         for pc, lanes in list(self.waiting.items()):
             again = self.m.meetings.passes[lanes]
             if every:
-                there = self.program.gather[pc](self.m, self.m.selection(lanes))
+                there = self.program.gather[pc](self.m, selection(lanes))
                 again = np.ones(len(lanes), bool) if there is None else there
             if again.any():
                 woken = True

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .addresses import SHARED_WINDOW, address_of
-from .batch import WARP
 from .floating import canonical, from_bfloat
 from .halves import encode_half
+from .order import WARP
 from .parse import Instruction, Operand, Vector
-from .program import FLOAT, SIGNED, UNSIGNED, Step
+from .program import FLOAT, SIGNED, UNSIGNED, Step, selection
 from .warp import COMPANY, Company, Decode, whole_warp
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ def _block_addresses(m: Batch, s: Any, place: tuple[int, int, int], count: int) 
     """The lanes that give the addresses of ``count`` blocks, and those addresses."""
     giving = m.lanes[s] % WARP < 8 * count
     address = address_of(m, s, *place)[giving]
-    inside = np.where(address >= np.uint64(SHARED_WINDOW), address - np.uint64(SHARED_WINDOW), address)
-    return m.selection(m.lanes[s][giving]), inside.view(np.int64)
+    inside = np.where(address >= SHARED_WINDOW, address - SHARED_WINDOW, address)
+    return selection(m.lanes[s][giving]), inside
 
 
 def _load_blocks(count: int, trans: bool) -> Decode:

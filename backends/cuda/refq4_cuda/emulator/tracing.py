@@ -20,9 +20,10 @@ import numpy as np
 
 from refq4.internals.shown import Shown
 
-from .batch import WARP, Batch
+from .batch import Batch
 from .decode import prepare
 from .flow import read_registers, written_registers
+from .order import WARP
 from .parse import Address, Instruction, Vector
 from .program import FLOAT, SIGNED, UNSIGNED, Program
 from .semantics import find

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .addresses import ADDRESSES, Made, address_of, windows
-from .errors import AccessError, EmulatorError, Fault
+from .addresses import ADDRESSES, Made, address_of
+from .errors import EmulatorError, Fault
 from .memory import unsigned
 from .parse import Address, Instruction, Operand, Vector, width_of
 from .program import SIGNED, UNSIGNED, Step
@@ -100,7 +100,7 @@ def _load(decoder: Decoder, instruction: Instruction) -> Step:
     bank, dtype = (SIGNED, f"i{size}") if kind[0] == "s" else (UNSIGNED, f"u{size}")  # extended by the sign, or by 0
 
     def step(m: Batch, s: Any) -> None:
-        values = _read(m, s, space, address_of(m, s, base, width, offset), size, count, strong).view(dtype)
+        values = m.spaces[space].read(address_of(m, s, base, width, offset), s, size, count, strong).view(dtype)
         for i, slot in enumerate(targets):
             if slot is not None:
                 m.rows[bank][slot][s] = values if count == 1 else values[:, i]
@@ -122,49 +122,9 @@ def _store(decoder: Decoder, instruction: Instruction) -> Step:
     def step(m: Batch, s: Any) -> None:
         columns = [m.rows[UNSIGNED][slot][s].astype(dtype, copy=False) for _, slot, _ in sources]
         values = columns[0] if count == 1 else np.stack(columns, axis=1)
-        _write(m, s, space, address_of(m, s, base, width, offset), values, strong)
+        m.spaces[space].write(address_of(m, s, base, width, offset), s, values, strong)
 
     return step
-
-
-def _read(m: Batch, s: Any, space: str, address: np.ndarray, size: int, count: int, strong: bool) -> np.ndarray:
-    if space == "shared":
-        return m.shared.read(address.view(np.int64), s, size, count)
-    if space == "global":
-        return m.memory.read(address, m.lanes[s], size, count, strong)
-    if space == "local":
-        return m.local.read(address.view(np.int64), s, size, count)
-    if space == "param":
-        return _argument(m, s, address, size, count)
-    result = np.empty((len(address), count) if count > 1 else len(address), unsigned[size])
-    for one, lanes, inside, at in windows(m, s, address):
-        result[at] = _read(m, lanes, one, inside, size, count, strong)
-    return result
-
-
-def _argument(m: Batch, s: Any, address: np.ndarray, size: int, count: int) -> np.ndarray:
-    last = int(address.max())
-    if last + size * count > len(m.arguments):
-        look = f"the kernel takes {len(m.arguments)} bytes of arguments: look at the index into the struct"
-        raise Fault(AccessError, m.lanes[s], f"reads its arguments at byte {last}", look)
-    if last == int(address.min()):
-        one = np.frombuffer(m.arguments, unsigned[size], count, last)
-        return np.broadcast_to(one if count > 1 else one[0], (len(address), count)[: 1 + (count > 1)])
-    rows = np.frombuffer(m.arguments, np.uint8)[address.view(np.int64)[:, None] + np.arange(size * count)]
-    values: np.ndarray = rows.view(unsigned[size])
-    return values if count > 1 else values.reshape(-1)
-
-
-def _write(m: Batch, s: Any, space: str, address: np.ndarray, values: np.ndarray, strong: bool) -> None:
-    if space == "shared":
-        m.shared.write(address.view(np.int64), s, values)
-    elif space == "global":
-        m.memory.write(address, m.lanes[s], values, strong)
-    elif space in ("local", "param"):
-        m.local.write(address.view(np.int64), s, values)
-    else:
-        for one, lanes, inside, at in windows(m, s, address):
-            _write(m, lanes, one, inside, values[at], strong)
 
 
 def _nothing(decoder: Decoder, instruction: Instruction) -> Step:
@@ -219,26 +179,20 @@ def _copy(decoder: Decoder, instruction: Instruction) -> Step:
     given = decoder.source(instruction.operands[3], "u32", instruction) if many > 3 else None
 
     def step(m: Batch, s: Any) -> None:
-        to, start, lanes = address_of(m, s, *target).view(np.int64), address_of(m, s, *source), m.lanes[s]
+        to, start = address_of(m, s, *target), address_of(m, s, *source)
+        lanes = m.lanes[s]
         read = np.full(len(lanes), size) if given is None else np.minimum(m.rows[UNSIGNED][given[1]][s], size)
         data = np.zeros((len(lanes), size), np.uint8)
-        for length in np.unique(read):
-            if length:
-                some = read == length
-                data[some, :length] = _bytes(m, lanes[some], start[some], size, int(length))
+        if (some := read == size).any():
+            data[some] = m.memory.read(start[some], lanes[some], 4, size // 4).reshape(-1, size // 4).view(np.uint8)
+        if (some := (read > 0) & (read < size)).any():
+            m.memory.require_aligned(start[some], lanes[some], size)
+            for i in range(size):
+                if (some := (read > i) & (read < size)).any():
+                    data[some, i] = m.memory.read(start[some] + i, lanes[some], 1, 1)
         m.shared.copy(to, s, data)
 
     return step
-
-
-def _bytes(m: Batch, lanes: np.ndarray, address: np.ndarray, size: int, length: int) -> np.ndarray:
-    """``length`` of ``size`` bytes; the address must be aligned to ``size`` even when less is read."""
-    if length == size:
-        words = m.memory.read(address, lanes, 4, size // 4)
-        return np.ascontiguousarray(words).reshape(len(lanes), -1).view(np.uint8)
-    m.memory.require_aligned(address, lanes, size)
-    one_by_one = [m.memory.read(address + np.uint64(i), lanes, 1, 1) for i in range(length)]
-    return np.stack(one_by_one, axis=1)
 
 
 def _commit(decoder: Decoder, instruction: Instruction) -> Step:

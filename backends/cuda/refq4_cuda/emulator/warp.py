@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .batch import WARP
 from .errors import ConvergenceError, Fault
+from .order import WARP
 from .parse import Instruction
 from .program import UNSIGNED, Step
 
@@ -112,19 +112,11 @@ def _named_are_there(m: Batch, s: Any, mask: Any) -> np.ndarray | None:
 
 
 def _barrier(decoder: Decoder, instruction: Instruction) -> Step:
-    def step(m: Batch, s: Any) -> None:
-        m.shared.barrier(s)
-        m.memory.barrier(m.lanes[s])
-
-    return step
+    return lambda m, s: m.order.barrier(s)
 
 
 def _warp_sync(decoder: Decoder, instruction: Instruction) -> Step:
-    def step(m: Batch, s: Any) -> None:
-        m.shared.warp_sync(s)
-        m.memory.warp_sync(m.lanes[s])
-
-    return step
+    return lambda m, s: m.order.warp_sync(s)
 
 
 # --- shuffles ---------------------------------------------------------------------------------------------------------
