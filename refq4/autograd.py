@@ -20,7 +20,6 @@ leaves the others to autograd, which reduces a gradient to its input's shape; fo
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -88,7 +87,18 @@ def differentiable(op: str, A: Tensor, weight: Weight, bias: Tensor | None, back
     """
     if torch.compiler.is_compiling():  # Dynamo sees through the ops; they have the same gradient
         return _Function.forward(op, A, weight, bias, backend)
-    out: Tensor = _Function.apply(op, A, weight, bias, backend)  # type: ignore[no-untyped-call]
+    out: Tensor
+    if torch._C._are_functorch_transforms_active():
+        out = _Function.apply(op, A, weight, bias, backend)  # type: ignore[no-untyped-call]
+        return out
+    if torch._C._functorch.is_legacy_batchedtensor(A):  # as in autograd.grad(is_grads_batched=True): torch's ops only
+        W = torch.ops.refq4.dequantize_4bit(*flatten(weight), A.dtype, dispatch.as_argument(backend))
+        out = A @ (W if op == GRAD_INPUT else W.t())
+        return out if bias is None else out + bias
+    A, bias = _unwrap(A), None if bias is None else _unwrap(bias)
+    if not (dispatch.wants_grad(A) or dispatch.wants_grad(bias)):  # as in a backward that nobody differentiates
+        return _Function.forward(op, A, weight, bias, backend)
+    out = _apply(op, A, weight, bias, backend)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -120,8 +130,10 @@ class _Function(torch.autograd.Function):
         return _more_tokens(differentiable, info.batch_size, in_dims[1:], op, *operands)
 
 
-# torch binds the arguments of each call to forward's signature; to find that takes longer than all the rest of apply
-_Function.forward.__signature__ = inspect.signature(_Function.forward)  # type: ignore[attr-defined]
+# What Function.apply does outside of torch.func, less its binding of each call's arguments to forward's signature: that
+# takes a hundred Python calls, longer than all the rest. A tensor that outlived a transform still stands for another.
+_apply = super(torch.autograd.Function, _Function).apply
+_unwrap = torch._C._functorch.unwrap_if_dead
 
 
 # --- one context, one backward, one rule for vmap -------------------------------------------------------------------

@@ -26,7 +26,7 @@ from .checks import PLAIN, check_memory, check_operand, check_product, check_wei
 from .codec import decode
 from .schemas import Weight, flatten, implement, unflatten
 
-__all__ = ["GRAD_INPUT", "grad_input", "is_deferred", "product", "wants_grad"]
+__all__ = ["GRAD_INPUT", "as_argument", "grad_input", "is_deferred", "product", "wants_grad"]
 
 
 GRAD_INPUT = "grad_input_4bit"
@@ -44,7 +44,7 @@ def product(op: str, A: Tensor, weight: Weight, bias: Tensor | None, backend: st
         type(weight) is not PackedWeight or not (wants_grad(A) or wants_grad(bias))
     ):
         return _product(op, A, weight, bias, backend)
-    return _PRODUCTS[op](A, *flatten(weight), bias, _as_argument(backend))
+    return _PRODUCTS[op](A, *flatten(weight), bias, as_argument(backend))
 
 
 def grad_input(grad: Tensor, weight: Weight, backend: str | Resolved) -> Tensor:
@@ -54,10 +54,10 @@ def grad_input(grad: Tensor, weight: Weight, backend: str | Resolved) -> Tensor:
     """
     if isinstance(weight, PackedWeight) and _nothing_intercepts(grad, None, backend) and not wants_grad(grad):
         return _grad_input(grad, weight, backend)
-    return _op_of_grad_input(grad, *flatten(weight), _as_argument(backend))
+    return _op_of_grad_input(grad, *flatten(weight), as_argument(backend))
 
 
-def _as_argument(backend: str | Resolved) -> str:
+def as_argument(backend: str | Resolved) -> str:
     """The backend as an op takes it: its name, or the choice."""
     return backend if isinstance(backend, str) else backend.backend.name
 

@@ -34,6 +34,7 @@ import transformers
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from refq4_cpu import CpuBackend
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import refq4
@@ -212,20 +213,17 @@ def where_the_time_goes(run: Iterator[float], step: float) -> dict[str, float]:
 
     The rest is what remains of ``step``, the milliseconds that one takes without the profiler.
     """
+    with FlopCounterMode(display=False) as counter:
+        next(run)
+    operations = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op).startswith("refq4."))
     shares = dict.fromkeys([*SHARES.values(), ADAPTERS], 0.0)
-    operations = 0.0
     for (name, shapes), ms in profiled(run, SHARES, "self_cpu_time_total").items():
-        share = SHARES[name]
-        if name == "aten::mm" and RANK in (*shapes[0], *shapes[1]):
-            share = ADAPTERS
-        shares[share] += sum(ms)
-        if share.startswith("4-bit"):
-            activations, (packed,) = shapes[:2]
-            operations += 2 * math.prod(activations[:-1]) * 2 * packed * len(ms)
+        adapters = name == "aten::mm" and RANK in (*shapes[0], *shapes[1])
+        shares[ADAPTERS if adapters else SHARES[name]] += sum(ms)
     shares["the rest: sums, norms, loss, optimiser, Python"] = step - sum(shares.values())
     found = CpuBackend().limits()
     peak = found["dot_gflop_s"] or found["fma_gflop_s"] or math.nan
-    return shares | {"for comparison: the 4-bit products at the machine's peak": operations / PROFILED / peak / 1e6}
+    return shares | {"for comparison: the 4-bit products at the machine's peak": operations / peak / 1e6}
 
 
 def profiled(run: Iterator[float], names: Iterable[str], what: str) -> dict[tuple[str, Any], list[float]]:
@@ -239,7 +237,8 @@ def profiled(run: Iterator[float], names: Iterable[str], what: str) -> dict[tupl
     calls: dict[tuple[str, Any], list[float]] = {}
     for event in profile.events():
         if event.name in names:
-            shapes = tuple(map(tuple, event.input_shapes))
+            given = (*event.input_shapes, *event.concrete_inputs)  # a 4-bit weight's shape is one of the numbers
+            shapes = tuple(tuple(size) for size in given if isinstance(size, list))
             calls.setdefault((event.name, shapes), []).append(getattr(event, what) / 1e3)
     return {kind: [statistics.median(ms) / PROFILED] * len(ms) for kind, ms in calls.items()}
 

@@ -162,6 +162,23 @@ def test_torch_func_transforms_agree_with_a_plain_linear(packed, tokens):
         torch.testing.assert_close(grad, wanted)
 
 
+def test_a_batched_backward_of_an_eager_call_is_the_gradients_one_by_one(packed):
+    B, state = packed
+    A, rows = torch.randn(3, 96, requires_grad=True), torch.randn(5, 3, 6)
+    y = MatMul4Bit.apply(A, B, None, None, state)
+    (batched,) = torch.autograd.grad(y, A, rows, retain_graph=True, is_grads_batched=True)
+    one_by_one = [torch.autograd.grad(y, A, row, retain_graph=True)[0] for row in rows]
+    torch.testing.assert_close(batched, torch.stack(one_by_one))
+
+
+def test_an_operand_that_outlived_a_transform_is_multiplied_by_what_it_stands_for(packed):
+    B, state = packed
+    A, kept = torch.randn(3, 96), []
+    torch.func.grad(lambda a: (kept.append(a), a.sum())[1])(A)
+    assert torch._C._functorch.is_dead_tensor_wrapper(kept[0])
+    assert_same_bits(MatMul4Bit.apply(kept[0], B, None, None, state), MatMul4Bit.apply(A, B, None, None, state))
+
+
 def test_vmap_over_weights_says_to_loop(packed):
     B, state = packed
     many, A = torch.stack([B, B]), torch.randn(1, 96)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -99,3 +101,18 @@ def test_both_tables_come_out_for_a_model(tmp_path, capsys, monkeypatch):
     assert all(0.05 < float(error) < 0.2 and 0 < float(kl) < 1 for _, _, error, kl in rows)
     errors = {name: float(error) for name, _, error, _ in rows}
     assert errors["NF4, blocks of 64"] == pytest.approx(float(rows[1][2]), abs=2e-4), "two ways to the same figure"
+
+
+def test_a_training_step_is_split_into_shares_and_its_products_are_counted():
+    command = [sys.executable, str(ROOT / "scripts" / "bench" / "models_bench.py"), "qlora", "--small", "--steps", "3"]
+    done = subprocess.run([*command, "--json", "-"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    shares = report["a step of refq4, ms of each"]
+    products = ("4-bit layers, forward", "4-bit layers, gradient", "for comparison: the 4-bit layers of bitsandbytes")
+    assert all(shares[name] > 0 for name in products)
+    assert report["largest relative distance of the losses"] < 1e-3
+    # one block of 64 and 128 features: its weights, times 128 tokens, forward, again for the checkpoint, and backward
+    operations = 2 * 128 * (4 * 64 * 64 + 3 * 64 * 128) * 3
+    per_ms = operations / shares["for comparison: the 4-bit products at the machine's peak"]
+    assert 1e6 < per_ms < 1e11  # between a Gflop and a hundred Tflop a second
