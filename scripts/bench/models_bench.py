@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ import transformers
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from refq4_cpu import CpuBackend
 from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
@@ -53,17 +55,21 @@ HEAD = "its head in 4 bits, too"
 READING = "reading refq4's 4-bit layers once takes, ms"
 RANK = 8  # of the adapters: a product in which it is a size is theirs
 ADAPTERS = "products of the adapters"
-PROFILED = 4  # steps
+TIMED = 4  # steps
 TRAINING = {"qlora": (2, 64), "qlora-deep": (2, 256)}  # sequences, tokens
-# What a profile calls it -> whose time it is. What has no line here is "the rest".
+FORWARD, GRADIENT = "4-bit layers, forward", "4-bit layers, gradient"
+# An op -> whose time it is. What has no line here is "the rest".
 SHARES = {
-    "refq4::gemm_4bit": "4-bit layers, forward",
-    "refq4::grad_input_4bit": "4-bit layers, gradient",
-    "aten::mm": "products of the head",
-    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
-    "aten::copy_": "casts and copies",
-    "aten::_to_copy": "casts and copies",
+    "refq4.gemm_4bit": FORWARD,
+    "refq4.grad_input_4bit": GRADIENT,
+    "bitsandbytes.gemm_4bit": FORWARD,
+    "bitsandbytes.dequantize_4bit": GRADIENT,
+    "aten.mm": "products of the head",
+    "aten._scaled_dot_product_flash_attention_for_cpu": "attention",
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": "attention",
+    "aten.clone": "casts and copies",
+    "aten.copy_": "casts and copies",
+    "aten._to_copy": "casts and copies",
 }
 
 
@@ -189,8 +195,8 @@ def qlora(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
             if step:
                 times[name].append(1e3 * (time.perf_counter() - start))
     shares = where_the_time_goes(runs["refq4"], statistics.median(times["refq4"]))
-    theirs = profiled(runs["bitsandbytes"], ("MatMul4Bit", "MatMul4BitBackward"), "cpu_time_total")
-    shares["for comparison: the 4-bit layers of bitsandbytes"] = sum(map(sum, theirs.values()))
+    theirs = milliseconds_by_share(runs["bitsandbytes"])
+    shares["for comparison: the 4-bit layers of bitsandbytes"] = theirs[FORWARD] + theirs[GRADIENT]
     apart = max(abs(a - b) / b for a, b in zip(*losses.values(), strict=True))
     del runs
     gc.collect()
@@ -211,36 +217,53 @@ def qlora(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
 def where_the_time_goes(run: Iterator[float], step: float) -> dict[str, float]:
     """Milliseconds of one step by :data:`SHARES`, and what its 4-bit products would take at the machine's peak.
 
-    The rest is what remains of ``step``, the milliseconds that one takes without the profiler.
+    The rest is what remains of ``step``, the milliseconds that one takes when nobody looks at its ops.
     """
     with FlopCounterMode(display=False) as counter:
         next(run)
     operations = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op).startswith("refq4."))
-    shares = dict.fromkeys([*SHARES.values(), ADAPTERS], 0.0)
-    for (name, shapes), ms in profiled(run, SHARES, "self_cpu_time_total").items():
-        adapters = name == "aten::mm" and RANK in (*shapes[0], *shapes[1])
-        shares[ADAPTERS if adapters else SHARES[name]] += sum(ms)
+    shares = milliseconds_by_share(run)
     shares["the rest: sums, norms, loss, optimiser, Python"] = step - sum(shares.values())
     found = CpuBackend().limits()
     peak = found["dot_gflop_s"] or found["fma_gflop_s"] or math.nan
     return shares | {"for comparison: the 4-bit products at the machine's peak": operations / peak / 1e6}
 
 
-def profiled(run: Iterator[float], names: Iterable[str], what: str) -> dict[tuple[str, Any], list[float]]:
-    """Milliseconds of the calls of a few steps by name and shapes, each the median of its kind, divided by the steps.
+def milliseconds_by_share(run: Iterator[float]) -> dict[str, float]:
+    """The ops of one step by :data:`SHARES`: of those with the same sizes the median, times their number.
 
-    A median, because the system takes the processor away now and then, for longer than most calls last.
+    A median, because the system takes the processor away now and then, for longer than most ops last.
     """
-    with torch.profiler.profile(record_shapes=True) as profile:
-        for _ in range(PROFILED):
+    with Stopwatch() as watch:
+        for _ in range(TIMED):
             next(run)
-    calls: dict[tuple[str, Any], list[float]] = {}
-    for event in profile.events():
-        if event.name in names:
-            given = (*event.input_shapes, *event.concrete_inputs)  # a 4-bit weight's shape is one of the numbers
-            shapes = tuple(tuple(size) for size in given if isinstance(size, list))
-            calls.setdefault((event.name, shapes), []).append(getattr(event, what) / 1e3)
-    return {kind: [statistics.median(ms) / PROFILED] * len(ms) for kind, ms in calls.items()}
+    shares = dict.fromkeys([*SHARES.values(), ADAPTERS], 0.0)
+    for (op, dtype, sizes), ms in watch.calls.items():
+        share = SHARES.get(op)
+        if op == "aten.mm" and any(RANK in size for size in sizes):
+            share = ADAPTERS
+        elif op == "aten.mm" and dtype == torch.bfloat16:  # of a weight that was decoded; the head is in fp32
+            share = GRADIENT
+        if share is not None:
+            shares[share] += statistics.median(ms) * len(ms) / TIMED
+    return shares
+
+
+class Stopwatch(TorchDispatchMode):
+    """The milliseconds of each op that torch runs in this mode, by its name, first dtype and sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[tuple[str, torch.dtype | None, Any], list[float]] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        start = time.perf_counter()
+        result = op(*args, **(kwargs or {}))
+        ms = 1e3 * (time.perf_counter() - start)
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        kind = str(op.overloadpacket), tensors[0].dtype if tensors else None, tuple(t.shape for t in tensors)
+        self.calls.setdefault(kind, []).append(ms)
+        return result
 
 
 def training(engine: str, path: Path, shape: tuple[int, int]) -> Iterator[float]:
