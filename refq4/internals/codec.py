@@ -10,7 +10,6 @@ The product has a file of its own, ``refq4/internals/dispatch.py``. What is chec
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from .checks import (
     check_weight_memory,
     checked_weight,
 )
-from .schemas import flatten, implement, unflatten
+from .schemas import implement
 
 __all__ = ["decode", "dequantize_4bit", "dequantize_blockwise", "quantize_4bit", "quantize_blockwise"]
 
@@ -69,19 +68,8 @@ def _refuse_nonfinite(absmax: Tensor, blocksize: int) -> None:
         )
 
 
-def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype, backend: str) -> Tensor:
-    """-> ``dtype`` [weight.shape]."""
-    return _dequantize_4bit(*flatten(weight), dtype, backend)
-
-
-@implement("dequantize_4bit")
-def _dequantize_4bit(*args: Any) -> Tensor:
-    *flat, dtype, backend = args
-    return decode(checked_weight(unflatten(*flat, backend)), dtype, backend)
-
-
 def decode(weight: PackedWeight, dtype: torch.dtype, backend: str | Resolved) -> Tensor:
-    """The kernel of dequantize_4bit, which the gradient of a product calls as well."""
+    """-> ``dtype`` [weight.shape]. The kernel of dequantize_4bit, which the gradient of a product calls as well."""
     check_weight_memory(weight)
     check_target(dtype)
     numel, nested, device = torch.Size(weight.shape).numel(), weight.nested is not None, weight.packed.device.type
@@ -91,6 +79,9 @@ def decode(weight: PackedWeight, dtype: torch.dtype, backend: str | Resolved) ->
 
     result: Tensor = run_op(call, backend, "dequantize_4bit", weight, dtype)
     return result
+
+
+dequantize_4bit = implement("dequantize_4bit", at=0, check=checked_weight)(decode)
 
 
 @implement("quantize_blockwise")
