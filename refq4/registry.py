@@ -228,5 +228,5 @@ def run_op(describe: Callable[[], Call], backend: str | Resolved, op: str, *oper
     if listener is not None:
         micros, call = (time.perf_counter_ns() - start) / 1e3, describe()
         name, kernel = found.backend.name, found.backend.kernel(call)
-        listener.op(OpRecord(call.op, name, kernel, str(call), list(found.passed_over), micros))
+        listener.ops.append(OpRecord(call.op, name, kernel, str(call), list(found.passed_over), micros))
     return result
