@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import registry
 from .backend import PackedWeight
-from .functional import dequantize_4bit
+from .internals import codec
 from .internals.blockwise import decode_scales
 from .internals.checks import check_input, warn_caller
 from .internals.dispatch import is_deferred, wants_grad
@@ -356,24 +356,18 @@ def embedding_4bit(layer: Embedding4bit, ids: Tensor) -> Tensor:
     """
     step = recorder(layer, ids)
     state, _ = recover_quant_state(layer)
-    table = as_stored(layer.weight, looked_up=True)
-    (_, dim), blocksize = state.geometry()
-    whole_blocks = dim % blocksize == 0
-    if whole_blocks:
-        rows = _decode_rows(state.packed_weight(table), state, ids)
-    else:
-        rows = torch.nn.functional.embedding(ids, dequantize_4bit(table, state))
+    table = state.packed_weight(as_stored(layer.weight, looked_up=True))
+    whole_blocks = table.shape[1] % table.blocksize == 0
+    wanted = _rows(table, state, ids) if whole_blocks else table
+    rows = codec.dequantize_4bit(wanted, state.dtype or torch.float32, registry.requested_backend(None))
+    if not whole_blocks:
+        rows = torch.nn.functional.embedding(ids, rows)
     return step(0, rows.to(layer.dtype), ROWS_ONLY if whole_blocks else WHOLE_TABLE)  # no step of a linear layer
 
 
-def _decode_rows(weight: PackedWeight, state: QuantState, ids: Tensor) -> Tensor:
-    """Gather the packed bytes and scales of the rows, then decode the small tensor they make."""
-    table, dim = weight.shape
-    picked = state.copy()
-    picked.shape = torch.Size((*ids.shape, dim))
-    picked.offset = picked.state2 = None
-    picked.absmax = torch.nn.functional.embedding(
-        ids, decode_scales(state).view(table, dim // state.geometry()[1])
-    ).reshape(-1)
-    packed = torch.nn.functional.embedding(ids, weight.packed.view(table, dim // 2)).reshape(-1)
-    return dequantize_4bit(packed, picked)
+def _rows(table: PackedWeight, state: QuantState, ids: Tensor) -> PackedWeight:
+    """Gather the packed bytes and scales of the rows: the small tensor they make."""
+    (count, dim), gather = table.shape, torch.nn.functional.embedding
+    packed = gather(ids, table.packed.view(count, dim // 2)).reshape(-1)
+    absmax = gather(ids, decode_scales(state).view(count, dim // table.blocksize)).reshape(-1)
+    return table._replace(packed=packed, absmax=absmax, shape=(*ids.shape, dim), nested=None)

@@ -28,35 +28,29 @@ import torch
 from .backend import BackendUnavailableError, BackendUnsupportedError, Call, UnknownBackendError
 from .internals.discovery import (
     AUTO,
-    ENTRY_POINT_GROUP,
     Resolved,
     automatic_backends,
     backend_info,
     by_priority,
     check_usable,
     find,
-    is_installed,
     list_backends,
     not_installed,
     register_backend,
-    registered,
     unregister_backend,
 )
 from .trace import OpRecord, current
 
 __all__ = [
     "AUTO",
-    "ENTRY_POINT_GROUP",
     "ENVIRONMENT_VARIABLE",
     "Resolved",
     "automatic_backends",
     "backend_info",
     "check_usable",
     "get_backend",
-    "is_installed",
     "list_backends",
     "register_backend",
-    "registered",
     "requested_backend",
     "resolve",
     "run_op",
@@ -234,5 +228,5 @@ def run_op(describe: Callable[[], Call], backend: str | Resolved, op: str, *oper
     if listener is not None:
         micros, call = (time.perf_counter_ns() - start) / 1e3, describe()
         name, kernel = found.backend.name, found.backend.kernel(call)
-        listener.op(OpRecord(call.op, name, kernel, str(call), list(found.passed_over), micros))
+        listener.ops.append(OpRecord(call.op, name, kernel, str(call), list(found.passed_over), micros))
     return result

@@ -198,11 +198,9 @@ class QuantState:
     def to(self, device: torch.device | str | None) -> QuantState:
         """Move the state's tensors to ``device``, in place as in bitsandbytes; returns the state itself."""
         if device is not None:
-            self.absmax = self.absmax.to(device)
-            self.code = None if self.code is None else self.code.to(device)
-            self.offset = None if self.offset is None else self.offset.to(device)
-            if self.state2 is not None:
-                self.state2.to(device)
+            for name in ("absmax", "code", "offset", "state2"):
+                here = getattr(self, name)
+                setattr(self, name, None if here is None else here.to(device))
         return self
 
     def copy(self) -> QuantState:

@@ -25,7 +25,6 @@ from .internals.shown import Shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
 
 __all__ = ["CallRecord", "Decision", "OpRecord", "StepRecord", "Trace", "current", "recorder", "trace"]
 
@@ -124,6 +123,7 @@ class Trace(Shown):
 
     Attributes:
         calls: the calls in order.
+        ops: the ops in order: those of the calls, and those that ran outside of any.
 
     Example:
         >>> import torch, refq4
@@ -137,55 +137,36 @@ class Trace(Shown):
 
     def __init__(self, keep_values: bool = False) -> None:
         self.calls: list[CallRecord] = []
+        self.ops: list[OpRecord] = []
         self._keep_values = keep_values
-        self._outside: list[OpRecord] = []  # of no call
-        self._ops: list[OpRecord] = []  # since the last step
-        self._mark = time.perf_counter_ns()
-
-    # --- written by the pipeline ------------------------------------------------------------------------------------
 
     def begin(self, title: str) -> Step:
-        """A call begins: give what records its steps."""
+        """A call begins: give what records its steps, each with the ops that a backend has run since the one before."""
         call = CallRecord(title)
         self.calls.append(call)
-        self._outside, self._ops = self._outside + self._ops, []
-        self._mark = time.perf_counter_ns()
+        told, mark = len(self.ops), time.perf_counter_ns()
 
         def step(number: int, value: T, decision: Decision) -> T:
-            micros = (time.perf_counter_ns() - self._mark) / 1e3
+            nonlocal told, mark
+            micros = (time.perf_counter_ns() - mark) / 1e3
             tensor = value[0] if isinstance(value, tuple) else value
             kept = tensor.detach().clone() if self._keep_values and isinstance(tensor, Tensor) else None
-            record = StepRecord(
-                number, STEPS[number], decision.choice, decision.why, show(value), micros, self._ops, kept
-            )
-            call.steps.append(record)
-            self._ops = []
-            self._mark = time.perf_counter_ns()
+            name, ops = STEPS[number], self.ops[told:]
+            call.steps.append(StepRecord(number, name, decision.choice, decision.why, show(value), micros, ops, kept))
+            told, mark = len(self.ops), time.perf_counter_ns()
             return value
 
         return step
-
-    def op(self, record: OpRecord) -> None:
-        """A backend has just run an op."""
-        self._ops.append(record)
-
-    # --- read by people ---------------------------------------------------------------------------------------------
-
-    @property
-    def ops(self) -> list[OpRecord]:
-        """Every op of every call, and those run outside any call."""
-        return [op for call in self.calls for step in call.steps for op in step.ops] + self._outside + self._ops
 
     def to_dict(self) -> dict[str, Any]:
         """The trace as plain data: ``{"calls": [{"title": ..., "steps": [...]}], "ops": [...]}``."""
         calls = [{"title": call.title, "steps": [step.to_dict() for step in call.steps]} for call in self.calls]
         return {"calls": calls, "ops": [asdict(op) for op in self.ops]}
 
-    def _tables(self) -> list[Table]:
-        """Make one rich table per call."""
+    def _parts(self) -> Iterator[RenderableType]:
+        """One table per call."""
         from rich.table import Table
 
-        tables = []
         for call in self.calls:
             table = Table(title=call.title, title_justify="left", title_style="bold", show_lines=True)
             for column in ("step", "decision", "because", "gives"):
@@ -197,13 +178,8 @@ class Trace(Shown):
                 for op in step.ops:
                     over = "".join(f"\n  passed over {name}: {why}" for name, why in op.passed_over)
                     table.add_row("", f"→ {op.op}", f"{op.backend}: {op.kernel}{over}", op.call, f"{op.micros:.0f}")
-            tables.append(table)
-        return tables
-
-    def _parts(self) -> Iterator[RenderableType]:
-        tables = self._tables()
-        yield from tables
-        if not tables:
+            yield table
+        if not self.calls:
             yield "(no call was recorded: compiled code is not traced)"
 
 

@@ -36,9 +36,7 @@ def run(sources: Iterable[str]) -> None:
 
 def _import(source: str) -> None:
     """Import what registers a backend: a module, looked for in the current directory, too, or a Python file."""
-    from .. import registry
-
-    before = registry.registered()
+    before = _registered()
     try:
         if source.endswith(".py"):
             _import_file(Path(source))
@@ -47,11 +45,17 @@ def _import(source: str) -> None:
             importlib.import_module(source)
     except Exception as error:
         raise ValueError(f"--import {source}: importing it failed: {type(error).__name__}: {error}") from error
-    if registry.registered() == before:
+    if _registered() == before:
         raise ValueError(
             f"--import {source}: it was imported, but registers no backend; it must call "
             f"refq4.register_backend(...) outside of functions and of 'if __name__ == \"__main__\"'"
         )
+
+
+def _registered() -> dict[str, object]:
+    from ..internals.discovery import known_entries
+
+    return {name: entry.backend for name, entry in known_entries().items()}
 
 
 def _import_file(path: Path) -> None:

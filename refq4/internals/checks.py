@@ -118,11 +118,9 @@ def check_memory(name: str, tensor: Tensor) -> Tensor:
 
 def check_weight_memory(weight: PackedWeight) -> None:
     """:func:`check_memory` for each tensor of a weight."""
-    for name, tensor in zip(("packed", "absmax", "code"), weight[:3], strict=True):
+    names = ("packed", "absmax", "code", "nested absmax", "nested code", "offset")
+    for name, tensor in zip(names, (*weight[:3], *(weight.nested or ())[:3]), strict=False):
         check_memory(name, tensor)
-    if weight.nested is not None:
-        for name, tensor in zip(("nested absmax", "nested code", "offset"), weight.nested[:3], strict=True):
-            check_memory(name, tensor)
 
 
 def checked(weight: PackedWeight | PreparedWeight) -> PackedWeight | PreparedWeight:

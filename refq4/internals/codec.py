@@ -9,17 +9,14 @@ The product has a file of its own, ``refq4/internals/dispatch.py``. What is chec
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backend import Call, PackedWeight
 from ..codebooks import code_from_values, get_codebook
-from ..registry import Resolved, resolve, run_op
+from ..registry import Resolved, run_op
 from .checks import (
     check_blockwise,
     check_code,
@@ -30,9 +27,9 @@ from .checks import (
     check_weight_memory,
     checked_weight,
 )
-from .schemas import flatten, implement, unflatten
+from .schemas import implement
 
-__all__ = ["decode", "dequantize_4bit", "dequantize_blockwise", "quantize_4bit", "quantize_blockwise", "takes_scales"]
+__all__ = ["decode", "dequantize_4bit", "dequantize_blockwise", "quantize_4bit", "quantize_blockwise"]
 
 
 @implement("quantize_4bit")
@@ -49,26 +46,13 @@ def quantize_4bit(
     else:
         check_scales(absmax, A.shape, blocksize)
         absmax = check_memory("absmax", absmax)
-        found = _for_given_scales(call(), backend)
+        from .scale_search import backend_for_scales  # only a search gives any
+
+        found = backend_for_scales(call(), backend)
         packed, scales = run_op(call, found, "quantize_4bit", A, code, blocksize, absmax)
     if not allow_nonfinite:
         _refuse_nonfinite(scales, blocksize)
     return packed, scales
-
-
-@lru_cache
-def takes_scales(quantize_4bit: Callable[..., Any]) -> bool:
-    """Whether a class's method takes scales that are given: the first contract did not have that argument."""
-    return "absmax" in inspect.signature(quantize_4bit).parameters
-
-
-def _for_given_scales(call: Call, backend: str) -> Resolved:
-    """The backend for the call, or the reference in place of one that can't be given scales; the trace says so."""
-    found = resolve(call, backend)
-    if takes_scales(type(found.backend).quantize_4bit):
-        return found
-    passed_over = (found.backend.name, "its quantize_4bit takes no absmax")
-    return Resolved(resolve(call, "reference").backend, [*found.passed_over, passed_over])
 
 
 def _refuse_nonfinite(absmax: Tensor, blocksize: int) -> None:
@@ -84,19 +68,8 @@ def _refuse_nonfinite(absmax: Tensor, blocksize: int) -> None:
         )
 
 
-def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype, backend: str) -> Tensor:
-    """-> ``dtype`` [weight.shape]."""
-    return _dequantize_4bit(*flatten(weight), dtype, backend)
-
-
-@implement("dequantize_4bit")
-def _dequantize_4bit(*args: Any) -> Tensor:
-    *flat, dtype, backend = args
-    return decode(checked_weight(unflatten(*flat, backend)), dtype, backend)
-
-
 def decode(weight: PackedWeight, dtype: torch.dtype, backend: str | Resolved) -> Tensor:
-    """The kernel of dequantize_4bit, which the gradient of a product calls as well."""
+    """-> ``dtype`` [weight.shape]. The kernel of dequantize_4bit, which the gradient of a product calls as well."""
     check_weight_memory(weight)
     check_target(dtype)
     numel, nested, device = torch.Size(weight.shape).numel(), weight.nested is not None, weight.packed.device.type
@@ -106,6 +79,9 @@ def decode(weight: PackedWeight, dtype: torch.dtype, backend: str | Resolved) ->
 
     result: Tensor = run_op(call, backend, "dequantize_4bit", weight, dtype)
     return result
+
+
+dequantize_4bit = implement("dequantize_4bit", at=0, check=checked_weight)(decode)
 
 
 @implement("quantize_blockwise")

@@ -111,7 +111,7 @@ _ordered: list[Entry] | None = None  # by_priority, until the registry changes
 
 
 def known_entries() -> dict[str, Entry]:
-    """A copy of all that is known, for :func:`restore_entries`."""
+    """Every backend by its name, in a dict of the caller's own; :func:`restore_entries` puts it back."""
     return dict(_entries)
 
 
@@ -256,11 +256,6 @@ def list_backends() -> list[str]:
         True
     """
     return [entry.name for entry in by_priority()]
-
-
-def registered() -> list[tuple[str, Backend | None]]:
-    """Every name with the backend that stands for it, if that has been imported: what registering one changes."""
-    return [(entry.name, entry.backend) for entry in _entries.values()]
 
 
 def automatic_backends() -> list[str]:

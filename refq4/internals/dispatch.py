@@ -12,8 +12,7 @@ for the whole call. Quantising and decoding have the same way in ``refq4/interna
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,11 +21,11 @@ from torch.autograd import forward_ad
 from .. import registry
 from ..backend import Call, PackedWeight
 from ..registry import Resolved, run_op
-from .checks import PLAIN, check_memory, check_operand, check_product, check_weight_memory, checked, checked_weight
+from .checks import PLAIN, check_memory, check_operand, check_product, check_weight_memory, checked_weight
 from .codec import decode
-from .schemas import Weight, flatten, implement, unflatten
+from .schemas import Weight, implement
 
-__all__ = ["GRAD_INPUT", "as_argument", "grad_input", "is_deferred", "product", "wants_grad"]
+__all__ = ["GRAD_INPUT", "grad_input", "is_deferred", "product", "wants_grad"]
 
 
 GRAD_INPUT = "grad_input_4bit"
@@ -44,7 +43,7 @@ def product(op: str, A: Tensor, weight: Weight, bias: Tensor | None, backend: st
         type(weight) is not PackedWeight or not (wants_grad(A) or wants_grad(bias))
     ):
         return _product(op, A, weight, bias, backend)
-    return _PRODUCTS[op](A, *flatten(weight), bias, as_argument(backend))
+    return _PRODUCTS[op](A, weight, bias, backend)
 
 
 def grad_input(grad: Tensor, weight: Weight, backend: str | Resolved) -> Tensor:
@@ -54,12 +53,7 @@ def grad_input(grad: Tensor, weight: Weight, backend: str | Resolved) -> Tensor:
     """
     if isinstance(weight, PackedWeight) and _nothing_intercepts(grad, None, backend) and not wants_grad(grad):
         return _grad_input(grad, weight, backend)
-    return _op_of_grad_input(grad, *flatten(weight), as_argument(backend))
-
-
-def as_argument(backend: str | Resolved) -> str:
-    """The backend as an op takes it: its name, or the choice."""
-    return backend if isinstance(backend, str) else backend.backend.name
+    return _op_of_grad_input(grad, weight, backend)  # type: ignore[arg-type]
 
 
 def is_deferred() -> bool:
@@ -170,28 +164,13 @@ _SLOW_ON_CPU = _dtypes_without_cpu_products()
 # --- the ops --------------------------------------------------------------------------------------------------------
 
 
-def _op_of_product(op: str) -> Callable[..., Tensor]:
-    @implement(op)
-    def kernel(A: Tensor, *args: Any) -> Tensor:
-        *flat, bias, backend = args
-        return _product(op, A, checked(unflatten(*flat, backend)), bias, backend)
-
-    return kernel
+_PRODUCTS = {op: implement(op, at=1)(partial(_product, op)) for op in ("gemv_4bit", "gemm_4bit")}
+_op_of_grad_input = implement(GRAD_INPUT, at=1, check=checked_weight)(_grad_input)
 
 
-_PRODUCTS = {op: _op_of_product(op) for op in ("gemv_4bit", "gemm_4bit")}
-
-
-@implement(GRAD_INPUT)
-def _op_of_grad_input(grad: Tensor, *args: Any) -> Tensor:
-    *flat, backend = args
-    return _grad_input(grad, checked_weight(unflatten(*flat, backend)), backend)
-
-
-@implement("restore_weight")
-def _op_of_restore(*args: Any) -> Tensor:
-    *flat, name = args
-    weight, backend = checked(unflatten(*flat, name)), registry.check_usable(name)
+@implement("restore_weight", at=0)
+def _op_of_restore(weight: Weight, name: str) -> Tensor:
+    backend = registry.check_usable(name)
     if isinstance(weight, PackedWeight) or backend is None:
         raise ValueError('restore_weight needs a prepared weight and the name of its backend, which "auto" is not')
     return backend.restore_weight(weight).packed

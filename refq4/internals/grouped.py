@@ -29,13 +29,12 @@ from .checks import (
     check_floats,
     check_memory,
     check_weight_memory,
-    checked,
 )
 from .codec import decode
 from .dispatch import grad_input, is_deferred, product, wants_grad
 from .format import dtype_name
 from .prepared import MOST_RESTORES, Preparable
-from .schemas import flatten, implement, library, unflatten
+from .schemas import implement, library, unflatten
 
 __all__ = ["grouped_gemm_4bit", "one_expert", "own_layout"]
 
@@ -87,7 +86,7 @@ def grouped_gemm_4bit(
     experts, engine = bound or (state.packed_weight(weight), choice)
     if isinstance(engine, Resolved):
         return _grouped(x, experts, bias, offsets, transposed, engine)
-    return _op(x, *flatten(experts), bias, offsets, transposed, engine)
+    return _op(x, experts, bias, offsets, transposed, engine)
 
 
 def own_layout(weight: Any, state: QuantState, x: Tensor, choice: str) -> tuple[PreparedWeight, Resolved | str] | None:
@@ -241,10 +240,7 @@ def _checked_offsets(offsets: Tensor, experts: int, rows: int) -> Tensor:
 # --- the ops and their gradient ---------------------------------------------------------------------------------------
 
 
-@implement(OP)
-def _op(x: Tensor, *args: Any) -> Tensor:
-    *flat, bias, offsets, transposed, backend = args
-    return _grouped(x, checked(unflatten(*flat, backend)), bias, offsets, transposed, backend)
+_op = implement(OP, at=1)(_grouped)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -257,8 +253,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     offsets, *tensors = ctx.saved_tensors
     grad_x = None
     if ctx.needs_input_grad[0]:
-        weight = tensors, *ctx.others
-        grad_x = _op(grad, *weight, None, offsets, not ctx.transposed, ctx.backend)
+        weight = unflatten(tensors, *ctx.others, ctx.backend)
+        grad_x = _op(grad, weight, None, offsets, not ctx.transposed, ctx.backend)
     return (grad_x, [None] * len(tensors), *[None] * 9)
 
 

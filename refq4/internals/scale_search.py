@@ -23,15 +23,21 @@ A backend does the assigning (its ``quantize_4bit`` with absmax given), and does
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import layout
-from ..backend import PackedWeight
+from ..backend import Call, PackedWeight
 from ..codebooks import get_codebook
+from ..registry import Resolved, resolve
 from . import codec
 
-__all__ = ["SCALES", "check_way", "search_scales"]
+__all__ = ["SCALES", "backend_for_scales", "check_way", "search_scales", "takes_scales"]
 
 SCALES = ("absmax", "search")
 FACTORS = (1.0, 0.78, 0.84, 0.89, 0.94, 1.06)  # the first is the absmax itself: a search never does worse
@@ -128,3 +134,21 @@ def _check(scales: str, importance: Tensor | None, A: Tensor) -> None:
         raise ValueError(f"importance= has one float for each of the {columns} columns of A, got {found}")
     if not bool((importance.isfinite() & (importance >= 0)).all()):
         raise ValueError("importance= must be finite and not negative")
+
+
+# --- the backend that is given them -----------------------------------------------------------------------------------
+
+
+@lru_cache
+def takes_scales(quantize_4bit: Callable[..., Any]) -> bool:
+    """Whether a class's method takes scales that are given: the first contract did not have that argument."""
+    return "absmax" in inspect.signature(quantize_4bit).parameters
+
+
+def backend_for_scales(call: Call, backend: str) -> Resolved:
+    """The backend for the call, or the reference in place of one that can't be given scales; the trace says so."""
+    found = resolve(call, backend)
+    if takes_scales(type(found.backend).quantize_4bit):
+        return found
+    passed_over = (found.backend.name, "its quantize_4bit takes no absmax")
+    return Resolved(resolve(call, "reference").backend, [*found.passed_over, passed_over])

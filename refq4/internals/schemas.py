@@ -21,6 +21,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import layout
 from ..backend import Nested, PackedWeight, PreparedWeight
+from .checks import checked
+from .discovery import Resolved
 
 __all__ = ["Weight", "flatten", "implement", "library", "unflatten"]
 
@@ -63,18 +65,35 @@ def unflatten(*flat: Any) -> Weight:
     return PackedWeight(packed, absmax, code, blocksize, tuple(shape), quant_type, nested)
 
 
-def implement(name: str) -> Callable[[F], F]:
-    """Make the decorated function the kernel of an op, for tensors that hold numbers; its name is then the op's.
+def implement(name: str, at: int | None = None, check: Callable[[Weight], Weight] = checked) -> Callable[[F], F]:
+    """Make the decorated function the kernel of an op, for tensors that hold numbers; its name then calls the op.
 
-    Calling the op goes through torch's dispatcher, as calling ``torch.ops.refq4.<name>`` does.
+    The call goes through torch's dispatcher, as that of ``torch.ops.refq4.<name>`` does, with the arguments of the
+    kernel: a weight, which is the argument number ``at``, is flattened on the way and put together and checked again,
+    and a backend that has been resolved goes as its name.
     """
 
-    def with_kernel(kernel: F) -> F:
-        library.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-        op: F = getattr(torch.ops.refq4, name).default
-        return op
+    def with_kernel(kernel: F) -> Any:
+        op = getattr(torch.ops.refq4, name).default
+
+        def with_weight(*args: Any) -> Any:
+            assert at is not None
+            weight = unflatten(*args[at : at + 6], args[-1])
+            return kernel(*args[:at], check(weight), *args[at + 6 :])
+
+        def call(*args: Any) -> Any:
+            assert at is not None
+            return op(*args[:at], *flatten(args[at]), *args[at + 1 : -1], as_argument(args[-1]))
+
+        library.impl(name, kernel if at is None else with_weight, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        return op if at is None else call
 
     return with_kernel
+
+
+def as_argument(backend: str | Resolved) -> str:
+    """The backend as an op takes it: its name, or the choice."""
+    return backend if isinstance(backend, str) else backend.backend.name
 
 
 # --- the ops, each with its fake ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from ..codebooks import create_dynamic_map
 from ..functional import quantize_4bit
 from ..internals import codec, dispatch
 from ..internals.grouped import grouped_gemm_4bit
+from ..internals.scale_search import takes_scales
 from ..matmul import describe
 from ..registry import check_usable
 from .asked import Asked, ExplainedError, NoSuchThing, one_nan
@@ -34,7 +35,7 @@ def ask_quantize_4bit(asked: Asked) -> None:
         where, hint = diagnose_quantised(got[0], wanted[0], asked.W, wanted[1], case)
         raise ExplainedError(f"{difference}{where}", hint) from None
     engine = check_usable(asked.backend)
-    if engine is not None and codec.takes_scales(type(engine).quantize_4bit):
+    if engine is not None and takes_scales(type(engine).quantize_4bit):
         _ask_quantize_with_scales(asked, 0.8 * wanted[1], allowed)
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..internals.discovery import check_usable, is_installed
 from ..internals.shown import Shown
-from ..registry import check_usable, is_installed
 from .asked import Outcome
 from .cases import Case, catalogue, simpler
 from .conformance import CHECKS, check

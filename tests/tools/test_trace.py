@@ -132,7 +132,7 @@ def test_the_table_of_a_call_has_a_row_for_each_step_and_each_op():
         F.quantize_4bit(torch.ones(64))
     with torch.no_grad(), refq4.trace(keep_values=True) as lone:
         F.matmul_4bit(torch.randn(2, 64), layer.weight.stored(), layer.quant_state)
-    (table,) = t._tables()
+    (table,) = t._parts()
     assert [column.header for column in table.columns] == ["step", "decision", "because", "gives", "µs"]
     assert [column.overflow for column in table.columns[:4]] == ["fold"] * 4
     assert (table.columns[4].justify, table.title, table.title_justify) == ("right", t.calls[0].title, "left")
