@@ -30,7 +30,6 @@ def add(commands: Any) -> None:
             "python -m refq4 tour model.safetensors     the matrices of your own file",
             "python -m refq4 tour --backend reference   on one backend only",
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     path = command.add_argument("path", nargs="?", help="a .safetensors file; by default the packaged sentence encoder")
     options.files(path)
