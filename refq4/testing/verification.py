@@ -304,6 +304,4 @@ def _shrunk(outcome: Outcome, backend: str, against: str, explain: Callable[[Cas
 
 def _reason(message: str) -> str:
     """The backend's reason alone, without the call: the same for all cases it refuses for that reason."""
-    _, _, reason = message.partition("): ")
-    late = f'{message} (can_run had accepted the call, so under "auto" it would fail)'
-    return reason.partition(". What would work")[0] or late
+    return message.partition("): ")[2].partition(". What would work")[0]
