@@ -14,7 +14,7 @@ import torch
 from ..internals.verbatim import Console, console
 from ..registry import check_usable, use_backend
 from . import gpu
-from .measure import limits, machine, ops, ops_left_out, products
+from .measure import limits, machine, ops, products
 from .peers import DEVICE_DTYPES, GPU_PEERS, PEERS, Peer
 from .show import describe, ops_table, product_table
 
@@ -73,8 +73,7 @@ def _measured(asked: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.print(product_table(report["products"], n, k, report["limits"]))
     if asked.ops:
         n, k = asked.shapes[0]
-        report["ops"] = ops(backend, asked.rounds, n, k)
-        report["ops left out"] = ops_left_out(backend, report["ops"])
+        report["ops"], report["ops left out"] = ops(backend, asked.rounds, n, k)
         console.print(ops_table(report["ops"], n, k, report["ops left out"]))
     return report
 

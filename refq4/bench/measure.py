@@ -18,7 +18,7 @@ from ..codebooks import get_codebook
 from ..functional import quantize_4bit
 from .peers import PEERS, Peer, Product, hub_kernel, peer_quantiser, peer_rearranger, random_weights
 
-__all__ = ["interleaved", "limits", "machine", "make_named", "ops", "ops_left_out", "products"]
+__all__ = ["interleaved", "limits", "machine", "make_named", "ops", "products"]
 
 Run = Callable[[int], object]
 _TELLING = ("tier", "processor", "compiler", "driver", "nvrtc")  # of a backend's info, what speed depends on
@@ -116,18 +116,21 @@ def make_named(
     return made, missing
 
 
-def ops(backend: Backend, rounds: int, n: int, k: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of the ops around the product that the backend has, on a weight [n, k]: {op: {who: ms}}."""
+def ops(backend: Backend, rounds: int, n: int, k: int) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Milliseconds of the ops around the product, on a weight [n, k]: {op: {who: ms}}, and what is left out and why."""
     code, A = get_codebook("nf4").on("cpu"), torch.randn(n, k)
     packed, state = quantize_4bit(A, quant_type="nf4", blocksize=64, compress_statistics=False, backend="auto")
     weight = state.packed_weight(packed)
     rounds = max(15, rounds // 4)
     out: dict[str, dict[str, float]] = {}
-    if backend.has("quantize_4bit"):
+    needs = {"quantise": "quantize_4bit", "dequantise": "dequantize_4bit", "rearrange": "prepare_weight"}
+    needs |= {"a layer of 64 x 64": "gemv_4bit"}
+    left_out = {name: f"the backend has no {op}" for name, op in needs.items() if not backend.has(op)}
+    if "quantise" not in left_out:
         out["quantise fp32"] = interleaved(
             {"refq4": lambda _: backend.quantize_4bit(A, code, 64)} | peer_quantiser(A), rounds
         )
-    for dtype in (torch.bfloat16, torch.float32) if backend.has("dequantize_4bit") else ():
+    for dtype in () if "dequantise" in left_out else (torch.bfloat16, torch.float32):
         # A fresh result costs page faults; a clone has the same, so it is the fair yardstick for the memory's speed.
         dequantise: dict[str, Run] = {
             "refq4": partial(_ignore, partial(backend.dequantize_4bit, weight, dtype)),
@@ -142,25 +145,16 @@ def ops(backend: Backend, rounds: int, n: int, k: int) -> dict[str, dict[str, fl
                 "copy of it": partial(_ignore, partial(here.clone().copy_, here)),
             }
             out[f"{name}, into memory at hand"] = interleaved(in_place, rounds)
-    if backend.prepare_weight(weight) is not None:
+    if backend.prepare_weight(weight) is None:
+        left_out.setdefault("rearrange", "its prepare_weight keeps the stored layout here")
+    else:
         rearrange: dict[str, Run] = {"refq4": lambda _: backend.prepare_weight(weight)}
         out["rearrange"] = interleaved(rearrange | peer_rearranger(A), rounds)
-    if backend.has("gemv_4bit"):
+    if "a layer of 64 x 64" not in left_out:
         peers = ["refq4", "bitsandbytes packed", "torch bf16"]
         small = products(backend, 64, 64, [1], torch.bfloat16, 400, peers, layers=1)
         out["a layer of 64 x 64, one token"] = {name: ms / 1e3 for name, ms in small[0]["ms"].items()}
-    return {op: {who: 1e3 * seconds for who, seconds in row.items()} for op, row in out.items()}
-
-
-def ops_left_out(backend: Backend, timed: dict[str, dict[str, float]]) -> dict[str, str]:
-    """What has no row among the figures of :func:`ops`, with the reason."""
-    needs = {"quantise": "quantize_4bit", "dequantise": "dequantize_4bit", "rearrange": "prepare_weight"}
-    needs |= {"a layer of 64 x 64": "gemv_4bit"}
-    left_out = {name: op for name, op in needs.items() if not any(row.startswith(name) for row in timed)}
-    return {
-        name: f"its {op} keeps the stored layout here" if backend.has(op) else f"the backend has no {op}"
-        for name, op in left_out.items()
-    }
+    return {op: {who: 1e3 * seconds for who, seconds in row.items()} for op, row in out.items()}, left_out
 
 
 def _ignore(run: Callable[[], object], _: int) -> object:

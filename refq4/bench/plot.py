@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["pyplot", "roofline", "speedups"]
+__all__ = ["roofline", "speedups"]
 
 
 def roofline(report: dict[str, Any], path: Path) -> None:
@@ -18,9 +18,11 @@ def roofline(report: dict[str, Any], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    plt = pyplot()
+    from matplotlib.figure import Figure
+
     limits, rows = report["limits"], report["products"]
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     intensity = [2.0**i for i in range(1, 13)]  # FLOP per byte of packed weight
     for name, peak in (("bf16 dot product", limits.get("dot_gflop_s")), ("fp32 FMA", limits.get("fma_gflop_s"))):
         if peak:
@@ -34,7 +36,6 @@ def roofline(report: dict[str, Any], path: Path) -> None:
     axes.grid(True, which="both", linewidth=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def speedups(report: dict[str, Any], path: Path) -> None:
@@ -48,11 +49,13 @@ def speedups(report: dict[str, Any], path: Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: ``torch bf16`` was not measured.
     """
-    plt = pyplot()
+    from matplotlib.figure import Figure
+
     if any("torch bf16" not in row["ms"]["plain"] for row in report["products"]):
         raise ValueError("the picture compares with 'torch bf16', which was not measured: add it to --peers")
     shapes = list(dict.fromkeys((row["n"], row["k"]) for row in report["products"]))
-    figure, panels = plt.subplots(1, len(shapes), figsize=(4.5 * len(shapes), 4), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(4.5 * len(shapes), 4), layout="constrained")
+    panels = figure.subplots(1, len(shapes), squeeze=False)
     for axes, (n, k) in zip(panels[0], shapes, strict=True):
         rows = [row for row in report["products"] if (row["n"], row["k"]) == (n, k)]
         times = [row["ms"].get("graph", row["ms"]["plain"]) for row in rows]
@@ -67,14 +70,3 @@ def speedups(report: dict[str, Any], path: Path) -> None:
     about = report["machine"]
     figure.suptitle(f"{about.get('gpu', 'no GPU')}, {about.get('date', '')}", fontsize=9)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def pyplot() -> Any:
-    """matplotlib, drawing into files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt

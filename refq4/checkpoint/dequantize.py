@@ -33,12 +33,9 @@ from .architecture import ask_transformers
 from .convert import all_entries, progress_bar, write_index
 from .inspection import groups
 from .sources import FromSafetensors
-from .tensors import FLOATS, Entry, SafetensorsReader, SafetensorsWriter
+from .tensors import NAMES, PIECE, Entry, Plan, SafetensorsReader, SafetensorsWriter
 
 __all__ = ["DequantizationReport", "dequantize_checkpoint"]
-
-PIECE = 2**23  # elements in memory at once: a multiple of every blocksize, of a nested block of those, and of eight
-_FORMAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 @dataclass
@@ -169,9 +166,9 @@ class _Packed:
     def _dtype(self, state: QuantState) -> torch.dtype:
         return self.dtype or state.dtype or torch.float32
 
-    def plan(self, reader: SafetensorsReader) -> dict[str, tuple[str, tuple[int, ...], int]]:
-        """What :meth:`decode` will write: key -> (the format's dtype name, shape, bytes)."""
-        planned: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    def plan(self, reader: SafetensorsReader) -> Plan:
+        """What :meth:`decode` will write."""
+        planned: Plan = {}
         for key, entry in reader.entries.items():
             if key in self.beside:
                 continue
@@ -179,16 +176,10 @@ class _Packed:
                 state = self.states[key]
                 dtype, shape = self._dtype(state), state.geometry()[0]
                 turned = tuple(shape)[::-1] if key in self.transposed else tuple(shape)
-                planned[key] = _FORMAT_NAMES[dtype], turned, shape.numel() * dtype.itemsize
-            elif self._casts(entry):
-                assert self.dtype is not None
-                planned[key] = _FORMAT_NAMES[self.dtype], entry.shape, entry.numel * self.dtype.itemsize
+                planned[key] = NAMES[dtype], turned, shape.numel() * dtype.itemsize
             else:
-                planned[key] = entry.dtype, entry.shape, entry.nbytes
+                planned |= entry.plan(self.dtype)
         return planned
-
-    def _casts(self, entry: Entry) -> bool:
-        return self.dtype is not None and FLOATS.get(entry.dtype, self.dtype) != self.dtype
 
     def decode(self, reader: SafetensorsReader, path: Path, advance: Callable[[int], object]) -> list[str]:
         """Write the file ``path``; returns its keys."""
@@ -213,7 +204,7 @@ class _Packed:
         else:
             for start in range(0, entry.numel, PIECE):
                 piece = reader.tensor(key, start, start + PIECE)
-                yield piece.to(self.dtype) if self._casts(entry) else piece
+                yield piece.to(self.dtype) if entry.casts(self.dtype) else piece
 
     def _decoded(self, reader: SafetensorsReader, key: str) -> Iterator[Tensor]:
         flat, itemsize = self.states[key].copy(), reader.entries[key].itemsize

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,20 +16,6 @@ from .tensors import DTYPES, SafetensorsReader
 __all__ = ["FromSafetensors", "FromTorch", "Source"]
 
 _PIECE = 2**24
-
-
-class Source(Protocol):
-    """Tensors by key: described (on the meta device), whole, or in pieces."""
-
-    def keys(self) -> list[str]: ...
-
-    def described(self, key: str) -> Tensor | None: ...
-
-    def dtype_name(self, key: str) -> str: ...
-
-    def tensor(self, key: str) -> Tensor: ...
-
-    def pieces(self, key: str, as_bytes: bool = True) -> Iterator[Tensor]: ...
 
 
 class FromSafetensors:
@@ -91,6 +77,9 @@ class FromTorch:
         flat = flat.view(torch.uint8) if as_bytes else flat
         for start in range(0, flat.numel(), _PIECE):
             yield flat[start : start + _PIECE]
+
+
+Source = FromSafetensors | FromTorch
 
 
 def _load(path: Path) -> Any:

@@ -35,7 +35,10 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from None
 
-__all__ = ["DTYPES", "FLOATS", "Entry", "SafetensorsReader", "SafetensorsWriter"]
+__all__ = ["DTYPES", "FLOATS", "NAMES", "PIECE", "Entry", "Plan", "SafetensorsReader", "SafetensorsWriter"]
+
+PIECE = 2**23  # elements in memory at once: a multiple of every blocksize, of a nested block of those, and of eight
+Plan = dict[str, tuple[str, tuple[int, ...], int]]  # key -> (the format's dtype name, shape, size in bytes)
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = FLOATS | {
@@ -49,6 +52,7 @@ DTYPES = FLOATS | {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LATE_DIGITS = 10**15  # stands for an offset that is not known yet: no real one has more digits
 
 
@@ -71,6 +75,16 @@ class Entry:
     def itemsize(self) -> int:
         """Bytes an element takes; 1 where there are none."""
         return self.nbytes // self.numel if self.numel else 1
+
+    def casts(self, rest: torch.dtype | None) -> bool:
+        """Whether this is a float of another dtype than ``rest``, which floats that are not quantised are to have."""
+        return rest is not None and FLOATS.get(self.dtype, rest) != rest
+
+    def plan(self, rest: torch.dtype | None) -> Plan:
+        """What is written of a tensor that stays: as it is, or cast."""
+        if rest is None or not self.casts(rest):
+            return {self.key: (self.dtype, self.shape, self.nbytes)}
+        return {self.key: (NAMES[rest], self.shape, self.numel * rest.itemsize)}
 
     def described(self) -> Tensor:
         """The tensor without data, on the meta device; its bytes where torch has no such dtype."""
@@ -135,20 +149,14 @@ class SafetensorsWriter:
 
     Args:
         path: a new file.
-        planned: key -> (the format's dtype name, shape, size in bytes).
+        planned: every other tensor.
         late: keys of uint8 vectors whose length is known only when they come (``add``); they go to the end.
         metadata: the header's own strings.
 
     Tensors are ordered by the size of their elements, the largest first, as the library does it: so all are aligned.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        planned: dict[str, tuple[str, tuple[int, ...], int]],
-        late: list[str],
-        metadata: dict[str, str],
-    ) -> None:
+    def __init__(self, path: Path, planned: Plan, late: list[str], metadata: dict[str, str]) -> None:
         def itemsize(key: str) -> int:
             _, shape, nbytes = planned[key]
             return nbytes // (math.prod(shape) or 1)

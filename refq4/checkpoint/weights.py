@@ -19,15 +19,11 @@ from ..models.report import LayerReport, QuantizationReport, relative, squared_e
 from ..state import NESTED_BLOCKSIZE, QuantState
 from .ahead import read_ahead
 from .selection import Output, Selection
-from .tensors import FLOATS, Entry, SafetensorsReader, SafetensorsWriter
+from .tensors import FLOATS, NAMES, PIECE, Entry, Plan, SafetensorsReader, SafetensorsWriter
 
 __all__ = ["Converter", "Settings"]
 
 _FIELDS = {"compress_statistics": "nested"}
-PIECE = 2**23  # elements in memory at once: a multiple of every blocksize, of a nested block of those, and of eight
-_FORMAT_NAMES = {dtype: name for name, dtype in FLOATS.items()} | {torch.uint8: "U8"}
-
-Planned = dict[str, tuple[str, tuple[int, ...], int]]
 
 
 @dataclass(frozen=True)
@@ -53,10 +49,6 @@ class Settings:
         """Those of one weight; a table has plain scales, so that a look-up need not decode them all."""
         other = {_FIELDS.get(name, name): value for name, value in format_of(self.formats, *output.names).items()}
         return replace(self, **other | ({"nested": False} if output.table else {}))
-
-    def casts(self, entry: Entry) -> bool:
-        """Whether a tensor that stays gets another dtype."""
-        return self.rest is not None and FLOATS.get(entry.dtype, self.rest) != self.rest
 
 
 @dataclass
@@ -113,24 +105,18 @@ class Converter:
 
     # --- what will be written -----------------------------------------------------------------------------------------
 
-    def _plan(self, reader: SafetensorsReader) -> Planned:
-        planned: Planned = {}
+    def _plan(self, reader: SafetensorsReader) -> Plan:
+        planned: Plan = {}
         for output in self._outputs(reader):
-            entry = output.entry
-            if output.quantise:
-                planned |= self._plan_weight(output)
-            elif (rest := self.settings.rest) is not None and self.settings.casts(entry):
-                planned[entry.key] = _FORMAT_NAMES[rest], entry.shape, entry.numel * rest.itemsize
-            else:
-                planned[entry.key] = entry.dtype, entry.shape, entry.nbytes
+            planned |= self._plan_weight(output) if output.quantise else output.entry.plan(self.settings.rest)
         return planned
 
-    def _plan_weight(self, output: Output) -> Planned:
+    def _plan_weight(self, output: Output) -> Plan:
         settings, key, numel = self.settings.of(output), output.entry.key, output.entry.numel
         storage, blocks = settings.storage, layout.block_count(numel, settings.blocksize)
         elements = -(-layout.packed_bytes(numel) // storage.itemsize)
-        planned: Planned = {
-            key: (_FORMAT_NAMES[storage], (elements, 1), elements * storage.itemsize),
+        planned: Plan = {
+            key: (NAMES[storage], (elements, 1), elements * storage.itemsize),
             f"{key}.quant_map": ("F32", (16,), 64),
         }
         if not settings.nested:
@@ -165,7 +151,7 @@ class Converter:
                 whole = reader.tensor(entry.key).view(entry.shape)
             if whole is not None:
                 whole = (whole.T if output.transposed else whole).reshape(-1)
-            if output.quantise or self.settings.casts(entry):
+            if output.quantise or entry.casts(self.settings.rest):
                 for _ in range(2 if output.quantise and self.settings.measure else 1):
                     for start in range(0, entry.numel, PIECE):
                         stop = start + PIECE
@@ -186,7 +172,7 @@ class Converter:
         at = read = 0
         while read < entry.nbytes:
             piece = next(pieces)
-            kept = piece.to(self.settings.rest) if self.settings.casts(entry) else piece
+            kept = piece.to(self.settings.rest) if entry.casts(self.settings.rest) else piece
             writer.write(entry.key, kept, at)
             at, read = at + kept.nbytes, read + piece.nbytes
             self.advance(piece.nbytes)

@@ -23,7 +23,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 from . import bench, complete, dequantize, evaluate, explain, info, inspect, quantize, run, tour, tune, verify
@@ -93,7 +93,10 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose error ends with the first example of the command's help, where the help has one."""
+    """A parser that keeps lines as they are, and whose error ends with the first example of the help, if it has one."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
         lines = (self.epilog or "").splitlines()
@@ -108,7 +111,6 @@ def parser() -> argparse.ArgumentParser:
         prog="refq4",
         description="The 4-bit linear layer of bitsandbytes, taken apart.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     whole.add_argument("--version", action="version", version=f"refq4 {__version__}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")

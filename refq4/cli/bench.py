@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from . import imports
+from . import imports, options
 
-__all__ = ["add", "shape"]
+__all__ = ["add"]
 
 # What refq4.bench measures, said again for a help without torch; tests/tools/test_cli.py compares.
 DEVICES = ("cpu", "cuda")
@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     command.add_argument("--device", choices=DEVICES, default="cpu", help="where the tensors are (%(default)s)")
     command.add_argument("--backend", help="the backend to measure (default: the one named like the device)")
     imports.add(command)
-    command.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help="e.g. 4096x11008")
+    command.add_argument("--shapes", nargs="+", type=options.shape, metavar="NxK", help="e.g. 4096x11008")
     command.add_argument("--m", nargs="+", type=int, help="tokens per call (1 to 512)")
     command.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the activations (%(default)s)")
     command.add_argument(
@@ -88,11 +88,3 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def shape(text: str) -> tuple[int, int]:
-    """NxK of the command line."""
-    n, x, k = text.partition("x")
-    if not (x and n.isdigit() and k.isdigit()):
-        raise argparse.ArgumentTypeError(f"a shape is NxK, for example 4096x11008, got {text!r}")
-    return int(n), int(k)

@@ -21,7 +21,6 @@ def add(commands: Any, parser: argparse.ArgumentParser) -> None:
             'eval "$(refq4 complete bash)"                       in ~/.bashrc',
             'refq4 complete zsh > "${fpath[1]}/_refq4"           once, for zsh',
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("shell", choices=["bash", "zsh", "tcsh"])
 

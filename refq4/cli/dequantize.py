@@ -29,20 +29,13 @@ def add(commands: Any) -> None:
             "python -m refq4 dequantize model-nf4 model-plain",
             "python -m refq4 dequantize model-nf4 model-bf16 --dtype bf16 --force",
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    options.files(
-        command.add_argument("model_dir", metavar="MODEL_DIR", help="a directory with 4-bit *.safetensors"), True
-    )
-    options.files(
-        command.add_argument("out_dir", metavar="OUT_DIR", help="the directory to make; its parent must exist"), True
-    )
+    options.add_places(command, "4-bit *.safetensors")
     command.add_argument(
         "--dtype",
         choices=options.SHORT_DTYPES,
         help="dtype of all floats (default: that of each weight before it was quantised)",
     )
-    command.add_argument("--force", action="store_true", help="replace OUT_DIR, if it is a model directory")
     options.add_backend(command)
     options.add_json(command)
     command.set_defaults(run=_run)

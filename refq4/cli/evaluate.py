@@ -30,7 +30,6 @@ def add(commands: Any) -> None:
             "python -m refq4 eval model-nf4 --against model --text book.txt --context 256 --picture layers.png",
             "python -m refq4 eval model-nf4 --against model --tokens ids.txt --json > report.json",
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.files(command.add_argument("model_dir", metavar="DIR", help="a model directory of transformers"), True)
     options.files(

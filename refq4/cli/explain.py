@@ -26,9 +26,8 @@ def add(commands: Any) -> None:
             "python -m refq4 explain 4096x4096 --tokens 16 --dtype bfloat16 --backend cpu",
             "python -m refq4 explain 100x100 --quant-type fp4 --bias --json",
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("shape", metavar="NxK", type=_shape, help="out_features x in_features, e.g. 4096x11008")
+    command.add_argument("shape", metavar="NxK", type=options.shape, help="out_features x in_features, e.g. 4096x11008")
     command.add_argument("--tokens", type=int, default=1, metavar="M", help="tokens in the call (%(default)s)")
     command.add_argument(
         "--dtype", choices=options.DTYPES, default="float32", help="dtype of the activations (%(default)s)"
@@ -69,10 +68,3 @@ def _run(arguments: argparse.Namespace) -> int:
         report = explain(layer.to("cpu").eval(), torch.randn(m, k).to(options.dtype(arguments.dtype)))
     show(report, arguments)
     return 0
-
-
-def _shape(text: str) -> tuple[int, int]:
-    n, _, k = text.partition("x")
-    if not (n.isdigit() and k.isdigit() and int(n) and int(k)):
-        raise argparse.ArgumentTypeError(f"a shape is NxK, for example 4096x11008, got {text!r}")
-    return int(n), int(k)

@@ -27,7 +27,6 @@ def add(commands: Any) -> None:
             "python -m refq4 inspect adapter.pt --match 'layers.0'",
             "python -m refq4 inspect model.safetensors --json | jq .problems",
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.files(command.add_argument("path", metavar="PATH", help="a weight file, or a directory of them"))
     command.add_argument("--match", metavar="PATTERN", help="only tensors whose name matches: 'layers.0', '*_proj'")

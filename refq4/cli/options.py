@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "SHORT_DTYPES", "add_backend", "add_format", "add_json", "dtype", "examples", "files"]
+__all__ = [
+    "DTYPES",
+    "SHORT_DTYPES",
+    "add_backend",
+    "add_format",
+    "add_json",
+    "add_places",
+    "dtype",
+    "examples",
+    "files",
+    "shape",
+]
 
 # What the core offers, said again for a help without torch; tests/tools/test_cli.py compares.
 CODEBOOKS = ("af4", "e2m1", "fp4", "int4", "iq4nl", "nf4")
@@ -29,9 +40,26 @@ def dtype(name: str) -> torch.dtype:
     return found
 
 
+def shape(text: str) -> tuple[int, int]:
+    """NxK of the command line."""
+    n, _, k = text.partition("x")
+    if not (n.isdigit() and k.isdigit() and int(n) and int(k)):
+        raise argparse.ArgumentTypeError(f"a shape is NxK, for example 4096x11008, got {text!r}")
+    return int(n), int(k)
+
+
 def add_backend(command: argparse.ArgumentParser) -> None:
     """``--backend``."""
     command.add_argument("--backend", help="use only this backend (default: the one in effect)")
+
+
+def add_places(command: argparse.ArgumentParser, held: str) -> None:
+    """``MODEL_DIR OUT_DIR`` and ``--force``."""
+    model = command.add_argument("model_dir", metavar="MODEL_DIR", help=f"a directory with {held}")
+    out = command.add_argument("out_dir", metavar="OUT_DIR", help="the directory to make; its parent must exist")
+    for action in (model, out):
+        files(action, directories=True)
+    command.add_argument("--force", action="store_true", help="replace OUT_DIR, if it is a model directory")
 
 
 def add_json(command: argparse.ArgumentParser) -> None:

@@ -39,15 +39,8 @@ def add(commands: Any) -> None:
             "python -m refq4 quantize model model-small --embeddings --head --dtype fp16",
             "python -m refq4 quantize model model-nf4 --force --json > report.json",
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    options.files(
-        command.add_argument("model_dir", metavar="MODEL_DIR", help="a directory with *.safetensors and config.json"),
-        True,
-    )
-    options.files(
-        command.add_argument("out_dir", metavar="OUT_DIR", help="the directory to make; its parent must exist"), True
-    )
+    options.add_places(command, "*.safetensors and config.json")
     options.add_format(command)
     command.add_argument(
         "--scales",
@@ -84,7 +77,6 @@ def add(commands: Any) -> None:
         help="another format for these layers: 'mlp=blocksize:128,scales:search' (repeatable)",
     )
     command.add_argument("--no-errors", action="store_true", help="don't measure each layer's error: faster")
-    command.add_argument("--force", action="store_true", help="replace OUT_DIR, if it is a model directory")
     command.add_argument("--dry-run", action="store_true", help="write nothing; print what would be done, with sizes")
     command.add_argument("-q", "--quiet", action="store_true", help="print only errors (and --json)")
     options.add_backend(command)

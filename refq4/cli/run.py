@@ -33,7 +33,6 @@ def add(commands: Any) -> None:
             "python -m refq4 run -- lm_eval --model hf --model_args pretrained=model-nf4 --tasks hellaswag",
             "python -m refq4 run --bitsandbytes --backend cpu -- train.py --load_in_4bit",
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--backend", metavar="NAME", help="set this backend first, as refq4.set_backend does")
     command.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .bench import shape
+from . import options
 
 __all__ = ["add"]
 
@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--shapes",
         nargs="+",
-        type=shape,
+        type=options.shape,
         metavar="NxK",
         help="shapes of weights to measure, e.g. those of your model: 4096x11008",
     )

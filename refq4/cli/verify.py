@@ -22,7 +22,6 @@ def add(commands: Any) -> None:
             "python -m refq4 verify --backend cpu --quick --check gemv_4bit",
             "python -m refq4 verify --import mine.py --backend mine",
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--backend", required=True, help="the backend to verify")
     command.add_argument("--against", default="reference", help="the backend to compare with (%(default)s)")

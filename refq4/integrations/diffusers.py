@@ -17,15 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..internals import remedies
 from . import versions
 
-try:  # a clear word where it is missing or too old
-    import diffusers  # noqa: F401
-
-    versions.check("diffusers")
-except ImportError as error:
-    raise ImportError(f"this needs diffusers: {remedies.install('diffusers')} ({error})") from error
+versions.check("diffusers", "diffusers")
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer

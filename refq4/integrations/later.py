@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -90,7 +90,7 @@ def _integrate(library: str) -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Finds the library as ever, with a loader that integrates afterwards; it goes when the library is imported.
+    """Finds the library as ever, and lets its loader integrate afterwards; it goes when the library is imported.
 
     To look for the library, as programs do to see whether it is there, imports nothing and ends nothing.
     """
@@ -110,24 +110,18 @@ class _Waiting(MetaPathFinder):
         finally:
             self._asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenIntegrate(spec.loader, self)
+            self._integrate_after(spec.loader)
         return spec
 
+    def _integrate_after(self, loader: Any) -> None:
+        """Let the loader, an object of this one search, integrate once the library is executed."""
+        execute = loader.exec_module
 
-class _ThenIntegrate(Loader):
-    """The loader of a library, which leaves no trace in the module that it has loaded."""
+        def exec_module(module: ModuleType) -> None:
+            del loader.exec_module  # so that no trace is left in the module, which keeps its loader
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            execute(module)
+            _integrate(module.__name__)
 
-    def __init__(self, loader: Any, waiting: _Waiting) -> None:
-        self.loader, self.waiting = loader, waiting
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        created: ModuleType | None = self.loader.create_module(spec)
-        return created
-
-    def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        if self.waiting in sys.meta_path:
-            sys.meta_path.remove(self.waiting)
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        _integrate(module.__name__)
+        loader.exec_module = exec_module

@@ -21,24 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..internals import remedies
 from . import versions
 
-try:
-    versions.check("peft")
-    from peft.tuners.lora import LoraConfig, LoraModel
-except ImportError as error:
-    raise ImportError(f"this needs peft: {remedies.install('transformers')} ({error})") from error
+versions.check("peft", "transformers")
+from peft.tuners.lora import LoraConfig, LoraModel
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import ModulesToSaveWrapper, integrations
 
 from ..functional import dequantize_4bit
 from ..internals.checks import warn_caller
+from ..models.report import in_fp32
 from ..nn import Linear4bit
 from ..params import Params4bit
 from .instead import instead_of
-from .parts import whole_sizes
+from .parts import is_divided, whole_sizes
 
 __all__ = ["LoraLinear4bit", "merge_errors"]
 
@@ -189,9 +186,7 @@ def merge_errors(model: nn.Module) -> dict[str, float]:
 
 def decoded(weight: Params4bit) -> Tensor:
     assert weight.quant_state is not None
-    state = weight.quant_state.copy()
-    state.dtype = torch.float32
-    return dequantize_4bit(weight.stored(), state)
+    return in_fp32(weight.stored(), weight.quant_state)
 
 
 def requantise(layer: Linear4bit, like: Params4bit, target: Tensor) -> float:
@@ -242,6 +237,11 @@ def _decodes_refq4(original: Any, weight: nn.Parameter, state: Any = None) -> An
 def _merges_what_it_can(original: Any, self: BaseTuner) -> None:
     """Before anything is merged."""
     original(self)
+    if is_divided(self.model):
+        raise ValueError(
+            "this process holds a part of the model's 4-bit layers, and adapters are merged into whole ones: save "
+            "the adapter, and merge it where one process holds the model; nothing was merged"
+        )
     for name, module in self.model.named_modules():
         if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), Linear4bit):
             can = isinstance(module, LoraLinear4bit) or getattr(module, "quantization_backend", None) is not None
@@ -267,4 +267,4 @@ def _saves_what_can_be_trained(original: Any, self: Any, *args: Any, **kwargs: A
 
 with suppress(ImportError):  # peft before 0.21
     from . import peft_others  # noqa: F401
-from . import peft_experts, peft_parallel  # noqa: E402, F401 (they need what is above)
+from . import peft_experts, peft_parallel  # noqa: F401 (they need what is above)

@@ -48,17 +48,6 @@ def _divides_plain_lora(
     original(self, model, adapter_name, *args, **kwargs)
 
 
-@instead_of(BaseTuner, "_check_merge_allowed")
-def _merges_whole_layers(original: Any, self: BaseTuner) -> None:
-    """``BaseTuner._check_merge_allowed``."""
-    original(self)
-    if is_divided(self.model):
-        raise ValueError(
-            "this process holds a part of the model's 4-bit layers, and adapters are merged into whole ones: save "
-            "the adapter, and merge it where one process holds the model; nothing was merged"
-        )
-
-
 if hasattr(lora.model, "add_lora_tp_hooks_dtensor"):
 
     @instead_of(lora.model, "add_lora_tp_hooks_dtensor")

@@ -19,15 +19,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..internals import remedies
 from . import versions
 
-try:  # a clear word where it is missing or too old
-    import transformers  # noqa: F401
-
-    versions.check("transformers")
-except ImportError as error:
-    raise ImportError(f"this needs transformers: {remedies.install('transformers')} ({error})") from error
+versions.check("transformers", "transformers")
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.modeling_utils import local_torch_dtype

@@ -21,7 +21,7 @@ from ..state import QuantState
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["LayerReport", "QuantizationReport", "layer_report", "squared_error"]
+__all__ = ["LayerReport", "QuantizationReport", "finite", "in_fp32", "layer_report", "squared_error"]
 
 WORST_SHOWN = 10
 _SECTION = 2**22  # elements decoded at once
@@ -87,8 +87,8 @@ class QuantizationReport(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data; what was not measured is None, since JSON has no NaN."""
-        layers = [asdict(layer) | {"error": _number(layer.error)} for layer in self.layers]
-        figures = {"bits": _number(self.bits), "mean_error": _number(self.error), "quantised": self.quantised}
+        layers = [asdict(layer) | {"error": finite(layer.error)} for layer in self.layers]
+        figures = {"bits": finite(self.bits), "mean_error": finite(self.error), "quantised": self.quantised}
         return figures | {"other": self.other, "layers": layers, "left": dict(self.left)}
 
     def _parts(self) -> Iterator[RenderableType]:
@@ -171,8 +171,16 @@ def squared_error(weight: Tensor, packed: Tensor, state: QuantState) -> tuple[fl
     return error, norm
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def in_fp32(packed: Tensor, state: QuantState) -> Tensor:
+    """A packed weight decoded to fp32, whatever dtype its state names."""
+    exact = state.copy()
+    exact.dtype = torch.float32
+    return dequantize_4bit(packed, exact)
+
+
+def finite(value: Any) -> Any:
+    """The value, or None for a float that JSON does not have: NaN, infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _count(number: int) -> str:

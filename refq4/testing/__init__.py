@@ -10,7 +10,7 @@ A backend that no package registers but a file ``mine.py``: register it and call
 The pieces, in reading order: ``cases`` (what is asked, as data), ``conformance`` (the checks by name, and what counts
 as the same), ``ask_ops`` and ``ask_layers`` (how each thing is asked), ``budget`` (the tolerance, in one place),
 ``diagnose`` (from wrong numbers to the likely bug), ``verification`` (ask everything, shrink what fails, report).
-``strategies`` draws cases with hypothesis; ``isolation`` undoes what a test registers or chooses.
+``isolation`` undoes what a test registers or chooses.
 
 What "the same" means: bits and bytes bit for bit; a product may err, against an fp64 oracle built from the
 dequantised weight, by at most twice what the reference errs there, plus one unit in the last place of the output.

@@ -152,14 +152,9 @@ class Report(Shown):
             "cases": self.cases,
             "seconds": round(self.seconds, 2),
             "checks": [
-                {
-                    "name": c.name,
+                vars(c)
+                | {
                     "cases": c.cases,
-                    "same": c.same,
-                    "differs": c.differs,
-                    "known": dict(c.known),
-                    "refused": dict(c.refused),
-                    "absent": c.absent,
                     "error": c.error if isfinite(c.error) else None,  # None: a NaN or a wrong shape, which JSON lacks
                     "worst": None if c.worst is None else repr(c.worst),
                     "ulps": c.ulps.tolist(),
@@ -167,13 +162,7 @@ class Report(Shown):
                 for c in self.checks
             ],
             "failures": [
-                {
-                    "met": repr(f.met),
-                    "smallest": repr(f.smallest),
-                    "message": f.message,
-                    "hint": f.hint,
-                    "snippet": f.snippet(),
-                }
+                vars(f) | {"met": repr(f.met), "smallest": repr(f.smallest), "snippet": f.snippet()}
                 for f in self.failures
             ],
         }
@@ -315,6 +304,4 @@ def _shrunk(outcome: Outcome, backend: str, against: str, explain: Callable[[Cas
 
 def _reason(message: str) -> str:
     """The backend's reason alone, without the call: the same for all cases it refuses for that reason."""
-    _, _, reason = message.partition("): ")
-    late = f'{message} (can_run had accepted the call, so under "auto" it would fail)'
-    return reason.partition(". What would work")[0] or late
+    return message.partition("): ")[2].partition(". What would work")[0]

@@ -21,10 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import dequantize_4bit
-from ..state import QuantState
-
-__all__ = ["LayerDamage", "Probes", "in_fp32"]
+__all__ = ["LayerDamage", "Probes"]
 
 Decoded = Mapping[str, Callable[[], Tensor]]  # by a layer's name: its 4-bit weight [N, K], decoded to fp32
 
@@ -142,10 +139,3 @@ def _exact_and_error(module: nn.Module, x: Tensor, decoded: Tensor) -> tuple[Ten
     exact = weight.float()
     x = x.float()
     return nn.functional.linear(x, exact), nn.functional.linear(x, decoded.to(weight.device) - exact)
-
-
-def in_fp32(packed: Tensor, state: QuantState) -> Tensor:
-    """A packed weight decoded to fp32, whatever dtype its state names."""
-    exact = state.copy()
-    exact.dtype = torch.float32
-    return dequantize_4bit(packed, exact)

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..internals.shown import Shown
+from ..models.report import finite, in_fp32
 from ..nn import Embedding4bit, Linear4bit
-from .damage import Decoded, LayerDamage, Probes, in_fp32
+from .damage import Decoded, LayerDamage, Probes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -77,8 +78,8 @@ class Evaluation(Shown):
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data; what is not finite is None, since JSON has no NaN."""
         names = ("tokens", "loss", "perplexity", "exact_loss", "exact_perplexity", "kl", "kl_error", "top1")
-        figures = {name: _number(getattr(self, name)) for name in names}
-        layers = [{key: _number(value) for key, value in asdict(layer).items()} for layer in self.layers]
+        figures = {name: finite(getattr(self, name)) for name in names}
+        layers = [{key: finite(value) for key, value in asdict(layer).items()} for layer in self.layers]
         return figures | {"layers": layers}
 
     def _parts(self) -> Iterator[RenderableType]:
@@ -314,7 +315,3 @@ def _progress(shown: bool) -> Callable[[str, list[Tensor]], Iterable[Tensor]]:
 
 def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf if loss == loss else loss
-
-
-def _number(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

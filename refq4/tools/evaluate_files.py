@@ -26,8 +26,9 @@ from ..checkpoint.inspection import groups
 from ..checkpoint.sources import FromSafetensors
 from ..checkpoint.tensors import SafetensorsReader
 from ..internals import remedies
+from ..models.report import in_fp32
 from ..state import QuantState
-from .damage import Decoded, in_fp32
+from .damage import Decoded
 from .evaluate import DRAWS, Evaluation, evaluate_one_after_the_other
 
 __all__ = ["evaluate_directories", "read_text", "read_tokens"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..bench.plot import pyplot
-
 __all__ = ["draw_layers"]
 
 MOST = 40  # layers, the ones that cost the most
@@ -23,16 +21,16 @@ def draw_layers(report: dict[str, Any], path: Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: the report has no layers: it was not made with --against.
     """
+    from matplotlib.figure import Figure
+
     layers = report["layers"][:MOST]
     if not layers:
         raise ValueError("there are no layers to draw: --picture needs --against, and a model with 4-bit layers")
-    plt = pyplot()
     columns = [("damage", "|(W - W4)x|² / |Wx|²")]
     if layers[0]["kl"] is not None:
         columns.insert(0, ("kl", "KL if it alone were in 4 bits (estimated)"))
-    figure, panels = plt.subplots(
-        1, len(columns), figsize=(5 * len(columns) + 2, 0.25 * len(layers) + 1), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(5 * len(columns) + 2, 0.25 * len(layers) + 1), layout="constrained")
+    panels = figure.subplots(1, len(columns), squeeze=False)
     names = [layer["name"] for layer in reversed(layers)]
     for axes, (field, label) in zip(panels[0], columns, strict=True):
         axes.barh(names, [layer[field] for layer in reversed(layers)])
@@ -40,4 +38,3 @@ def draw_layers(report: dict[str, Any], path: Path) -> None:
         axes.grid(True, axis="x", linewidth=0.3)
         axes.tick_params(axis="y", labelsize=7, labelleft=axes is panels[0][0])
     figure.savefig(path, dpi=120)
-    plt.close(figure)

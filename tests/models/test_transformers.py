@@ -563,7 +563,7 @@ def test_an_older_library_is_refused_and_a_newer_one_warned_of(monkeypatch, libr
 
     def found(version: str) -> None:
         monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == library else "0")
-        versions.check(library)
+        versions.check(library, "transformers")
 
     for inside in (oldest, f"{oldest}.0", f"{oldest}.7"):
         found(inside)
