@@ -346,3 +346,61 @@ def test_atomic_sums_of_halves_and_generic_addresses():
     body = "mov.u64 %rd1, room; cvta.shared.u64 %rd2, %rd1; st.u32 [%rd2], 7; atom.add.u32 %r2, [%rd2], 5;"
     run(body + "ld.u32 %r3, [%rd2]; isspacep.shared %p1, %rd2; @%p1 st.u32 [%at0], %r3;", out, threads=1)
     assert out.tolist() == [12]
+
+
+# --- questions to a warp or a block -----------------------------------------------------------------------------------
+
+STORE = "mul.wide.s32 %rd2, %r0, 4; add.s64 %rd2, %at0, %rd2; st.global.u32 [%rd2], %r2;"
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("eq", lambda lane: 1 << lane),
+        ("lt", lambda lane: (1 << lane) - 1),
+        ("le", lambda lane: (2 << lane) - 1),
+        ("gt", lambda lane: MASK & ~((2 << lane) - 1)),
+        ("ge", lambda lane: MASK & ~((1 << lane) - 1)),
+    ],
+)
+def test_lane_masks_name_the_lanes_on_one_side(name, bits):
+    out = torch.zeros(64, dtype=torch.int32)
+    run(f"mov.u32 %r2, %lanemask_{name};" + STORE, out, threads=64)
+    assert [v & MASK for v in out.tolist()] == [bits(thread % 32) for thread in range(64)]
+
+
+def test_activemask_names_the_lanes_that_got_there_together():
+    out = torch.zeros(32, dtype=torch.int32)
+    run("mov.u32 %r2, 0; setp.lt.s32 %p1, %r0, 5; @%p1 activemask.b32 %r2;" + STORE, out)
+    assert out.tolist() == [0b11111] * 5 + [0] * 27
+
+
+def test_elect_names_the_lowest_of_the_lanes_in_the_mask():
+    out = torch.zeros(32, dtype=torch.int32)
+    body = "mov.u32 %r2, 99; setp.ge.s32 %p1, %r0, 7; @!%p1 bra OUT; elect.sync %r2|%p2, 0xFFFFFF80; "
+    run(body + "@%p2 add.u32 %r2, %r2, 1000;\nOUT:\n" + STORE, out)
+    assert out.tolist() == [99] * 7 + [1007] + [7] * 24
+
+
+@pytest.mark.parametrize(
+    ("operation", "answers"),
+    [("popc.u32 %r2,", (40, 0)), ("and.pred %p2,", (0, 0)), ("or.pred %p2,", (1, 0))],
+    ids=["popc", "and", "or"],
+)
+def test_a_barrier_with_a_question_counts_or_joins_the_whole_blocks_answers(operation, answers):
+    out = torch.zeros(128, dtype=torch.int32)  # 40 of the first block's 64 threads say yes, none of the second's
+    body = f"setp.lt.s32 %p1, %r0, 40; bar.red.{operation} 0, %p1; "
+    run(body + "selp.u32 %r2, 1, 0, %p2;" * ("%p2" in operation) + STORE, out, threads=64, blocks=2)
+    assert out.tolist() == [answers[0]] * 64 + [answers[1]] * 64
+
+
+def test_a_barrier_with_a_question_to_the_negation_of_a_predicate_is_one_all_agree_on():
+    out = torch.zeros(64, dtype=torch.int32)
+    body = "setp.lt.s32 %p1, %r0, 0; barrier.red.and.pred %p2, 0, !%p1; selp.u32 %r2, 1, 0, %p2;"
+    run(body + STORE, out, threads=64)
+    assert out.tolist() == [1] * 64
+
+
+def test_a_question_at_another_barrier_than_the_blocks_is_refused():
+    with pytest.raises(emulator.EmulatorError, match="asks at barrier 1, and the emulator knows"):
+        run("setp.lt.s32 %p1, %r0, 40; bar.red.popc.u32 %r2, 1, %p1;", threads=64)

@@ -9,12 +9,11 @@ and fragment layouts are exactly those that a device gets; the arguments are the
 addresses in them are those of CPU tensors. ``docs/cuda-without-a-gpu.md`` says what it finds and what it can't.
 
     module, parse -> flow -> slots, decode.py       text, control flow, one Python function per instruction (program.py)
-    semantics, integer, bits, floating, functions,  what an instruction computes
-    halves, compare, convert, carry.py
-    addresses, transfer, atomics.py                 loads, stores, cp.async, atomics
+    semantics, integer, floating, compare.py        the table of instructions, and those that compute
+    transfer.py                                     loads, stores, atomics, cp.async
     warp, barriers, tensor.py                       what threads do together: shuffles and votes, barriers, mma
-    memory, order, shared, local.py                 the memories and their checks
-    batch, meetings, schedule.py                    the lanes of some blocks, and who runs next
+    memory, shared -> order.py                      the memories and their bounds; the check for races
+    batch, schedule.py                              the lanes of some blocks, and who runs next
     ptx.py, tracing.py                              arguments for any kernel; what one thread did
 """
 

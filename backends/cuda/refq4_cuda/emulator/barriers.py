@@ -1,9 +1,9 @@
-"""Barriers with a number, with a count of threads, or with a question: ``bar.sync 1, 64``, ``bar.arrive``, ``bar.red``.
+"""Barriers of a block: the usual one, and those with a number, with a count of threads, or with a question.
 
-    producers   ... write; bar.arrive 1, 64     they count, and go on
-    consumers   bar.sync 1, 64; read ...        they wait until 64 threads have come, whatever their instructions are
-
-``warp.py`` has the usual ``bar.sync 0``, which all threads of a block must reach at the same instruction.
+bar.sync 0               all threads of the block, at one instruction
+bar.sync 1, 64           until 64 threads have come, whatever their instructions are
+bar.arrive 1, 64         counted there, and goes on
+bar.red.popc 0           the usual one, and how many threads' predicate holds
 """
 
 from __future__ import annotations
@@ -12,89 +12,93 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .parse import Instruction
-from .program import UNSIGNED, Step
-from .warp import COMPANY, Company, Gather, whole_block
+from .errors import EmulatorError, Fault
+from .semantics import Row, on_lanes
 
 if TYPE_CHECKING:
     from .batch import Batch
-    from .decode import Decoder
 
-__all__ = ["NUMBERED", "is_plain"]
-
-
-def is_plain(instruction: Instruction) -> bool:
-    """Whether a barrier is the block's usual one."""
-    return [str(operand) for operand in instruction.operands] == ["0"]
+__all__ = ["Meetings"]
 
 
-def _operands(decoder: Decoder, instruction: Instruction) -> tuple[int, int | None]:
-    number = decoder.source(instruction.operands[0], "u32", instruction)[1]
-    more = instruction.operands[1:]
-    return number, decoder.source(more[0], "u32", instruction)[1] if more else None
+def _complete(m: Batch, s: Any, readers: list[Any]) -> np.ndarray | None:
+    """Which lanes' numbered barrier is complete; the others wait."""
+    fresh = ~m.meetings.passes[s]
+    if fresh.any():
+        m.meetings.come(m.lanes[s][fresh], *(read(m, s)[fresh] for read in readers), waits=True)
+    passes = m.meetings.passes[s]
+    return None if passes.all() else passes.copy()
 
 
-def numbered(decoder: Decoder, instruction: Instruction) -> Gather:
-    """Which lanes' barrier is complete; the others wait."""
-    number, wanted = _operands(decoder, instruction)
-
-    def gather(m: Batch, s: Any) -> np.ndarray | None:
-        lanes = m.lanes[s]
-        fresh = ~m.meetings.passes[lanes]
-        if fresh.any():
-            u = m.rows[UNSIGNED]
-            threads = None if wanted is None else u[wanted][s][fresh]
-            m.meetings.come(lanes[fresh], u[number][s][fresh], threads, waits=True)
-        passes = m.meetings.passes[lanes]
-        return None if passes.all() else passes
-
-    return gather
+def _whole_block(m: Batch, s: Any, readers: list[Any]) -> np.ndarray | None:
+    """All threads of the block."""
+    block = m.block[s]
+    if len(block) == m.count:
+        return None
+    there = np.bincount(block, minlength=len(m.blocks))
+    complete = there == np.bincount(m.block[m.existing], minlength=len(m.blocks))
+    return None if complete[block].all() else complete[block]
 
 
-def passed(decoder: Decoder, instruction: Instruction) -> Step:
-    """What lanes do when the barrier is complete: forget it."""
-
-    def step(m: Batch, s: Any) -> None:
-        m.meetings.passes[s] = False
-
-    return step
+def _pass(m: Batch, s: Any, *rows: Row) -> None:
+    """What lanes do when their numbered barrier is complete: forget it."""
+    m.meetings.passes[s] = False
 
 
-def _arrive(decoder: Decoder, instruction: Instruction) -> Step:
-    number, wanted = _operands(decoder, instruction)
-
-    def step(m: Batch, s: Any) -> None:
-        u = m.rows[UNSIGNED]
-        m.meetings.come(m.lanes[s], u[number][s], None if wanted is None else u[wanted][s], waits=False)
-
-    return step
+def _arrive(m: Batch, s: Any, number: Row, *count: Row) -> None:
+    m.meetings.come(m.lanes[s], number, *count, waits=False)
 
 
 def _ask(operation: str) -> Any:
-    """``bar.red``: a barrier of the whole block that counts, or joins, a predicate of all its threads."""
+    """A barrier of the whole block that counts, or joins, a predicate of all its threads."""
 
-    def decode(decoder: Decoder, instruction: Instruction) -> Step:
-        target, number, operand = instruction.operands
-        if number != "0":
-            raise decoder.unknown(instruction, "a question at another barrier than the block's")
-        slot = decoder.target(target, "u32" if operation == "popc" else "pred", instruction)[1]
-        read = decoder.predicate(operand, instruction)
+    def function(m: Batch, s: Any, number: Row, holds: Row) -> Row:
+        if number.any():
+            what = f"asks at barrier {int(number.max())}, and the emulator knows the question at barrier 0 only"
+            raise Fault(EmulatorError, m.lanes[s], what, "look at the number of the barrier")
+        m.order.barrier(s)
+        block = m.block[s]
+        yes = np.bincount(block, holds, len(m.blocks)).astype(np.uint32)[block]
+        everyone = np.bincount(block, minlength=len(m.blocks))[block]
+        return {"popc": yes, "and": yes == everyone, "or": yes > 0}[operation]
 
-        def step(m: Batch, s: Any) -> None:
-            m.order.barrier(s)
-            block = m.block[s]
-            yes = np.bincount(block, read(m, s), len(m.blocks)).astype(np.uint32)[block]
-            all_of_them = np.bincount(block, minlength=len(m.blocks))[block]
-            m.rows[UNSIGNED][slot][s] = {"popc": yes, "and": yes == all_of_them, "or": yes > 0}[operation]
-
-        return step
-
-    return decode
+    return function
 
 
-NUMBERED = Company(passed, numbered)
 for _prefix, _suffix in (("bar", ""), ("barrier", ""), ("barrier", ".aligned"), ("barrier.cta", ""), ("bar.cta", "")):
-    COMPANY[f"{_prefix}.arrive{_suffix}"] = Company(_arrive, lambda decoder, instruction: lambda m, s: None)
-    COMPANY.setdefault(f"{_prefix}.sync{_suffix}", COMPANY["bar.sync"])
+    on_lanes(f"{_prefix}.sync{_suffix}.0", " = any", _whole_block)(lambda m, s, number: m.order.barrier(s))
+    on_lanes(f"{_prefix}.sync{_suffix}", " = u32 u32?", _complete)(_pass)
+    on_lanes(f"{_prefix}.arrive{_suffix}", " = u32 u32?", lambda *ignored: None)(_arrive)
     for _operation, _kind in (("popc", "u32"), ("and", "pred"), ("or", "pred")):
-        COMPANY[f"{_prefix}.red.{_operation}{_suffix}.{_kind}"] = Company(_ask(_operation), whole_block)
+        on_lanes(f"{_prefix}.red.{_operation}{_suffix}.{_kind}", f"{_kind} = u32 pred", _whole_block)(_ask(_operation))
+
+
+class Meetings:
+    """Who has come to which numbered barrier of the blocks of a batch.
+
+    Attributes:
+        passes: the lanes whose barrier is complete and who may go on.
+        changed: whether that is news for lanes that wait at other instructions.
+    """
+
+    def __init__(self, m: Batch) -> None:
+        self.m = m
+        self.passes = np.zeros(m.count, bool)
+        self.changed = False
+        self._there: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # (block, number) -> waiting, arrived
+
+    def come(self, lanes: np.ndarray, numbers: Row, wanted: Row | None = None, *, waits: bool) -> None:
+        """Lanes come to the barriers ``numbers``; ``wanted`` threads complete one (None: all of the block)."""
+        block = self.m.block[lanes]
+        for key in sorted(set(zip(block.tolist(), numbers.tolist(), strict=True))):
+            here = (block == key[0]) & (numbers == key[1])
+            none = np.zeros(self.m.count, bool)
+            waiting, arrived = self._there.setdefault(key, (none, none.copy()))
+            (waiting if waits else arrived)[lanes[here]] = True
+            everyone = int((self.m.existing & (self.m.block == key[0])).sum())
+            if int((waiting | arrived).sum()) >= (everyone if wanted is None else int(wanted[here][0])):
+                released = np.nonzero(waiting)[0]
+                self.passes[released] = self.changed = True
+                if len(released):
+                    self.m.order.barrier(released)
+                del self._there[key]

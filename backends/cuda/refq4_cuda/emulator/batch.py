@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from .addresses import Generic
+from .barriers import Meetings
 from .errors import Fault, UninitialisedError
-from .meetings import Meetings
-from .memory import GlobalMemory, Memory, PrivateMemory, unsigned
+from .memory import Generic, GlobalMemory, Memory, PrivateMemory, unsigned
 from .order import WARP
 from .program import Program
 from .shared import Shared
@@ -75,6 +74,11 @@ class Batch:
         self.rows: tuple[list[np.ndarray], ...] = (none, none.copy(), none.copy())
         self._make_rows()
         self.written = {slot: np.zeros(count, bool) for slot in program.watched}
+
+    def tick(self) -> int:
+        """A clock that grows with each read; it says nothing of time."""
+        self.ticks += 1
+        return self.ticks
 
     def require_written(self, slot: int, s: Any) -> None:
         """Raise if a lane is about to read a register that it has not written."""

@@ -12,45 +12,30 @@ per PTX text; running looks nothing up by name.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import barriers, bits, convert, floating, functions, halves, integer, tensor  # noqa: F401  (they fill tables)
-from .atomics import find_atomic
-from .barriers import NUMBERED, is_plain
-from .carry import CLOCKS, find_carry, read_clock
-from .compare import complement
+from . import barriers, compare, floating, integer, tensor, transfer, warp  # noqa: F401  (they fill the table)
 from .errors import UnknownInstructionError
-from .flow import (
-    block_ends,
-    grain,
-    is_branch,
-    is_exit,
-    read_registers,
-    targets_of,
-    watched,
-    written_registers,
-)
+from .flow import block_ends, grain, is_branch, is_exit, read_registers, targets_of, watched, written_registers
 from .memory import unsigned
-from .parse import Address, Instruction, Operand, Vector, parse
+from .parse import Address, Instruction, parse
 from .program import FLOAT, SIGNED, UNSIGNED, Program, Step, selection
-from .semantics import Pure, dtype_of, find
+from .semantics import dtype_of, find, results_of
 from .slots import assign_slots, lay_out
-from .transfer import find_transfer, split_or_join
-from .warp import COMPANY, Company
 
 if TYPE_CHECKING:
     from .batch import Batch
 
-__all__ = ["Decoder", "prepare"]
+__all__ = ["prepare"]
 
 _BANK = {"u": UNSIGNED, "s": SIGNED, "f": FLOAT, "p": UNSIGNED}
 SPECIAL = (*(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"), "%laneid", "%warpid",
            "%nwarpid", *(f"%lanemask_{order}" for order in ("eq", "le", "lt", "ge", "gt")), "%dynamic_smem_size",
            "%total_smem_size")  # fmt: skip
+CLOCKS = {"%clock", "%clock64", "%clock_hi", "%globaltimer", "%globaltimer_lo"}
 
 
 @lru_cache(maxsize=256)
@@ -61,12 +46,12 @@ def prepare(text: str, entry: str) -> Program:
         UnknownInstructionError: the kernel uses an instruction that is not in the tables.
     """
     program = Program(parse(text, entry))
-    Decoder(program).decode()
+    _Decoder(program).decode()
     return program
 
 
-class Decoder:
-    """Fills in a :class:`Program`. Instructions that are not pure have their own tables, in the files named there."""
+class _Decoder:
+    """Fills in a :class:`Program`."""
 
     def __init__(self, program: Program) -> None:
         self.program, self.kernel = program, program.kernel
@@ -86,69 +71,80 @@ class Decoder:
                 if is_branch(instruction):
                     program.targets[pc] = targets_of(self.kernel, instruction)
                     if instruction.opcode.startswith("brx"):
-                        program.chosen_by[pc] = self.source(instruction.operands[0], "u32", instruction)[1]
-                if instruction.guard:
-                    program.guards[pc] = (program.names[instruction.guard], instruction.negated)
-                program.steps.append(None)
-                continue
-            company = self._company(instruction)
-            if company is None:
-                step = self._watching(instruction, self._step(instruction))
-                program.steps.append(self._guarded(instruction, step))
-                continue
-            program.gather[pc] = company.gather(self, instruction)
-            program.steps.append(self._watching(instruction, company.decode(self, instruction)))
-            if instruction.guard:  # the scheduler parts the lanes
+                        program.chosen_by[pc] = self._source(str(instruction.operands[0]), "u32", instruction)[1]
+                step = None
+            else:
+                step = self._watching(instruction, self._step(pc, instruction))
+            if instruction.guard and (step is None or pc in program.gather):  # the scheduler parts the lanes
                 program.guards[pc] = (program.names[instruction.guard], instruction.negated)
+                program.steps.append(step)
+            else:
+                program.steps.append(step and self._guarded(instruction, step))
 
     # --- operands ---------------------------------------------------------------------------------------------------
 
-    def source(self, operand: Operand | str, type_name: str, instruction: Instruction) -> tuple[int, int, Any]:
+    def _source(self, name: str, kind: str, instruction: Instruction) -> tuple[int, int, Any]:
         """Where to read: bank, slot, and the dtype to narrow to if the register is wider than the type (or None)."""
-        name = str(operand)
-        width = dtype_of(type_name).itemsize if type_name != "pred" else 0
+        width = dtype_of(kind).itemsize if kind != "pred" else 0
         if re.fullmatch(r"-?\d+\.\d*(e[+-]?\d+)?", name):
             bits = np.array([float(name)], f"f{width}").view(unsigned[width])
-            return _BANK[type_name[0]], self._constant(int(bits[0]), width), None
+            return _BANK[kind[0]], self._constant(int(bits[0]), width), None
         slot = self._slot(name, width, instruction)
-        narrow = None if self.program.slots[slot] == width else dtype_of(type_name)
+        narrow = None if self.program.slots[slot] == width else dtype_of(kind)
         if narrow is not None and self.program.slots[slot] < width:
-            raise self.unknown(instruction, f"{name} is narrower than {type_name}")
-        return (_BANK[type_name[0]] if narrow is None else UNSIGNED), slot, narrow
+            raise self._unknown(instruction, f"{name} is narrower than {kind}")
+        return (_BANK[kind[0]] if narrow is None else UNSIGNED), slot, narrow
 
-    def target(self, operand: Operand | str, type_name: str, instruction: Instruction) -> tuple[int, int]:
-        """Where to write: bank and slot. Into a wider register numpy extends by the bank's sign."""
+    def _reader(self, operand: str | Address, kind: str, instruction: Instruction) -> Any:
+        """How to read an operand: the bank and slot of its row, or a function of (batch, selection)."""
+        if kind == "any":
+            return lambda m, s: None
+        if kind == "address":
+            return self._address(operand, instruction)
         name = str(operand)
-        if name not in self.program.names:
-            raise self.unknown(instruction, f"{name} is not a register")
-        return _BANK[type_name[0]], self.program.names[name]
-
-    def predicate(self, operand: Operand | str, instruction: Instruction) -> Any:
-        """How to read a predicate that may be negated (``!%p1``): a function of (batch, selection)."""
-        name = str(operand)
-        slot = self.source(name.removeprefix("!"), "pred", instruction)[1]
+        if kind == "int":
+            number = int(name.rstrip("U"), 0)
+            return lambda m, s: number
+        if name in CLOCKS:
+            return lambda m, s: m.tick()
+        bank, slot, narrow = self._source(name.removeprefix("!"), kind, instruction)
         if name.startswith("!"):
-            return lambda m, s: ~m.rows[UNSIGNED][slot][s]
-        return lambda m, s: m.rows[UNSIGNED][slot][s]
+            return lambda m, s: ~m.rows[bank][slot][s]
+        if narrow is not None:  # the low part of a wider register
+            return lambda m, s: m.rows[bank][slot][s].astype(narrow)
+        return bank, slot
 
-    def address(self, operand: Operand, instruction: Instruction) -> tuple[int, int, int]:
-        """Slot and width of the base, and the offset."""
+    def _address(self, operand: str | Address, instruction: Instruction) -> Any:
+        """The address of each lane as an int64; a 32-bit base wraps in 32 bits."""
         if not isinstance(operand, Address):
-            raise self.unknown(instruction, f"{operand} is not an address")
+            raise self._unknown(instruction, f"{operand} is not an address")
         slot = self._slot(operand.base, 8, instruction)
-        return slot, self.program.slots[slot], operand.offset
+        width = self.program.slots[slot]
+        offset = unsigned[width](operand.offset & ((1 << 8 * width) - 1))
 
-    def integer(self, operand: Operand | str) -> int:
-        """An operand that must be written as a number."""
-        return int(str(operand).rstrip("U"), 0)
+        def address(m: Batch, s: Any) -> Any:
+            base = m.rows[UNSIGNED][slot][s]
+            base = base + offset if offset else base
+            return base.view(np.int64) if width == 8 else base.astype(np.int64)
 
-    def unknown(self, instruction: Instruction, why: str = "") -> UnknownInstructionError:
+        return address
+
+    def _target(self, operand: str | Address, kind: str, instruction: Instruction) -> tuple[int, int] | None:
+        """Where to write, if anywhere: bank and slot. Into a wider register numpy extends by the bank's sign."""
+        name = str(operand)
+        if name == "_":
+            return None
+        if name not in self.program.names:
+            raise self._unknown(instruction, f"{name} is not a register")
+        return _BANK[kind[0]], self.program.names[name]
+
+    def _unknown(self, instruction: Instruction, why: str = "") -> UnknownInstructionError:
         """The error for what is not in the tables."""
         because = f" ({why})" if why else ""
         return UnknownInstructionError(
             f"kernel {self.kernel.name}, PTX line {instruction.line}: the emulator does not know {instruction.opcode!r}"
-            f"{because}, in:  {instruction.text}\nAdd it where its family is (integer.py, bits.py, floating.py, "
-            f"halves.py, convert.py, transfer.py, warp.py, tensor.py), with a test of its tricky values"
+            f"{because}, in:  {instruction.text}\nAdd it where its family is (integer.py, floating.py, "
+            f"transfer.py, warp.py, tensor.py), with a test of its tricky values"
         )
 
     def _slot(self, name: str, width: int, instruction: Instruction) -> int:
@@ -166,8 +162,8 @@ class Decoder:
         if re.fullmatch(r"0[fFdD][0-9a-fA-F]+", name):
             return self._constant(int(name[2:], 16), width)
         if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", name):
-            return self._constant(self.integer(name) & ((1 << 8 * width) - 1 if width else 1), width)
-        raise self.unknown(instruction, f"{name} is not a register, number or array that is known")
+            return self._constant(int(name.rstrip("U"), 0) & ((1 << 8 * width) - 1 if width else 1), width)
+        raise self._unknown(instruction, f"{name} is not a register, number or array that is known")
 
     def _constant(self, value: int, width: int) -> int:
         key = (value, width)
@@ -179,61 +175,38 @@ class Decoder:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def _company(self, instruction: Instruction) -> Company | None:
-        company = COMPANY.get(instruction.opcode)
-        return NUMBERED if company is COMPANY["bar.sync"] and not is_plain(instruction) else company
+    def _step(self, pc: int, instruction: Instruction) -> Step:
+        """What runs it, guard aside; if its lanes must come together, ``gather`` says which are complete."""
+        if (known := find(instruction)) is None:
+            raise self._unknown(instruction)
+        count, kinds = results_of(instruction), list(known.sources)
+        targets, given = instruction.flat[:count], instruction.flat[count:]
+        while len(given) < len(kinds) and (missing := [kind for kind in kinds if kind[-1] == "?"]):
+            kinds.remove(missing[-1])
+        if len(targets) < count or len(given) != len(kinds):
+            raise self._unknown(instruction, f"with {len(given)} sources instead of {len(kinds)}")
+        places = [self._target(name, kind, instruction) for name, kind in zip(targets, known.results, strict=False)]
+        sources = [self._reader(name, kind.rstrip("?"), instruction) for name, kind in zip(given, kinds, strict=True)]
+        readers = [_row(*source) if isinstance(source, tuple) else source for source in sources]
+        function, meets = known.function, known.meets
+        if meets is not None:
+            self.program.gather[pc] = lambda m, s: meets(m, s, readers)
+        if not known.on_lanes and len(known.results) == 1 and places[0] is not None:
+            bank, slot = places[0]
+            if len(sources) == 2 and all(isinstance(source, tuple) for source in sources):
+                return _of_two_rows(function, bank, slot, *sources)
 
-    def _step(self, instruction: Instruction) -> Step:
-        opcode = instruction.opcode
-        if CLOCKS & {str(operand) for operand in instruction.operands}:
-            return read_clock(self, instruction)
-        if (made := find_transfer(opcode) or find_atomic(opcode) or find_carry(opcode)) is not None:
-            return made(self, instruction)
-        if opcode.startswith("mov.") and any(isinstance(o, Vector) for o in instruction.operands):
-            return split_or_join(self, instruction)
-        if (known := find(opcode)) is None:
-            raise self.unknown(instruction)
-        if opcode.startswith("setp.") and "|" in instruction.text:
-            return self._two_predicates(instruction, known)
-        return self._pure(instruction, known)
+            def one_row(m: Batch, s: Any) -> None:
+                m.rows[bank][slot][s] = function(*[read(m, s) for read in readers])
 
-    def _two_predicates(self, instruction: Instruction, known: Pure) -> Step:
-        """``setp ... p|q``: the comparison, and its complement."""
-        first, second, *sources = instruction.operands
-        other = complement(instruction.opcode)
-        assert other is not None
-        steps = [
-            self._pure(replace(instruction, operands=(target, *sources)), one)
-            for target, one in ((first, known), (second, other))
-            if target != "_"
-        ]
+            return one_row
 
         def step(m: Batch, s: Any) -> None:
-            for one in steps:
-                one(m, s)
-
-        return step
-
-    def _pure(self, instruction: Instruction, known: Pure) -> Step:
-        target, *sources = instruction.operands
-        if len(sources) != len(known.sources):
-            raise self.unknown(instruction, f"with {len(sources)} sources instead of {len(known.sources)}")
-        if "!" in "".join(map(str, sources)):
-            known, sources = _negating(known, sources)
-        bank, slot = self.target(target, known.result, instruction)
-        reads = [self.source(operand, kind, instruction) for operand, kind in zip(sources, known.sources, strict=True)]
-        function = known.function
-        if any(narrow is not None for _, _, narrow in reads):
-            return _narrowing(function, bank, slot, reads)
-        if len(reads) == 1:
-            return _unary(function, bank, slot, *reads[0][:2])
-        if len(reads) == 2:
-            return _binary(function, bank, slot, *reads[0][:2], *reads[1][:2])
-        places = [read[:2] for read in reads]
-
-        def step(m: Batch, s: Any) -> None:
-            rows = m.rows
-            rows[bank][slot][s] = function(*[rows[b][i][s] for b, i in places])
+            values = [read(m, s) for read in readers]
+            made = function(m, s, *values) if known.on_lanes else function(*values)
+            for place, value in zip(places, made if isinstance(made, list | tuple) else (made,), strict=False):
+                if place is not None:
+                    m.rows[place[0]][place[1]][s] = value
 
         return step
 
@@ -276,25 +249,14 @@ class Decoder:
         return watching
 
 
-def _negating(known: Pure, sources: list[Operand]) -> tuple[Pure, list[Operand]]:
-    """Some source is the negation of a predicate."""
-    turned = [str(source).startswith("!") for source in sources]
-
-    def function(*values: Any) -> Any:
-        return known.function(*(~value if turn else value for value, turn in zip(values, turned, strict=True)))
-
-    return known._replace(function=function), [str(source).removeprefix("!") for source in sources]
+def _row(bank: int, slot: int) -> Any:
+    return lambda m, s: m.rows[bank][slot][s]
 
 
-def _unary(function: Any, bank: int, slot: int, bank_a: int, a: int) -> Step:
-    def step(m: Batch, s: Any) -> None:
-        rows = m.rows
-        rows[bank][slot][s] = function(rows[bank_a][a][s])
+def _of_two_rows(function: Any, bank: int, slot: int, first: tuple[int, int], second: tuple[int, int]) -> Step:
+    """The usual case, quickly."""
+    (bank_a, a), (bank_b, b) = first, second
 
-    return step
-
-
-def _binary(function: Any, bank: int, slot: int, bank_a: int, a: int, bank_b: int, b: int) -> Step:
     def step(m: Batch, s: Any) -> None:
         rows = m.rows
         rows[bank][slot][s] = function(rows[bank_a][a][s], rows[bank_b][b][s])
@@ -307,14 +269,3 @@ def _binary(function: Any, bank: int, slot: int, bank_a: int, a: int, bank_b: in
             rows[bank][slot][s] = function(rows[bank_a][a][s], rows[bank_b][b][s])
 
     return in_place if isinstance(function, np.ufunc) else step  # a ufunc needs no room of its own for the result
-
-
-def _narrowing(function: Any, bank: int, slot: int, reads: list[tuple[int, int, Any]]) -> Step:
-    """Some source is the low part of a wider register."""
-
-    def step(m: Batch, s: Any) -> None:
-        rows = m.rows
-        values = (rows[b][i][s] if n is None else rows[b][i][s].astype(n) for b, i, n in reads)
-        rows[bank][slot][s] = function(*values)
-
-    return step

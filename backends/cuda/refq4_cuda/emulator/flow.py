@@ -7,7 +7,8 @@ kind. The few others (written under a predicate, or on one path only) are watche
 
 from __future__ import annotations
 
-from .parse import Address, Instruction, Kernel, Vector, width_of
+from .parse import Address, Instruction, Kernel, width_of
+from .semantics import find, results_of
 
 __all__ = [
     "block_ends",
@@ -22,11 +23,6 @@ __all__ = [
     "written_registers",
 ]
 
-_NO_RESULT = ("st", "bra", "brx", "ret", "exit", "bar", "barrier", "cp", "membar", "fence", "red", "stmatrix",
-              "prefetch", "nanosleep", "trap", "griddepcontrol", "applypriority", "discard")  # fmt: skip
-_TOGETHER = ("bar", "barrier", "shfl", "vote", "match", "redux", "mma", "ldmatrix", "stmatrix", "elect", "activemask")
-_TWO_RESULTS = ("shfl", "setp", "match", "elect")
-
 
 def is_branch(instruction: Instruction) -> bool:
     """A jump."""
@@ -39,34 +35,16 @@ def is_exit(instruction: Instruction) -> bool:
 
 
 def written_registers(instruction: Instruction) -> list[str]:
-    """The registers that an instruction writes: the first operand, and the predicate behind ``|``."""
-    family = instruction.opcode.split(".")[0]
-    if not _has_result(instruction):
-        return []
-    first = instruction.operands[0]
-    names = list(first.parts) if isinstance(first, Vector) else [first] if isinstance(first, str) else []
-    if family in _TWO_RESULTS and "|" in instruction.text:
-        names.append(str(instruction.operands[1]))
-    return [name for name in names if name != "_"]
+    """The registers that an instruction writes: its first operands."""
+    return [str(name) for name in instruction.flat[: results_of(instruction)] if name != "_"]
 
 
 def read_registers(instruction: Instruction) -> list[str]:
-    """Every other name among the operands, and the guard."""
-    skip = int(_has_result(instruction))
-    if instruction.opcode.startswith(_TWO_RESULTS) and "|" in instruction.text:
-        skip = 2
-    names = [instruction.guard] if instruction.guard else []
-    for operand in instruction.operands[skip:]:
-        if isinstance(operand, Vector):
-            names += operand.parts
-        else:
-            names.append(operand.base if isinstance(operand, Address) else operand.removeprefix("!"))
-    return names
-
-
-def _has_result(instruction: Instruction) -> bool:
-    family = instruction.opcode.split(".")[0]
-    return bool(instruction.operands) and (family not in _NO_RESULT or ".red." in instruction.opcode)
+    """The guard, and every name among the other operands."""
+    read = [
+        o.base if isinstance(o, Address) else o.removeprefix("!") for o in instruction.flat[results_of(instruction) :]
+    ]
+    return [instruction.guard, *read] if instruction.guard else read
 
 
 def targets_of(kernel: Kernel, instruction: Instruction) -> list[int]:
@@ -77,7 +55,7 @@ def targets_of(kernel: Kernel, instruction: Instruction) -> list[int]:
 
 def splits(instruction: Instruction) -> bool:
     """Whether the lanes whose predicate does not hold go on behind it by themselves."""
-    return instruction.guard is not None and instruction.opcode.split(".")[0] in _TOGETHER
+    return instruction.guard is not None and (found := find(instruction)) is not None and found.meets is not None
 
 
 def block_ends(kernel: Kernel) -> list[int]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,9 +24,13 @@ from torch import Tensor
 
 from .errors import AccessError, Fault, RaceError
 from .order import THREAD, Order, Shadow
+from .program import selection
 
-__all__ = ["GlobalMemory", "Memory", "PrivateMemory", "Region", "name_of", "unsigned"]
+__all__ = ["LOCAL_WINDOW", "SHARED_WINDOW", "WINDOWS", "Generic", "GlobalMemory", "Memory", "PrivateMemory", "Region",
+           "name_of", "unsigned"]  # fmt: skip
 
+SHARED_WINDOW, LOCAL_WINDOW = 1 << 61, 1 << 62  # where generic addresses begin: no tensor's is that large
+WINDOWS = {"global": 0, "shared": SHARED_WINDOW, "local": LOCAL_WINDOW}
 unsigned: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -116,8 +120,7 @@ class Memory:
             if self.checks:
                 lanes, shadow = self.order.lanes[s][at], self.shadow(buffer)
                 cells, who = self.cells(offset, lanes, size)
-                stamp = shadow.write(cells, who, "writes", strong)
-                last = shadow.writer[cells]
+                stamp, last = shadow.write(cells, who, "writes", strong), shadow.writer[cells]
                 if (last != stamp).any():  # several lanes write to one place, in one instruction
                     foreign = (last & THREAD) // self.order.padded != (stamp & THREAD) // self.order.padded
                     wrong = _rows(view[places] != values[at], lanes) | _rows(foreign, lanes)
@@ -137,8 +140,7 @@ class Memory:
         found = np.empty(len(address), unsigned[size])
         for buffer, at, offset in self.parts(address, s, size, "updates"):
             if self.checks:
-                cells, lanes = self.cells(offset, self.order.lanes[s][at], size)
-                self.shadow(buffer).write(cells, lanes, "updates", True)
+                self.shadow(buffer).write(*self.cells(offset, self.order.lanes[s][at], size), "updates", True)
             view, places = buffer.view(size, 1), offset // size
             found[at] = before = view[places]
             view[places] = function(before, *(row[at] for row in rows))
@@ -216,9 +218,7 @@ class GlobalMemory(Memory):
         self.regions = [unique[key] for key in sorted(unique)]
         self.bases = [region.base for region in self.regions]
         self.starts = [base & ~15 for base in self.bases]
-        self.buffers = [
-            Buffer(_bytes(start, r.base + r.nbytes)) for start, r in zip(self.starts, self.regions, strict=True)
-        ]
+        self.buffers = [Buffer(_bytes(region)) for region in self.regions]
 
     def parts(self, address: np.ndarray, s: Any, size: int, does: str) -> list[Part]:
         if (k := bisect_right(self.bases, int(address[0])) - 1) >= 0:  # the usual case, quickly: all in one buffer
@@ -274,8 +274,44 @@ class GlobalMemory(Memory):
         return f"{element}byte {address - near.base} of {near.what} ({near.nbytes} bytes)"
 
 
-def _bytes(start: int, end: int) -> np.ndarray:
-    return np.frombuffer(memoryview((ctypes.c_uint8 * (end - start)).from_address(start)), np.uint8)
+class Generic:
+    """Addresses that say by their size which memory they mean."""
+
+    def __init__(self, **memories: Memory) -> None:
+        self.memories = memories
+
+    def read(self, address: np.ndarray, s: Any, element: int, count: int, strong: bool = False) -> np.ndarray:
+        """As ``Memory.read``."""
+        result = np.empty((len(address), count) if count > 1 else len(address), unsigned[element])
+        for memory, inside, some, at in self._split(address, s):
+            result[at] = memory.read(inside, some, element, count, strong)
+        return result
+
+    def write(self, address: np.ndarray, s: Any, values: np.ndarray, strong: bool = False) -> None:
+        """As ``Memory.write``."""
+        for memory, inside, some, at in self._split(address, s):
+            memory.write(inside, some, values[at], strong)
+
+    def update(self, address: np.ndarray, s: Any, size: int, function: Callable[..., Any], *rows: Any) -> np.ndarray:
+        """As ``Memory.update``."""
+        found = np.empty(len(address), unsigned[size])
+        for memory, inside, some, at in self._split(address, s):
+            found[at] = memory.update(inside, some, size, function, *(row[at] for row in rows))
+        return found
+
+    def _split(self, address: np.ndarray, s: Any) -> Iterator[tuple[Memory, np.ndarray, Any, Any]]:
+        """Memory, addresses within it, selection, and which of the lanes."""
+        lanes = self.memories["shared"].order.lanes[s]
+        starts = np.searchsorted([SHARED_WINDOW, LOCAL_WINDOW], address, "right")
+        for k, (space, window) in enumerate(WINDOWS.items()):
+            if (here := starts == k).any():
+                yield self.memories[space], address[here] - window, selection(lanes[here]), here
+
+
+def _bytes(region: Region) -> np.ndarray:
+    before = region.base & 15
+    memory = (ctypes.c_uint8 * (before + region.nbytes)).from_address(region.base - before)
+    return np.frombuffer(memoryview(memory), np.uint8)
 
 
 def _rows(wrong: Any, lanes: np.ndarray) -> np.ndarray:

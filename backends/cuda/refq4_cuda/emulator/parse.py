@@ -74,6 +74,11 @@ class Instruction:
     guard: str | None = None
     negated: bool = False
 
+    @property
+    def flat(self) -> list[str | Address]:
+        """The operands, with the parts of vectors in their place."""
+        return [part for o in self.operands for part in (o.parts if isinstance(o, Vector) else (o,))]
+
 
 @dataclass
 class Kernel:
@@ -117,15 +122,9 @@ def parse(text: str, entry: str) -> Kernel:
         elif variable.space in ("global", "const"):
             kernel.variables[variable.name] = variable
     _Reader(kernel, module).read(function, {}, 0)
-    used = {base for one in kernel.code for operand in one.operands for base in _bases(operand)}
+    used = {o.base if isinstance(o, Address) else o for one in kernel.code for o in one.flat}
     kernel.shared = {name: symbol for name, symbol in kernel.shared.items() if name in used}
     return kernel
-
-
-def _bases(operand: Operand) -> tuple[str, ...]:
-    if isinstance(operand, Vector):
-        return operand.parts
-    return (operand.base if isinstance(operand, Address) else operand,)
 
 
 _PARAMETER = re.compile(
@@ -265,6 +264,8 @@ class _Reader:
             operands: list[Operand] = [self.end]
         else:
             operands = self._operands(rest)
+        if any(isinstance(operand, Address) and operand.base in self.kernel.local for operand in operands):
+            opcode = re.sub(r"\.param(::func)?\b", ".local", opcode)  # what calls pass
         self.kernel.code.append(Instruction(line, source, tidy, opcode, tuple(operands), guard, negated))
 
     def _operands(self, text: str) -> list[Operand]:

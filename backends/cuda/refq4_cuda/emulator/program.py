@@ -51,7 +51,7 @@ class Program:
     kernel: Kernel
     steps: list[Step | None] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
-    gather: dict[int, Any] = field(default_factory=dict)
+    gather: dict[int, Callable[[Batch, Any], np.ndarray | None]] = field(default_factory=dict)
     targets: dict[int, list[int]] = field(default_factory=dict)
     chosen_by: dict[int, int] = field(default_factory=dict)
     guards: dict[int, tuple[int, bool]] = field(default_factory=dict)

@@ -1,112 +1,118 @@
-"""The table of instructions that compute: an opcode, the types of its operands, and a numpy function of whole rows.
+"""The table of instructions: an opcode, the types of its operands, and a function of whole rows.
 
-    @pure("mul.wide.u32", "u64 = u32 u32")
-    def _(a, b):                   one element per lane, dtypes as the signature says
+    @pure("mul.wide.u32", "u64 = u32 u32")            results = sources
+    def _(a, b):                                      one element per lane, dtypes as the signature says
         return a.astype(u64) * b
 
-Types: u, s, f and the number of bits (f16 and f32 are numpy's floats); ``b16`` with bf16 bits is a u16; ``pred`` is a
-bool; ``find`` looks an opcode up. The families are in ``integer.py``, ``bits.py``, ``floating.py``, ``functions.py``,
-``halves.py``, ``compare.py`` and ``convert.py``. Those whose modifiers make too many combinations for a table are made
-when they are first looked up, by a function entered with ``family``. Two modifiers are the same everywhere, and are
-put around what the rest of the opcode says: ``.ftz`` (subnormals are zeros) and ``.sat`` (results from 0 to 1).
+    @on_lanes("vote.sync.any.pred", "pred = pred u32", meets=named_lanes)
+    def _(m, s, holds, mask):                         what needs more than values gets the batch and the selection, too
+        ...
+
+Types: u, s, f and the number of bits (f16, f32 and f64 are numpy's floats); ``b16`` with bf16 bits is a u16; ``pred``
+is a bool; ``address``; ``int`` is a number as written; ``any`` is not read. A ``?`` stands behind what may be missing.
+An instruction whose lanes must come together says in ``meets`` which ones. Opcodes whose modifiers make too many
+combinations are made when they are first looked up, by a function entered with ``family``.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["PURE", "Pure", "dtype_of", "family", "find", "pure"]
+from .parse import Instruction, Vector
+
+__all__ = ["Known", "Row", "dtype_of", "family", "find", "known", "on_lanes", "pure", "results_of"]
 
 Function = Callable[..., Any]
 Row = Any  # a numpy row, one element per lane
-SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
-class Pure(NamedTuple):
-    """One opcode: the type of the result, those of the sources, and the function."""
+class Known(NamedTuple):
+    """One opcode: the types of what it writes and of what it reads, in order, and the function.
 
-    result: str
+    ``on_lanes``: the function takes the batch and the selection first. ``meets``: of (batch, selection, readers of the
+    sources), which lanes are complete: a mask, or None where nobody is missing.
+    """
+
+    results: tuple[str, ...]
     sources: tuple[str, ...]
     function: Function
+    on_lanes: bool = False
+    meets: Function | None = None
 
 
-PURE: dict[str, Pure] = {}
+TABLE: dict[str, Known] = {}
+FAMILIES: dict[str, list[Callable[[list[str]], Known | None]]] = {}
 
 
 def pure(opcode: str, signature: str) -> Callable[[Function], Function]:
-    """Enter a function into the table; see the top of the file."""
+    """Enter a function of values into the table; see the top of the file."""
 
     def enter(function: Function) -> Function:
-        result, sources = signature.split("=")
-        PURE[opcode] = Pure(result.strip(), tuple(sources.split()), function)
+        TABLE[opcode] = known(signature, function)
         return function
 
     return enter
 
 
-FAMILIES: dict[str, Callable[[list[str]], Pure | None]] = {}
+def on_lanes(opcode: str, signature: str, meets: Function | None = None) -> Callable[[Function], Function]:
+    """Enter a function of (batch, selection, values)."""
+
+    def enter(function: Function) -> Function:
+        TABLE[opcode] = known(signature, function, True, meets)
+        return function
+
+    return enter
 
 
-def family(name: str) -> Callable[[Callable[[list[str]], Pure | None]], Callable[[list[str]], Pure | None]]:
-    """Enter a function that makes the opcodes which begin with ``name`` from their parts, or gives None."""
+def known(signature: str, function: Function, on_lanes: bool = False, meets: Function | None = None) -> Known:
+    """An entry by its signature."""
+    results, sources = signature.split("=")
+    return Known(tuple(results.split()), tuple(sources.split()), function, on_lanes, meets)
 
-    def enter(make: Callable[[list[str]], Pure | None]) -> Callable[[list[str]], Pure | None]:
-        FAMILIES[name] = make
+
+def family(*names: str) -> Callable[[Callable[[list[str]], Known | None]], Callable[[list[str]], Known | None]]:
+    """Enter a function that makes the opcodes which begin with a name from their parts, or gives None."""
+
+    def enter(make: Callable[[list[str]], Known | None]) -> Callable[[list[str]], Known | None]:
+        for name in names:
+            FAMILIES.setdefault(name, []).append(make)
         return make
 
     return enter
 
 
-@lru_cache(maxsize=1024)
-def find(opcode: str) -> Pure | None:
-    """What is known of an opcode, or None."""
-    if opcode in PURE:
-        return PURE[opcode]
+def find(instruction: Instruction) -> Known | None:
+    """What is known of an instruction, or None."""
+    opcode = instruction.opcode
+    if opcode.startswith("setp.") and "|" in instruction.text:
+        opcode += ".|"  # the second result is the opposite
+    elif opcode.startswith("bar") and instruction.operands == ("0",):
+        opcode += ".0"  # all threads of the block
+    elif opcode.startswith("mov.") and any(isinstance(operand, Vector) for operand in instruction.operands):
+        opcode += "".join(f".{len(o.parts) if isinstance(o, Vector) else 1}" for o in instruction.operands)
+    return _find(opcode)
+
+
+@lru_cache(maxsize=4096)
+def _find(opcode: str) -> Known | None:
     parts = opcode.split(".")
-    if parts[0] in FAMILIES and (made := FAMILIES[parts[0]](parts)) is not None:
-        return made
-    for modifier, around in (("ftz", _flushing), ("sat", _saturating)):
-        if modifier in parts and parts[-1] == "f32":
-            known = find(".".join(part for part in parts if part != modifier))
-            return known and around(known)
-    return None
+    made = (make(parts) for make in FAMILIES.get(parts[0], ()))
+    return TABLE.get(opcode) or next((one for one in made if one is not None), None)
 
 
-def flush(values: Row) -> Row:
-    """fp32 numbers, or their bits, with zeros of the same sign in place of subnormals."""
-    numbers = values if values.dtype.kind == "f" else np.ascontiguousarray(values).view(np.float32)
-    small = np.abs(numbers) < SMALLEST_NORMAL
-    return np.where(small, np.copysign(np.float32(0), numbers), numbers).view(values.dtype)
-
-
-def _flushing(known: Pure) -> Pure:
-    """fp32 stands in a signature as f32, or as u32 where bits do."""
-
-    def function(*values: Row) -> Row:
-        result = known.function(
-            *(flush(v) if k in ("f32", "u32") else v for v, k in zip(values, known.sources, strict=True))
-        )
-        return flush(result) if known.result in ("f32", "u32") else result
-
-    return known._replace(function=function)
-
-
-def _saturating(known: Pure) -> Pure:
-    def function(*values: Row) -> Row:
-        result = known.function(*values)
-        return np.where(result > 0, np.minimum(result, result.dtype.type(1)), result.dtype.type(0))
-
-    return known._replace(function=function)
+def results_of(instruction: Instruction) -> int:
+    """How many operands, from the first on, an instruction writes."""
+    if (found := find(instruction)) is None:
+        return 0
+    return len(found.results) - (found.results[-1:] == ("pred?",) and "|" not in instruction.text)
 
 
 def dtype_of(type_name: str) -> Any:
     """The numpy dtype of a type in a signature."""
     if type_name == "pred":
         return np.dtype(bool)
-    kind, bits = re.fullmatch(r"([usf])(\d+)", type_name).groups()  # type: ignore[union-attr]
-    return np.dtype(f"{kind.replace('s', 'i')}{int(bits) // 8}")
+    return np.dtype(f"{type_name[0].replace('s', 'i')}{int(type_name[1:]) // 8}")

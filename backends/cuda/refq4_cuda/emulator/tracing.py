@@ -24,9 +24,9 @@ from .batch import Batch
 from .decode import prepare
 from .flow import read_registers, written_registers
 from .order import WARP
-from .parse import Address, Instruction, Vector
+from .parse import Instruction
 from .program import FLOAT, SIGNED, UNSIGNED, Program
-from .semantics import find
+from .semantics import find, results_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -171,13 +171,11 @@ class _Reader:
 
 def _is_floating(instruction: Instruction, name: str) -> bool:
     """Whether the instruction takes the register for an fp32 number."""
-    opcode, operands = instruction.opcode, instruction.operands
-    if (known := find(opcode)) is not None and "|" not in instruction.text:
-        kinds = zip(operands, (known.result, *known.sources), strict=True)
-        return any(operand == name and kind == "f32" for operand, kind in kinds) or opcode in ("mov.f32", "selp.f32")
-    if opcode.startswith("mma"):
-        return any(isinstance(o, Vector) and name in o.parts for o in (operands[0], operands[3]))
-    return opcode.endswith(".f32") and not any(isinstance(o, Address) and o.base == name for o in operands)
+    known, results = find(instruction), results_of(instruction)
+    if known is None:
+        return False
+    kinds = [*known.results[:results], *known.sources]
+    return any(operand == name and kind == "f32" for operand, kind in zip(instruction.flat, kinds, strict=False))
 
 
 def _show(m: Batch, slot: int, lane: int, floating: bool) -> str:
