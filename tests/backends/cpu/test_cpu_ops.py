@@ -380,6 +380,22 @@ def test_one_kernel_gives_a_token_the_same_bits_alone_and_in_a_batch(
             assert torch.equal(torch.cat([backend.gemm_4bit(row[None], w, None) for row in x]), together)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_long_input_is_multiplied_chunk_by_chunk_with_the_same_bits(cpu: CpuBackend, dtype: torch.dtype) -> None:
+    n, k, m = 16, 8192, 260  # two chunks of 130 tokens: a copy of 256 tokens' x has 8 MB
+    weight, bias = random_weight(n, k), torch.randn(n).to(dtype)
+    x, grad = torch.randn(m, k).to(dtype), torch.randn(m, k).to(dtype)
+    for w, layout in ((weight, "canonical"), (cpu.prepare_weight(weight), TILES)):
+        if w is not None:
+            kernel = cpu._kernel_for(dtype, m, k, 64, layout)
+            short = [cpu._product(part, w, bias, kernel) for part in x.split(100)]
+            assert_same_bits(cpu._product(x, w, bias, kernel), torch.cat(short))
+    across = random_weight(k, 64)
+    assert_same_bits(
+        cpu.grad_input_4bit(grad, across), torch.cat([cpu.grad_input_4bit(part, across) for part in grad.split(100)])
+    )
+
+
 def test_the_blocked_rung_for_bf16_pairs_gives_the_bits_of_the_one_before(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
