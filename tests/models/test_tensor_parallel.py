@@ -41,6 +41,12 @@ LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": 
 MOE = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
 MOE |= {"num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, **NO_TOKENS}
 
+# peft takes a part of the device mesh that transformers took from a larger one.
+PARTS_OF_PARTS = torch.__version__ >= (2, 9)
+NO_PARTS_OF_PARTS = (
+    f"torch {torch.__version__} slices no slice of a device mesh, as peft wants: run this with torch 2.9"
+)
+
 # What both processes run. Each has the model whole as well, to compare with.
 COMMON = """
 import os, re, sys
@@ -126,12 +132,14 @@ def agree(name, halves=True, **sizes):
     assert held * 2 == whole or not halves
 """
 
-LLAMA_AND_LORA = """
-from peft import LoraConfig, PeftModel, get_peft_model
-
+DENSE = """
 agree("full-nf4", tp_size=2)
 agree("phi3", tp_size=2)  # results are gathered, and inputs divided again
 agree("tied-nf4", tp_size=2, halves=False)  # a table in 4 bits, and the head that shares it, stay whole
+"""
+
+LORA = """
+from peft import LoraConfig, PeftModel, get_peft_model
 
 lora = LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
 one, generator = get_peft_model(loaded("full"), lora), torch.Generator().manual_seed(5)
@@ -190,7 +198,7 @@ def test_two_processes_that_hold_a_half_each_compute_and_save_what_one_does(chec
         "-W",
         "error::UserWarning:refq4",
         "-c",
-        COMMON + TORCH_ALONE + TRANSFORMERS + LLAMA_AND_LORA + EXPERTS + PAGE + ENDS,
+        COMMON + TORCH_ALONE + TRANSFORMERS + DENSE + (LORA if PARTS_OF_PARTS else "") + EXPERTS + PAGE + ENDS,
     ]
     running = [
         subprocess.Popen(
@@ -205,6 +213,8 @@ def test_two_processes_that_hold_a_half_each_compute_and_save_what_one_does(chec
     for process, (out, err) in zip(running, said, strict=True):
         assert process.returncode == 0, err
         assert out.endswith("done\n")
+    if not PARTS_OF_PARTS:
+        pytest.skip(f"all passed but LoRA, which did not run: {NO_PARTS_OF_PARTS}")
 
 
 @pytest.fixture(scope="module")
@@ -404,6 +414,7 @@ def test_sizes_that_are_not_made_for_packed_weights_are_refused(sizes, error, me
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # what peft 0.21 asks transformers
+@pytest.mark.filterwarnings("ignore:You are attempting to slice a submesh:UserWarning")  # torch 2.9 of what peft does
 def test_what_needs_whole_weights_is_refused_of_a_divided_model(checkpoints, tmp_path):
     from peft import IA3Config, LoraConfig, get_peft_model
 
@@ -419,6 +430,8 @@ def test_what_needs_whole_weights_is_refused_of_a_divided_model(checkpoints, tmp
         ):
             with pytest.raises(ValueError, match=f"divided among processes, and {named} is not made for that"):
                 get_peft_model(model, config)
+        if not PARTS_OF_PARTS:
+            pytest.skip(f"all was refused but a merge, which did not run: {NO_PARTS_OF_PARTS}")
         adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
         with pytest.raises(ValueError, match=r"adapters are merged into whole ones.*nothing was merged"):
             adapted.merge_adapter()
