@@ -27,7 +27,7 @@ from .checks import (
     check_weight_memory,
     checked_weight,
 )
-from .schemas import implement
+from .schemas import implement, implement_on_weight
 
 __all__ = ["decode", "dequantize_4bit", "dequantize_blockwise", "quantize_4bit", "quantize_blockwise"]
 
@@ -81,7 +81,7 @@ def decode(weight: PackedWeight, dtype: torch.dtype, backend: str | Resolved) ->
     return result
 
 
-dequantize_4bit = implement("dequantize_4bit", at=0, check=checked_weight)(decode)
+dequantize_4bit = implement_on_weight("dequantize_4bit", at=0, check=checked_weight)(decode)
 
 
 @implement("quantize_blockwise")

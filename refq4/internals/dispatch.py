@@ -23,7 +23,7 @@ from ..backend import Call, PackedWeight
 from ..registry import Resolved, run_op
 from .checks import PLAIN, check_memory, check_operand, check_product, check_weight_memory, checked_weight
 from .codec import decode
-from .schemas import Weight, implement
+from .schemas import Weight, implement_on_weight
 
 __all__ = ["GRAD_INPUT", "grad_input", "is_deferred", "product", "wants_grad"]
 
@@ -164,11 +164,11 @@ _SLOW_ON_CPU = _dtypes_without_cpu_products()
 # --- the ops --------------------------------------------------------------------------------------------------------
 
 
-_PRODUCTS = {op: implement(op, at=1)(partial(_product, op)) for op in ("gemv_4bit", "gemm_4bit")}
-_op_of_grad_input = implement(GRAD_INPUT, at=1, check=checked_weight)(_grad_input)
+_PRODUCTS = {op: implement_on_weight(op, at=1)(partial(_product, op)) for op in ("gemv_4bit", "gemm_4bit")}
+_op_of_grad_input = implement_on_weight(GRAD_INPUT, at=1, check=checked_weight)(_grad_input)
 
 
-@implement("restore_weight", at=0)
+@implement_on_weight("restore_weight", at=0)
 def _op_of_restore(weight: Weight, name: str) -> Tensor:
     backend = registry.check_usable(name)
     if isinstance(weight, PackedWeight) or backend is None:
