@@ -30,8 +30,7 @@ from .checks import (
     check_memory,
     check_weight_memory,
 )
-from .codec import decode
-from .dispatch import grad_input, is_deferred, product, wants_grad
+from .dispatch import decode, grad_input, is_deferred, product, wants_grad
 from .format import dtype_name
 from .prepared import MOST_RESTORES, Preparable
 from .schemas import implement_on_weight, library, unflatten

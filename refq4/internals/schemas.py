@@ -2,7 +2,7 @@
 
     schema     flat tensors and numbers, which is what torch's dispatcher understands; a weight is the six of ``WEIGHT``
     fake       shapes and dtypes only: torch.compile, torch.export; the operations of a product, to be counted
-    kernel     refq4/internals/dispatch.py and codec.py: the checks, and the backend
+    kernel     refq4/internals/dispatch.py: the checks, and the backend
     gradient   refq4/autograd.py, with the rule for vmap
 
 The backend travels as a plain string, the last positional argument. So a compiler sees through an op, backward keeps
