@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .internals import dispatch
-from .internals.codec import dequantize_4bit
 from .internals.dispatch import GRAD_INPUT
 from .internals.schemas import Weight, flatten, library, unflatten
 from .registry import Resolved, requested_backend
@@ -93,7 +92,7 @@ def differentiable(op: str, A: Tensor, weight: Weight, bias: Tensor | None, back
         out = _Function.apply(op, A, weight, bias, backend)  # type: ignore[no-untyped-call]
         return out
     if torch._C._functorch.is_legacy_batchedtensor(A):  # as in autograd.grad(is_grads_batched=True): torch's ops only
-        W = dequantize_4bit(weight, A.dtype, backend)  # type: ignore[arg-type]
+        W = dispatch.dequantize_4bit(weight, A.dtype, backend)  # type: ignore[arg-type]
         out = A @ (W if op == GRAD_INPUT else W.t())
         return out if bias is None else out + bias
     A, bias = _unwrap(A), None if bias is None else _unwrap(bias)

@@ -8,7 +8,7 @@
     state     refq4/state.py                   QuantState
 
 Each has the same parameters, defaults and errors as there. Each checks its arguments (once, here: backends don't check
-them), then calls an op (``refq4/internals/codec.py``).
+them), then calls an op (``refq4/internals/dispatch.py``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import layout
 from .codebooks import create_dynamic_map, create_fp4_map, create_normal_map, get_codebook
-from .internals import codec
+from .internals import dispatch
 from .internals.blockwise import dequantize_blockwise, quantize_blockwise, quantize_scales
 from .internals.checks import check_blocksize, check_floats, check_storage, write_into
 from .internals.format import WEIGHT_DTYPES
@@ -103,12 +103,12 @@ def quantize_4bit(
     chosen = requested_backend(backend)
     A = A.detach()
 
-    packed, found = codec.quantize_4bit(A, blocksize, book.name, allow_nonfinite, chosen)
+    packed, found = dispatch.quantize_4bit(A, blocksize, book.name, allow_nonfinite, chosen)
     if scales != "absmax" or importance is not None:
         from .internals.scale_search import search_scales  # of no use to a layer that is only loaded and called
 
         found = search_scales(A, found, blocksize, book.name, chosen, scales, importance)
-        packed, _ = codec.quantize_4bit(A, blocksize, book.name, allow_nonfinite, chosen, absmax=found)
+        packed, _ = dispatch.quantize_4bit(A, blocksize, book.name, allow_nonfinite, chosen, absmax=found)
     stored = layout.to_storage(packed, quant_storage)
     code = get_4bit_type(book.name, device=A.device)
     state = QuantState(found, A.shape, code, blocksize, book.name, A.dtype)
@@ -160,7 +160,7 @@ def dequantize_4bit(
         code = get_4bit_type(get_codebook(quant_type).name, device=A.device)
         quant_state = QuantState(absmax, out.shape, code, blocksize, quant_type, out.dtype)
     weight, dtype = quant_state.packed_weight(A), quant_state.dtype or torch.float32
-    result = write_into("out", out, codec.dequantize_4bit(weight, dtype, requested_backend(backend)))
+    result = write_into("out", out, dispatch.dequantize_4bit(weight, dtype, requested_backend(backend)))
     is_row = A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1
     return result.t() if is_row and result.dim() == 2 else result
 

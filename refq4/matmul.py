@@ -19,7 +19,7 @@ from torch import Tensor
 from . import registry
 from .autograd import differentiable
 from .backend import Call, PackedWeight, PreparedWeight
-from .internals import codec, dispatch
+from .internals import dispatch
 from .internals.checks import check_bias, check_operand, warn_caller, write_into
 from .internals.dispatch import is_deferred, wants_grad
 from .registry import Resolved
@@ -240,7 +240,7 @@ def _matmul_k_by_n(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None,
             f"has K = {A.shape[-1]}. Quantise it as [N, K] = [out_features, in_features]; this will become an error.",
             DeprecationWarning,
         )
-    weight = codec.dequantize_4bit(state.packed_weight(B), A.dtype, backend)
+    weight = dispatch.dequantize_4bit(state.packed_weight(B), A.dtype, backend)
     return torch.nn.functional.linear(A, weight.t(), bias)
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import registry
 from .backend import PackedWeight
-from .internals import codec
+from .internals import dispatch
 from .internals.blockwise import decode_scales
 from .internals.checks import check_input, warn_caller
 from .internals.dispatch import is_deferred, wants_grad
@@ -359,7 +359,7 @@ def embedding_4bit(layer: Embedding4bit, ids: Tensor) -> Tensor:
     table = state.packed_weight(as_stored(layer.weight, looked_up=True))
     whole_blocks = table.shape[1] % table.blocksize == 0
     wanted = _rows(table, state, ids) if whole_blocks else table
-    rows = codec.dequantize_4bit(wanted, state.dtype or torch.float32, registry.requested_backend(None))
+    rows = dispatch.dequantize_4bit(wanted, state.dtype or torch.float32, registry.requested_backend(None))
     if not whole_blocks:
         rows = torch.nn.functional.embedding(ids, rows)
     return step(0, rows.to(layer.dtype), ROWS_ONLY if whole_blocks else WHOLE_TABLE)  # no step of a linear layer

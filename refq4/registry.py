@@ -215,7 +215,7 @@ def resolve(call: Call, requested: str) -> Resolved:
 def run_op(describe: Callable[[], Call], backend: str | Resolved, op: str, *operands: Any) -> Any:
     """Let the backend compute, and tell the trace; an error in the middle says whose it was.
 
-    The operands have been checked: refq4/internals/dispatch.py and codec.py.
+    The operands have been checked: refq4/internals/dispatch.py.
     """
     found = resolve(describe(), backend) if isinstance(backend, str) else backend
     listener = current()

@@ -5,7 +5,7 @@
     quantize_scales        the scales of a 4-bit tensor -> 8 bits, mean taken off
 
 The first two are public as ``refq4.functional.quantize_blockwise`` and ``dequantize_blockwise``. Like the 4-bit
-functions there, they check what they are given, then call an op (``refq4/internals/codec.py``).
+functions there, they check what they are given, then call an op (``refq4/internals/dispatch.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .. import layout
 from ..codebooks import create_dynamic_map
 from ..registry import requested_backend
 from ..state import QuantState
-from . import codec
+from . import dispatch
 from .checks import check_blocksize, check_floats, check_positive, warn_caller, write_into
 from .format import NESTED_BLOCKSIZE, WEIGHT_DTYPES
 
@@ -61,7 +61,7 @@ def quantize_blockwise(
     check_blocksize(blocksize)
     code = (create_dynamic_map() if code is None else code).to(A.device)
     chosen = requested_backend(backend)
-    q, scales = codec.quantize_blockwise(A.detach(), code, blocksize, chosen)
+    q, scales = dispatch.quantize_blockwise(A.detach(), code, blocksize, chosen)
     state = QuantState(scales, code=code, blocksize=blocksize, dtype=A.dtype)
     if nested:
         state.absmax, state.offset, state.state2 = quantize_scales(scales, chosen, blocksize=blocksize)
@@ -110,7 +110,7 @@ def dequantize_blockwise(
     chosen = requested_backend(backend)
     scales = decode_scales(quant_state, chosen)
     dtype = quant_state.dtype or torch.float32
-    result = codec.dequantize_blockwise(A, scales, quant_state.code, quant_state.blocksize, dtype, chosen)
+    result = dispatch.dequantize_blockwise(A, scales, quant_state.code, quant_state.blocksize, dtype, chosen)
     return write_into("out", out, result)
 
 

@@ -1,7 +1,7 @@
 """Checks at the boundary: what callers hand over, checked once, with errors that say what to do.
 
 Two boundaries share them. The public functions check what only they know (an output, a storage dtype). The ops
-(``refq4/internals/dispatch.py``, ``codec.py``) check all that reaches a backend, and a backend hands it to C or CUDA as
+(``refq4/internals/dispatch.py``) check all that reaches a backend, and a backend hands it to C or CUDA as
 addresses: there :func:`checked_weight` and :func:`check_product` hold each tensor to the length, dtype and device that
 the sizes of the call want. Only a layout of a backend's own is checked elsewhere: by the backend, which alone knows it.
 """

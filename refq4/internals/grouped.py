@@ -30,11 +30,10 @@ from .checks import (
     check_memory,
     check_weight_memory,
 )
-from .codec import decode
-from .dispatch import grad_input, is_deferred, product, wants_grad
+from .dispatch import decode, grad_input, is_deferred, product, wants_grad
 from .format import dtype_name
 from .prepared import MOST_RESTORES, Preparable
-from .schemas import implement, library, unflatten
+from .schemas import implement_on_weight, library, unflatten
 
 __all__ = ["grouped_gemm_4bit", "one_expert", "own_layout"]
 
@@ -240,7 +239,7 @@ def _checked_offsets(offsets: Tensor, experts: int, rows: int) -> Tensor:
 # --- the ops and their gradient ---------------------------------------------------------------------------------------
 
 
-_op = implement(OP, at=1)(_grouped)
+_op = implement_on_weight(OP, at=1)(_grouped)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

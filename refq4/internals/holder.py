@@ -156,23 +156,19 @@ class Holds4bitWeight(nn.Module):
         """
         own = f"{prefix}{self._held}"
         stats = {key: value for key, value in state_dict.items() if key.startswith(f"{own}.")}
+        others = {key: value for key, value in state_dict.items() if key != own and key not in stats}
         incoming = state_dict.get(own)
-        assign = bool(local_metadata.get("assign_to_params_buffers", False))
         if stats and incoming is None:
             missing_keys.append(own)
         elif stats:
-            self._load_packed(state_dict[own], stats, assign)
+            self._load_packed(incoming, stats, local_metadata.get("assign_to_params_buffers", False))
         elif incoming is not None and getattr(self._weight, "bnb_quantized", False):
             self._load_full_precision(incoming, own, error_msgs)
         else:
-            args = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-            return super()._load_from_state_dict(state_dict, prefix, *args)
-        # everything but the weight the usual way; keys that start with "weight" are dealt with
-        others = {key: value for key, value in state_dict.items() if key != own and key not in stats}
+            others, own = state_dict, ""  # torch loads the weight, too
         reported = len(missing_keys)
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         missing_keys[reported:] = [key for key in missing_keys[reported:] if key != own]
-        return None
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """Asked by ``torch.distributed.checkpoint``, which follows the keys of a state dict attribute by attribute.

@@ -126,17 +126,15 @@ class Preparable(Tensor):
 
     def stored(self) -> Tensor:
         """The stored bytes as a plain tensor, wherever they are; the form stays."""
-        with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
-            for _ in range(100):  # twice only if another thread restores them between the two looks
-                here = self.data
-                if not self.prepared and here.numel() * here.itemsize <= here.untyped_storage().nbytes():
-                    return here
-                form = self._form
-                if form is not None and form.prepared is not None:
-                    with torch._C._DisableFuncTorch():  # the bytes are no function of what torch.func transforms
-                        packed = form.backend.restore_weight(form.prepared).packed
-                        return layout.to_storage(packed, here.dtype).view(self.shape)
-        raise ValueError("the weight's memory is not there: its storage was freed or cut")
+        with _lock, torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
+            here, form = self.data, self._form
+            if form is not None and form.prepared is not None:
+                with torch._C._DisableFuncTorch():  # the bytes are no function of what torch.func transforms
+                    packed = form.backend.restore_weight(form.prepared).packed
+                    return layout.to_storage(packed, here.dtype).view(self.shape)
+            if here.nbytes > here.untyped_storage().nbytes():
+                raise ValueError("the weight's memory is not there: its storage was freed or cut")
+            return here
 
     def readable(self) -> Tensor:
         """What an op may read: :meth:`stored`, or while compiling the parameter itself.

@@ -35,7 +35,7 @@ from .. import layout
 from ..backend import Call, PackedWeight
 from ..codebooks import get_codebook
 from ..registry import Resolved, resolve
-from . import codec
+from . import dispatch
 
 __all__ = ["SCALES", "backend_for_scales", "check_way", "search_scales", "takes_scales"]
 
@@ -97,10 +97,10 @@ def _best_factors(x: Tensor, absmax: Tensor, blocksize: int, quant_type: str, ba
 def _assigned(x: Tensor, scale: float, blocksize: int, quant_type: str, backend: str) -> Tensor:
     """The codebook's values that x [blocks, blocksize] gets with one scale for all blocks; fp32, like x."""
     scales = torch.full_like(x[:, 0], scale)
-    packed, _ = codec.quantize_4bit(x, blocksize, quant_type, True, backend, absmax=scales)
+    packed, _ = dispatch.quantize_4bit(x, blocksize, quant_type, True, backend, absmax=scales)
     code = get_codebook(quant_type).on(x.device).values
     weight = PackedWeight(packed, torch.ones_like(scales), code, blocksize, tuple(x.shape), quant_type)
-    return codec.dequantize_4bit(weight, torch.float32, backend)
+    return dispatch.dequantize_4bit(weight, torch.float32, backend)
 
 
 def _in_blocks(flat: Tensor, blocksize: int) -> Tensor:

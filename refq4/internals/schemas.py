@@ -2,7 +2,7 @@
 
     schema     flat tensors and numbers, which is what torch's dispatcher understands; a weight is the six of ``WEIGHT``
     fake       shapes and dtypes only: torch.compile, torch.export; the operations of a product, to be counted
-    kernel     refq4/internals/dispatch.py and codec.py: the checks, and the backend
+    kernel     refq4/internals/dispatch.py: the checks, and the backend
     gradient   refq4/autograd.py, with the rule for vmap
 
 The backend travels as a plain string, the last positional argument. So a compiler sees through an op, backward keeps
@@ -22,9 +22,8 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import layout
 from ..backend import Nested, PackedWeight, PreparedWeight
 from .checks import checked
-from .discovery import Resolved
 
-__all__ = ["Weight", "flatten", "implement", "library", "unflatten"]
+__all__ = ["Weight", "flatten", "implement", "implement_on_weight", "library", "unflatten"]
 
 Weight = PackedWeight | PreparedWeight
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,10 +42,8 @@ def flatten(weight: Weight) -> tuple[Any, ...]:
     """The six arguments that a weight is to an op: its tensors, and what they are."""
     if isinstance(weight, PreparedWeight):
         return list(weight.tensors), weight.layout, weight.shape, weight.blocksize, weight.quant_type, 0
-    tensors, blocksize2 = [weight.packed, weight.absmax, weight.code], 0
-    if weight.nested is not None:
-        *second, blocksize2 = weight.nested
-        tensors += second
+    *second, blocksize2 = weight.nested or (0,)
+    tensors = [weight.packed, weight.absmax, weight.code, *second]
     return tensors, CANONICAL, weight.shape, weight.blocksize, weight.quant_type, blocksize2
 
 
@@ -65,35 +62,39 @@ def unflatten(*flat: Any) -> Weight:
     return PackedWeight(packed, absmax, code, blocksize, tuple(shape), quant_type, nested)
 
 
-def implement(name: str, at: int | None = None, check: Callable[[Weight], Weight] = checked) -> Callable[[F], F]:
-    """Make the decorated function the kernel of an op, for tensors that hold numbers; its name then calls the op.
+def implement(name: str) -> Callable[[F], F]:
+    """Make the decorated function the kernel of an op, for tensors that hold numbers; its name is then the op's.
 
-    The call goes through torch's dispatcher, as that of ``torch.ops.refq4.<name>`` does, with the arguments of the
-    kernel: a weight, which is the argument number ``at``, is flattened on the way and put together and checked again,
-    and a backend that has been resolved goes as its name.
+    Calling the op goes through torch's dispatcher, as calling ``torch.ops.refq4.<name>`` does.
     """
 
-    def with_kernel(kernel: F) -> Any:
-        op = getattr(torch.ops.refq4, name).default
-
-        def with_weight(*args: Any) -> Any:
-            assert at is not None
-            weight = unflatten(*args[at : at + 6], args[-1])
-            return kernel(*args[:at], check(weight), *args[at + 6 :])
-
-        def call(*args: Any) -> Any:
-            assert at is not None
-            return op(*args[:at], *flatten(args[at]), *args[at + 1 : -1], as_argument(args[-1]))
-
-        library.impl(name, kernel if at is None else with_weight, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-        return op if at is None else call
+    def with_kernel(kernel: F) -> F:
+        library.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        op: F = getattr(torch.ops.refq4, name).default
+        return op
 
     return with_kernel
 
 
-def as_argument(backend: str | Resolved) -> str:
-    """The backend as an op takes it: its name, or the choice."""
-    return backend if isinstance(backend, str) else backend.backend.name
+def implement_on_weight(name: str, at: int, check: Callable[[Weight], Weight] = checked) -> Callable[[F], F]:
+    """The same for a kernel whose argument number ``at`` is a weight; its name then takes what the kernel does.
+
+    On the way the weight is flattened, put together again and checked, and a backend that was resolved goes as a name.
+    """
+
+    def with_kernel(kernel: F) -> Any:
+        @implement(name)
+        def op(*args: Any) -> Any:
+            weight = unflatten(*args[at : at + 6], args[-1])
+            return kernel(*args[:at], check(weight), *args[at + 6 :])
+
+        def call(*args: Any) -> Any:
+            backend = args[-1] if isinstance(args[-1], str) else args[-1].backend.name
+            return op(*args[:at], *flatten(args[at]), *args[at + 1 : -1], backend)
+
+        return call
+
+    return with_kernel
 
 
 # --- the ops, each with its fake ------------------------------------------------------------------------------------

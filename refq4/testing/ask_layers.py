@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import nn
-from ..internals import codec
+from ..internals import dispatch
 from ..matmul import matmul_4bit
 from ..registry import use_backend
 from ..state import QuantState
@@ -54,7 +54,7 @@ def ask_backward(asked: Asked) -> None:
     g = torch.randn(asked.case.m, asked.case.n, generator=torch.Generator().manual_seed(asked.case.seed + 1))
     g = g.to(asked.case.torch_dtype).to(asked.device)
     got, wanted = asked.both(lambda by: _gradients(asked, B, state, g, by))
-    W = codec.dequantize_4bit(state.packed_weight(B), torch.float32, asked.against)
+    W = dispatch.dequantize_4bit(state.packed_weight(B), torch.float32, asked.against)
     budgets = [product_budget(g.double() @ W.double(), wanted[0], g, W.t())]
     if len(wanted) > 1:
         budgets.append(Budget.of(g.double().sum(0), wanted[1], wanted[1].dtype))

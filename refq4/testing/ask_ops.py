@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..codebooks import create_dynamic_map
 from ..functional import quantize_4bit
-from ..internals import codec, dispatch
+from ..internals import dispatch
 from ..internals.grouped import grouped_gemm_4bit
 from ..internals.scale_search import takes_scales
 from ..matmul import describe
@@ -27,7 +27,7 @@ def ask_quantize_4bit(asked: Asked) -> None:
     """Packed bytes and absmax of a tensor."""
     case = asked.case
     allowed = case.weights == "not finite"
-    got, wanted = asked.both(lambda by: codec.quantize_4bit(asked.W, case.blocksize, case.code, allowed, by))
+    got, wanted = asked.both(lambda by: dispatch.quantize_4bit(asked.W, case.blocksize, case.code, allowed, by))
     assert_same_bits(one_nan(got[1]), one_nan(wanted[1]), "absmax")
     try:
         assert_same_bits(got[0], wanted[0], "packed bytes")
@@ -42,7 +42,7 @@ def ask_quantize_4bit(asked: Asked) -> None:
 def _ask_quantize_with_scales(asked: Asked, absmax: Tensor, allowed: bool) -> None:
     """The same with scales given, smaller than the largest magnitudes, so that values are clamped."""
     case = asked.case
-    ask = partial(codec.quantize_4bit, asked.W, case.blocksize, case.code, allowed, absmax=absmax)
+    ask = partial(dispatch.quantize_4bit, asked.W, case.blocksize, case.code, allowed, absmax=absmax)
     got, wanted = asked.both(ask)
     assert_same_bits(one_nan(got[1]), one_nan(absmax), "absmax, which was given")
     assert_same_bits(got[0], wanted[0], "packed bytes, with absmax given")
@@ -52,14 +52,14 @@ def ask_dequantize_4bit(asked: Asked) -> None:
     """Packed bytes decoded, with plain or nested scales."""
     B, state = asked.quantised()
     weight = state.packed_weight(B)
-    got, wanted = asked.both(lambda by: codec.dequantize_4bit(weight, asked.case.torch_dtype, by))
+    got, wanted = asked.both(lambda by: dispatch.dequantize_4bit(weight, asked.case.torch_dtype, by))
     assert_same_bits(one_nan(got), one_nan(wanted), "decoded weight")
 
 
 def ask_quantize_blockwise(asked: Asked) -> None:
     """8-bit codes and absmax."""
     code = create_dynamic_map().to(asked.device)
-    got, wanted = asked.both(lambda by: codec.quantize_blockwise(asked.W, code, asked.case.blocksize, by))
+    got, wanted = asked.both(lambda by: dispatch.quantize_blockwise(asked.W, code, asked.case.blocksize, by))
     assert_same_bits(one_nan(got[1]), one_nan(wanted[1]), "absmax")
     assert_same_bits(got[0], wanted[0], "8-bit codes")
 
@@ -67,8 +67,8 @@ def ask_quantize_blockwise(asked: Asked) -> None:
 def ask_dequantize_blockwise(asked: Asked) -> None:
     """8-bit codes decoded."""
     case, code = asked.case, create_dynamic_map().to(asked.device)
-    q, absmax = codec.quantize_blockwise(asked.W, code, case.blocksize, asked.against)
-    ask = partial(codec.dequantize_blockwise, q, absmax, code, case.blocksize, case.torch_dtype)
+    q, absmax = dispatch.quantize_blockwise(asked.W, code, case.blocksize, asked.against)
+    ask = partial(dispatch.dequantize_blockwise, q, absmax, code, case.blocksize, case.torch_dtype)
     got, wanted = asked.both(ask)
     assert_same_bits(one_nan(got), one_nan(wanted), "decoded values")
 

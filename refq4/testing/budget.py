@@ -24,7 +24,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..internals import codec, dispatch
+from ..internals import dispatch
 from ..internals.grouped import one_expert
 from ..state import QuantState
 
@@ -116,7 +116,7 @@ def oracle(x: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None, 
 
 def _decoded(B: Tensor, state: QuantState, backend: str) -> Tensor:
     """The weight in fp32, whatever dtype it had before it was quantised."""
-    return codec.dequantize_4bit(state.packed_weight(B), torch.float32, backend)
+    return dispatch.dequantize_4bit(state.packed_weight(B), torch.float32, backend)
 
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -178,9 +178,9 @@ def grouped_budget(
     packed = state.packed_weight(B)
     # one by one where blocks allow it, as the product decodes them: an engine may decode a taller weight otherwise
     alone = [one_expert(packed, e) for e in range(len(offsets) - 1)]
-    weights = [codec.dequantize_4bit(each, torch.float32, backend) for each in alone if each is not None]
+    weights = [dispatch.dequantize_4bit(each, torch.float32, backend) for each in alone if each is not None]
     if not weights:
-        weights = list(codec.dequantize_4bit(packed, torch.float32, backend))
+        weights = list(dispatch.dequantize_4bit(packed, torch.float32, backend))
     parts: list[Budget] = []
     for e, (start, stop) in enumerate(pairwise(offsets)):
         rows, weight = x[start:stop], weights[e].t() if transposed else weights[e]

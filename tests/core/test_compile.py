@@ -14,7 +14,7 @@ from torch import nn
 import refq4
 import refq4.functional as F
 from refq4.codebooks import create_dynamic_map
-from refq4.internals import codec, schemas
+from refq4.internals import dispatch, schemas
 from refq4.testing import assert_same_bits
 from refq4.testing.isolation import isolated_registry
 
@@ -159,7 +159,7 @@ def test_opcheck_passes_for_the_other_ops():
     code = create_dynamic_map()
     torch.library.opcheck(torch.ops.refq4.quantize_4bit.default, (x, 32, "nf4", False, "auto"))
     torch.library.opcheck(torch.ops.refq4.quantize_blockwise.default, (x, code, 32, "auto"))
-    q, absmax = codec.quantize_blockwise(x, code, 32, "auto")
+    q, absmax = dispatch.quantize_blockwise(x, code, 32, "auto")
     torch.library.opcheck(torch.ops.refq4.dequantize_blockwise.default, (q, absmax, code, 32, torch.float16, "auto"))
     backend = refq4.register_backend(Loopback(own_layout=True))
     B, state = F.quantize_4bit(torch.randn(6, 64), quant_type="nf4")

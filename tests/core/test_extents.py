@@ -19,7 +19,7 @@ import refq4.functional as F
 from refq4 import registry
 from refq4.autograd import MatMul4Bit
 from refq4.codebooks import create_dynamic_map
-from refq4.internals import codec, schemas
+from refq4.internals import dispatch, schemas
 from refq4.internals.checks import check_blockwise
 from refq4.testing import assert_same_bits
 from refq4.testing.isolation import isolated_registry
@@ -316,7 +316,7 @@ def weight_arguments(nested: bool) -> list[Any]:
 def calls(backend: str) -> dict[str, list[Any]]:
     """Arguments that each op takes."""
     code, x = create_dynamic_map(), torch.randn(5, 33)
-    q, absmax = codec.quantize_blockwise(x, code, 32, backend)
+    q, absmax = dispatch.quantize_blockwise(x, code, 32, backend)
     made = {
         "quantize_4bit": [x, 32, "nf4", False, backend],
         "quantize_blockwise": [x, code, 32, backend],

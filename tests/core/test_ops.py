@@ -20,7 +20,7 @@ import refq4
 import refq4.functional as F
 from refq4.autograd import MatMul4Bit
 from refq4.backend import PreparedWeight
-from refq4.internals import codec, dispatch, schemas
+from refq4.internals import dispatch, schemas
 from refq4.nn import LinearNF4
 from refq4.reference import ReferenceBackend
 from refq4.testing.isolation import isolated_registry
@@ -166,7 +166,7 @@ def test_the_reference_reads_no_layout_but_the_canonical():
 def test_every_op_says_on_meta_what_shapes_and_dtypes_it_will_give(dtype, layer):
     B, state = F.quantize_4bit(A, quant_type="nf4")
     weight, x = state.packed_weight(B), A.to(dtype).view(2, 4, 128)
-    q, scales = codec.quantize_blockwise(x, F.create_dynamic_map(), 64, "reference")
+    q, scales = dispatch.quantize_blockwise(x, F.create_dynamic_map(), 64, "reference")
     with isolated_registry(), torch.no_grad():
         prepared = refq4.register_backend(Recorder(own_layout=True)).prepare_weight(weight)
         own = schemas.flatten(prepared)
