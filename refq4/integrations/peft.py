@@ -126,14 +126,11 @@ class LoraLinear4bit(Linear):
             )
         weight, bias = self._unmerged or (layer.weight, layer.bias)
         target = self._merged_weight(weight, names if special else merged)
-        if not bool(target.isfinite().all()):
-            raise ValueError(f"merging {merged} gives NaN or infinity; an adapter seems to be broken")
         merged_bias = self._merged_bias(bias, merged)
-        self._unmerged = weight, bias
         self.merge_error = requantise(layer, weight, target)
+        self._unmerged = weight, bias
         layer.bias = merged_bias  # type: ignore[assignment]  # None, where nn.Linear has None
         self.merged_adapters.extend(names)
-        warn_caller(ROUNDED)
 
     def unmerge(self) -> None:
         """Remove all merged adapters: weight and bias are as before, bit for bit."""
@@ -190,15 +187,25 @@ def decoded(weight: Params4bit) -> Tensor:
 
 
 def requantise(layer: Linear4bit, like: Params4bit, target: Tensor) -> float:
-    """Give ``layer`` the weight ``target`` [N, K] with the settings of ``like``; returns the error."""
+    """Give ``layer`` the weight ``target`` [N, K], as :func:`requantised` makes it; returns the error."""
     layer.weight, error = requantised(like, target)
     layer.quant_state = layer.weight.quant_state
     return error
 
 
 def requantised(like: Params4bit, target: Tensor) -> tuple[Params4bit, float]:
-    """``target`` quantised with the settings of ``like``, and the error."""
+    """``target`` quantised with the settings of ``like``, and the error.
+
+    Raises:
+        ValueError: it holds NaN or infinity.
+
+    Warns:
+        UserWarning: adapters lose precision in 4 bits.
+    """
     assert like.quant_state is not None
+    if not bool(target.isfinite().all()):
+        raise ValueError("the merged weight holds NaN or infinity; an adapter seems to be broken")
+    warn_caller(ROUNDED)
     fresh = like._like(target, None)
     fresh.bnb_quantized = False
     fresh = fresh.to(target.device)

@@ -19,11 +19,10 @@ from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
 from peft.utils import _get_submodules
 from torch import Tensor, nn
 
-from ..internals.checks import warn_caller
 from ..nn.parametrize import PackedParameter, held_4bit
 from .experts import LowRank
 from .instead import instead_of
-from .peft import ROUNDED, decoded, requantised
+from .peft import decoded, requantised
 
 __all__: list[str] = []  # peft makes these
 
@@ -125,16 +124,13 @@ def _merges_packed(original: Any, self: Any, safe_merge: bool = False, adapter_n
     if not names:
         return
     before = held.original if self.__dict__.get("_unmerged") is None else self._unmerged
-    merged, target = [*self.merged_adapters, *names], decoded(before)
-    for adapter in merged:
+    target = decoded(before)
+    for adapter in (*self.merged_adapters, *names):
         target = _delta(self, adapter)(target)
-    if not bool(target.isfinite().all()):
-        raise ValueError(f"merging {merged} gives NaN or infinity; an adapter seems to be broken")
     fresh, self.merge_error = requantised(before, target.detach())
     held.original, held.quant_state = fresh, fresh.quant_state
     self.__dict__["_unmerged"] = before  # no parameter of the wrapper
     self.merged_adapters.extend(names)
-    warn_caller(ROUNDED)
 
 
 @instead_of(ParamWrapper, "unmerge")

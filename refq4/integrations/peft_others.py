@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..functional import dequantize_4bit
-from ..internals.checks import warn_caller
 from ..nn import Linear4bit
 from ..params import Params4bit
 from .instead import instead_of
-from .peft import ROUNDED, adapts_refq4, requantise
+from .peft import adapts_refq4, requantise
 
 __all__: list[str] = []  # peft makes these
 
@@ -54,11 +53,9 @@ class Refq4Backend(quantization_utils.QuantizationBackend):
             layer.quant_state = layer.weight.quant_state
             self._unmerged, self.merge_error = None, None
             return
-        if not bool(weight_data.isfinite().all()):
-            raise ValueError("the merged weight holds NaN or infinity; an adapter seems to be broken")
-        self._unmerged = self._unmerged or layer.weight
-        self.merge_error = requantise(layer, self._unmerged, weight_data.detach().float())
-        warn_caller(ROUNDED)
+        before = self._unmerged or layer.weight
+        self.merge_error = requantise(layer, before, weight_data.detach().float())
+        self._unmerged = before
 
 
 class HiraLinear4bit(HiraLinear):

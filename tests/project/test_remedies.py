@@ -97,13 +97,18 @@ def test_another_package_that_a_page_installs_is_one_that_the_project_is_tested_
 
 
 def test_every_extra_that_the_code_asks_a_remedy_for_exists():
-    asked = [
-        (path.name, node.args[0])
+    calls = [
+        (path.name, ast.unparse(node.func), node.args)
         for path in SOURCES
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("remedies.install", "install") and node.args
+        if isinstance(node, ast.Call) and node.args
     ]
-    assert {argument.value for _, argument in asked if isinstance(argument, ast.Constant)} >= {"cuda", "transformers"}
+    installs = ("remedies.install", "install")
+    asked = [(file, args[0]) for file, name, args in calls if name in installs and file != "versions.py"]
+    checks = [(file, args[1]) for file, name, args in calls if name == "versions.check"]
+    asked += [(file, extra) for file, extra in checks if not file.startswith("test_")]
+    found = {argument.value for _, argument in asked if isinstance(argument, ast.Constant)}
+    assert found >= {"cuda", "diffusers", "transformers"}
     for name, argument in asked:
         assert isinstance(argument, ast.Constant), f"{name}: the extra is written out, so that it can be checked"
         assert argument.value in EXTRAS, name
