@@ -100,15 +100,17 @@ class Memory:
         parts = self.parts(address, s, size, "reads")
         if strong:
             self.order.acquire(s)
-        result = np.empty((len(address), count) if count > 1 else len(address), unsigned[element])
+        result: Any = None
         for buffer, at, offset in parts:
             if self.checks and (self.readers or buffer.shadow is not None):  # else nobody has written there
                 self.shadow(buffer).read(*self.cells(offset, self.order.lanes[s][at], size), strong)
-            values: np.ndarray = buffer.view(element, count).take(offset // size, axis=0)
+            values = buffer.view(element, count).take(offset // size, axis=0)
             if len(parts) == 1:
                 return values
+            if result is None:
+                result = np.empty((len(address), *values.shape[1:]), values.dtype)
             result[at] = values
-        return result
+        return result  # type: ignore[no-any-return]
 
     def write(self, address: np.ndarray, s: Any, values: np.ndarray, strong: bool = False) -> None:
         """Store ``values`` [lanes] or [lanes, count]; a ``strong`` one (volatile, release) counts its block in."""
@@ -195,7 +197,7 @@ class PrivateMemory(Memory):
         if int(np.bitwise_or.reduce(address)) & (size - 1):
             wrong, what = address & (size - 1) != 0, f"which is not a multiple of {size}"
             look = "a vector access to a row whose stride is not a multiple of the vector"
-        elif int(address.min()) < 0 or int(address.max()) > self.size - size:
+        elif int(address.view(np.uint64).max()) > self.size - size:
             wrong, what = (address < 0) | (address > self.size - size), f"outside its {self.size} bytes"
             look = _LOOK[self.space]
         if wrong is not None:
@@ -223,10 +225,9 @@ class GlobalMemory(Memory):
     def parts(self, address: np.ndarray, s: Any, size: int, does: str) -> list[Part]:
         if (k := bisect_right(self.bases, int(address[0])) - 1) >= 0:  # the usual case, quickly: all in one buffer
             region, start = self.regions[k], self.starts[k]
-            offset, shift = address - start, region.base - start
-            inside = int(offset.max()) <= shift + region.nbytes - size and int(offset.min()) >= shift
-            if inside and not int(np.bitwise_or.reduce(offset)) & (size - 1):
-                return [(self.buffers[k], slice(None), offset)]
+            inside = int((address - region.base).view(np.uint64).max()) <= region.nbytes - size
+            if inside and not int(np.bitwise_or.reduce(address)) & (size - 1):
+                return [(self.buffers[k], slice(None), address - start)]
         self.require_aligned(address, s, size, does)
         which = np.searchsorted(np.array(self.bases, np.int64), address, "right") - 1
         found: list[Part] = []

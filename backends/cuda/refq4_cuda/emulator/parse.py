@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from .errors import LaunchError, UnknownInstructionError
@@ -74,7 +75,7 @@ class Instruction:
     guard: str | None = None
     negated: bool = False
 
-    @property
+    @cached_property
     def flat(self) -> list[str | Address]:
         """The operands, with the parts of vectors in their place."""
         return [part for o in self.operands for part in (o.parts if isinstance(o, Vector) else (o,))]

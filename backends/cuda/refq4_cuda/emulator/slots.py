@@ -10,8 +10,8 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from .flow import live_ranges
-from .parse import width_of
+from .flow import is_branch, read_registers, targets_of, written_registers
+from .parse import Kernel, width_of
 from .program import Program
 
 __all__ = ["assign_slots", "lay_out"]
@@ -28,7 +28,7 @@ def assign_slots(program: Program, doubtful: set[str]) -> None:
 
     What an instruction reads and what it writes overlap at that instruction, so they never share.
     """
-    ranges = live_ranges(program.kernel)
+    ranges = _needed(program.kernel)
     free: dict[int, list[int]] = {}
     used: list[tuple[int, int]] = []  # (last instruction, slot), a heap
     for name, (first, last) in sorted(ranges.items(), key=lambda item: item[1]):
@@ -45,6 +45,30 @@ def assign_slots(program: Program, doubtful: set[str]) -> None:
         program.names[name] = slot
         if shares:
             heappush(used, (last, slot))
+
+
+def _needed(kernel: Kernel) -> dict[str, tuple[int, int]]:
+    """The first and the last instruction between which a register's value matters, if it is written before it is read.
+
+    Those are the first and the last that name it, and any later one that jumps back between the two. Where a jump leads
+    past the first, or the first one reads, the value may come from anywhere.
+    """
+    ranges: dict[str, tuple[int, int]] = {}
+    jumps = []
+    for pc, one in enumerate(kernel.code):
+        read = read_registers(one)
+        for name in (*read, *written_registers(one)):
+            if name in kernel.registers:
+                ranges[name] = ranges.get(name, (0 if name in read else pc, pc))[0], pc
+        jumps += [(pc, target) for target in targets_of(kernel, one)] if is_branch(one) else []
+    ahead = [jump for jump in jumps if jump[1] > jump[0]]
+    for name, (first, last) in ranges.items():
+        for pc, target in jumps:
+            if pc > last and first <= target <= last:
+                last = pc
+        around = any(pc < first < target <= last for pc, target in ahead)
+        ranges[name] = (0, len(kernel.code)) if around else (first, last)
+    return ranges
 
 
 def _lay_out_shared(program: Program) -> dict[str, int]:
