@@ -15,7 +15,7 @@ import numpy as np
 
 from .barriers import Meetings
 from .errors import Fault, UninitialisedError
-from .memory import Generic, GlobalMemory, Memory, PrivateMemory, unsigned
+from .memory import GenericMemory, GlobalMemory, Memory, PrivateMemory, unsigned
 from .order import WARP
 from .program import Program
 from .shared import Shared
@@ -59,17 +59,11 @@ class Batch:
         self.carry, self.ticks = np.zeros(count, bool), 0
         self.dynamic_shared = shared
         self.shared = Shared(self.order, len(blocks), program.static_shared + shared, program.grain["shared"], checks)
-        local = PrivateMemory(
-            self.order, "local", count if program.local else 0, program.local, program.grain["local"], checks
-        )
+        threads = count if program.local else 0
+        local = PrivateMemory(self.order, "local", threads, program.local, program.grain["local"], checks)
         given = PrivateMemory(self.order, "argument", 1, len(arguments), 1, False, arguments)
-        self.spaces: dict[str, Memory | Generic] = {
-            "global": memory,
-            "shared": self.shared,
-            "local": local,
-            "param": given,
-        }
-        self.spaces["generic"] = Generic(**self.spaces)  # type: ignore[arg-type]
+        self.spaces: dict[str, Memory] = {"global": memory, "shared": self.shared, "local": local, "param": given}
+        self.spaces["generic"] = GenericMemory(self.order, dict(self.spaces))
         none: list[Any] = [None] * len(program.slots)
         self.rows: tuple[list[np.ndarray], ...] = (none, none.copy(), none.copy())
         self._make_rows()

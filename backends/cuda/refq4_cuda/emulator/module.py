@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .errors import UnknownInstructionError
 
-__all__ = ["Function", "Module", "Variable", "read_module", "read_variable", "width_of"]
+__all__ = ["Function", "Module", "Variable", "laid_out", "read_module", "read_variable", "width_of"]
 
 FORMATS = {"f16": "<e", "f32": "<f", "f64": "<d"}
 
@@ -28,16 +29,20 @@ class Variable(NamedTuple):
     Attributes:
         space: global, const, shared, local or param.
         size: in bytes; None for the dynamic shared array, whose size the launch gives.
+        kind: the declared type of an element, such as ``u64``.
         initial: the bytes it starts with (zeros where the text gives none).
         references: (offset, name, addend) of the addresses of other variables among them.
+        at: its place among those of its memory, in bytes.
     """
 
     space: str
     name: str
     size: int | None
     align: int
+    kind: str
     initial: bytes = b""
     references: tuple[tuple[int, str, int], ...] = ()
+    at: int = 0
 
 
 class Function(NamedTuple):
@@ -128,7 +133,17 @@ def read_variable(statement: str) -> Variable | None:
     data, references = _initial(initial, kind) if initial else (b"", ())
     if size is not None and "" in extents:
         size = len(data)
-    return Variable(space, name, size, int(align or element), data.ljust(size or 0, b"\0"), references)
+    return Variable(space, name, size, int(align or element), kind, data.ljust(size or 0, b"\0"), references)
+
+
+def laid_out(variables: Iterable[Variable]) -> tuple[dict[str, Variable], int]:
+    """Each at its place, the first multiple of its alignment behind the one before; and where the last one ends."""
+    end, placed = 0, {}
+    for variable in variables:
+        start = -(-end // variable.align) * variable.align
+        placed[variable.name] = variable._replace(at=start)
+        end = start + (variable.size or 0)
+    return placed, end
 
 
 def _initial(text: str, kind: str) -> tuple[bytes, tuple[tuple[int, str, int], ...]]:

@@ -11,7 +11,8 @@ from heapq import heappop, heappush
 import numpy as np
 
 from .flow import is_branch, read_registers, targets_of, written_registers
-from .parse import Kernel, width_of
+from .module import laid_out, width_of
+from .parse import Kernel
 from .program import Program
 
 __all__ = ["assign_slots", "lay_out"]
@@ -19,8 +20,12 @@ __all__ = ["assign_slots", "lay_out"]
 
 def lay_out(program: Program) -> dict[str, int]:
     """The place or address of every name that an instruction may use as a number."""
-    parameters = {name: parameter.offset for name, parameter in program.kernel.parameters.items()}
-    return _lay_out_shared(program) | parameters | _lay_out_local(program) | _make_arrays(program)
+    kernel = program.kernel
+    # static arrays first, in order of declaration; the dynamic one behind them, at its own alignment
+    shared, program.static_shared = laid_out(sorted(kernel.shared.values(), key=lambda variable: variable.size is None))
+    local, program.local = laid_out(kernel.local.values())
+    places = {name: variable.at for name, variable in (shared | kernel.parameters | local).items()}
+    return places | _make_arrays(program)
 
 
 def assign_slots(program: Program, doubtful: set[str]) -> None:
@@ -69,25 +74,6 @@ def _needed(kernel: Kernel) -> dict[str, tuple[int, int]]:
         around = any(pc < first < target <= last for pc, target in ahead)
         ranges[name] = (0, len(kernel.code)) if around else (first, last)
     return ranges
-
-
-def _lay_out_shared(program: Program) -> dict[str, int]:
-    """Static arrays first, in order of declaration; the dynamic one behind them, at its own alignment."""
-    end, places = 0, {}
-    for name, (size, align) in sorted(program.kernel.shared.items(), key=lambda item: item[1].size is None):
-        end = -(-end // align) * align
-        places[name] = end
-        end += size or 0
-    program.static_shared = end
-    return places
-
-
-def _lay_out_local(program: Program) -> dict[str, int]:
-    places = {}
-    for name, (size, align) in program.kernel.local.items():
-        places[name] = start = -(-program.local // max(align, 1)) * max(align, 1)
-        program.local = start + (size or 0)
-    return places
 
 
 def _make_arrays(program: Program) -> dict[str, int]:
