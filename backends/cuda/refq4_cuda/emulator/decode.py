@@ -11,7 +11,6 @@ per PTX text; running looks nothing up by name.
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from . import barriers, compare, floating, integer, tensor, transfer, warp  # no
 from .errors import UnknownInstructionError
 from .flow import block_ends, grain, is_branch, is_exit, read_registers, targets_of, watched, written_registers
 from .memory import unsigned
+from .module import bits_of
 from .parse import Address, Instruction, parse
 from .program import FLOAT, SIGNED, UNSIGNED, Program, Step, selection
 from .semantics import dtype_of, find, results_of
@@ -86,9 +86,6 @@ class _Decoder:
     def _source(self, name: str, kind: str, instruction: Instruction) -> tuple[int, int, Any]:
         """Where to read: bank, slot, and the dtype to narrow to if the register is wider than the type (or None)."""
         width = dtype_of(kind).itemsize if kind != "pred" else 0
-        if re.fullmatch(r"-?\d+\.\d*(e[+-]?\d+)?", name):
-            bits = np.array([float(name)], f"f{width}").view(unsigned[width])
-            return _BANK[kind[0]], self._constant(int(bits[0]), width), None
         slot = self._slot(name, width, instruction)
         narrow = None if self.program.slots[slot] == width else dtype_of(kind)
         if narrow is not None and self.program.slots[slot] < width:
@@ -159,10 +156,8 @@ class _Decoder:
             return self._constant(32, width or 4)
         if name in self.symbols:
             return self._constant(self.symbols[name], width or 8)
-        if re.fullmatch(r"0[fFdD][0-9a-fA-F]+", name):
-            return self._constant(int(name[2:], 16), width)
-        if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", name):
-            return self._constant(int(name.rstrip("U"), 0) & ((1 << 8 * width) - 1 if width else 1), width)
+        if (bits := bits_of(name, width)) is not None:
+            return self._constant(bits, width)
         raise self._unknown(instruction, f"{name} is not a register, number or array that is known")
 
     def _constant(self, value: int, width: int) -> int:

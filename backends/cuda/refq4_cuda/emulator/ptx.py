@@ -72,7 +72,9 @@ def _packed(kernel: Kernel, i: int, parameter: Variable, value: Argument) -> byt
         if len(value) != size:
             raise LaunchError(f"{what} has {size} bytes, and {len(value)} are given")
         return value
-    number: Any = _plain(value)
+    number: Any = value
+    if isinstance(number, np.number):
+        number = number.item()
     try:
         if kind in FORMATS or (isinstance(number, float) and kind[0] == "b"):
             return struct.pack(FORMATS.get(kind) or FORMATS[f"f{8 * size}"], number)
@@ -84,11 +86,6 @@ def _packed(kernel: Kernel, i: int, parameter: Variable, value: Argument) -> byt
         return (int(number) & (1 << bits) - 1).to_bytes(size, "little")
     except (struct.error, OverflowError, TypeError, KeyError) as error:
         raise LaunchError(f"{what}: {number!r} can't be passed: {error}") from None
-
-
-def _plain(number: Any) -> Any:
-    """A number of numpy's as one of Python's."""
-    return number.item() if isinstance(number, np.number) else number
 
 
 def regions_of(kernel: Kernel, args: Sequence[Argument], arrays: dict[str, Any]) -> list[Region]:
