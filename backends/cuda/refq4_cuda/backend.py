@@ -10,12 +10,12 @@ kernel files, and which kernel with which grid, in ``launch.py``.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,30 +35,7 @@ from .stored import StoredWeight
 __all__ = ["CudaBackend", "CudaEmulatorBackend"]
 
 
-class Processor(Hashable, Protocol):
-    """What runs launches: a GPU (``driver.Device``) or the emulator (``emulated.Emulated``)."""
-
-    @property
-    def arch(self) -> int:
-        """Compute capability as an int, such as 90."""
-
-    @property
-    def multiprocessors(self) -> int:
-        """How many it has: a plan spreads a product over them."""
-
-    @property
-    def limits(self) -> Limits:
-        """What it has room for: a plan asks for no more."""
-
-    @property
-    def problem(self) -> str | None:
-        """Why no kernel can run there, or None."""
-
-    def counters(self, tiles: int) -> int:
-        """The address of so many counters that are zero, for one launch now; 0 if a tensor must do."""
-
-    def run(self, launches: list[launch.Launch]) -> None:
-        """Run kernels, one after the other."""
+Processor = driver.Device | emulated.Emulated  # what runs launches, and tells a plan what it has room for
 
 
 class PlannedBackend(Backend):

@@ -22,7 +22,7 @@ from torch import Tensor
 from refq4.backend import PackedWeight
 
 from . import geometry, gradient
-from .geometry import Limits, ceil_div, grouped, published
+from .geometry import Limits, ceil_div, choose, grouped, published
 from .launch import Launch, filled, planned_product, shape_of
 
 __all__ = ["expert", "grouped_product", "tiles_of"]
@@ -76,7 +76,7 @@ def grouped_product(
         return []
     address, limits = x.data_ptr(), limits or published(arch)
     shape = shape_of(weight, x.dtype, max(rows), address % 16 == 0, transposed)
-    chosen_rung = rung or planner.best_rung(shape, arch, limits)
+    chosen_rung = choose(rung, planner.RUNGS, planner.refuses, shape, arch, limits)
     tokens = min(cost := costs[chosen_rung], key=lambda t: cost[t] * sum(ceil_div(r, t) for r in rows))
     tiles = tiles_of(bounds, tokens)
     if len(tiles) > _MOST_TILES or (rung is None and sum(rows) > planner.CROSS_OVER[chosen_rung] * len(rows)):

@@ -15,6 +15,7 @@ multiplies. Where that is, is measured by ``refq4 tune``, or else predicted from
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -31,7 +32,7 @@ __all__ = [
     "Limits",
     "Shape",
     "Variant",
-    "best_rung",
+    "choose",
     "grouped",
     "grouped_variants",
     "no_room",
@@ -104,23 +105,31 @@ def plan(
         ValueError: ``rung`` does not serve the shape, or there is no such rung.
     """
     limits = limits or published(arch)
+    best = choose(rung, RUNGS, refuses, shape, arch, limits)
     if rung is not None:
-        if rung not in RUNGS:
-            raise ValueError(f"no rung is called {rung!r}; there are {', '.join(RUNGS)}")
-        if (reason := refuses(rung, shape, arch, limits)) is not None:
-            raise ValueError(f"the rung {rung!r} does not serve this product: it {reason}")
-        return _PLANNERS[rung](shape, multiprocessors, limits, products)
-    best = best_rung(shape, arch, limits)
-    if best == "ring":
+        fused = True
+    elif best == "ring":
         fused = is_fused(shape.m, shape.n, shape.k, arch, multiprocessors)
     else:
         fused = shape.m <= CROSS_OVER[best]
     return _PLANNERS[best](shape, multiprocessors, limits, products) if fused else None
 
 
-def best_rung(shape: Shape, arch: int, limits: Limits) -> str:
-    """The uppermost rung that serves the shape, at any M."""
-    return next(name for name in RUNGS if refuses(name, shape, arch, limits) is None)
+def choose(
+    rung: str | None, rungs: Sequence[str], refuses: Callable[..., str | None], shape: Shape, arch: int, limits: Limits
+) -> str:
+    """The rung that is asked for, or else the uppermost that serves the shape, at any M.
+
+    Raises:
+        ValueError: ``rung`` does not serve the shape, or there is no such rung.
+    """
+    if rung is None:
+        return next(name for name in rungs if refuses(name, shape, arch, limits) is None)
+    if rung not in rungs:
+        raise ValueError(f"no rung is called {rung!r}; there are {', '.join(rungs)}")
+    if (reason := refuses(rung, shape, arch, limits)) is not None:
+        raise ValueError(f"the rung {rung!r} does not serve this product: it {reason}")
+    return rung
 
 
 def refuses(rung: str, shape: Shape, arch: int, limits: Limits) -> str | None:

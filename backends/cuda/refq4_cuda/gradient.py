@@ -15,10 +15,10 @@ multiplies at twice the rate of ``mma.sync``.
 
 from __future__ import annotations
 
-from .geometry import Plan, Shape, Variant, ceil_div, grouped, log2, splits_of
+from .geometry import Plan, Shape, Variant, ceil_div, choose, grouped, log2, splits_of
 from .limits import THREADS, Limits, published
 
-__all__ = ["CROSS_OVER", "RUNGS", "best_rung", "plan", "refuses", "transposed_variants"]
+__all__ = ["CROSS_OVER", "RUNGS", "plan", "refuses", "transposed_variants"]
 
 RUNGS = ("tensor_core", "tiled")
 CROSS_OVER = {"tensor_core": 192, "tiled": 32}
@@ -41,12 +41,8 @@ def plan(
     Raises:
         ValueError: ``rung`` does not serve the shape, or there is no such rung.
     """
-    if rung is not None and rung not in RUNGS:
-        raise ValueError(f"no rung is called {rung!r}; there are {', '.join(RUNGS)}")
     limits = limits or published(arch)
-    if rung is not None and (reason := refuses(rung, shape, arch, limits)) is not None:
-        raise ValueError(f"the rung {rung!r} does not serve this product: it {reason}")
-    best = rung or best_rung(shape, arch, limits)
+    best = choose(rung, RUNGS, refuses, shape, arch, limits)
     if rung is None and shape.m > CROSS_OVER[best]:
         return None
     tokens = next(t for t in _TOKENS[best] if t >= min(shape.m, _TOKENS[best][-1]))
@@ -59,11 +55,6 @@ def plan(
     room = tiles * products if splits > 1 else 0
     sums = room * splits * _COLUMNS[best] * tokens
     return Plan(variant, (tiles, splits, products), row_warps=4, splits=splits, sums=sums, tiles=room)
-
-
-def best_rung(shape: Shape, arch: int, limits: Limits) -> str:
-    """The upper rung that serves the shape, at any M."""
-    return next(name for name in RUNGS if refuses(name, shape, arch, limits) is None)
 
 
 def refuses(rung: str, shape: Shape, arch: int, limits: Limits) -> str | None:

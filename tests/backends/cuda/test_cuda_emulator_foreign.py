@@ -240,6 +240,19 @@ COUNTING = """
 }"""
 
 
+def test_a_launch_with_its_own_bytes_has_the_modules_arrays_as_well():
+    from refq4_cuda.launch import Launch, Variant
+
+    out, adding = (
+        torch.zeros(1, dtype=torch.int32),
+        COUNTING.replace("st.global.b32 [%rd2], %r2", "st.global.b32 [%rd2], %r1"),
+    )
+    arguments = struct.pack("Qi4x", out.data_ptr(), 0)[:12]
+    for _ in range(2):  # each time from what the text says
+        emulator.run(adding, Launch(Variant("", "count", ()), (1, 1, 1), (1, 1, 1), 0, arguments, (out.fill_(9),)))
+        assert out.item() == 0
+
+
 def test_two_threads_that_run_one_program_have_its_arrays_one_after_the_other():
     from concurrent.futures import ThreadPoolExecutor
 

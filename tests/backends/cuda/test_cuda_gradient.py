@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
 import cuda_cases as cases
 from refq4_cuda import launch
-from refq4_cuda.geometry import ARCHITECTURES, Shape, published
-from refq4_cuda.gradient import CROSS_OVER, RUNGS, best_rung, plan
+from refq4_cuda.geometry import ARCHITECTURES, Shape, choose, published
+from refq4_cuda.gradient import CROSS_OVER, RUNGS, plan, refuses
 
 from refq4.internals.dispatch import grad_input
 from refq4.testing.budget import Budget, assert_same_bits
@@ -60,7 +60,8 @@ def check(
     weight, kind = state.packed_weight(packed), getattr(torch, dtype)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(kind)
     y = cases.poisoned((m, n), kind)
-    rung = rung or best_rung(launch.shape_of(weight, kind, m, True, transposed=True), arch, published(arch))
+    shape = launch.shape_of(weight, kind, m, True, transposed=True)
+    rung = choose(rung, RUNGS, refuses, shape, arch, published(arch))
     (one,) = launch.product(x, weight, None, y, arch, multiprocessors, rung, transposed=True) or []
     cases.run([one], arch, seed)
     decoded = cases.REFERENCE.dequantize_4bit(weight, torch.float32)

@@ -19,6 +19,7 @@ addresses in them are those of CPU tensors. ``docs/cuda-without-a-gpu.md`` says 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ def run(ptx: str, launch: Launch, *, seed: int | None = None, checks: bool = Tru
         EmulatorError: the kernel does something that it must not; the message names place, thread and cause.
     """
     program = prepare(ptx, launch.variant.entry)
-    return _report(program, launch.grid, _execute(program, launch, seed, checks, None))
+    return _execute(program, launch, seed, checks, None)
 
 
 def run_ptx(
@@ -154,7 +155,7 @@ def run_ptx(
     """
     program = prepare(ptx, entry)
     launch = launch_of(program.kernel, grid, block, args, shared)
-    return _report(program, launch.grid, _execute(program, launch, seed, True, None, args))
+    return _execute(program, launch, seed, True, None, args)
 
 
 def trace_ptx(
@@ -200,15 +201,6 @@ def trace_ptx(
     return result
 
 
-def _report(program: Program, grid: tuple[int, int, int], counts: list[int]) -> Report:
-    opcodes: dict[str, int] = {}
-    for instruction, count in zip(program.kernel.code, counts, strict=True):
-        if count:
-            opcodes[instruction.opcode] = opcodes.get(instruction.opcode, 0) + count
-    ordered = dict(sorted(opcodes.items(), key=lambda item: -item[1]))
-    return Report(program.kernel.name, int(np.prod(grid)), sum(ordered.values()), ordered)
-
-
 def _execute(
     program: Program,
     launch: Launch,
@@ -216,8 +208,8 @@ def _execute(
     checks: bool,
     watcher: Watcher | None,
     args: Sequence[Argument] | None = None,
-) -> list[int]:
-    """Run all blocks; how often each instruction was executed, counted per thread.
+) -> Report:
+    """Run all blocks.
 
     With ``args``, global memory is what they and the module's arrays span, and the order of all accesses is checked.
     """
@@ -225,21 +217,23 @@ def _execute(
     with program.running if program.arrays else nullcontext():  # another thread's launch has the same arrays
         for array, initial in program.arrays.values():
             array[:] = np.frombuffer(initial, np.uint8)
-        grid, block = launch.grid, launch.block
-        total, threads = int(np.prod(grid)), int(np.prod(block))
+        total, threads = int(np.prod(launch.grid)), int(np.prod(launch.block))
         padded = -(-threads // WARP) * WARP
+        regions = regions_of(program.kernel, args or (), program.arrays)
         if args is None:  # the project's own kernels never write what they read: readers need not be remembered
-            regions = [Region(t.data_ptr(), t.numel() * t.element_size(), name_of(t)) for t in launch.buffers]
-        else:
-            regions = regions_of(program.kernel, args, program.arrays)
+            regions += [Region(t.data_ptr(), t.numel() * t.element_size(), name_of(t)) for t in launch.buffers]
         order = Order(total, padded)
         memory = GlobalMemory(regions, order, program.grain["global"], checks, readers=args is not None)
         counts = [0] * len(program.steps)
         with np.errstate(all="ignore"):
             for blocks in batches(total, max(LANES // padded, 1)):
-                batch = Batch(program, grid, block, blocks, launch.shared, launch.arguments, memory, checks)
-                Scheduler(batch, counts, seed, watcher).run()
-        return counts
+                Scheduler(Batch(program, launch, blocks, memory, checks), counts, seed, watcher).run()
+    opcodes: Counter[str] = Counter()
+    for instruction, count in zip(program.kernel.code, counts, strict=True):
+        opcodes[instruction.opcode] += count
+    return Report(
+        program.kernel.name, total, sum(counts), {one: count for one, count in opcodes.most_common() if count}
+    )
 
 
 MOST_SHARED = 227 * 1024  # of the largest GPU that the emulator knows, sm_90

@@ -9,16 +9,19 @@ they do not: a slice costs numpy no copy.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .barriers import Meetings
 from .errors import Fault, UninitialisedError
-from .memory import Generic, GlobalMemory, Memory, PrivateMemory, unsigned
+from .memory import GenericMemory, GlobalMemory, Memory, PrivateMemory, unsigned
 from .order import WARP
 from .program import Program
 from .shared import Shared
+
+if TYPE_CHECKING:
+    from ..launch import Launch
 
 __all__ = ["Batch"]
 
@@ -35,17 +38,14 @@ class Batch:
     def __init__(
         self,
         program: Program,
-        grid: tuple[int, int, int],
-        shape: tuple[int, int, int],
+        launch: Launch,
         blocks: np.ndarray,
-        shared: int,
-        arguments: bytes,
         memory: GlobalMemory,
         checks: bool,
     ) -> None:
         self.program, self.memory, self.checks = program, memory, checks
-        self.grid, self.shape, self.blocks = grid, shape, blocks
-        in_block = shape[0] * shape[1] * shape[2]
+        self.grid, self.shape, self.blocks = launch.grid, launch.block, blocks
+        in_block = int(np.prod(self.shape))
         self.padded = -(-in_block // WARP) * WARP
         self.count = count = len(blocks) * self.padded
         self.order = memory.order
@@ -57,19 +57,14 @@ class Batch:
         self.live = self.existing.copy()
         self.meetings = Meetings(self)
         self.carry, self.ticks = np.zeros(count, bool), 0
-        self.dynamic_shared = shared
-        self.shared = Shared(self.order, len(blocks), program.static_shared + shared, program.grain["shared"], checks)
-        local = PrivateMemory(
-            self.order, "local", count if program.local else 0, program.local, program.grain["local"], checks
-        )
+        self.dynamic_shared, arguments = launch.shared, launch.arguments
+        room = program.static_shared + launch.shared
+        self.shared = Shared(self.order, len(blocks), room, program.grain["shared"], checks)
+        threads = count if program.local else 0
+        local = PrivateMemory(self.order, "local", threads, program.local, program.grain["local"], checks)
         given = PrivateMemory(self.order, "argument", 1, len(arguments), 1, False, arguments)
-        self.spaces: dict[str, Memory | Generic] = {
-            "global": memory,
-            "shared": self.shared,
-            "local": local,
-            "param": given,
-        }
-        self.spaces["generic"] = Generic(**self.spaces)  # type: ignore[arg-type]
+        self.spaces: dict[str, Memory] = {"global": memory, "shared": self.shared, "local": local, "param": given}
+        self.spaces["generic"] = GenericMemory(self.order, dict(self.spaces))
         none: list[Any] = [None] * len(program.slots)
         self.rows: tuple[list[np.ndarray], ...] = (none, none.copy(), none.copy())
         self._make_rows()

@@ -14,41 +14,37 @@ from .semantics import Known, Row, family, pure
 
 __all__: list[str] = []
 
-COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-               "ge": np.greater_equal}  # fmt: skip
+COMPARISONS: dict[str, Callable[[Row, Row], Row]] = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+}  # fmt: skip
 _JOINS = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 _UNSIGNED_NAMES = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 
 
-def _comparison(name: str) -> Callable[[Row, Row], Row] | None:
-    """By name; the plain ones are false for a NaN, those with a u are true."""
-    if name == "num":
-        return lambda a, b: ~(np.isnan(a) | np.isnan(b))
-    if name == "nan":
-        return lambda a, b: np.isnan(a) | np.isnan(b)
-    if name == "ne":
-        return lambda a, b: (a < b) | (a > b)
-    if name in COMPARISONS:
-        return COMPARISONS[name]
-    if name[:-1] in COMPARISONS and name[-1] == "u":
-        compare = COMPARISONS[name[:-1]]
-        return lambda a, b: compare(a, b) | np.isnan(a) | np.isnan(b)
-    return None
+_FLOATING = COMPARISONS | {  # false for a NaN; those with a u are true
+    "ne": lambda a, b: (a < b) | (a > b),
+    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+    "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+}
+
+
+def _unordered(compare: Callable[[Row, Row], Row]) -> Callable[[Row, Row], Row]:
+    return lambda a, b: compare(a, b) | np.isnan(a) | np.isnan(b)
+
+
+_FLOATING |= {f"{name}u": _unordered(compare) for name, compare in COMPARISONS.items()}
 
 
 def _compare(name: str, kind: str, flushes: bool) -> tuple[str, Callable[[Row, Row], Row]] | None:
     """The type in which operands are read, and the comparison."""
-    half = kind.removesuffix("x2")
-    if half in ("f16", "bf16"):
-        if (compare := _comparison(name)) is None or kind != half:
-            return None
-        return "u16", lambda a, b: compare(decode(a, half), decode(b, half))
-    if kind in ("f32", "f64"):
-        if (compare := _comparison(name)) is None:
-            return None
-        return kind, (lambda a, b: compare(flush(a), flush(b))) if flushes and kind == "f32" else compare
-    plain = COMPARISONS.get(_UNSIGNED_NAMES.get(name, name))
-    return None if plain is None else (kind.replace("b", "u"), plain)
+    if kind not in ("f16", "bf16", "f32", "f64"):
+        plain = COMPARISONS.get(_UNSIGNED_NAMES.get(name, name))
+        return None if plain is None or "x" in kind else (kind.replace("b", "u"), plain)
+    if (compare := _FLOATING.get(name)) is None:
+        return None
+    if kind in ("f16", "bf16"):
+        return "u16", lambda a, b: compare(decode(a, kind), decode(b, kind))
+    return kind, (lambda a, b: compare(flush(a), flush(b))) if flushes and kind == "f32" else compare
 
 
 @family("setp")

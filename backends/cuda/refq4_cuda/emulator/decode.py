@@ -11,7 +11,6 @@ per PTX text; running looks nothing up by name.
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from . import barriers, compare, floating, integer, tensor, transfer, warp  # no
 from .errors import UnknownInstructionError
 from .flow import block_ends, grain, is_branch, is_exit, read_registers, targets_of, watched, written_registers
 from .memory import unsigned
+from .module import bits_of
 from .parse import Address, Instruction, parse
 from .program import FLOAT, SIGNED, UNSIGNED, Program, Step, selection
 from .semantics import dtype_of, find, results_of
@@ -86,9 +86,6 @@ class _Decoder:
     def _source(self, name: str, kind: str, instruction: Instruction) -> tuple[int, int, Any]:
         """Where to read: bank, slot, and the dtype to narrow to if the register is wider than the type (or None)."""
         width = dtype_of(kind).itemsize if kind != "pred" else 0
-        if re.fullmatch(r"-?\d+\.\d*(e[+-]?\d+)?", name):
-            bits = np.array([float(name)], f"f{width}").view(unsigned[width])
-            return _BANK[kind[0]], self._constant(int(bits[0]), width), None
         slot = self._slot(name, width, instruction)
         narrow = None if self.program.slots[slot] == width else dtype_of(kind)
         if narrow is not None and self.program.slots[slot] < width:
@@ -159,10 +156,8 @@ class _Decoder:
             return self._constant(32, width or 4)
         if name in self.symbols:
             return self._constant(self.symbols[name], width or 8)
-        if re.fullmatch(r"0[fFdD][0-9a-fA-F]+", name):
-            return self._constant(int(name[2:], 16), width)
-        if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", name):
-            return self._constant(int(name.rstrip("U"), 0) & ((1 << 8 * width) - 1 if width else 1), width)
+        if (bits := bits_of(name, width)) is not None:
+            return self._constant(bits, width)
         raise self._unknown(instruction, f"{name} is not a register, number or array that is known")
 
     def _constant(self, value: int, width: int) -> int:
@@ -188,25 +183,22 @@ class _Decoder:
         places = [self._target(name, kind, instruction) for name, kind in zip(targets, known.results, strict=False)]
         sources = [self._reader(name, kind.rstrip("?"), instruction) for name, kind in zip(given, kinds, strict=True)]
         readers = [_row(*source) if isinstance(source, tuple) else source for source in sources]
-        function, meets = known.function, known.meets
+        function, on_lanes, meets = known.function, known.on_lanes, known.meets
         if meets is not None:
             self.program.gather[pc] = lambda m, s: meets(m, s, readers)
-        if not known.on_lanes and len(known.results) == 1 and places[0] is not None:
-            bank, slot = places[0]
-            if len(sources) == 2 and all(isinstance(source, tuple) for source in sources):
-                return _of_two_rows(function, bank, slot, *sources)
-
-            def one_row(m: Batch, s: Any) -> None:
-                m.rows[bank][slot][s] = function(*[read(m, s) for read in readers])
-
-            return one_row
+        single = places[0] if len(known.results) == 1 else None
+        if single is not None and not on_lanes and all(isinstance(source, tuple) for source in sources):
+            return _from_rows(function, *single, sources)
 
         def step(m: Batch, s: Any) -> None:
             values = [read(m, s) for read in readers]
-            made = function(m, s, *values) if known.on_lanes else function(*values)
-            for place, value in zip(places, made if isinstance(made, list | tuple) else (made,), strict=False):
-                if place is not None:
-                    m.rows[place[0]][place[1]][s] = value
+            made = function(m, s, *values) if on_lanes else function(*values)
+            if single is not None:
+                m.rows[single[0]][single[1]][s] = made
+            elif len(known.results) > 1:
+                for place, value in zip(places, made, strict=False):
+                    if place is not None:
+                        m.rows[place[0]][place[1]][s] = value
 
         return step
 
@@ -253,19 +245,22 @@ def _row(bank: int, slot: int) -> Any:
     return lambda m, s: m.rows[bank][slot][s]
 
 
-def _of_two_rows(function: Any, bank: int, slot: int, first: tuple[int, int], second: tuple[int, int]) -> Step:
-    """The usual case, quickly."""
-    (bank_a, a), (bank_b, b) = first, second
+def _from_rows(function: Any, bank: int, slot: int, sources: list[Any]) -> Step:
+    """The usual case, quickly: rows in, one row out."""
+    if len(sources) == 2 and isinstance(function, np.ufunc):  # it needs no room of its own for the result
+        (bank_a, a), (bank_b, b) = sources
+
+        def in_place(m: Batch, s: Any) -> None:
+            rows = m.rows
+            if type(s) is slice:
+                function(rows[bank_a][a][s], rows[bank_b][b][s], out=rows[bank][slot][s])
+            else:
+                rows[bank][slot][s] = function(rows[bank_a][a][s], rows[bank_b][b][s])
+
+        return in_place
 
     def step(m: Batch, s: Any) -> None:
         rows = m.rows
-        rows[bank][slot][s] = function(rows[bank_a][a][s], rows[bank_b][b][s])
+        rows[bank][slot][s] = function(*[rows[b][i][s] for b, i in sources])
 
-    def in_place(m: Batch, s: Any) -> None:
-        rows = m.rows
-        if type(s) is slice:
-            function(rows[bank_a][a][s], rows[bank_b][b][s], out=rows[bank][slot][s])
-        else:
-            rows[bank][slot][s] = function(rows[bank_a][a][s], rows[bank_b][b][s])
-
-    return in_place if isinstance(function, np.ufunc) else step  # a ufunc needs no room of its own for the result
+    return step

@@ -123,11 +123,13 @@ def encode(values: Row, kind: str, modifiers: Any = ()) -> Row:
         values = np.where(values > 0, np.minimum(values, 1.0), 0.0)
     elif "relu" in modifiers:
         values = np.where(values <= 0, 0.0, values)
-    if kind in ("f16", "bf16"):
+    if kind in ("f16", "bf16") and values.dtype.kind != "f":
         values = values.astype(F64)
     rounding = next((m for m in modifiers if m in ("rz", "rm", "rp")), "rn")
     if kind == "bf16" and rounding == "rn":
         single = values.astype(F32)
+        if values.dtype == F32:
+            return to_bfloat(single)
         return to_bfloat(to_odd(single, np.where(np.isfinite(single), values - single, 0.0)))
     result = values.astype(FLOATS.get(kind, F32))
     if rounding != "rn":
@@ -144,11 +146,6 @@ def encode(values: Row, kind: str, modifiers: Any = ()) -> Row:
     if kind == "f16":
         return result.view(np.uint16)
     return result if kind == "f32" else (result.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-
-
-def to_half(values: Row) -> Row:
-    """fp32 -> fp16 bits."""
-    return np.where(np.isnan(values), HALF_NAN, values.astype(F16).view(np.uint16))
 
 
 def to_bfloat(values: Row) -> Row:
@@ -259,9 +256,6 @@ def _pair(convert: Callable[[Row], Row]) -> Callable[..., Row]:
     return lambda high, low: convert(high).astype(np.uint32) << np.uint32(16) | convert(low)
 
 
-pure("cvt.rn.bf16x2.f32", "u32 = f32 f32")(_pair(to_bfloat))
-pure("cvt.rn.f16x2.f32", "u32 = f32 f32")(_pair(to_half))
-pure("cvt.rn.f16.f32", "u16 = f32")(to_half)
 pure("cvt.f32.f16", "f32 = f16")(lambda a: canonical(a.astype(F32)))
 
 

@@ -1,5 +1,4 @@
-"""What can be known about a kernel before it runs: where control goes, which registers are surely written, and for
-how long each one's value is needed.
+"""What can be known about a kernel before it runs: where control goes, and which registers are surely written.
 
 A register that every path writes before it is read needs no check while the kernel runs, and nearly all are of that
 kind. The few others (written under a predicate, or on one path only) are watched lane by lane.
@@ -15,7 +14,6 @@ __all__ = [
     "grain",
     "is_branch",
     "is_exit",
-    "live_ranges",
     "read_registers",
     "splits",
     "targets_of",
@@ -41,9 +39,8 @@ def written_registers(instruction: Instruction) -> list[str]:
 
 def read_registers(instruction: Instruction) -> list[str]:
     """The guard, and every name among the other operands."""
-    read = [
-        o.base if isinstance(o, Address) else o.removeprefix("!") for o in instruction.flat[results_of(instruction) :]
-    ]
+    others = instruction.flat[results_of(instruction) :]
+    read = [o.base if isinstance(o, Address) else o.removeprefix("!") for o in others]
     return [instruction.guard, *read] if instruction.guard else read
 
 
@@ -73,70 +70,29 @@ def block_ends(kernel: Kernel) -> list[int]:
 
 def watched(kernel: Kernel) -> set[str]:
     """The registers that some path may read before it has written them (a forward dataflow over basic blocks)."""
-    bit = {name: 1 << i for i, name in enumerate(kernel.registers)}
-    reads = [_mask(read_registers(i), bit) for i in kernel.code]
-    writes = [0 if i.guard else _mask(written_registers(i), bit) for i in kernel.code]
+    reads = [set(read_registers(i)) for i in kernel.code]
+    writes = [set() if i.guard else set(written_registers(i)) for i in kernel.code]
     ends = block_ends(kernel)
-    everything = (1 << len(bit)) - 1
-    known: dict[int, int] = {0: 0}  # block start -> registers surely written on entry
+    known: dict[int, set[str]] = {0: set()}  # block start -> registers surely written on entry
     work = [0]
     while work:
         start = work.pop()
-        sure = known[start]
-        for pc in range(start, ends[start]):
-            sure |= writes[pc]
+        sure = known[start].union(*writes[start : ends[start]])
         for successor in _successors(kernel, ends[start]):
-            before = known.get(successor, everything)
-            if successor not in known or before & sure != before:
-                known[successor] = before & sure
+            before = known.get(successor)
+            both = set(sure) if before is None else before & sure
+            if both != before:
+                known[successor] = both
                 work.append(successor)
-    doubtful = 0
+    doubtful: set[str] = set()
     for start, sure in known.items():
         for pc in range(start, ends[start]):
-            doubtful |= reads[pc] & ~sure
+            doubtful |= reads[pc] - sure
             sure |= writes[pc]
-    return {name for name, mask in bit.items() if doubtful & mask}
+    return doubtful & kernel.registers.keys()
 
 
-def live_ranges(kernel: Kernel) -> dict[str, tuple[int, int]]:
-    """For each register in use, the first and the last instruction between which its value matters to some thread.
-
-    A backward dataflow over basic blocks; what lies between the two counts as needed, whether it is or not.
-    """
-    bit = {name: 1 << i for i, name in enumerate(kernel.registers)}
-    reads = [_mask(read_registers(i), bit) for i in kernel.code]
-    writes = [_mask(written_registers(i), bit) for i in kernel.code]
-    ends = block_ends(kernel)
-    starts = [pc for pc in range(len(ends)) if pc == 0 or ends[pc - 1] == pc]
-    needed = dict.fromkeys(starts, 0)  # block start -> registers whose values matter there
-    changed = True
-    while changed:
-        changed = False
-        for start in reversed(starts):
-            now = _needed_after(kernel, ends[start], needed)
-            for pc in reversed(range(start, ends[start])):
-                now = (now if kernel.code[pc].guard else now & ~writes[pc]) | reads[pc]  # a guarded write leaves lanes
-            changed |= now != needed[start]
-            needed[start] = now
-    places = [(pc, reads[pc] | writes[pc]) for pc in range(len(ends))]
-    places += [(start, needed[start]) for start in starts]
-    places += [(ends[start] - 1, _needed_after(kernel, ends[start], needed)) for start in starts]
-    ranges: dict[str, tuple[int, int]] = {}
-    names = list(kernel.registers)
-    for pc, mask in places:
-        while mask:
-            name = names[mask.bit_length() - 1]
-            mask ^= bit[name]
-            first, last = ranges.get(name, (pc, pc))
-            ranges[name] = min(first, pc), max(last, pc)
-    return ranges
-
-
-def _needed_after(kernel: Kernel, end: int, needed: dict[int, int]) -> int:
-    mask = 0
-    for successor in _successors(kernel, end):
-        mask |= needed[successor]
-    return mask
+_SPACES = {"param", "global", "shared", "local", "const"}
 
 
 def grain(kernel: Kernel, space: str) -> int:
@@ -144,21 +100,12 @@ def grain(kernel: Kernel, space: str) -> int:
     sizes = [16]
     for instruction in kernel.code:
         family, *modifiers = instruction.opcode.split(".")
-        elsewhere = {m.partition("::")[0] for m in modifiers} & {"param", "global", "shared", "local", "const"} - {
-            space
-        }
-        if family in ("ld", "ldu", "st", "atom", "red") and not elsewhere:
+        spaces = {modifier.partition("::")[0] for modifier in modifiers} & _SPACES
+        if family in ("ld", "ldu", "st", "atom", "red") and spaces <= {space}:
             sizes.append(width_of(modifiers[-1]))
         elif instruction.opcode.startswith("cp.async.c") and len(instruction.operands) > 2:
             sizes.append(int(str(instruction.operands[2]), 0) if space == "shared" else 4)
     return min(sizes)
-
-
-def _mask(names: list[str], bit: dict[str, int]) -> int:
-    mask = 0
-    for name in names:
-        mask |= bit.get(name, 0)
-    return mask
 
 
 def _successors(kernel: Kernel, end: int) -> list[int]:

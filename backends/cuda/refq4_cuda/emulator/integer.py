@@ -39,6 +39,11 @@ def _wide(row: Row) -> Row:
     return row.astype(object if row.itemsize == 8 else f"{row.dtype.kind}{2 * row.itemsize}")
 
 
+def _widening(kind: str) -> Callable[..., Row]:
+    wide = dtype_of(kind)
+    return lambda a, b: a.astype(wide) * b.astype(wide)
+
+
 def _high(a: Row, b: Row) -> Row:
     return (_wide(a) * _wide(b) >> 8 * a.itemsize).astype(a.dtype)
 
@@ -69,8 +74,10 @@ for _kind, _type in {"f32": "f32", "f64": "f64", "f16": "u16", "bf16": "u16", "f
     pure(f"mov.{_kind}", f"{_type} = {_type}")(lambda a: a)
     pure(f"selp.{_kind}", f"{_type} = {_type} {_type} pred")(lambda a, b, p: np.where(p, a, b))
 for _narrow, _double in (("u32", "u64"), ("s32", "s64"), ("u16", "u32"), ("s16", "s32")):
-    pure(f"mul.wide.{_narrow}", f"{_double} = {_narrow} {_narrow}")(lambda a, b: _wide(a) * _wide(b))
-    pure(f"mad.wide.{_narrow}", f"{_double} = {_narrow} {_narrow} {_double}")(lambda a, b, c: _wide(a) * _wide(b) + c)
+    pure(f"mul.wide.{_narrow}", f"{_double} = {_narrow} {_narrow}")(_widening(_double))
+    pure(f"mad.wide.{_narrow}", f"{_double} = {_narrow} {_narrow} {_double}")(
+        lambda a, b, c, product=_widening(_double): product(a, b) + c  # noqa: B008
+    )
 
 
 def _low24(a: Row) -> Row:

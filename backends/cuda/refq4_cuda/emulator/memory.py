@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +26,8 @@ from .errors import AccessError, Fault, RaceError
 from .order import THREAD, Order, Shadow
 from .program import selection
 
-__all__ = ["LOCAL_WINDOW", "SHARED_WINDOW", "WINDOWS", "Generic", "GlobalMemory", "Memory", "PrivateMemory", "Region",
-           "name_of", "unsigned"]  # fmt: skip
+__all__ = ["LOCAL_WINDOW", "SHARED_WINDOW", "WINDOWS", "GenericMemory", "GlobalMemory", "Memory", "PrivateMemory",
+           "Region", "name_of", "unsigned"]  # fmt: skip
 
 SHARED_WINDOW, LOCAL_WINDOW = 1 << 61, 1 << 62  # where generic addresses begin: no tensor's is that large
 WINDOWS = {"global": 0, "shared": SHARED_WINDOW, "local": LOCAL_WINDOW}
@@ -51,8 +51,8 @@ def name_of(tensor: Tensor) -> str:
 class Buffer:
     """Bytes, seen as elements of any size, and their shadow, which is made when it is needed."""
 
-    def __init__(self, memory: np.ndarray) -> None:
-        self.bytes = memory
+    def __init__(self, memory: Memory, its_bytes: np.ndarray) -> None:
+        self.memory, self.bytes = memory, its_bytes
         self.shadow: Shadow | None = None
         self._views: dict[tuple[int, int], np.ndarray] = {}
 
@@ -96,56 +96,60 @@ class Memory:
 
         A ``strong`` one (volatile, relaxed, acquire) sees what other blocks released before.
         """
-        size, strong = element * count, strong and self.of_grid
-        parts = self.parts(address, s, size, "reads")
-        if strong:
-            self.order.acquire(s)
-        result = np.empty((len(address), count) if count > 1 else len(address), unsigned[element])
-        for buffer, at, offset in parts:
-            if self.checks and (self.readers or buffer.shadow is not None):  # else nobody has written there
-                self.shadow(buffer).read(*self.cells(offset, self.order.lanes[s][at], size), strong)
+        size, result = element * count, np.empty(0)
+        for buffer, at, offset in self.parts(address, s, size, "reads"):
+            memory = buffer.memory
+            if strong and memory.of_grid:
+                self.order.acquire(self.order.lanes[s][at])
+            if memory.checks and (memory.readers or buffer.shadow is not None):  # else nobody has written there
+                cells, lanes = memory.cells(offset, self.order.lanes[s][at], size)
+                memory.shadow(buffer).read(cells, lanes, strong and memory.of_grid)
             values: np.ndarray = buffer.view(element, count).take(offset // size, axis=0)
-            if len(parts) == 1:
+            if len(values) == len(address):
                 return values
+            if not result.size:
+                result = np.empty((len(address), *values.shape[1:]), values.dtype)
             result[at] = values
         return result
 
     def write(self, address: np.ndarray, s: Any, values: np.ndarray, strong: bool = False) -> None:
         """Store ``values`` [lanes] or [lanes, count]; a ``strong`` one (volatile, release) counts its block in."""
         element, count = values.itemsize, values.shape[1] if values.ndim > 1 else 1
-        size, strong = element * count, strong and self.of_grid
+        size = element * count
         for buffer, at, offset in self.parts(address, s, size, "writes"):
-            view, places = buffer.view(element, count), offset // size
+            view, places, lanes = buffer.view(element, count), offset // size, self.order.lanes[s][at]
+            memory, released = buffer.memory, strong and buffer.memory.of_grid
             view[places] = values[at]
-            if self.checks:
-                lanes, shadow = self.order.lanes[s][at], self.shadow(buffer)
-                cells, who = self.cells(offset, lanes, size)
-                stamp, last = shadow.write(cells, who, "writes", strong), shadow.writer[cells]
+            if memory.checks:
+                cells, who = memory.cells(offset, lanes, size)
+                shadow = memory.shadow(buffer)
+                stamp, last = shadow.write(cells, who, "writes", released), shadow.writer[cells]
                 if (last != stamp).any():  # several lanes write to one place, in one instruction
                     foreign = (last & THREAD) // self.order.padded != (stamp & THREAD) // self.order.padded
                     wrong = _rows(view[places] != values[at], lanes) | _rows(foreign, lanes)
                     if wrong.any():
-                        name = self.name(buffer, int(offset[wrong][0]))
+                        name = memory.name(buffer, int(offset[wrong][0]))
                         raise Fault(
                             RaceError,
                             lanes[wrong],
                             f"writes {name}, and another thread writes there too, in the same instruction: a race",
                             "look for two blocks or lanes that compute the same index, or a missing tail mask",
                         )
-        if strong:
-            self.order.count_in(s)
+            if released:
+                self.order.count_in(lanes)
 
     def update(self, address: np.ndarray, s: Any, size: int, function: Callable[..., Any], *rows: Any) -> np.ndarray:
         """One atomic of each lane, no two at one address; what was there before, of which and ``rows`` it makes new."""
         found = np.empty(len(address), unsigned[size])
         for buffer, at, offset in self.parts(address, s, size, "updates"):
-            if self.checks:
-                self.shadow(buffer).write(*self.cells(offset, self.order.lanes[s][at], size), "updates", True)
+            memory, lanes = buffer.memory, self.order.lanes[s][at]
+            if memory.checks:
+                memory.shadow(buffer).write(*memory.cells(offset, lanes, size), "updates", True)
             view, places = buffer.view(size, 1), offset // size
             found[at] = before = view[places]
             view[places] = function(before, *(row[at] for row in rows))
-        if self.of_grid:
-            self.order.count_in(s)
+            if memory.of_grid:
+                self.order.count_in(lanes)
         return found
 
     def shadow(self, buffer: Buffer) -> Shadow:
@@ -186,7 +190,7 @@ class PrivateMemory(Memory):
     ) -> None:
         super().__init__(order, grain, checks)
         self.space, self.size, self.stride = space, size, -(-max(size, 1) // 16) * 16
-        self.buffer = Buffer(np.full(copies * self.stride, 0xFF, np.uint8))
+        self.buffer = Buffer(self, np.full(copies * self.stride, 0xFF, np.uint8))
         self.buffer.bytes[: len(initial)] = np.frombuffer(initial, np.uint8)
         self.origin = np.repeat(np.arange(copies, dtype=np.int64) * self.stride, len(order.lanes) // max(copies, 1))
 
@@ -195,7 +199,7 @@ class PrivateMemory(Memory):
         if int(np.bitwise_or.reduce(address)) & (size - 1):
             wrong, what = address & (size - 1) != 0, f"which is not a multiple of {size}"
             look = "a vector access to a row whose stride is not a multiple of the vector"
-        elif int(address.min()) < 0 or int(address.max()) > self.size - size:
+        elif int(address.view(np.uint64).max()) > self.size - size:
             wrong, what = (address < 0) | (address > self.size - size), f"outside its {self.size} bytes"
             look = _LOOK[self.space]
         if wrong is not None:
@@ -218,15 +222,14 @@ class GlobalMemory(Memory):
         self.regions = [unique[key] for key in sorted(unique)]
         self.bases = [region.base for region in self.regions]
         self.starts = [base & ~15 for base in self.bases]
-        self.buffers = [Buffer(_bytes(region)) for region in self.regions]
+        self.buffers = [Buffer(self, _bytes(region)) for region in self.regions]
 
     def parts(self, address: np.ndarray, s: Any, size: int, does: str) -> list[Part]:
         if (k := bisect_right(self.bases, int(address[0])) - 1) >= 0:  # the usual case, quickly: all in one buffer
             region, start = self.regions[k], self.starts[k]
-            offset, shift = address - start, region.base - start
-            inside = int(offset.max()) <= shift + region.nbytes - size and int(offset.min()) >= shift
-            if inside and not int(np.bitwise_or.reduce(offset)) & (size - 1):
-                return [(self.buffers[k], slice(None), offset)]
+            inside = int((address - region.base).view(np.uint64).max()) <= region.nbytes - size
+            if inside and not int(np.bitwise_or.reduce(address)) & (size - 1):
+                return [(self.buffers[k], slice(None), address - start)]
         self.require_aligned(address, s, size, does)
         which = np.searchsorted(np.array(self.bases, np.int64), address, "right") - 1
         found: list[Part] = []
@@ -274,38 +277,23 @@ class GlobalMemory(Memory):
         return f"{element}byte {address - near.base} of {near.what} ({near.nbytes} bytes)"
 
 
-class Generic:
+class GenericMemory(Memory):
     """Addresses that say by their size which memory they mean."""
 
-    def __init__(self, **memories: Memory) -> None:
+    def __init__(self, order: Order, memories: dict[str, Memory]) -> None:
+        super().__init__(order, 1, False)
         self.memories = memories
 
-    def read(self, address: np.ndarray, s: Any, element: int, count: int, strong: bool = False) -> np.ndarray:
-        """As ``Memory.read``."""
-        result = np.empty((len(address), count) if count > 1 else len(address), unsigned[element])
-        for memory, inside, some, at in self._split(address, s):
-            result[at] = memory.read(inside, some, element, count, strong)
-        return result
-
-    def write(self, address: np.ndarray, s: Any, values: np.ndarray, strong: bool = False) -> None:
-        """As ``Memory.write``."""
-        for memory, inside, some, at in self._split(address, s):
-            memory.write(inside, some, values[at], strong)
-
-    def update(self, address: np.ndarray, s: Any, size: int, function: Callable[..., Any], *rows: Any) -> np.ndarray:
-        """As ``Memory.update``."""
-        found = np.empty(len(address), unsigned[size])
-        for memory, inside, some, at in self._split(address, s):
-            found[at] = memory.update(inside, some, size, function, *(row[at] for row in rows))
-        return found
-
-    def _split(self, address: np.ndarray, s: Any) -> Iterator[tuple[Memory, np.ndarray, Any, Any]]:
-        """Memory, addresses within it, selection, and which of the lanes."""
-        lanes = self.memories["shared"].order.lanes[s]
+    def parts(self, address: np.ndarray, s: Any, size: int, does: str) -> list[Part]:
         starts = np.searchsorted([SHARED_WINDOW, LOCAL_WINDOW], address, "right")
+        found: list[Part] = []
         for k, (space, window) in enumerate(WINDOWS.items()):
-            if (here := starts == k).any():
-                yield self.memories[space], address[here] - window, selection(lanes[here]), here
+            here = np.nonzero(starts == k)[0]
+            if len(here):
+                some = selection(self.order.lanes[s][here])
+                parts = self.memories[space].parts(address[here] - window, some, size, does)
+                found += [(buffer, here[at], offset) for buffer, at, offset in parts]
+        return found
 
 
 def _bytes(region: Region) -> np.ndarray:

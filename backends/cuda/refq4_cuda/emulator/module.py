@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .errors import UnknownInstructionError
 
-__all__ = ["Function", "Module", "Variable", "read_module", "read_variable", "width_of"]
+__all__ = ["Function", "Module", "Variable", "bits_of", "laid_out", "read_module", "read_variable", "width_of"]
 
 FORMATS = {"f16": "<e", "f32": "<f", "f64": "<d"}
 
@@ -28,16 +29,20 @@ class Variable(NamedTuple):
     Attributes:
         space: global, const, shared, local or param.
         size: in bytes; None for the dynamic shared array, whose size the launch gives.
+        kind: the declared type of an element, such as ``u64``.
         initial: the bytes it starts with (zeros where the text gives none).
         references: (offset, name, addend) of the addresses of other variables among them.
+        at: its place among those of its memory, in bytes.
     """
 
     space: str
     name: str
     size: int | None
     align: int
+    kind: str
     initial: bytes = b""
     references: tuple[tuple[int, str, int], ...] = ()
+    at: int = 0
 
 
 class Function(NamedTuple):
@@ -128,19 +133,36 @@ def read_variable(statement: str) -> Variable | None:
     data, references = _initial(initial, kind) if initial else (b"", ())
     if size is not None and "" in extents:
         size = len(data)
-    return Variable(space, name, size, int(align or element), data.ljust(size or 0, b"\0"), references)
+    return Variable(space, name, size, int(align or element), kind, data.ljust(size or 0, b"\0"), references)
+
+
+def laid_out(variables: Iterable[Variable]) -> tuple[dict[str, Variable], int]:
+    """Each at its place, the first multiple of its alignment behind the one before; and where the last one ends."""
+    end, placed = 0, {}
+    for variable in variables:
+        start = -(-end // variable.align) * variable.align
+        placed[variable.name] = variable._replace(at=start)
+        end = start + (variable.size or 0)
+    return placed, end
+
+
+def bits_of(number: str, width: int) -> int | None:
+    """The bits of a number as it is written, in so many bytes (0 for a predicate), or None if it is none."""
+    if re.fullmatch(r"0[fFdD][0-9a-fA-F]+", number):
+        return int(number[2:], 16)
+    if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", number):
+        return int(number.rstrip("U"), 0) & ((1 << 8 * width) - 1 if width else 1)
+    if re.fullmatch(r"-?\d+\.\d*(e[+-]?\d+)?", number) and f"f{8 * width}" in FORMATS:
+        return int.from_bytes(struct.pack(FORMATS[f"f{8 * width}"], float(number)), "little")
+    return None
 
 
 def _initial(text: str, kind: str) -> tuple[bytes, tuple[tuple[int, str, int], ...]]:
     """The bytes of ``{1, 0f3F800000, name + 4, generic(name)}``, and where addresses stand in them."""
     data, references, width = b"", [], width_of(kind)
     for item in (part.strip() for part in re.sub(r"[{}]", "", text).split(",") if part.strip()):
-        if re.fullmatch(r"0[fFdD][0-9a-fA-F]+", item):
-            data += int(item[2:], 16).to_bytes(width, "little")
-        elif re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", item):
-            data += (int(item.rstrip("U"), 0) & ((1 << 8 * width) - 1)).to_bytes(width, "little")
-        elif re.fullmatch(r"-?\d+\.\d*(e-?\d+)?", item) and kind in FORMATS:
-            data += struct.pack(FORMATS[kind], float(item))
+        if (bits := bits_of(item, width)) is not None:
+            data += bits.to_bytes(width, "little")
         elif (named := re.fullmatch(r"(?:generic\()?([\w$]+)\)?\s*(?:\+\s*(\d+))?", item)) and width == 8:
             references.append((len(data), named[1], int(named[2] or 0)))
             data += bytes(8)

@@ -122,8 +122,7 @@ class Shadow:
         """Raise where what is read there is not written, or not in order; note a read that is not ``strong``."""
         writer = self.writer[cells]
         exempt = self.strong[cells] if self.of_grid and self.strong is not None else None
-        if not self.of_grid:
-            self._require_written(writer, cells, lanes)
+        self._require_written(writer, cells, lanes)
         self._require_order(writer, cells, lanes, "reads", "written", exempt)
         if self.readers and not strong:
             stamp = self.order.tick() | lanes + self.order.first
@@ -134,7 +133,7 @@ class Shadow:
         """Raise where the write is not in order; note it, and give its stamps."""
         writer = self.writer[cells]
         exempt = self.strong[cells] if strong and self.strong is not None else None
-        if does == "updates" and not self.of_grid:
+        if does == "updates":
             self._require_written(writer, cells, lanes)
         self._require_order(writer, cells, lanes, does, "written", exempt)
         for readers in () if strong and self.of_grid else self.readers:
@@ -148,15 +147,19 @@ class Shadow:
         return stamp
 
     def _require_written(self, writer: np.ndarray, cells: np.ndarray, lanes: np.ndarray) -> None:
-        for wrong, what, look in (
-            (writer == NEVER if int(writer.min()) == NEVER else None, "nobody has written",
-             "look for an array, a table or a tile that is filled only in part, or a wrong offset between two"),
-            (writer >= PENDING if int(writer.max()) >= PENDING else None, "cp.async is still filling",
-             "look for a wait_group that leaves too many groups open, or a missing wait"),
-        ):  # fmt: skip
-            if wrong is not None:
-                name = self.name(int(cells[wrong][0]) * self.grain)
-                raise Fault(UninitialisedError, lanes[wrong], f"reads {name}, which {what}", look)
+        if self.of_grid or (int(writer.view(np.uint64).max()) < PENDING):  # NEVER is the largest number
+            return
+        never = writer == NEVER
+        what, look = (
+            "cp.async is still filling",
+            "look for a wait_group that leaves too many groups open, or a missing wait",
+        )
+        if never.any():
+            what = "nobody has written"
+            look = "look for an array, a table or a tile that is filled only in part, or a wrong offset between two"
+        wrong = never if never.any() else writer >= PENDING
+        name = self.name(int(cells[wrong][0]) * self.grain)
+        raise Fault(UninitialisedError, lanes[wrong], f"reads {name}, which {what}", look)
 
     def _require_order(
         self, before: np.ndarray, cells: np.ndarray, lanes: np.ndarray, does: str, did: str, exempt: np.ndarray | None

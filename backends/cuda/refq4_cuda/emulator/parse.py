@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from .errors import LaunchError, UnknownInstructionError
-from .module import Function, Module, Variable, read_module, read_variable, width_of
+from .module import Function, Module, Variable, laid_out, read_module, read_variable, width_of
 
-__all__ = ["Address", "Instruction", "Kernel", "Operand", "Parameter", "Symbol", "Vector", "parse", "width_of"]
+__all__ = ["Address", "Instruction", "Kernel", "Operand", "Vector", "parse", "width_of"]
 
 DEEPEST = 16  # calls within calls: a recursion would have no end
 
@@ -42,21 +43,6 @@ class Vector(NamedTuple):
 Operand = str | Address | Vector
 
 
-class Parameter(NamedTuple):
-    """One kernel parameter: where it lies in the argument bytes, and its declared type, such as ``u64``."""
-
-    offset: int
-    size: int
-    kind: str = "b8"
-
-
-class Symbol(NamedTuple):
-    """One array in shared or local memory; ``size`` is None for the dynamic one."""
-
-    size: int | None
-    align: int
-
-
 @dataclass
 class Instruction:
     """One instruction as written.
@@ -74,7 +60,7 @@ class Instruction:
     guard: str | None = None
     negated: bool = False
 
-    @property
+    @cached_property
     def flat(self) -> list[str | Address]:
         """The operands, with the parts of vectors in their place."""
         return [part for o in self.operands for part in (o.parts if isinstance(o, Vector) else (o,))]
@@ -92,15 +78,20 @@ class Kernel:
     """
 
     name: str
-    parameters: dict[str, Parameter] = field(default_factory=dict)
+    parameters: dict[str, Variable] = field(default_factory=dict)
     argument_bytes: int = 0
-    shared: dict[str, Symbol] = field(default_factory=dict)
-    local: dict[str, Symbol] = field(default_factory=dict)
+    shared: dict[str, Variable] = field(default_factory=dict)
+    local: dict[str, Variable] = field(default_factory=dict)
     variables: dict[str, Variable] = field(default_factory=dict)
     registers: dict[str, str] = field(default_factory=dict)
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     tables: dict[str, list[str]] = field(default_factory=dict)
+
+    def declare(self, variable: Variable) -> None:
+        """An array, among those of its memory."""
+        own = {"shared": self.shared, "local": self.local, "param": self.local}
+        own.get(variable.space, self.variables)[variable.name] = variable
 
 
 def parse(text: str, entry: str) -> Kernel:
@@ -115,35 +106,15 @@ def parse(text: str, entry: str) -> Kernel:
         known = ", ".join(f.name for f in module.functions.values() if f.is_entry) or "none"
         raise LaunchError(f"the PTX has no kernel {entry!r}; it has: {known}")
     kernel = Kernel(entry)
-    _read_parameters(kernel, function.parameters)
+    # what .ptr says of a parameter is of what it points to
+    heads = [re.sub(r"\.ptr\b.*?(?=[\w$]+$)", "", " ".join(text.split())) for text in function.parameters.split(",")]
+    kernel.parameters, kernel.argument_bytes = laid_out(v for v in map(read_variable, heads) if v is not None)
     for variable in module.variables.values():
-        if variable.space == "shared":
-            kernel.shared[variable.name] = Symbol(variable.size, variable.align)
-        elif variable.space in ("global", "const"):
-            kernel.variables[variable.name] = variable
+        kernel.declare(variable)
     _Reader(kernel, module).read(function, {}, 0)
     used = {o.base if isinstance(o, Address) else o for one in kernel.code for o in one.flat}
-    kernel.shared = {name: symbol for name, symbol in kernel.shared.items() if name in used}
+    kernel.shared = {name: variable for name, variable in kernel.shared.items() if name in used}
     return kernel
-
-
-_PARAMETER = re.compile(
-    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.([usbf]\d+(?:x2)?)\s+(?:\.ptr[\s.\w]*?)?([\w$]+)(?:\[(\w+)\])?\s*$"
-)
-
-
-def _read_parameters(kernel: Kernel, head: str) -> None:
-    end = 0
-    for text in head.split(","):
-        if (found := _PARAMETER.search(" ".join(text.split()))) is None:
-            continue
-        align, kind, name, count = found.groups()
-        element = width_of(kind)
-        step = int(align) if align and count else element  # .align of a pointer speaks of what it points to
-        start = -(-end // step) * step
-        end = start + element * int(count or "1", 0)
-        kernel.parameters[name] = Parameter(start, end - start, kind)
-    kernel.argument_bytes = end
 
 
 _INSTRUCTION = re.compile(r"(?:@(!?)([%\w$#]+)\s+)?([a-z][\w.:]*)\s*(.*)")
@@ -234,18 +205,9 @@ class _Reader:
         elif text.startswith(".branchtargets"):
             self.kernel.tables[self.last_label] = [self._named(name) for name in text.split(maxsplit=1)[1].split(",")]
         elif (variable := read_variable(text)) is not None:
-            self._declare(variable)
+            self.kernel.declare(variable._replace(name=self._declared(variable.name)))
         else:
             self._read_instruction(text, line, source)
-
-    def _declare(self, variable: Variable) -> None:
-        name = self._declared(variable.name)
-        if variable.space in ("local", "param"):
-            self.kernel.local[name] = Symbol(variable.size, variable.align)
-        elif variable.space == "shared":
-            self.kernel.shared[name] = Symbol(variable.size, variable.align)
-        else:
-            self.kernel.variables[name] = variable._replace(name=name)
 
     def _read_instruction(self, text: str, line: int, source: str) -> None:
         found = _INSTRUCTION.fullmatch(text)

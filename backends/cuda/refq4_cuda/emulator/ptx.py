@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .errors import LaunchError
 from .memory import Region, name_of
-from .module import FORMATS
-from .parse import Kernel, Parameter
+from .module import FORMATS, Variable
+from .parse import Kernel
 
 if TYPE_CHECKING:
     from ..launch import Launch
@@ -52,43 +52,40 @@ def launch_of(
             "Triton adds two pointers at the end, for scratch memory: pass 0 for each"
         )
     for i, (parameter, value) in enumerate(zip(kernel.parameters.values(), args, strict=True)):
-        data[parameter.offset : parameter.offset + parameter.size] = _packed(kernel, i, parameter, value)
+        data[parameter.at : parameter.at + (parameter.size or 0)] = _packed(kernel, i, parameter, value)
     tensors = tuple(value for value in args if isinstance(value, Tensor))
     return Launch(Variant("", kernel.name, ()), sizes[0], sizes[1], shared, bytes(data), tensors)
 
 
-def _packed(kernel: Kernel, i: int, parameter: Parameter, value: Argument) -> bytes:
+def _packed(kernel: Kernel, i: int, parameter: Variable, value: Argument) -> bytes:
     """One argument's bytes, by the type that the kernel declares for it."""
-    kind, what = parameter.kind, f"kernel {kernel.name}, argument {i} (.{parameter.kind})"
+    kind, size, what = parameter.kind, parameter.size or 0, f"kernel {kernel.name}, argument {i} (.{parameter.kind})"
     if isinstance(value, Tensor):
         if value.device.type != "cpu":
             raise LaunchError(
                 f"{what}: the emulator reads CPU tensors, and this one is on {value.device}; pass x.cpu()"
             )
-        if parameter.size != 8 or kind in FORMATS:
+        if size != 8 or kind in FORMATS:
             raise LaunchError(f"{what} is not a pointer, and a tensor is given: pass a number")
         return value.data_ptr().to_bytes(8, "little")
     if isinstance(value, bytes):
-        if len(value) != parameter.size:
-            raise LaunchError(f"{what} has {parameter.size} bytes, and {len(value)} are given")
+        if len(value) != size:
+            raise LaunchError(f"{what} has {size} bytes, and {len(value)} are given")
         return value
-    number: Any = _plain(value)
+    number: Any = value
+    if isinstance(number, np.number):
+        number = number.item()
     try:
         if kind in FORMATS or (isinstance(number, float) and kind[0] == "b"):
-            return struct.pack(FORMATS.get(kind) or FORMATS[f"f{8 * parameter.size}"], number)
+            return struct.pack(FORMATS.get(kind) or FORMATS[f"f{8 * size}"], number)
         if isinstance(number, float) or kind == "b8":
             raise LaunchError(f"{what}: {number!r} is not a {'struct of bytes' if kind == 'b8' else 'whole number'}")
-        bits = 8 * parameter.size
+        bits = 8 * size
         if not -(1 << bits - 1) <= number < 1 << bits:
             raise LaunchError(f"{what}: {number} does not fit into {bits} bits")
-        return (int(number) & (1 << bits) - 1).to_bytes(parameter.size, "little")
+        return (int(number) & (1 << bits) - 1).to_bytes(size, "little")
     except (struct.error, OverflowError, TypeError, KeyError) as error:
         raise LaunchError(f"{what}: {number!r} can't be passed: {error}") from None
-
-
-def _plain(number: Any) -> Any:
-    """A number of numpy's as one of Python's."""
-    return number.item() if isinstance(number, np.number) else number
 
 
 def regions_of(kernel: Kernel, args: Sequence[Argument], arrays: dict[str, Any]) -> list[Region]:

@@ -111,12 +111,13 @@ class Scheduler:
     def _gathered(self, pc: int, lanes: np.ndarray, s: Any) -> np.ndarray:
         """Of these lanes and those that wait at ``pc``, the ones whose company is complete; the others wait (on)."""
         if pc in self.waiting:
-            lanes = _joined(lanes, self.waiting.pop(pc))
+            _join(self.waiting, pc, lanes)
+            lanes = self.waiting.pop(pc)
             s = selection(lanes)
         present: np.ndarray | None = self.program.gather[pc](self.m, s)
         if present is None:
             return lanes
-        self._wait(pc, lanes[~present])
+        _join(self.waiting, pc, lanes[~present])
         complete: np.ndarray = lanes[present]
         return complete
 
@@ -191,10 +192,7 @@ class Scheduler:
             warp = self.m.thread[lanes] // WARP
             parts = [(self.teams[w], lanes[warp == w]) for w in np.unique(warp)]
         for team, some in parts:
-            team[pc] = _joined(team[pc], some) if pc in team else some
-
-    def _wait(self, pc: int, lanes: np.ndarray) -> None:
-        self.waiting[pc] = _joined(self.waiting[pc], lanes) if pc in self.waiting else lanes
+            _join(team, pc, some)
 
     # --- errors -----------------------------------------------------------------------------------------------------
 
@@ -239,9 +237,9 @@ class Scheduler:
         return f"PTX line {instruction.line}{source}:  {instruction.text}"
 
 
-def _joined(some: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The lanes of two groups, which have none in common, in order."""
-    return np.sort(np.concatenate((some, others)))
+def _join(groups: dict[int, np.ndarray], pc: int, lanes: np.ndarray) -> None:
+    """Lanes, in order, to those at the same instruction, with which they have none in common."""
+    groups[pc] = np.sort(np.concatenate((groups[pc], lanes))) if pc in groups else lanes
 
 
 def batches(total: int, per_batch: int) -> Sequence[np.ndarray]:

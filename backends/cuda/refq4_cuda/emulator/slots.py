@@ -10,8 +10,9 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from .flow import live_ranges
-from .parse import width_of
+from .flow import is_branch, read_registers, targets_of, written_registers
+from .module import laid_out, width_of
+from .parse import Kernel
 from .program import Program
 
 __all__ = ["assign_slots", "lay_out"]
@@ -19,8 +20,12 @@ __all__ = ["assign_slots", "lay_out"]
 
 def lay_out(program: Program) -> dict[str, int]:
     """The place or address of every name that an instruction may use as a number."""
-    parameters = {name: parameter.offset for name, parameter in program.kernel.parameters.items()}
-    return _lay_out_shared(program) | parameters | _lay_out_local(program) | _make_arrays(program)
+    kernel = program.kernel
+    # static arrays first, in order of declaration; the dynamic one behind them, at its own alignment
+    shared, program.static_shared = laid_out(sorted(kernel.shared.values(), key=lambda variable: variable.size is None))
+    local, program.local = laid_out(kernel.local.values())
+    places = {name: variable.at for name, variable in (shared | kernel.parameters | local).items()}
+    return places | _make_arrays(program)
 
 
 def assign_slots(program: Program, doubtful: set[str]) -> None:
@@ -28,7 +33,7 @@ def assign_slots(program: Program, doubtful: set[str]) -> None:
 
     What an instruction reads and what it writes overlap at that instruction, so they never share.
     """
-    ranges = live_ranges(program.kernel)
+    ranges = _needed(program.kernel)
     free: dict[int, list[int]] = {}
     used: list[tuple[int, int]] = []  # (last instruction, slot), a heap
     for name, (first, last) in sorted(ranges.items(), key=lambda item: item[1]):
@@ -47,23 +52,28 @@ def assign_slots(program: Program, doubtful: set[str]) -> None:
             heappush(used, (last, slot))
 
 
-def _lay_out_shared(program: Program) -> dict[str, int]:
-    """Static arrays first, in order of declaration; the dynamic one behind them, at its own alignment."""
-    end, places = 0, {}
-    for name, (size, align) in sorted(program.kernel.shared.items(), key=lambda item: item[1].size is None):
-        end = -(-end // align) * align
-        places[name] = end
-        end += size or 0
-    program.static_shared = end
-    return places
+def _needed(kernel: Kernel) -> dict[str, tuple[int, int]]:
+    """The first and the last instruction between which a register's value matters, if it is written before it is read.
 
-
-def _lay_out_local(program: Program) -> dict[str, int]:
-    places = {}
-    for name, (size, align) in program.kernel.local.items():
-        places[name] = start = -(-program.local // max(align, 1)) * max(align, 1)
-        program.local = start + (size or 0)
-    return places
+    Those are the first and the last that name it, and any later one that jumps back between the two. Where a jump leads
+    past the first, or the first one reads, the value may come from anywhere.
+    """
+    ranges: dict[str, tuple[int, int]] = {}
+    jumps = []
+    for pc, one in enumerate(kernel.code):
+        read = read_registers(one)
+        for name in (*read, *written_registers(one)):
+            if name in kernel.registers:
+                ranges[name] = ranges.get(name, (0 if name in read else pc, pc))[0], pc
+        jumps += [(pc, target) for target in targets_of(kernel, one)] if is_branch(one) else []
+    ahead = [jump for jump in jumps if jump[1] > jump[0]]
+    for name, (first, last) in ranges.items():
+        for pc, target in jumps:
+            if pc > last and first <= target <= last:
+                last = pc
+        around = any(pc < first < target <= last for pc, target in ahead)
+        ranges[name] = (0, len(kernel.code)) if around else (first, last)
+    return ranges
 
 
 def _make_arrays(program: Program) -> dict[str, int]:

@@ -66,10 +66,9 @@ def _mma(parts: list[str]) -> Known | None:
 
     def function(*registers: Row) -> list[Row]:
         a, b, c = registers[: 2 * blocks], registers[2 * blocks : 3 * blocks], registers[3 * blocks :]
-        rows = [_numbers(row, left).reshape(-1, 8, width) for row in a]
-        columns = np.concatenate([_numbers(row, right).reshape(-1, 8, width) for row in b], axis=2)  # [warp, n, k]
-        both = np.concatenate([np.concatenate(rows[half::2], axis=2) for half in (0, 1)], axis=1)
-        product = both @ columns.transpose(0, 2, 1)  # [warp, 16, 8]
+        rows = _numbers(np.stack(a), left).reshape(blocks, 2, -1, 8, width).transpose(2, 1, 3, 0, 4).reshape(-1, 16, k)
+        columns = _numbers(np.stack(b), right).reshape(blocks, -1, 8, width).transpose(1, 0, 3, 2).reshape(-1, k, 8)
+        product = rows @ columns  # [warp, 16, 8]
         if sums == "f16":  # two in a register, row g in the first, row g + 8 in the second
             totals = [product[:, 8 * i : 8 * i + 8].reshape(-1) + decode(c[i], sums) for i in (0, 1)]
             return [encode(total, sums).view(np.uint32) for total in totals]
@@ -97,10 +96,11 @@ def _blocks(parts: list[str]) -> Known | None:
     def turned(blocks: Row) -> Row:
         return np.ascontiguousarray(blocks.transpose(0, 1, 3, 2) if "trans" in parts else blocks)
 
-    def load(m: Batch, s: Any, address: Row) -> list[Row]:
+    def load(m: Batch, s: Any, address: Row) -> Any:
         rows = m.shared.read(*giving(m, s, address), 4, 4)  # [8 * count lanes of each warp, 4]
         blocks = turned(np.ascontiguousarray(rows).view(np.uint16).reshape(-1, count, 8, 8))
-        return [np.ascontiguousarray(blocks[:, i]).view(np.uint32).reshape(-1) for i in range(count)]
+        words = [np.ascontiguousarray(blocks[:, i]).view(np.uint32).reshape(-1) for i in range(count)]
+        return words if count > 1 else words[0]
 
     def store(m: Batch, s: Any, address: Row, *registers: Row) -> None:
         blocks = [np.ascontiguousarray(row).view(np.uint16).reshape(-1, 8, 8) for row in registers]
