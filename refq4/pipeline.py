@@ -176,7 +176,7 @@ def choose_layout(layer: Linear4bit, state: QuantState, x: Tensor) -> tuple[Boun
         form = None
     call, route = describe(x, state, dtype, gradient, own_layout=form is not None and form.prepared is not None)
     engine = choice if deferred else registry.resolve(call, choice)
-    if stays is None and isinstance(engine, Resolved) and (form is None or form.backend is not engine.backend):
+    if stays is None and type(engine) is Resolved and (form is None or form.backend is not engine.backend):
         form = weight.prepare(state, engine.backend, choice)
         _, route = describe(x, state, dtype, gradient, own_layout=form.prepared is not None)  # the same op
     if form is not None and form.prepared is not None:  # in a form without, the backend reads the stored bytes

@@ -33,6 +33,7 @@ from .internals.discovery import (
     backend_info,
     by_priority,
     check_usable,
+    entries,
     find,
     list_backends,
     not_installed,
@@ -190,7 +191,8 @@ def resolve(call: Call, requested: str) -> Resolved:
         BackendUnsupportedError: the backend asked for by name can't run this call.
     """
     if requested != AUTO:
-        found = find(requested).usable()
+        entry = entries[requested] if requested in entries else find(requested)
+        found = entry.ready or entry.usable()
         reason = found.backend.can_run(call)
         if reason is not None:
             raise BackendUnsupportedError(
@@ -199,8 +201,7 @@ def resolve(call: Call, requested: str) -> Resolved:
             )
         return found
     passed_over: list[tuple[str, str]] = []
-    entries = by_priority()
-    for entry in entries:
+    for entry in by_priority():
         if entry.only_by_name:
             continue
         reason = entry.refusal(call)

@@ -53,9 +53,9 @@ def _import(source: str) -> None:
 
 
 def _registered() -> dict[str, object]:
-    from ..internals.discovery import known_entries
+    from ..internals.discovery import entries
 
-    return {name: entry.backend for name, entry in known_entries().items()}
+    return {name: entry.backend for name, entry in entries.items()}
 
 
 def _import_file(path: Path) -> None:

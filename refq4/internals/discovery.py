@@ -83,7 +83,7 @@ class Entry:
 
     def usable(self) -> Resolved:
         """The instance, ready to use; BackendUnavailableError if it can't work here."""
-        found = self.ready or self.load()
+        found = self.load()
         if found is None:
             raise BackendUnavailableError(f"backend {self.name!r} is not available: {self.problem}")
         return found
@@ -106,19 +106,8 @@ def installed() -> dict[str, Entry]:
     }
 
 
-_entries = installed()  # and those that are registered by hand
+entries = installed()  # and those that are registered by hand
 _ordered: list[Entry] | None = None  # by_priority, until the registry changes
-
-
-def known_entries() -> dict[str, Entry]:
-    """Every backend by its name, in a dict of the caller's own; :func:`restore_entries` puts it back."""
-    return dict(_entries)
-
-
-def restore_entries(entries: dict[str, Entry]) -> None:
-    """Know these entries, and no others."""
-    global _entries, _ordered
-    _entries, _ordered = entries, None
 
 
 def check_usable(name: str) -> Backend | None:
@@ -128,11 +117,11 @@ def check_usable(name: str) -> Backend | None:
 
 def find(name: str) -> Entry:
     """The entry of that name; UnknownBackendError if there is none."""
-    if type(name) is str and name in _entries:
-        return _entries[name]
-    if not _entries:
+    if type(name) is str and name in entries:
+        return entries[name]
+    if not entries:
         raise UnknownBackendError(f"unknown backend {name!r}: {not_installed()}")
-    known = [each for each in (*sorted(_entries), AUTO) if each != name]  # "auto" has no entry
+    known = [each for each in (*sorted(entries), AUTO) if each != name]  # "auto" has no entry
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UnknownBackendError(f"unknown backend {name!r}.{hint} Known: {', '.join(known)}. {_HOW_KNOWN}")
@@ -185,14 +174,14 @@ def register_backend(backend: Backend, *, replace: bool = False) -> Backend:
         raise TypeError(f"register_backend needs an instance of refq4.backend.Backend, got {backend!r}")
     if not backend.name or backend.name == AUTO:
         raise ValueError(f"a backend needs a name other than {AUTO!r}, got {backend.name!r}")
-    known = _entries.get(backend.name)
+    known = entries.get(backend.name)
     if known is not None and not replace:
         if not known.awaits(backend):
             raise ValueError(_taken(known))
         known.backend = backend
     else:
         where = f"{type(backend).__module__}.{type(backend).__qualname__}"
-        _entries[backend.name] = Entry(backend.name, f"register_backend({where})", backend=backend)
+        entries[backend.name] = Entry(backend.name, f"register_backend({where})", backend=backend)
     _ordered = None
     return backend
 
@@ -217,7 +206,7 @@ def unregister_backend(name: str) -> None:
         False
     """
     global _ordered
-    del _entries[find(name).name]
+    del entries[find(name).name]
     _ordered = None
 
 
@@ -226,7 +215,7 @@ def unregister_backend(name: str) -> None:
 
 def is_installed(name: str) -> bool:
     """Whether every process finds this backend by itself: through an entry point."""
-    entry = _entries.get(name)
+    entry = entries.get(name)
     return entry is not None and entry.entry_point is not None
 
 
@@ -234,10 +223,10 @@ def by_priority() -> list[Entry]:
     """All entries, highest priority first; one that failed to load goes by name, where its reason is still told."""
     global _ordered
     if _ordered is None:
-        for entry in list(_entries.values()):  # a module may register further backends when it is imported
+        for entry in list(entries.values()):  # a module may register further backends when it is imported
             if not entry.only_by_name:
                 entry.imported()
-        _ordered = sorted(_entries.values(), key=_rank)
+        _ordered = sorted(entries.values(), key=_rank)
     return _ordered
 
 
