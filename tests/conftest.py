@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +15,7 @@ import torch
 from peer_path import CANONICAL, computing_on
 
 from refq4.integrations import later
+from refq4.testing.peer import quiet_bitsandbytes
 
 PEER = "0.50.2"
 
@@ -46,19 +44,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def bnb(request: pytest.FixtureRequest) -> ModuleType:
     """bitsandbytes 0.50.2, as its wheel is: with the kernels it could fetch from elsewhere kept out."""
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")  # says at import that there are none
-    level = log.level
-    log.setLevel(logging.ERROR)
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setitem(sys.modules, "kernels", None)
     try:
-        peer = importlib.import_module("bitsandbytes")
+        peer = quiet_bitsandbytes()
         missing = None if peer.__version__ == PEER else f"is {peer.__version__}, the tests are about {PEER}"
     except ImportError as error:
         missing = f"can't be imported ({error})"
-    finally:
-        monkeypatch.undo()
-        log.setLevel(level)
     if missing:
         stop = pytest.fail if request.config.getoption("--require-peers") else pytest.skip
         stop(f"bitsandbytes {missing}: pip install -e '.[test]', or pip install bitsandbytes=={PEER}")

@@ -15,14 +15,12 @@ and put back into the model: what is measured is the format, not a kernel.
 
 from __future__ import annotations
 
-import argparse
 import copy
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from settings import figures, in_full, sequences_of
+from settings import language_model, parser
 from torch import Tensor, nn
 
 from refq4.functional import dequantize_4bit, quantize_4bit
@@ -32,17 +30,13 @@ Format = Callable[[Tensor, Tensor], Tensor]  # W [N, K], H [K, K], the mean of x
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--sequences", type=int, default=8)
-    options = parser.parse_args()
-    full, sequences, seen = sequences_of(options.model, options.text, options.sequences)
+    options = parser(__doc__).parse_args()
+    language_model(options.model, options.text, options.sequences, in_formats)
+
+
+def in_formats(full: Any, seen: list[Tensor]) -> Iterator[tuple[str, str, float, Any]]:
     layers = {name: m for name, m in full.model.named_modules() if isinstance(m, nn.Linear)}
     moments = second_moments(full, layers, seen)
-    print(in_full(full, sequences))
-    print("| format | bits per weight | mean error of a layer | KL | same first choice | perplexity |")
-    print("| --- | --- | --- | --- | --- | --- |")
     for name, (bits, decoded) in FORMATS.items():
         small, error = copy.deepcopy(full), 0.0
         with torch.no_grad():
@@ -51,7 +45,7 @@ def main() -> None:
                 new = decoded(W, moments[key])
                 error += float((new - W).norm() / W.norm()) / len(layers)
                 small.model.get_submodule(key).weight.copy_(new)
-        print(f"| {name} | {bits:.2f} | {error:.4f} | {figures(small, full, sequences)} |", flush=True)
+        yield name, f"{bits:.2f}", error, small
 
 
 def second_moments(model: Any, layers: dict[str, nn.Module], seen: list[Tensor]) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ def test_both_tables_come_out_for_a_model(tmp_path, capsys, monkeypatch):
     transformers.PreTrainedTokenizerFast(tokenizer_object=pieces).save_pretrained(tmp_path)
     text = tmp_path / "text.txt"
     text.write_text("every sentence needs a subject. " * 40)
-    settings.language_model(tmp_path, text, 1)
+    settings.language_model(tmp_path, text, 1, settings.in_settings)
     monkeypatch.setattr(sys, "argv", ["neighbours.py", str(tmp_path), str(text), "--sequences", "1"])
     neighbours.main()
     rows = re.findall(r"^\| (.*?) \| ([\d.]+) \| ([\d.]+) \| ([\d.e-]+) \|", capsys.readouterr().out, re.MULTILINE)
