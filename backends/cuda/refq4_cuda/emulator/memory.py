@@ -121,12 +121,11 @@ class Memory:
             memory, released = buffer.memory, strong and buffer.memory.of_grid
             view[places] = values[at]
             if memory.checks:
-                cells, who = memory.cells(offset, lanes, size)
-                shadow = memory.shadow(buffer)
-                stamp, last = shadow.write(cells, who, "writes", released), shadow.writer[cells]
-                if (last != stamp).any():  # several lanes write to one place, in one instruction
-                    foreign = (last & THREAD) // self.order.padded != (stamp & THREAD) // self.order.padded
-                    wrong = _rows(view[places] != values[at], lanes) | _rows(foreign, lanes)
+                memory.shadow(buffer).write(*memory.cells(offset, lanes, size), "writes", released)
+                mine, last = lanes + self.order.first, memory.shadow(buffer).writer[offset // memory.grain] & THREAD
+                if (last != mine).any():  # several lanes write to one place, in one instruction
+                    lost = np.reshape(view[places] != values[at], (len(lanes), -1)).any(axis=1)
+                    wrong = lost | (last // self.order.padded != mine // self.order.padded)
                     if wrong.any():
                         name = memory.name(buffer, int(offset[wrong][0]))
                         raise Fault(
@@ -300,8 +299,3 @@ def _bytes(region: Region) -> np.ndarray:
     before = region.base & 15
     memory = (ctypes.c_uint8 * (before + region.nbytes)).from_address(region.base - before)
     return np.frombuffer(memoryview(memory), np.uint8)
-
-
-def _rows(wrong: Any, lanes: np.ndarray) -> np.ndarray:
-    """Which lanes have something wrong, of one or several things each."""
-    return np.any(np.reshape(wrong, (len(lanes), -1)), axis=1)  # type: ignore[no-any-return]

@@ -122,15 +122,15 @@ class Shadow:
         """Raise where what is read there is not written, or not in order; note a read that is not ``strong``."""
         writer = self.writer[cells]
         exempt = self.strong[cells] if self.of_grid and self.strong is not None else None
-        self._require_written(writer, cells, lanes)
-        self._require_order(writer, cells, lanes, "reads", "written", exempt)
+        if self._require_written(writer, cells, lanes) >= (0 if self.of_grid else self.order.oldest):
+            self._require_order(writer, cells, lanes, "reads", "written", exempt)
         if self.readers and not strong:
             stamp = self.order.tick() | lanes + self.order.first
             low, high = self.readers
             high[cells], low[cells[::-1]] = stamp, stamp[::-1]
 
-    def write(self, cells: np.ndarray, lanes: np.ndarray, does: str, strong: bool) -> np.ndarray:
-        """Raise where the write is not in order; note it, and give its stamps."""
+    def write(self, cells: np.ndarray, lanes: np.ndarray, does: str, strong: bool) -> None:
+        """Raise where the write is not in order; note it."""
         writer = self.writer[cells]
         exempt = self.strong[cells] if strong and self.strong is not None else None
         if does == "updates":
@@ -138,26 +138,23 @@ class Shadow:
         self._require_order(writer, cells, lanes, does, "written", exempt)
         for readers in () if strong and self.of_grid else self.readers:
             self._require_order(readers[cells], cells, lanes, does, "read", None)
-        stamp: np.ndarray = self.order.tick() | lanes + self.order.first
-        self.writer[cells] = stamp
+        self.writer[cells] = self.order.tick() | lanes + self.order.first
         if strong and self.strong is None:
             self.strong = np.zeros(len(self.writer), bool)
         if self.strong is not None:
             self.strong[cells] = strong
-        return stamp
 
-    def _require_written(self, writer: np.ndarray, cells: np.ndarray, lanes: np.ndarray) -> None:
-        if self.of_grid or (int(writer.view(np.uint64).max()) < PENDING):  # NEVER is the largest number
-            return
-        never = writer == NEVER
-        what, look = (
-            "cp.async is still filling",
-            "look for a wait_group that leaves too many groups open, or a missing wait",
-        )
-        if never.any():
-            what = "nobody has written"
-            look = "look for an array, a table or a tile that is filled only in part, or a wrong offset between two"
-        wrong = never if never.any() else writer >= PENDING
+    def _require_written(self, writer: np.ndarray, cells: np.ndarray, lanes: np.ndarray) -> int:
+        """The newest of the stamps; raise where there must be one and is none, or one of a copy under way."""
+        newest = int(writer.max() if self.of_grid else writer.view(np.uint64).max())  # here NEVER is the largest
+        if self.of_grid or newest < PENDING:
+            return newest
+        wrong = writer == NEVER
+        what = "nobody has written"
+        look = "look for an array, a table or a tile that is filled only in part, or a wrong offset between two"
+        if not wrong.any():
+            wrong, what = writer >= PENDING, "cp.async is still filling"
+            look = "look for a wait_group that leaves too many groups open, or a missing wait"
         name = self.name(int(cells[wrong][0]) * self.grain)
         raise Fault(UninitialisedError, lanes[wrong], f"reads {name}, which {what}", look)
 
