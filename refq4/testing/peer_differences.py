@@ -40,8 +40,10 @@ NOT_FINITE = "NaN and infinity are refused unless allowed"
 NOT_FINITE_8_BIT = "A NaN spoils the scale of its block in the 8 bit stage too"
 STRADDLING = "Blocks that straddle rows decode correctly"
 ONE_ZERO = "FP4 has one zero"
+SUBNORMAL = "Decoded numbers below 1e-38 are not zero in bf16"
 ENTRIES = (
     ZERO_BLOCKS, TINY_BLOCKS, FP4_RULE, SHORT_BLOCK, NEAREST, NOT_FINITE, NOT_FINITE_8_BIT, STRADDLING, ONE_ZERO,
+    SUBNORMAL,
 )  # fmt: skip
 
 LEAST = 1e-38  # what bitsandbytes takes for the scale of a block whose scale is smaller
@@ -164,6 +166,8 @@ def _claims_on_8_bit_codes(
 
 def _claims_on_decoded(weight: PackedWeight, mine: Tensor, theirs: Tensor) -> Claims:
     yield ONE_ZERO, (mine == 0) & (theirs == 0)
+    if mine.dtype == torch.bfloat16:
+        yield SUBNORMAL, (mine.abs() < torch.finfo(mine.dtype).tiny) & (theirs == 0)
     k = weight.shape[-1]
     if k % 16 == 0 and k % weight.blocksize and torch.backends.cpu.get_cpu_capability() == "AVX512":
         yield STRADDLING, _other_scale(weight, theirs)
@@ -176,7 +180,8 @@ def _other_scale(weight: PackedWeight, theirs: Tensor) -> Tensor:
     scales = weight.absmax if nested is None else nested_absmax(weight.absmax, nested)
     found = torch.zeros(theirs.shape, dtype=torch.bool)
     for c, value in enumerate(weight.code):
-        found |= (codes == c) & torch.isin(theirs, (value * scales).to(theirs.dtype))
+        others = (value * scales).to(theirs.dtype)
+        found |= (codes == c) & (torch.isin(theirs, others) | (theirs.isnan() & others.isnan().any()))
     return found
 
 

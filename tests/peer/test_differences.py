@@ -274,6 +274,21 @@ def test_fp4_has_one_zero(bnb):
     assert_same_bits(theirs, torch.full((2, 64), -0.0 if peer_keeps_minus_zero(bnb) else 0.0))
 
 
+def test_decoded_numbers_below_1e_38_are_not_zero_in_bf16(bnb):
+    x = torch.linspace(-1e-37, 1e-37, 256)
+    packed, state = F.quantize_4bit(x, quant_type="nf4")
+    exact = F.dequantize_4bit(packed, state).to(torch.bfloat16)
+    small = (exact.abs() < torch.finfo(torch.bfloat16).tiny) & (exact != 0)
+    assert bool(small.any())
+    state.dtype = torch.bfloat16
+    assert_same_bits(F.dequantize_4bit(packed, state), exact)
+    _, their_state = bnb.functional.quantize_4bit(x.bfloat16(), quant_type="nf4")
+    their_state.absmax = state.absmax
+    theirs = peer_dequantize(bnb, packed, their_state).view(-1)
+    flushed = exact.masked_fill(small, 0) if torch.cpu._is_avx512_bf16_supported() else exact
+    assert torch.equal(theirs, flushed)
+
+
 def test_one_dimensional_tensors_keep_their_shape(bnb):
     assert F.dequantize_4bit(*F.quantize_4bit(randn(128))).shape == (128,)
     assert bnb.functional.dequantize_4bit(*bnb.functional.quantize_4bit(randn(128))).shape == (1, 128)
