@@ -13,7 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("refq4_cuda", reason="the package refq4_cuda is not installed: pip install -e .")
-from ptx import compute, run
+from ptx import compute, kernel, run
 from refq4_cuda import emulator
 
 RNG = np.random.default_rng(1)
@@ -399,6 +399,18 @@ def test_a_barrier_with_a_question_to_the_negation_of_a_predicate_is_one_all_agr
     body = "setp.lt.s32 %p1, %r0, 0; barrier.red.and.pred %p2, 0, !%p1; selp.u32 %r2, 1, 0, %p2;"
     run(body + STORE, out, threads=64)
     assert out.tolist() == [1] * 64
+
+
+def test_a_barrier_with_a_question_is_a_barrier():
+    out = torch.zeros(64, dtype=torch.int32)
+    body = (
+        "mov.u64 %rd1, room; mul.wide.s32 %rd2, %r0, 4; add.s64 %rd3, %rd1, %rd2; add.s64 %rd4, %at0, %rd2;"
+        "st.shared.u32 [%rd3], %r0; setp.ge.s32 %p1, %r0, 0; bar.red.and.pred %p2, 0, %p1; xor.b32 %r2, %r0, 32;"
+        "mul.wide.s32 %rd5, %r2, 4; add.s64 %rd5, %rd1, %rd5; ld.shared.u32 %r3, [%rd5]; st.global.u32 [%rd4], %r3;"
+    )
+    for seed in (None, 1, 2):
+        emulator.run(*kernel(body, out.zero_(), threads=64), seed=seed)
+        assert out.tolist() == [i ^ 32 for i in range(64)]
 
 
 def test_a_question_at_another_barrier_than_the_blocks_is_refused():
