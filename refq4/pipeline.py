@@ -370,4 +370,4 @@ def _rows(table: PackedWeight, state: QuantState, ids: Tensor) -> PackedWeight:
     (count, dim), gather = table.shape, torch.nn.functional.embedding
     packed = gather(ids, table.packed.view(count, dim // 2)).reshape(-1)
     absmax = gather(ids, decode_scales(state).view(count, dim // table.blocksize)).reshape(-1)
-    return table._replace(packed=packed, absmax=absmax, shape=(*ids.shape, dim), nested=None)
+    return PackedWeight(packed, absmax, table.code, table.blocksize, (*ids.shape, dim), table.quant_type)
