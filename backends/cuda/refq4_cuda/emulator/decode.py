@@ -182,13 +182,13 @@ class _Decoder:
             raise self._unknown(instruction, f"with {len(given)} sources instead of {len(kinds)}")
         places = [self._target(name, kind, instruction) for name, kind in zip(targets, known.results, strict=False)]
         sources = [self._reader(name, kind.rstrip("?"), instruction) for name, kind in zip(given, kinds, strict=True)]
-        readers = [_row(*source) if isinstance(source, tuple) else source for source in sources]
         function, on_lanes, meets = known.function, known.on_lanes, known.meets
-        if meets is not None:
-            self.program.gather[pc] = lambda m, s: meets(m, s, readers)
         single = places[0] if len(known.results) == 1 else None
         if single is not None and not on_lanes and all(isinstance(source, tuple) for source in sources):
-            return _from_rows(function, *single, sources)
+            return _from_rows(function, *single, tuple(sources))
+        readers = [_row(*source) if isinstance(source, tuple) else source for source in sources]
+        if meets is not None:
+            self.program.gather[pc] = lambda m, s: meets(m, s, readers)
 
         def step(m: Batch, s: Any) -> None:
             values = [read(m, s) for read in readers]
@@ -245,7 +245,7 @@ def _row(bank: int, slot: int) -> Any:
     return lambda m, s: m.rows[bank][slot][s]
 
 
-def _from_rows(function: Any, bank: int, slot: int, sources: list[Any]) -> Step:
+def _from_rows(function: Any, bank: int, slot: int, sources: tuple[Any, ...]) -> Step:
     """The usual case, quickly: rows in, one row out."""
     if len(sources) == 2 and isinstance(function, np.ufunc):  # it needs no room of its own for the result
         (bank_a, a), (bank_b, b) = sources

@@ -70,14 +70,12 @@ def block_ends(kernel: Kernel) -> list[int]:
 
 def watched(kernel: Kernel) -> set[str]:
     """The registers that some path may read before it has written them (a forward dataflow over basic blocks)."""
-    reads = [set(read_registers(i)) for i in kernel.code]
-    writes = [set() if i.guard else set(written_registers(i)) for i in kernel.code]
     ends = block_ends(kernel)
     known: dict[int, set[str]] = {0: set()}  # block start -> registers surely written on entry
     work = [0]
     while work:
         start = work.pop()
-        sure = known[start].union(*writes[start : ends[start]])
+        sure = known[start].union(*(written_registers(i) for i in kernel.code[start : ends[start]] if not i.guard))
         for successor in _successors(kernel, ends[start]):
             before = known.get(successor)
             both = set(sure) if before is None else before & sure
@@ -86,9 +84,9 @@ def watched(kernel: Kernel) -> set[str]:
                 work.append(successor)
     doubtful: set[str] = set()
     for start, sure in known.items():
-        for pc in range(start, ends[start]):
-            doubtful |= reads[pc] - sure
-            sure |= writes[pc]
+        for one in kernel.code[start : ends[start]]:
+            doubtful.update(name for name in read_registers(one) if name not in sure)
+            sure.update(() if one.guard else written_registers(one))
     return doubtful & kernel.registers.keys()
 
 

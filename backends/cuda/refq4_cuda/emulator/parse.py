@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 from .errors import LaunchError, UnknownInstructionError
@@ -50,6 +49,7 @@ class Instruction:
     Attributes:
         line: in the PTX, from 1. ``source`` is the .cu file's line, where the PTX has it (``-lineinfo``).
         guard: the predicate register of ``@%p``, or None; ``negated`` for ``@!%p``.
+        flat: the operands, with the parts of vectors in their place.
     """
 
     line: int
@@ -59,11 +59,10 @@ class Instruction:
     operands: tuple[Operand, ...]
     guard: str | None = None
     negated: bool = False
+    flat: tuple[str | Address, ...] = ()
 
-    @cached_property
-    def flat(self) -> list[str | Address]:
-        """The operands, with the parts of vectors in their place."""
-        return [part for o in self.operands for part in (o.parts if isinstance(o, Vector) else (o,))]
+    def __post_init__(self) -> None:
+        self.flat = tuple(part for o in self.operands for part in (o.parts if isinstance(o, Vector) else (o,)))
 
 
 @dataclass

@@ -88,6 +88,8 @@ def family(*names: str) -> Callable[[Callable[[list[str]], Known | None]], Calla
 def find(instruction: Instruction) -> Known | None:
     """What is known of an instruction, or None."""
     opcode = instruction.opcode
+    if not opcode.startswith(("setp.", "bar", "mov.")):
+        return _find(opcode)
     if opcode.startswith("setp.") and "|" in instruction.text:
         opcode += ".|"  # the second result is the opposite
     elif opcode.startswith("bar") and instruction.operands == ("0",):

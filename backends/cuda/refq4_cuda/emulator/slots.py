@@ -66,13 +66,14 @@ def _needed(kernel: Kernel) -> dict[str, tuple[int, int]]:
             if name in kernel.registers:
                 ranges[name] = ranges.get(name, (0 if name in read else pc, pc))[0], pc
         jumps += [(pc, target) for target in targets_of(kernel, one)] if is_branch(one) else []
-    ahead = [jump for jump in jumps if jump[1] > jump[0]]
+    over = np.full(len(kernel.code), len(kernel.code))  # of each instruction, the nearest target of jumps past it
+    for pc, target in jumps:
+        over[pc + 1 : target] = np.minimum(over[pc + 1 : target], target)
     for name, (first, last) in ranges.items():
         for pc, target in jumps:
             if pc > last and first <= target <= last:
                 last = pc
-        around = any(pc < first < target <= last for pc, target in ahead)
-        ranges[name] = (0, len(kernel.code)) if around else (first, last)
+        ranges[name] = (0, len(kernel.code)) if over[first] <= last else (first, last)
     return ranges
 
 
