@@ -129,7 +129,9 @@ def _as_rows_of(A: Tensor, y: Tensor) -> Tensor:
     autograd forbids writing in place to a view that a custom Function returned, and ``ReLU(inplace=True)`` or
     ``y += 1`` after a layer do that.
     """
-    return y if A.ndim == 2 else y.contiguous().resize_(*A.shape[:-1], y.shape[-1])
+    if A.ndim == 2 or (A.ndim == 3 and A.shape[0] == 1):
+        return y if A.ndim == 2 else y.unsqueeze_(0)
+    return y.contiguous().resize_(*A.shape[:-1], y.shape[-1])
 
 
 def _nothing_to_sum(A: Tensor, n: int, bias: Tensor | None) -> Tensor:
