@@ -126,12 +126,12 @@ class Preparable(Tensor):
 
     def stored(self) -> Tensor:
         """The stored bytes as a plain tensor, wherever they are; the form stays."""
-        with _lock, torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
-            here, form = self.data, self._form
-            if form is not None and form.prepared is not None:
-                with torch._C._DisableFuncTorch():  # the bytes are no function of what torch.func transforms
-                    packed = form.backend.restore_weight(form.prepared).packed
-                    return layout.to_storage(packed, here.dtype).view(self.shape)
+        with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False), torch._C._DisableFuncTorch():
+            with _lock:  # for a moment: the backend may wait for other threads, and a fork keeps what they hold locked
+                here, form = self.data, self._form
+            if form is not None and form.prepared is not None:  # no function of what torch.func transforms
+                packed = form.backend.restore_weight(form.prepared).packed
+                return layout.to_storage(packed, here.dtype).view(here.shape)
             if here.nbytes > here.untyped_storage().nbytes():
                 raise ValueError("the weight's memory is not there: its storage was freed or cut")
             return here

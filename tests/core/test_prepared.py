@@ -17,6 +17,7 @@ from torch import nn
 
 import refq4
 import refq4.functional as F
+from refq4.backend import PackedWeight, PreparedWeight
 from refq4.internals.prepared import MOST_RESTORES
 from refq4.nn import LinearNF4
 from refq4.pipeline import LAYOUT_IN_USE, LAYOUT_OWN
@@ -416,6 +417,37 @@ def test_a_state_dict_taken_while_others_save_and_prepare_the_weight_is_whole():
         infer(layer)  # prepares
         layer.train().eval()  # restores
     assert not wrong
+
+
+def test_a_layer_is_saved_while_the_backend_restores_another_one():
+    begun, saved = threading.Event(), threading.Event()
+
+    class Waits(Loopback):
+        def restore_weight(self, prepared: PreparedWeight) -> PackedWeight:
+            if threading.current_thread() is not threading.main_thread():
+                begun.set()
+                assert saved.wait(10), "the other layer waits for this one"
+            return super().restore_weight(prepared)
+
+    refq4.register_backend(Waits(own_layout=True), replace=True)
+    slow, _ = prepared(bias=False)
+    with refq4.use_backend("reference"):
+        other = refq4.nn.LinearNF4(K, N).to("cpu")
+    faults: list[BaseException] = []
+
+    def save() -> None:
+        try:
+            slow.state_dict()
+        except AssertionError as fault:
+            faults.append(fault)
+
+    saving = threading.Thread(target=save)
+    saving.start()
+    assert begun.wait(10)
+    other.state_dict()
+    saved.set()
+    saving.join()
+    assert not faults
 
 
 PROBE = """
