@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .internals import dispatch
-from .internals.dispatch import GRAD_INPUT
 from .internals.schemas import Weight, flatten, library, unflatten
 from .registry import Resolved, requested_backend
 from .state import QuantState
@@ -87,19 +86,17 @@ def differentiable(op: str, A: Tensor, weight: Weight, bias: Tensor | None, back
     """
     if torch.compiler.is_compiling():  # Dynamo sees through the ops; they have the same gradient
         return _Function.forward(op, A, weight, bias, backend)
-    out: Tensor
     if torch._C._are_functorch_transforms_active():
-        out = _Function.apply(op, A, weight, bias, backend)  # type: ignore[no-untyped-call]
-        return out
-    if torch._C._functorch.is_legacy_batchedtensor(A):  # as in autograd.grad(is_grads_batched=True): torch's ops only
+        return _Function.apply(op, A, weight, bias, backend)  # type: ignore[no-any-return, no-untyped-call]
+    # as in autograd.grad(is_grads_batched=True): torch's ops only
+    if _is_batched(A) or (bias is not None and _is_batched(bias)):
         W = dispatch.dequantize_4bit(weight, A.dtype, backend)  # type: ignore[arg-type]
-        out = A @ (W if op == GRAD_INPUT else W.t())
+        out = A @ (W if op == dispatch.GRAD_INPUT else W.t())
         return out if bias is None else out + bias
     A, bias = _unwrap(A), None if bias is None else _unwrap(bias)
     if not (dispatch.wants_grad(A) or dispatch.wants_grad(bias)):  # as in a backward that nobody differentiates
         return _Function.forward(op, A, weight, bias, backend)
-    out = _apply(op, A, weight, bias, backend)  # type: ignore[no-untyped-call]
-    return out
+    return _apply(op, A, weight, bias, backend)
 
 
 class _Function(torch.autograd.Function):
@@ -107,7 +104,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(op: str, A: Tensor, weight: Weight, bias: Tensor | None, backend: str | Resolved) -> Tensor:
-        if op == GRAD_INPUT:
+        if op == dispatch.GRAD_INPUT:
             return dispatch.grad_input(A, weight, backend)
         return dispatch.product(op, A, weight, bias, backend)
 
@@ -132,8 +129,9 @@ class _Function(torch.autograd.Function):
 
 # What Function.apply does outside of torch.func, less its binding of each call's arguments to forward's signature: that
 # takes a hundred Python calls, longer than all the rest. A tensor that outlived a transform still stands for another.
-_apply = super(torch.autograd.Function, _Function).apply
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, _Function).apply
 _unwrap = torch._C._functorch.unwrap_if_dead
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 # --- one context, one backward, one rule for vmap -------------------------------------------------------------------
@@ -155,7 +153,7 @@ def _gradients(ctx: Any, grad: Tensor, needs_A: bool, needs_bias: bool) -> tuple
     """The gradients of the operands; that of a bias [N] sums over all leading dimensions, in bias's dtype."""
     grad_A = grad_bias = None
     if needs_A:
-        op = "gemm_4bit" if ctx.op == GRAD_INPUT else GRAD_INPUT
+        op = "gemm_4bit" if ctx.op == dispatch.GRAD_INPUT else dispatch.GRAD_INPUT
         grad_A = differentiable(op, grad, _weight(ctx), None, ctx.backend)
     if needs_bias:
         leading = tuple(range(grad.dim() - 1))
@@ -182,7 +180,7 @@ def _more_tokens(run: Callable[..., Tensor], batch: int, dims: Any, op: str, *op
 
 
 def _register(op: str) -> None:
-    has_bias = op != GRAD_INPUT
+    has_bias = op != dispatch.GRAD_INPUT
 
     def operands(A: Tensor, *rest: Any) -> tuple[Tensor, Weight, Tensor | None, str]:
         *flat, backend = rest
@@ -206,5 +204,5 @@ def _register(op: str) -> None:
     torch.library.register_vmap(f"refq4::{op}", batched, lib=library)
 
 
-for _op in ("gemv_4bit", "gemm_4bit", GRAD_INPUT):
+for _op in ("gemv_4bit", "gemm_4bit", dispatch.GRAD_INPUT):
     _register(_op)

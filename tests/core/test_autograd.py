@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -169,6 +172,16 @@ def test_a_batched_backward_of_an_eager_call_is_the_gradients_one_by_one(packed)
     (batched,) = torch.autograd.grad(y, A, rows, retain_graph=True, is_grads_batched=True)
     one_by_one = [torch.autograd.grad(y, A, row, retain_graph=True)[0] for row in rows]
     torch.testing.assert_close(batched, torch.stack(one_by_one))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_batched_forward_derivative_by_the_bias_alone_is_that_of_torch(packed, tokens):
+    B, state = packed
+    A, bias = torch.randn(tokens, 96), torch.randn(6)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda b: refq4.matmul_4bit(A, B, state, bias=b), bias, vectorize=True, strategy="forward-mode"
+    )
+    assert torch.equal(jacobian, torch.eye(6).expand(tokens, 6, 6))
 
 
 def test_an_operand_that_outlived_a_transform_is_multiplied_by_what_it_stands_for(packed):
@@ -344,6 +357,48 @@ def test_no_result_is_a_view_with_a_gradient_or_without(shape):
         ]
         for call in calls:
             assert call(A)._base is None
+
+
+class Foreign(ReferenceBackend):
+    """Returns what ``change`` makes of each product."""
+
+    name = "foreign"
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.change = change
+
+    def gemv_4bit(self, *args: Any) -> torch.Tensor:
+        return self.change(super().gemv_4bit(*args))
+
+    def gemm_4bit(self, *args: Any) -> torch.Tensor:
+        return self.change(super().gemm_4bit(*args))
+
+
+@SHAPES
+@pytest.mark.parametrize("rows_and_columns", [(5, 0), (0, 5)], ids=["rows", "columns"])
+def test_a_part_of_what_a_backend_allocated_is_a_result_as_any_other(shape, rows_and_columns):
+    rows, columns = rows_and_columns
+    pad = torch.nn.ConstantPad2d((0, columns, 0, rows), 9.0)
+    refq4.register_backend(Foreign(lambda y: pad(y)[: y.shape[0], : y.shape[1]]))
+    B, state = F.quantize_4bit(torch.randn(8, 64), quant_type="nf4")
+    A = torch.randn(shape, requires_grad=True)
+    y, wanted = (refq4.matmul_4bit(A, B, state, backend=name) for name in ("foreign", "reference"))
+    torch.testing.assert_close(y, wanted)
+    y += 1
+    y.sin().sum().backward()
+    assert A.grad is not None
+
+
+@SHAPES
+@pytest.mark.parametrize(
+    "change", [lambda y: y[:0], lambda y: torch.cat([y, y]), lambda y: y[:, 1:], lambda y: y.flatten()],
+    ids=["no rows", "too many rows", "a column too few", "flat"],
+)  # fmt: skip
+def test_a_result_of_another_shape_is_refused_and_never_filled_up_or_cut(shape, change):
+    refq4.register_backend(Foreign(change))
+    B, state = F.quantize_4bit(torch.randn(8, 64), quant_type="nf4")
+    with pytest.raises(ValueError, match=r"the backend gave \[.* for 8 features of"):
+        refq4.matmul_4bit(torch.randn(shape), B, state, backend="foreign")
 
 
 def test_backward_on_the_cpu_multiplies_by_the_stored_bytes_and_decodes_no_whole_weight():
