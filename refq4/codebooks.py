@@ -159,7 +159,7 @@ def code_from_values(values: Tensor) -> Code:
     middles = (ascending[:-1].double() + ascending[1:].double()) / 2
     nearest = middles.float()
     # Rounded *down* to fp32: for fp32 x, x > threshold then says exactly whether x is nearer the upper value.
-    thresholds = torch.where(nearest > middles, nearest.nextafter(torch.tensor(-math.inf)), nearest)
+    thresholds = torch.where(nearest > middles, nearest.nextafter(nearest.new_tensor(-math.inf)), nearest)
     return Code(values, thresholds.to(values.device), order.to(values.device, torch.uint8))
 
 

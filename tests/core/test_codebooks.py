@@ -143,6 +143,14 @@ def test_the_zero_code_is_the_code_of_zero():
         assert [book.on("cpu").zero_code()] == book.encode([0.0])
 
 
+def test_thresholds_do_not_depend_on_the_device_on_which_new_tensors_are_made():
+    values = create_dynamic_map()
+    wanted = code_from_values(values)
+    with torch.device("meta"):  # as torch.set_default_device("cuda") does
+        for got, expected in zip(code_from_values(values), wanted, strict=True):
+            assert torch.equal(got, expected)
+
+
 def test_the_8_bit_rule_is_the_exactly_nearest_entry_and_a_tie_goes_down():
     code = code_from_values(create_dynamic_map())
     x = torch.cat([code.thresholds, torch.nextafter(code.thresholds, fp32(math.inf)), torch.randn(1000).clamp(-1, 1)])
