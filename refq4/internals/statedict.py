@@ -241,6 +241,7 @@ def _tensor_to_json(value: Any, key: str) -> dict[str, Any]:
         raise ValueError(f"{key}: expected JSON in a uint8 tensor of one dimension, got {describe(value)}")
     if value.numel() > MAX_JSON:
         raise ValueError(f"{key}: expected JSON of at most {MAX_JSON} bytes, got {value.numel()}")
+    _check_holds(key, value)
     try:
         items = json.loads(value.cpu().numpy().tobytes().decode(), object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as error:
@@ -264,8 +265,7 @@ def _is_row(value: Any, dtype: torch.dtype, numel: int) -> bool:
 
 def _plain(value: Tensor) -> Tensor:
     """What a backend may read by its address: the tensor itself where its elements lie side by side."""
-    plain: Tensor = value.detach().resolve_neg().contiguous()
-    return plain
+    return value.detach().resolve_neg().contiguous()
 
 
 def _check_holds(key: str, value: Tensor) -> None:

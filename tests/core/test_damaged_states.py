@@ -436,7 +436,8 @@ def test_what_is_on_meta_alone_is_refused_by_its_name(layer):
 @pytest.mark.reference_only("what it checks is the same for every backend")
 def test_entries_that_claim_more_than_they_hold_are_refused_by_their_names(layer):
     stats = {key: value for key, value in layer.state_dict().items() if key.startswith("weight.")}
-    for key in ("weight.absmax", "weight.nested_absmax", "weight.quant_map", "weight.nested_quant_map"):
+    keys = ("weight.absmax", "weight.nested_absmax", "weight.quant_map", "weight.nested_quant_map")
+    for key in (*keys, "weight.quant_state.bitsandbytes__nf4"):
         with pytest.raises(ValueError, match=rf"^{key}: .*claims \d+ bytes, and there are"):
             F.QuantState.from_dict(stats | {key: _claiming(stats[key])})
     with pytest.raises(ValueError, match=r"^some\.weight: shape \[8, 128\] packs into"):
