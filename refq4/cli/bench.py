@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     command.add_argument("--backend", help="the backend to measure (default: the one named like the device)")
     imports.add(command)
     command.add_argument("--shapes", nargs="+", type=options.shape, metavar="NxK", help="e.g. 4096x11008")
-    command.add_argument("--m", nargs="+", type=int, help="tokens per call (1 to 512)")
+    command.add_argument("--m", nargs="+", type=options.tokens, help="tokens per call (1 to 512)")
     command.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the activations (%(default)s)")
     command.add_argument(
         "--threads",

@@ -28,7 +28,9 @@ def add(commands: Any) -> None:
         ),
     )
     command.add_argument("shape", metavar="NxK", type=options.shape, help="out_features x in_features, e.g. 4096x11008")
-    command.add_argument("--tokens", type=int, default=1, metavar="M", help="tokens in the call (%(default)s)")
+    command.add_argument(
+        "--tokens", type=options.tokens, default=1, metavar="M", help="tokens in the call (%(default)s)"
+    )
     command.add_argument(
         "--dtype", choices=options.DTYPES, default="float32", help="dtype of the activations (%(default)s)"
     )
@@ -50,8 +52,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
     imports.run(arguments.imports)
     (n, k), m = arguments.shape, arguments.tokens
-    if m < 1:
-        raise ValueError(f"--tokens {m}: at least one token is wanted")
     torch.manual_seed(arguments.seed)
     with use_backend(requested_backend(arguments.backend)), warnings.catch_warnings():
         layer = Linear4bit(

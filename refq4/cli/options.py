@@ -20,6 +20,7 @@ __all__ = [
     "examples",
     "files",
     "shape",
+    "tokens",
 ]
 
 # What the core offers, said again for a help without torch; tests/tools/test_cli.py compares.
@@ -46,6 +47,13 @@ def shape(text: str) -> tuple[int, int]:
     if not (n.isdigit() and k.isdigit() and int(n) and int(k)):
         raise argparse.ArgumentTypeError(f"a shape is NxK, for example 4096x11008, got {text!r}")
     return int(n), int(k)
+
+
+def tokens(text: str) -> int:
+    """A number of tokens on the command line; none at all is no call, and libraries that are measured divide by it."""
+    if not (text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"at least one token is wanted, got {text!r}")
+    return int(text)
 
 
 def add_backend(command: argparse.ArgumentParser) -> None:

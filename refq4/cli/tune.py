@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
         metavar="NxK",
         help="shapes of weights to measure, e.g. those of your model: 4096x11008",
     )
-    command.add_argument("--m", nargs="+", type=int, metavar="M", help="numbers of tokens to measure at")
+    command.add_argument("--m", nargs="+", type=options.tokens, metavar="M", help="numbers of tokens to measure at")
     command.set_defaults(run=_run)
 
 

@@ -251,8 +251,11 @@ def test_a_wrong_command_line_is_exit_code_2(arguments, capsys):
     assert "usage:" in capsys.readouterr().err
 
 
-def test_a_call_without_tokens_is_refused(capsys):
-    assert cli.main(["explain", "8x64", "--tokens", "0"]) == 1
+@pytest.mark.parametrize("line", ["explain 8x64 --tokens 0", "bench --m 1 0", "bench --m -3", "tune --m 0"])
+def test_a_call_without_tokens_is_refused(line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(line.split())
+    assert stop.value.code == 2
     assert "at least one token" in capsys.readouterr().err
 
 
