@@ -66,7 +66,10 @@ class Entry:
         if self.backend is None and self.problem is None and self.entry_point is not None:
             try:
                 kind = self.entry_point.load()
-                self.backend = self.backend or kind()  # the module may have registered its own instance meanwhile
+                made = self.backend or kind()  # the module may have registered its own instance meanwhile
+                if not isinstance(made, Backend):
+                    raise TypeError(f"{self.entry_point.value} makes {made!r}, which is no refq4.backend.Backend")
+                self.backend = made
             except Exception as error:
                 self.problem = f"importing it failed: {type(error).__name__}: {error}"
         return self.backend

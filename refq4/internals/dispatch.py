@@ -120,21 +120,21 @@ def _product(op: str, A: Tensor, weight: Weight, bias: Tensor | None, backend: s
         kind = (weight.nested is not None,) if isinstance(weight, PackedWeight) else (False, weight.layout)
         return Call(op, A.device.type, A.dtype, m, n, k, weight.blocksize, weight.quant_type, *kind)
 
-    return _as_rows_of(A, run_op(call, backend, op, x, weight, bias), n)
+    return _as_rows_of(A, run_op(call, backend, op, x, weight, bias), (m, n))
 
 
-def _as_rows_of(A: Tensor, y: Tensor, features: int) -> Tensor:
-    """The product y [M, features] as [..., features], as many as A has: a tensor of its own, not a view.
+def _as_rows_of(A: Tensor, y: Tensor, wanted: tuple[int, int]) -> Tensor:
+    """The product y, ``wanted`` in [M, N], as [..., N] of A [..., K]: a tensor of its own, not a view.
 
     autograd forbids writing in place to a view that a custom Function returned, and ``ReLU(inplace=True)`` or
     ``y += 1`` after a layer do that. A backend may return a part of what it allocated.
     """
-    if y.shape != (A.shape[:-1].numel(), features):
-        raise ValueError(f"the backend gave {list(y.shape)} for {features} features of {list(A.shape)}: refq4 verify")
-    fresh = y.clone() if y._is_view() else y
+    if y.shape != wanted:
+        raise ValueError(f"the backend gave {list(y.shape)} for {list(wanted)}: refq4 verify finds the input")
+    fresh = y if y._base is None else y.clone()
     if A.ndim == 2 or (A.ndim == 3 and A.shape[0] == 1):
         return fresh if A.ndim == 2 else fresh.unsqueeze_(0)
-    return fresh.contiguous().resize_(*A.shape[:-1], features)
+    return fresh.contiguous().resize_(*A.shape[:-1], wanted[1])
 
 
 def _nothing_to_sum(A: Tensor, n: int, bias: Tensor | None) -> Tensor:
@@ -159,7 +159,7 @@ def _grad_input(grad: Tensor, weight: PackedWeight, backend: str | Resolved) -> 
     if rows and k and found.backend.has(GRAD_INPUT) and found.backend.can_run(call) is None:
         grad_y = check_memory("grad", grad.reshape(-1, n))
         check_weight_memory(weight)
-        return _as_rows_of(grad, run_op(lambda: call, found, GRAD_INPUT, grad_y, weight), k)
+        return _as_rows_of(grad, run_op(lambda: call, found, GRAD_INPUT, grad_y, weight), (rows, k))
     within = torch.float32 if device == "cpu" and dtype in _SLOW_ON_CPU else dtype
     return (grad.to(within) @ decode(weight, dtype, found).to(within)).to(dtype)
 

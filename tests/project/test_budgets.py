@@ -35,7 +35,7 @@ CALLS_OF_A_WARM_FORWARD = {"own layout": 95, "canonical": 225}
 
 # The design wants 2,300, and honest moves don't reach it. What is left is the layer; its largest files are the reader
 # of state dicts, the steps, the parameter, the checks of operands, and finding backends.
-LINES_OF_CODE_OF_A_LAYER = 3_069
+LINES_OF_CODE_OF_A_LAYER = 3_072
 
 ONE_LAYER = """
 import io, sys, torch, refq4.nn
